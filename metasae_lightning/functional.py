@@ -1,0 +1,135 @@
+"""All formulas, pure: tensors in, tensors out.
+
+Dims: `batch` tokens, `d_in` width of an activation, `d_sae` latents of the primary SAE (its decoder's rows), `d_meta` latents of the
+meta SAE, `feature` true features of planted data.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def unit_rows(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
+    """Decoder rows as directions, `W_i / ||W_i||`; the gradient flows through the normalisation.
+
+    >>> unit_rows(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.6000, 0.8000]])
+    """
+    return normalize(W_dec, dim=-1)
+
+
+def decomposability(
+    W_dec: Float[Tensor, "d_sae d_in"], reconstruction: Float[Tensor, "d_sae d_in"], sigma_sq: float
+) -> Float[Tensor, " d_sae"]:
+    """How well a frozen critic rebuilds each decoder direction: `p_i = exp(-||W_i/||W_i|| - What_i||^2 / sigma_sq)`.
+
+    `reconstruction` is the critic's answer to `unit_rows(W_dec)` and takes no gradient. 1 is wholly decomposable; for a critic that
+    does no worse than predicting zero, `p` is at least `exp(-1 / sigma_sq)`.
+
+    >>> row = torch.tensor([[0.0, 2.0]])
+    >>> decomposability(row, torch.tensor([[0.0, 1.0]]), sigma_sq=1.0)
+    tensor([1.])
+    >>> decomposability(row, torch.zeros(1, 2), sigma_sq=1.0)
+    tensor([0.3679])
+    """
+    error = (unit_rows(W_dec) - reconstruction.detach()).square().sum(-1)
+    return torch.exp(-error / sigma_sq)
+
+
+def orthogonality(W_dec: Float[Tensor, "d_sae d_in"], chunks: list[Tensor]) -> Float[Tensor, " d_sae"]:
+    """Squared cosine of each row to its nearest other row in its chunk, `(max_{j != i in chunk} cos(W_i, W_j))^2` (arXiv 2509.22033).
+
+    `chunks` partitions the row indices. A row alone in its chunk has no neighbour and scores 0.
+
+    >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
+    >>> orthogonality(rows, [torch.arange(3)])
+    tensor([0.3600, 0.6400, 0.6400])
+    """
+    rows = unit_rows(W_dec)
+    scores = W_dec.new_zeros(W_dec.shape[0])
+    for chunk in chunks:
+        if len(chunk) > 1:
+            cosines = rows[chunk] @ rows[chunk].T
+            nearest = cosines.masked_fill(torch.eye(len(chunk), dtype=torch.bool, device=rows.device), -torch.inf).amax(1)
+            scores = scores.index_put((chunk,), nearest.square().to(scores.dtype))
+    return scores
+
+
+def fvu(
+    x: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"], mean: Float[Tensor, " d_in"] | None = None
+) -> Float[Tensor, ""]:
+    """Fraction of variance unexplained, `sum ||x - xhat||^2 / sum ||x - mean||^2`, with the batch's own mean unless one is given.
+
+    >>> x = torch.tensor([[0.0], [2.0]])
+    >>> fvu(x, x).item(), fvu(x, torch.ones(2, 1)).item()
+    (0.0, 1.0)
+    """
+    centre = x.mean(0) if mean is None else mean
+    return (x - reconstruction).square().sum() / (x - centre).square().sum()
+
+
+def phi(
+    n11: Float[Tensor, "*shape"], n_i: Float[Tensor, "*#shape"], n_j: Float[Tensor, "*#shape"], n: Float[Tensor, ""] | float
+) -> Float[Tensor, "*shape"]:
+    """Correlation of two binary events from counts, `(n11 n - n_i n_j) / sqrt(n_i (n - n_i) n_j (n - n_j))`; broadcasts.
+
+    An event that always or never happens correlates with nothing: 0. Counts are float64, exact to 2^53.
+
+    >>> both = torch.tensor(2.0, dtype=torch.float64)
+    >>> phi(both, both, both, 4.0).item()
+    1.0
+    """
+    spread = (n_i * (n - n_i)).sqrt() * (n_j * (n - n_j)).sqrt()
+    return torch.where(spread > 0, (n11 * n - n_i * n_j) / spread.clamp(min=1e-300), 0.0)
+
+
+def geometric_median(
+    x: Float[Tensor, "batch d_in"], *, iterations: int = 100, tolerance: float = 1e-6
+) -> Float[Tensor, " d_in"]:
+    """The point with the least summed distance to the rows, by Weiszfeld's iteration; outliers pull it less than the mean.
+
+    >>> geometric_median(torch.tensor([[0.0], [0.0], [9.0]])).abs().item() < 1e-3
+    True
+    """
+    points = x.double()
+    guess = points.mean(0)
+    for _ in range(iterations):
+        weights = 1 / (points - guess).norm(dim=-1, keepdim=True).clamp(min=1e-9)
+        moved = (weights * points).sum(0) / weights.sum()
+        if (moved - guess).norm() <= tolerance * moved.norm().clamp(min=1e-12):
+            return moved.to(x.dtype)
+        guess = moved
+    return guess.to(x.dtype)
+
+
+def without_radial(
+    gradient: Float[Tensor, "d_sae d_in"], W_dec: Float[Tensor, "d_sae d_in"]
+) -> Float[Tensor, "d_sae d_in"]:
+    """A gradient less its part along each row, which a renormalised row cannot follow: `g_i - (g_i . W_i) W_i / ||W_i||^2`.
+
+    >>> without_radial(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 0.0]]))
+    tensor([[0., 1.]])
+    """
+    rows = unit_rows(W_dec)
+    return gradient - (gradient * rows).sum(-1, keepdim=True) * rows
+
+
+ReconstructionSums = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Tokens, sum of x, sum of ||x||^2, sum of ||x - xhat||^2, in float64."""
+
+
+def reconstruction_sums(x: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"]) -> ReconstructionSums:
+    """What a batch adds to a global FVU."""
+    x, error = x.double(), (x.double() - reconstruction.double()).square().sum()
+    return torch.tensor(float(len(x)), device=x.device, dtype=x.dtype), x.sum(0), x.square().sum(), error
+
+
+def fvu_of_sums(sums: ReconstructionSums) -> Float[Tensor, ""]:
+    """FVU over everything that was summed, `error / (sum ||x||^2 - ||sum x||^2 / n)`.
+
+    >>> fvu_of_sums(reconstruction_sums(torch.tensor([[0.0], [2.0]]), torch.ones(2, 1))).item()
+    1.0
+    """
+    n, total, squares, error = sums
+    return error / (squares - total.square().sum() / n)

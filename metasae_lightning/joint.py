@@ -1,0 +1,218 @@
+"""Joint training: a primary SAE on activations, a meta SAE on its decoder, and the penalty that one puts on the other."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from metasae_lightning import functional
+from metasae_lightning.alternation import meta_steps_after, meta_steps_in
+from metasae_lightning.errors import InputError
+from metasae_lightning.learner import Learner
+from metasae_lightning.penalties import Penalty
+from metasae_lightning.saelens import TrainingSAEConfig
+from metasae_lightning.schedules import WarmupDecay, warm_up
+from metasae_lightning.step import Batch, Evaluation, Reading, StepOutput
+
+
+def adam(params: Iterable[Any]) -> Optimizer:
+    """The author's optimiser: Adam at 3e-4 with betas (0.9, 0.99), no schedule."""
+    return Adam(params, lr=3e-4, betas=(0.9, 0.99), fused=True)
+
+
+class JointSAE(LightningModule):
+    """A primary SAE trained jointly with a meta SAE that judges how decomposable its decoder rows are (arXiv 2604.03436).
+
+    Each macro-step is `n_p` primary steps on activations, then `n_m` meta steps on the decoder. With `meta: null` and `penalties: {}`
+    it trains the solo SAE.
+
+    Args:
+        primary: SAELens training config of the SAE on activations.
+        meta: SAELens training config of the SAE on the primary's decoder rows, or none.
+        penalties: What joins the primary's loss, by the name it is logged under.
+        n_p: Primary optimiser steps in a macro-step.
+        n_m: Meta optimiser steps in a macro-step.
+        decoder_rows: `unit` projects the decoder's gradient and renormalises after every step; `free` leaves both alone, as SAELens.
+        b_dec_init: The primary's decoder bias from the first batch.
+        primary_optimizer: Called with the primary's parameters.
+        meta_optimizer: Called with the meta's parameters.
+        primary_scheduler: Called with the primary's optimiser, stepped after each of its steps.
+        meta_scheduler: Called with the meta's optimiser, stepped after each of its steps.
+        clip_grad_norm: Largest gradient norm of each SAE, or none.
+        micro_batches: Into how many parts a batch is split, their gradients accumulated before the one step.
+        dead_after_tokens: A primary latent silent for so many tokens is dead.
+        meta_dead_after_steps: A meta latent silent for so many meta steps, times the decoder's rows, is dead.
+        seed: Seed of both SAEs' initial weights.
+    """
+
+    def __init__(
+        self,
+        primary: TrainingSAEConfig,
+        meta: TrainingSAEConfig | None = None,
+        penalties: dict[str, Penalty] | None = None,
+        *,
+        n_p: int = 10,
+        n_m: int = 5,
+        decoder_rows: Literal["unit", "free"] = "unit",
+        b_dec_init: Literal["zeros", "mean", "geometric_median"] = "geometric_median",
+        primary_optimizer: OptimizerCallable = adam,
+        meta_optimizer: OptimizerCallable = adam,
+        primary_scheduler: LRSchedulerCallable | None = None,
+        meta_scheduler: LRSchedulerCallable | None = None,
+        clip_grad_norm: float | None = None,
+        micro_batches: int = 1,
+        dead_after_tokens: int = 20_480,
+        meta_dead_after_steps: int = 5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.penalties = torch.nn.ModuleDict(penalties or {})
+        _check_roles(primary, meta, self.penalties, {"n_p": n_p, "n_m": n_m, "micro_batches": micro_batches})
+        self.n_p, self.n_m = n_p, n_m
+        shared: dict[str, Any] = {"decoder_rows": decoder_rows, "clip_grad_norm": clip_grad_norm}
+        self.primary = Learner(
+            primary, role="primary", seed=seed, b_dec_init=b_dec_init, dead_after=dead_after_tokens, micro_batches=micro_batches, **shared
+        )
+        self.meta: Learner | None = None
+        if meta is not None:
+            window = meta_dead_after_steps * primary.d_sae
+            self.meta = Learner(meta, role="meta", seed=seed + 1, b_dec_init="zeros", dead_after=window, **shared)
+        self._optimizer_callables = {"primary": primary_optimizer, "meta": meta_optimizer}
+        self._scheduler_callables = {"primary": primary_scheduler, "meta": meta_scheduler}
+        self._schedules: dict[str, LRScheduler] = {}
+
+    def step(self, batch: Batch, primary_optimizer: Optimizer, meta_optimizer: Optimizer | None = None, *, last: bool = False) -> StepOutput:
+        """One primary step and, where it ends a macro-step, the meta phase: the algorithm."""
+        self.primary.initialize(batch.activations)
+        penalty, values = self._penalties()
+        seen, reading = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, added=penalty)
+        self._advance("primary")
+        judged = None
+        for _ in range(meta_steps_after(int(self.primary.steps), n_p=self.n_p, n_m=self.n_m, last=last)):
+            judged = self._meta_step(meta_optimizer)
+        loss = reading.loss if penalty is None else reading.loss + penalty.detach()
+        return StepOutput(loss, reading, seen.codes, seen.reconstruction, penalties=values, meta=judged)
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """Codes and reconstruction of a batch by the training rule; nothing moves."""
+        return Evaluation(batch.activations, *self.primary.read(batch.activations))
+
+    def _penalties(self) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The weighted sum that joins the loss, or none where every weight is 0 now, and each penalty's own value.
+
+        Weights are the papers', whose squared error is a mean over `d_in`; SAELens's is a sum, hence the factor.
+        """
+        step, d_in, total = int(self.primary.steps), self.primary.W_dec.shape[1], None
+        values: dict[str, Tensor] = {}
+        for name, penalty in self._named_penalties():
+            weight = d_in * penalty.weight * warm_up(step, penalty.warm_up_steps)
+            with torch.set_grad_enabled(weight > 0):
+                value = penalty(self.primary.W_dec, self.meta.reconstruct if self.meta is not None else None, step)
+            values[name] = value.detach()
+            if weight > 0:
+                total = weight * value if total is None else total + weight * value
+        return total, values
+
+    def _meta_step(self, optimizer: Optimizer | None) -> Reading | None:
+        if self.meta is None:
+            return None
+        assert optimizer is not None
+        rows = functional.unit_rows(self.primary.W_dec.detach())
+        self.meta.initialize(rows)
+        _, reading = self.meta.learn(rows, optimizer, backward=self._backward)
+        self._advance("meta")
+        return reading
+
+    def _named_penalties(self) -> list[tuple[str, Penalty]]:
+        return list(self.penalties.items())  # pyright: ignore[reportReturnType]
+
+    def _backward(self, loss: Tensor) -> None:
+        # Without a trainer (a notebook, a test) there is no strategy and no scaler to go through.
+        if self._trainer is None:
+            loss.backward()
+        else:
+            self.manual_backward(loss)
+
+    def _advance(self, name: str) -> None:
+        if name in self._schedules:
+            self._schedules[name].step()
+
+    def setup(self, stage: str) -> None:
+        """Check the data against the SAEs, and let penalties look at the trainer."""
+        d_in = getattr(getattr(self.trainer, "datamodule", None), "d_in", None)
+        if d_in is not None and d_in != self.primary.sae.cfg.d_in:
+            raise InputError(f"primary.d_in is {self.primary.sae.cfg.d_in}, but the activations are {d_in} wide: set d_in: {d_in}")
+        for _, penalty in self._named_penalties():
+            penalty.setup(self.trainer)
+
+    def configure_optimizers(self) -> Any:
+        """One optimiser, and one schedule where given, for each SAE."""
+        steps = self.trainer.estimated_stepping_batches
+        optimizers: list[Optimizer] = []
+        for name, learner in (("primary", self.primary), ("meta", self.meta)):
+            if learner is None:
+                continue
+            optimizer = self._optimizer_callables[name](learner.parameters())
+            optimizers.append(optimizer)
+            if (scheduler := self._scheduler_callables[name]) is not None:
+                self._schedules[name] = _bound(scheduler(optimizer), steps if name == "primary" else self._meta_steps(steps), name)
+        return optimizers, list(self._schedules.values())
+
+    def _meta_steps(self, steps: float) -> float:
+        return meta_steps_in(int(steps), n_p=self.n_p, n_m=self.n_m) if steps != float("inf") else steps
+
+    def training_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:
+        """Fetch the optimisers, step, log; callbacks find the StepOutput under `output`."""
+        batch = Batch.of(batch)
+        optimizers: Any = self.optimizers()
+        primary, meta = optimizers if self.meta is not None else (optimizers, None)
+        last = self.trainer.is_last_batch and self.trainer.current_epoch + 1 == self.trainer.max_epochs
+        output = self.step(batch, primary, meta, last=last)
+        self.log_dict(self.figures(output), batch_size=len(batch))
+        return {"loss": output.loss, "output": output}
+
+    def validation_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:
+        """Callbacks find the Evaluation under `output`."""
+        return {"output": self.evaluate(Batch.of(batch))}
+
+    test_step = validation_step
+
+    def figures(self, output: StepOutput) -> dict[str, Any]:
+        """What a step logs."""
+        figures: dict[str, Any] = {"train/loss": output.loss, "train/tokens": float(self.primary.rows_seen)}
+        for role, reading in (("train", output.primary), ("meta", output.meta)):
+            if reading is not None:
+                figures |= {f"{role}/fvu": reading.fvu, f"{role}/l0": reading.l0, f"{role}/dead": reading.dead}
+                figures |= {f"{role}/{name}": value for name, value in reading.losses.items()}
+        return figures | {f"penalty/{name}": value for name, value in output.penalties.items()}
+
+
+def _check_roles(primary: TrainingSAEConfig, meta: TrainingSAEConfig | None, penalties: torch.nn.ModuleDict, counts: dict[str, int]) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    for name, penalty in penalties.items():
+        if not isinstance(penalty, Penalty):
+            raise InputError(f"penalties.{name} must be a Penalty, got {type(penalty).__name__}")
+        if penalty.needs_critic and meta is None:
+            raise InputError(f"penalties.{name} ({type(penalty).__name__}) is judged by a meta SAE, and there is none: set model.meta")
+    if meta is not None and meta.d_in != primary.d_in:
+        raise InputError(f"meta.d_in must be the primary's d_in, since it reads decoder rows: got {meta.d_in}, set d_in: {primary.d_in}")
+    if meta is not None and not penalties:
+        rank_zero_warn("a meta SAE without penalties trains along and changes nothing: set model.penalties, or meta: null for a solo SAE")
+
+
+def _bound(schedule: Any, steps: float, name: str) -> LRScheduler:
+    if isinstance(schedule, WarmupDecay):
+        if steps == float("inf") and schedule.total_steps is None:
+            raise InputError(f"{name}_scheduler needs the length of the run: give WarmupDecay total_steps, or data with a length")
+        if steps != float("inf"):
+            schedule.bind(int(steps))
+    return schedule

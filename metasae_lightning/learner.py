@@ -1,0 +1,180 @@
+"""One SAE that learns: a SAELens training SAE with its normaliser, its decoder's constraint and its statistics.
+
+The primary and the meta SAE are both learners; they differ in what rows they are fed.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from metasae_lightning import functional, saelens
+from metasae_lightning.normalizers import normalizer_of
+from metasae_lightning.saelens import TrainingSAEConfig
+from metasae_lightning.step import Codes, Reading
+
+Backward = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass over some rows."""
+
+    loss: Tensor
+    """The architecture's training loss, with its graph."""
+    losses: Mapping[str, Tensor]
+    """Its parts, detached."""
+    codes: Codes
+    """The latents' activations."""
+    reconstruction: Tensor
+    """The rows rebuilt, in raw space, detached."""
+
+
+class Learner(nn.Module):
+    """A SAELens training SAE and everything about it that training moves."""
+
+    silent_for: Tensor
+    """Rows seen since each latent last fired: tokens for a primary, decoder rows for a meta SAE."""
+    steps: Tensor
+    """Optimiser steps taken."""
+    updates: Tensor
+    """Training forward passes that moved the architecture's running statistics."""
+    rows_seen: Tensor
+    """Rows trained on."""
+    initialized: Tensor
+    """Whether the statistics that come from data are there."""
+
+    def __init__(
+        self,
+        cfg: TrainingSAEConfig,
+        *,
+        role: str,
+        seed: int,
+        decoder_rows: Literal["unit", "free"],
+        b_dec_init: Literal["zeros", "mean", "geometric_median"],
+        dead_after: int,
+        micro_batches: int = 1,
+        clip_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.sae = saelens.build(cfg, role=role, seed=seed)
+        self.normalizer = normalizer_of(cfg.normalize_activations, cfg.d_in)
+        self.decoder_rows, self.b_dec_init, self.dead_after = decoder_rows, b_dec_init, dead_after
+        self.micro_batches, self.clip_grad_norm = micro_batches, clip_grad_norm
+        self.register_buffer("silent_for", torch.zeros(cfg.d_sae, dtype=torch.int64))
+        for name in ("steps", "updates", "rows_seen"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        self._renormalize()
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
+        """The decoder, one row a latent."""
+        return self.sae.W_dec
+
+    @property
+    def dead(self) -> Tensor:
+        """Which latents have been silent for longer than the window."""
+        return self.silent_for >= self.dead_after
+
+    @torch.no_grad()
+    def initialize(self, x: Float[Tensor, "rows d_in"]) -> None:
+        """Take from the first rows what comes from data: the normaliser's statistics and the decoder bias. Once."""
+        if self.initialized:
+            return
+        self.normalizer.fit(x)
+        z, _ = self.normalizer.normalize(x)
+        match self.b_dec_init:
+            case "mean":
+                self.sae.b_dec.copy_(z.mean(0))
+            case "geometric_median":
+                self.sae.b_dec.copy_(functional.geometric_median(z))
+            case "zeros":
+                pass
+        self.initialized.fill_(True)
+
+    def learn(
+        self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, added: Tensor | None = None
+    ) -> tuple[Pass, Reading]:
+        """One optimiser step on these rows, in micro-batches; `added` joins the loss once.
+
+        The order is that of arXiv 2406.04093 but for renormalising last: gradient, its radial part removed, clip, step, unit rows.
+        """
+        optimizer.zero_grad()
+        chunks = x.chunk(self.micro_batches)
+        passes: list[Pass] = []
+        for i, rows in enumerate(chunks):
+            passes.append(self._forward(rows))
+            loss = passes[-1].loss * (len(rows) / len(x))
+            backward(loss + added if added is not None and i == len(chunks) - 1 else loss)
+        self._constrain_gradient()
+        optimizer.step()
+        self._renormalize()
+        merged = self._merge(passes, len(x))
+        self._observe(merged.codes, len(x))
+        return merged, self._reading(x, merged)
+
+    @torch.no_grad()
+    def read(self, x: Float[Tensor, "rows d_in"]) -> tuple[Codes, Float[Tensor, "rows d_in"]]:
+        """Codes and reconstruction by the training rule; no gradient, and no state moves anywhere."""
+        z, undo = self.normalizer.normalize(x)
+        acts = self.sae.encode(z)
+        return Codes.from_dense(acts), self.normalizer.restore(self.sae.decode(acts), undo).to(x.dtype)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
+        """The reconstruction alone: the learner as a frozen critic."""
+        z, undo = self.normalizer.normalize(x)
+        return self.normalizer.restore(self.sae.decode(self.sae.encode(z)), undo)
+
+    def _forward(self, x: Tensor) -> Pass:
+        z, undo = self.normalizer.normalize(x)
+        out = saelens.forward(self.sae, z, dead=self.dead, step=int(self.steps))
+        codes = Codes.from_dense(out.feature_acts)
+        if codes.values.numel():  # SAELens's threshold stays where it is when nothing fires
+            self.updates += 1
+        losses = {name: value.detach() for name, value in out.losses.items()}
+        return Pass(out.loss, losses, codes, self.normalizer.restore(out.sae_out.detach(), undo))
+
+    @torch.no_grad()
+    def _constrain_gradient(self) -> None:
+        gradient = self.W_dec.grad
+        if self.decoder_rows == "unit" and gradient is not None:
+            gradient.copy_(functional.without_radial(gradient, self.W_dec))
+        if self.clip_grad_norm is not None:
+            clip_grad_norm_(self.sae.parameters(), self.clip_grad_norm)
+
+    @torch.no_grad()
+    def _renormalize(self) -> None:
+        if self.decoder_rows == "unit":
+            self.W_dec.copy_(functional.unit_rows(self.W_dec))
+
+    @torch.no_grad()
+    def _observe(self, codes: Codes, rows: int) -> None:
+        self.steps += 1
+        self.rows_seen += rows
+        self.silent_for += rows
+        self.silent_for[codes.latents] = 0
+
+    @staticmethod
+    def _merge(passes: list[Pass], rows: int) -> Pass:
+        if len(passes) == 1:
+            return passes[0]
+        shares = [len(p.reconstruction) / rows for p in passes]
+        losses = {name: sum((p.losses[name] * s for p, s in zip(passes, shares, strict=True)), torch.zeros(())) for name in passes[0].losses}
+        loss = sum((p.loss.detach() * s for p, s in zip(passes, shares, strict=True)), torch.zeros(()))
+        return Pass(loss, losses, Codes.concatenate([p.codes for p in passes]), torch.cat([p.reconstruction for p in passes]))
+
+    def _reading(self, x: Tensor, seen: Pass) -> Reading:
+        return Reading(
+            loss=seen.loss.detach(),
+            losses=seen.losses,
+            fvu=functional.fvu(x, seen.reconstruction),
+            l0=seen.codes.l0,
+            dead=self.dead.float().mean().item(),
+        )

@@ -1,0 +1,159 @@
+"""What is done to an activation before an SAE sees it, and undone after: SAELens's five normalisers, outside the SAE.
+
+Outside, because then every loss (the auxiliary one too) lives in one space, and because folding into an exported SAE has one place.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from metasae_lightning.errors import InputError
+
+Undo = tuple[Tensor, Tensor]
+"""Scale and shift that take a reconstruction back to raw space."""
+
+
+class Normalizer(nn.Module, ABC):
+    """Raw activations to an SAE's space and back."""
+
+
+    def fit(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Estimate what is needed from a sample; per-token normalisers need nothing."""
+
+    @abstractmethod
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
+        """The SAE's input and what undoes it."""
+
+    def restore(self, z: Float[Tensor, "batch d_in"], undo: Undo) -> Float[Tensor, "batch d_in"]:
+        """A reconstruction back in raw space, `z * scale + shift`."""
+        scale, shift = undo
+        return z * scale + shift
+
+    @abstractmethod
+    def fold(self, sae: Any) -> None:
+        """Make a SAELens SAE that lived in normalised space work on raw activations, in place."""
+
+
+@final
+class Identity(Normalizer):
+    """`none`: the SAE sees raw activations."""
+
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
+        """See the class."""
+        return x, (x.new_ones(()), x.new_zeros(()))
+
+    def fold(self, sae: Any) -> None:
+        """Nothing to do."""
+
+
+@final
+class LayerNorm(Normalizer):
+    """`layer_norm`: each token centred and divided by its standard deviation, as SAELens does it at inference."""
+
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
+        """See the class."""
+        mean = x.mean(-1, keepdim=True)
+        centred = x - mean
+        std = centred.std(-1, keepdim=True)
+        return centred / (std + 1e-5), (std, mean)
+
+    def fold(self, sae: Any) -> None:
+        """SAELens normalises each token at inference itself."""
+        sae.cfg.normalize_activations = "layer_norm"
+
+
+@final
+class ConstantNorm(Normalizer):
+    """`constant_norm_rescale`: each token scaled to norm `sqrt(d_in)`."""
+
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
+        """See the class."""
+        scale = x.norm(dim=-1, keepdim=True).clamp(min=1e-12) / x.shape[-1] ** 0.5
+        return x / scale, (scale, x.new_zeros(()))
+
+    def fold(self, sae: Any) -> None:
+        """SAELens rescales each token at inference itself."""
+        sae.cfg.normalize_activations = "constant_norm_rescale"
+
+
+@final
+class ExpectedAverage(Normalizer):
+    """`expected_average_only_in`: one factor for all tokens, so that their mean norm is `sqrt(d_in)`."""
+
+    factor: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.zeros((), dtype=torch.float64))
+
+    def fit(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """See the class."""
+        self.factor.fill_(x.shape[-1] ** 0.5 / x.double().norm(dim=-1).mean().item())
+
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
+        """See the class."""
+        factor = self.factor.to(x.dtype)
+        return x * factor, (1 / factor, x.new_zeros(()))
+
+    def fold(self, sae: Any) -> None:
+        """Into the weights, by SAELens's own method."""
+        sae.fold_activation_norm_scaling_factor(self.factor.item())
+
+
+@final
+class Whitening(Normalizer):
+    """`covariance_whitening`: mean zero and identity covariance (arXiv 2511.13981), estimated on the sample."""
+
+    mean: Tensor
+    matrix: Tensor
+    inverse: Tensor
+
+    def __init__(self, d_in: int, eps: float = 1e-3) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("mean", torch.zeros(d_in, dtype=torch.float64))
+        self.register_buffer("matrix", torch.zeros(d_in, d_in, dtype=torch.float64))
+        self.register_buffer("inverse", torch.zeros(d_in, d_in, dtype=torch.float64))
+
+    def fit(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """`M = E (L + eps)^(-1/2)` from the covariance `E L E^T`."""
+        batch, d_in = x.shape
+        if batch < 2 * d_in:
+            raise InputError(f"covariance_whitening estimates {d_in} x {d_in} numbers and needs a first batch of at least {2 * d_in}, got {batch}")
+        self.mean.copy_(x.double().mean(0))
+        values, vectors = torch.linalg.eigh(torch.cov(x.double().T))
+        values = values.clamp(min=0) + self.eps
+        self.matrix.copy_(vectors * values.rsqrt())
+        self.inverse.copy_(values.sqrt()[:, None] * vectors.T)
+
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
+        """`z = (x - mean) M`."""
+        return (x - self.mean.to(x.dtype)) @ self.matrix.to(x.dtype), (x.new_ones(()), x.new_zeros(()))
+
+    def restore(self, z: Float[Tensor, "batch d_in"], undo: Undo) -> Float[Tensor, "batch d_in"]:
+        """`x = z M^-1 + mean`."""
+        return z @ self.inverse.to(z.dtype) + self.mean.to(z.dtype)
+
+    def fold(self, sae: Any) -> None:
+        """Into the weights, by SAELens's own method."""
+        sae.fold_activation_whitening(mean=self.mean, whitening_matrix=self.matrix, unwhitening_matrix=self.inverse)
+
+
+def normalizer_of(name: str, d_in: int) -> Normalizer:
+    """The normaliser that SAELens calls `name`."""
+    match name:
+        case "none":
+            return Identity()
+        case "layer_norm":
+            return LayerNorm()
+        case "constant_norm_rescale":
+            return ConstantNorm()
+        case "expected_average_only_in":
+            return ExpectedAverage()
+        case "covariance_whitening":
+            return Whitening(d_in)
+        case _:
+            raise InputError(f"normalize_activations: SAELens knows no normaliser {name!r}")

@@ -1,0 +1,83 @@
+"""What is added to the primary's loss: `Penalty` and its final children. The formulas are in `functional`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from metasae_lightning import functional
+from metasae_lightning.errors import InputError
+
+Critic = Callable[[Float[Tensor, "d_sae d_in"]], Float[Tensor, "d_sae d_in"]]
+"""The frozen meta SAE: unit decoder rows in, their reconstruction out, no gradient, no state moved."""
+
+
+class Penalty(nn.Module, ABC):
+    """A scalar on the primary's decoder, weighted and possibly warmed up.
+
+    `weight` is the paper's: against a squared error that is a mean over `d_in` and the batch. Over the first `warm_up_steps` primary steps it rises linearly from 0. A weight of 0
+    leaves the run bit-equal to one without the penalty, and the value is still measured.
+    """
+
+    needs_critic: bool = False
+
+    def __init__(self, weight: float, warm_up_steps: int = 0) -> None:
+        super().__init__()
+        if weight < 0 or warm_up_steps < 0:
+            raise InputError(f"{type(self).__name__}: weight and warm_up_steps must not be negative, got {weight} and {warm_up_steps}")
+        self.weight = weight
+        self.warm_up_steps = warm_up_steps
+
+    def setup(self, trainer: Any) -> None:
+        """For a penalty that needs more of the run than the decoder and the critic; called once before training."""
+
+    @abstractmethod
+    def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
+        """The penalty's value at primary step `step` (from 0): a pure function of its arguments."""
+
+
+@final
+class Decomposability(Penalty):
+    """Mean decomposability of the decoder rows by the critic, `mean_i exp(-||W_i - What_i||^2 / sigma_sq)` (arXiv 2604.03436)."""
+
+    needs_critic = True
+
+    def __init__(self, weight: float, sigma_sq: float = 1.0, warm_up_steps: int = 0) -> None:
+        super().__init__(weight, warm_up_steps)
+        if sigma_sq <= 0:
+            raise InputError(f"Decomposability: sigma_sq must be positive, got {sigma_sq}")
+        self.sigma_sq = sigma_sq
+
+    def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
+        """See the class."""
+        assert critic is not None
+        with torch.no_grad():
+            reconstruction = critic(functional.unit_rows(W_dec))
+        return functional.decomposability(W_dec, reconstruction.to(W_dec.dtype), self.sigma_sq).mean()
+
+
+@final
+class Orthogonality(Penalty):
+    """Mean squared cosine of each row to its nearest neighbour within a random chunk, a new partition each step (arXiv 2509.22033).
+
+    With `every` > 1 it acts on every so-manieth step only, `every` times as strongly.
+    """
+
+    def __init__(self, weight: float = 0.25, chunk_size: int = 8192, every: int = 1, seed: int = 0, warm_up_steps: int = 0) -> None:
+        super().__init__(weight, warm_up_steps)
+        if chunk_size < 2 or every < 1:
+            raise InputError(f"Orthogonality: chunk_size must be at least 2 and every at least 1, got {chunk_size} and {every}")
+        self.chunk_size, self.every, self.seed = chunk_size, every, seed
+
+    def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
+        """See the class."""
+        if step % self.every:
+            return W_dec.new_zeros(())
+        # A generator of the step's own: the partition is new each step, the same after a resume, and no random stream moves.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        order = torch.randperm(W_dec.shape[0], generator=generator).to(W_dec.device)
+        chunks = list(order.chunk(-(-len(order) // self.chunk_size)))
+        return self.every * functional.orthogonality(W_dec, chunks).mean()

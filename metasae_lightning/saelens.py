@@ -1,0 +1,173 @@
+"""The one door to SAELens: build a training SAE, run it, and save it as an inference SAE that works on raw activations."""
+
+import copy
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE, TrainingSAE, TrainingSAEConfig
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import SAEMetadata, TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from metasae_lightning import functional
+from metasae_lightning.calibration import global_threshold
+from metasae_lightning.errors import InputError
+from metasae_lightning.normalizers import Normalizer
+from metasae_lightning.schedules import warm_up
+
+__all__ = ["ExportRecord", "SAEMetadata", "TrainingSAE", "TrainingSAEConfig", "build", "export", "forward"]
+
+AnySAE = TrainingSAE[Any]
+
+
+def build(cfg: TrainingSAEConfig, *, role: str, seed: int) -> AnySAE:
+    """The training SAE of a config, in normalised space, initialised from `seed` alone."""
+    _check(cfg, role)
+    cfg = copy.deepcopy(cfg)
+    cfg.normalize_activations = "none"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sae = get_sae_training_class(cfg.architecture())[0](cfg)
+    if not isinstance(getattr(sae, "W_dec", None), torch.nn.Parameter):
+        raise InputError(f"{role}: architecture {cfg.architecture()!r} has no decoder matrix W_dec, which joint training is about")
+    return sae
+
+
+def _check(cfg: TrainingSAEConfig, role: str) -> None:
+    k = getattr(cfg, "k", None)
+    if k is not None and not 0 < k <= cfg.d_sae:
+        raise InputError(f"{role}.k must lie between 1 and d_sae={cfg.d_sae}, got {k}")
+    if min(cfg.d_in, cfg.d_sae) < 1:
+        raise InputError(f"{role}: d_in and d_sae must be positive, got {cfg.d_in} and {cfg.d_sae}")
+    if cfg.reshape_activations != "none":
+        raise InputError(f"{role}.reshape_activations must be none, got {cfg.reshape_activations!r}: flatten heads before the SAE")
+    if cfg.dtype != "float32" and cfg.dtype != "float64":
+        raise InputError(f"{role}.dtype must be float32 (parameters stay in full precision; use trainer.precision: bf16-mixed), got {cfg.dtype!r}")
+
+
+def forward(sae: AnySAE, z: Tensor, *, dead: Tensor, step: int) -> TrainStepOutput:
+    """One training forward pass of SAELens's own, with its coefficients warmed up as SAELens's trainer does."""
+    coefficients: dict[str, float] = {}
+    for name, given in sae.get_coefficients().items():
+        value, steps = given if isinstance(given, TrainCoefficientConfig) else (given, 0)
+        coefficients[name] = value * warm_up(step, steps)
+    return sae.training_forward_pass(
+        TrainStepInput(sae_in=z, coefficients=coefficients, dead_neuron_mask=dead, n_training_steps=step, is_logging_step=False)
+    )
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """What an exported SAE does on raw held-out activations."""
+
+    folder: str
+    """Where it is."""
+    l0: float | None = None
+    """Mean active latents a token; none where there was nothing to measure on."""
+    fvu: float | None = None
+    """Fraction of variance unexplained."""
+    target_l0: float | None = None
+    """What L0 was in training, for architectures that fix it."""
+    calibrated: bool = False
+    """Whether the running threshold missed the target by more than the tolerance and was replaced."""
+    tokens: int = 0
+    """How many tokens it was measured on."""
+
+
+def export(
+    sae: AnySAE,
+    folder: str | Path,
+    *,
+    normalizer: Normalizer,
+    updates: int,
+    metadata: Mapping[str, Any] | None = None,
+    samples: Sequence[Tensor] = (),
+    tolerance: float = 0.02,
+) -> ExportRecord:
+    """Save a SAELens inference folder that works on raw activations, checked on `samples` of them.
+
+    `updates` is how often the SAE's running threshold was updated: SAELens starts that mean at 0, so after few updates it is too low
+    by the factor `1 - (1 - lr)^updates`. Where the exported L0 still misses the training L0 by more than `tolerance`, the threshold is
+    set from the samples and the record says so. The folder appears whole or not at all, and an older one stays until then.
+    """
+    folder = Path(folder)
+    twin = _raw_twin(sae, normalizer, updates, metadata or {})
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        twin.save_inference_model(draft)
+        record = _checked(draft, samples, target_l0=_target_l0(sae), tolerance=tolerance)
+        _replace(draft, folder)
+    except OSError as error:
+        raise InputError(f"cannot write the SAE folder {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return ExportRecord(**{**vars(record), "folder": str(folder)})
+
+
+def _raw_twin(sae: AnySAE, normalizer: Normalizer, updates: int, metadata: Mapping[str, Any]) -> AnySAE:
+    """A copy whose threshold is right and whose normaliser is folded in; the SAE in training is untouched."""
+    cfg = copy.deepcopy(sae.cfg)
+    cfg.device = "cpu"
+    for name, value in metadata.items():
+        cfg.metadata[name] = value
+    with torch.random.fork_rng():
+        twin: AnySAE = type(sae)(cfg)
+    twin.load_state_dict({name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()})
+    if (lr := getattr(cfg, "topk_threshold_lr", None)) is not None and updates:
+        twin.topk_threshold = twin.topk_threshold / (1 - (1 - lr) ** updates)
+    copy.deepcopy(normalizer).cpu().fold(twin)
+    return twin
+
+
+def _target_l0(sae: AnySAE) -> float | None:
+    k = getattr(sae.cfg, "k", None)
+    return None if k is None else float(k)
+
+
+@torch.no_grad()
+def _checked(folder: Path, samples: Sequence[Tensor], *, target_l0: float | None, tolerance: float) -> ExportRecord:
+    if not samples:
+        return ExportRecord(str(folder), target_l0=target_l0)
+    inference = SAE.load_from_disk(folder)
+    l0, fvu = _measure(inference, samples)
+    threshold = getattr(inference, "threshold", None)
+    calibrated = target_l0 is not None and threshold is not None and abs(l0 / target_l0 - 1) > tolerance
+    if calibrated:
+        assert target_l0 is not None
+        value = global_threshold(lambda x: inference.process_sae_in(x) @ inference.W_enc + inference.b_enc, samples, target_l0)
+        weights = load_file(folder / SAE_WEIGHTS_FILENAME)
+        weights["threshold"] = torch.full_like(weights["threshold"], value)
+        save_file(weights, folder / SAE_WEIGHTS_FILENAME)
+        l0, fvu = _measure(SAE.load_from_disk(folder), samples)
+    return ExportRecord(str(folder), l0, fvu, target_l0, calibrated, sum(len(x) for x in samples))
+
+
+def _measure(sae: SAE[Any], samples: Sequence[Tensor]) -> tuple[float, float]:
+    """L0 and FVU over all samples, from global sums."""
+    active, sums = 0, None
+    for x in samples:
+        codes = sae.encode(x)
+        active += int(codes.count_nonzero())
+        added = functional.reconstruction_sums(x, sae.decode(codes))
+        sums = added if sums is None else tuple(a + b for a, b in zip(sums, added, strict=True))
+    assert sums is not None
+    return active / sum(len(x) for x in samples), functional.fvu_of_sums(sums).item()  # pyright: ignore[reportArgumentType]
+
+
+def _replace(draft: Path, folder: Path) -> None:
+    """Put the finished draft where an older folder may stand."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

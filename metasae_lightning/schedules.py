@@ -1,0 +1,83 @@
+"""What changes over a run: warm-ups of coefficients and the shape of a learning rate.
+
+Lengths are whole steps, or a share of the run where they lie below 1: budgets are in tokens, so a recipe rarely knows its steps.
+"""
+
+import math
+from typing import Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from metasae_lightning.errors import InputError
+
+
+def warm_up(step: int, steps: int) -> float:
+    """Factor of a coefficient at a step (from 0): rises linearly from 0 to 1 over `steps`, as SAELens's coefficients do.
+
+    >>> [warm_up(step, 4) for step in (0, 1, 4, 9)], warm_up(0, 0)
+    ([0.0, 0.25, 1.0, 1.0], 1.0)
+    """
+    return 1.0 if step >= steps else step / steps
+
+
+def steps_of(length: float, total: int) -> int:
+    """A length in steps: itself, or that share of `total` where it lies below 1.
+
+    >>> steps_of(0.25, 80), steps_of(10, 80)
+    (20, 10)
+    """
+    return round(length * total) if length < 1 else round(length)
+
+
+def learning_rate_factor(step: int, total: int, *, warmup: float, decay: float, shape: str, floor: float) -> float:
+    """Factor of the learning rate at optimiser step `step` (from 0): linear warm-up, level, then decay to `floor`.
+
+    >>> [learning_rate_factor(s, 10, warmup=2, decay=4, shape="linear", floor=0.0) for s in (0, 1, 5, 6, 8, 9)]
+    [0.5, 1.0, 1.0, 1.0, 0.5, 0.25]
+    """
+    rising, falling = steps_of(warmup, total), steps_of(decay, total)
+    if step < rising:
+        return (step + 1) / rising
+    into = step - (total - falling)
+    if shape == "constant" or into <= 0:
+        return 1.0
+    done = min(into / falling, 1.0)
+    left = 1 - done if shape == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return floor + (1 - floor) * left
+
+
+class WarmupDecay(LambdaLR):
+    """Learning rate with linear warm-up, a level part, and a linear or cosine decay; its length is bound when the run's is known.
+
+    Example in YAML:
+        primary_scheduler: {class_path: WarmupDecay, init_args: {warmup: 0.05, decay: 0.2, shape: linear}}
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        warmup: float = 0.0,
+        decay: float = 0.2,
+        shape: Literal["constant", "linear", "cosine"] = "linear",
+        floor: float = 0.0,
+        total_steps: int | None = None,
+    ) -> None:
+        if min(warmup, decay, floor) < 0:
+            raise InputError(f"WarmupDecay: warmup, decay and floor must not be negative, got {warmup}, {decay}, {floor}")
+        self.shape: dict[str, float | str] = {"warmup": warmup, "decay": decay, "shape": shape, "floor": floor}
+        self.total_steps = total_steps
+        super().__init__(optimizer, self._factor)
+
+    def bind(self, total_steps: int) -> None:
+        """Tell the schedule how many optimiser steps the run has, unless it was given."""
+        if self.total_steps is None:
+            self.total_steps = total_steps
+            for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+                group["lr"] = base * self._factor(self.last_epoch)
+
+    def _factor(self, step: int) -> float:
+        if self.total_steps is None:
+            return 1.0
+        return learning_rate_factor(step, self.total_steps, **self.shape)  # pyright: ignore[reportArgumentType]

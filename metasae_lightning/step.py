@@ -1,0 +1,127 @@
+"""The frozen types that every room speaks: what a step receives and what it returns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Activations of one training step, one row a token."""
+
+    activations: Float[Tensor, "batch d_in"]
+
+    @classmethod
+    def of(cls, activations: "Batch | Tensor") -> "Batch":
+        """A batch of whatever a source yields: a plain tensor will do."""
+        return activations if isinstance(activations, Batch) else cls(activations)
+
+    def __len__(self) -> int:
+        return self.activations.shape[0]
+
+    def to(self, *args: Any, **kwargs: Any) -> "Batch":
+        """Lightning moves a batch by this method."""
+        return Batch(self.activations.to(*args, **kwargs))
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The nonzero latent activations of a batch, ordered by row: a tokens x latents matrix that is never dense.
+
+    >>> codes = Codes.from_dense(torch.tensor([[0.0, 2.0, 0.0], [3.0, 0.0, 1.0]]))
+    >>> codes.latents.tolist(), codes.values.tolist(), codes.firings().tolist(), codes.l0
+    ([1, 0, 2], [2.0, 3.0, 1.0], [1, 1, 1], 1.5)
+    """
+
+    rows: Int[Tensor, " nnz"]
+    """The token of each nonzero."""
+    latents: Int[Tensor, " nnz"]
+    """The latent of each nonzero."""
+    values: Float[Tensor, " nnz"]
+    """The activation of each nonzero."""
+    shape: tuple[int, int]
+    """Tokens, latents."""
+
+    @classmethod
+    def from_dense(cls, feature_acts: Tensor) -> "Codes":
+        """From a dense or sparse COO matrix of activations."""
+        acts = feature_acts.detach()
+        if acts.is_sparse:
+            acts = acts.coalesce()
+            (rows, latents), values = acts.indices(), acts.values()
+            keep = values != 0
+            rows, latents, values = rows[keep], latents[keep], values[keep]
+        else:
+            rows, latents = acts.nonzero(as_tuple=True)
+            values = acts[rows, latents]
+        return cls(rows, latents, values, (acts.shape[0], acts.shape[1]))
+
+    @classmethod
+    def concatenate(cls, parts: "list[Codes]") -> "Codes":
+        """Codes of consecutive micro-batches as those of the whole batch."""
+        if len(parts) == 1:
+            return parts[0]
+        offsets = torch.tensor([p.shape[0] for p in parts]).cumsum(0).tolist()
+        rows = [p.rows + start for p, start in zip(parts, [0, *offsets[:-1]], strict=True)]
+        latents = [p.latents for p in parts]
+        values = [p.values for p in parts]
+        return cls(torch.cat(rows), torch.cat(latents), torch.cat(values), (offsets[-1], parts[0].shape[1]))
+
+    def firings(self) -> Int[Tensor, " d_sae"]:
+        """How many tokens each latent fired on."""
+        return torch.bincount(self.latents, minlength=self.shape[1])
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active latents a token."""
+        return self.values.numel() / max(self.shape[0], 1)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one SAE's forward pass on one batch showed."""
+
+    loss: Float[Tensor, ""]
+    """The architecture's own training loss, in its normalised space."""
+    losses: Mapping[str, Tensor]
+    """Its parts by SAELens's names."""
+    fvu: Float[Tensor, ""]
+    """Fraction of variance unexplained on this batch, in raw space."""
+    l0: float
+    """Mean number of active latents a row."""
+    dead: float
+    """Share of latents silent for longer than the dead window."""
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What `training_step` hands to the callbacks, and the only thing they see of a step."""
+
+    loss: Float[Tensor, ""]
+    """Everything that was minimised: the primary's loss plus the weighted penalties."""
+    primary: Reading
+    """The primary SAE on this batch."""
+    codes: Codes
+    """Its latent activations."""
+    reconstruction: Float[Tensor, "batch d_in"]
+    """Its reconstruction of the batch, in raw space."""
+    penalties: Mapping[str, Tensor] = field(default_factory=dict)
+    """Each penalty's value, before its weight."""
+    meta: Reading | None = None
+    """The meta SAE's last step, where this step ended a macro-step."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a validation or test step hands to the callbacks."""
+
+    activations: Float[Tensor, "batch d_in"]
+    """The batch."""
+    codes: Codes
+    """The primary's latent activations."""
+    reconstruction: Float[Tensor, "batch d_in"]
+    """Its reconstruction, in raw space."""
