@@ -1,8 +1,8 @@
 """What to watch and when: each callback sees only what a step returned, and can be removed in YAML."""
 
 from metasae_lightning.callbacks.export import Export
-from metasae_lightning.callbacks.progress import TokenProgress
 from metasae_lightning.callbacks.held_out import HeldOut
+from metasae_lightning.callbacks.progress import TokenProgress
 from metasae_lightning.callbacks.summary import Summary
 
 __all__ = ["Export", "HeldOut", "Summary", "TokenProgress"]

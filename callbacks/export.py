@@ -32,12 +32,14 @@ class Export(Callback):
         """Forget the last validation's activations."""
         self._samples = []
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Keep some of this one's."""
         if sum(len(x) for x in self._samples) < self.calibration_tokens:
             self._samples.append(outputs["output"].activations.detach().cpu())
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A save point, where one is due."""
         tokens = int(pl_module.primary.rows_seen)  # pyright: ignore
         if self.every_tokens is not None and tokens - self._exported_at >= self.every_tokens:
@@ -70,4 +72,6 @@ class Export(Callback):
         )
         self.records[role] = record
         if record.calibrated:
-            rank_zero_info(f"{role}: the running threshold missed L0 {record.target_l0:g}; calibrated to {record.l0:.2f} on {record.tokens:,} rows")
+            rank_zero_info(
+                f"{role}: the running threshold missed L0 {record.target_l0:g}; calibrated to {record.l0:.2f} on {record.tokens:,} rows"
+            )

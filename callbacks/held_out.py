@@ -41,7 +41,9 @@ class HeldOut(Callback):
         """Start anew."""
         self._begin(pl_module)
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Add a batch."""
         self._update(outputs)
 
@@ -53,7 +55,9 @@ class HeldOut(Callback):
         """Start anew."""
         self._begin(pl_module)
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Add a batch."""
         self._update(outputs)
 

@@ -41,7 +41,9 @@ class TokenProgress(ProgressBar):
         self._start = self._tokens(trainer, pl_module)
         self._began = self._said = time.monotonic()
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=self._start, unit="tok", unit_scale=True, disable=not (self._enabled and terminal), leave=True)
+        self._bar = tqdm(
+            total=total, initial=self._start, unit="tok", unit_scale=True, disable=not (self._enabled and terminal), leave=True
+        )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the bar, or say a line."""

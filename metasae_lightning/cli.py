@@ -4,19 +4,20 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from jsonargparse import ArgumentError
 from jsonargparse.typing import register_type
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import metasae_lightning.callbacks  # noqa: F401  so that YAML finds callbacks by their short names
+from metasae_lightning import callbacks
 from metasae_lightning.complaints import complaint
 from metasae_lightning.corpora import Corpus
 from metasae_lightning.errors import InputError
@@ -28,8 +29,17 @@ from metasae_lightning.saelens import SAEMetadata
 RECIPES = Path(__file__).parent / "configs"
 PLUGS = (Penalty, Corpus, LanguageModel, Callback, LightningModule, LightningDataModule)
 
-# SAELens's metadata is an open record that jsonargparse could write but not read back.
-register_type(SAEMetadata, serializer=lambda metadata: metadata.to_dict(), deserializer=lambda record: SAEMetadata(**record))
+# What SAELens writes into the metadata itself, from the config and its own version.
+DERIVED = {"sae_lens_version", "sae_lens_training_version", "training_architecture", "training_architecture_details"}
+
+
+def given_metadata(metadata: SAEMetadata) -> dict[str, Any]:
+    """What the user said in a config's metadata, without what SAELens derives: jsonargparse shares one default among all configs."""
+    return {key: value for key, value in metadata.items() if key not in DERIVED}
+
+
+# An open record that jsonargparse could write but not read back.
+register_type(SAEMetadata, serializer=given_metadata, deserializer=lambda record: SAEMetadata(**record))
 
 
 class KeepConfig(SaveConfigCallback):
@@ -61,7 +71,7 @@ class MetasaeCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             keys = {key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys(branches=True)}
-            raise InputError(complaint(error, keys, names_of(PLUGS))) from error
+            raise InputError(complaint(error, keys, names_of(PLUGS) | set(callbacks.__all__))) from error
 
     @property
     def run_directory(self) -> Path:
@@ -98,7 +108,8 @@ class MetasaeCLI(LightningCLI):
 
     def test(self, **kwargs: Any) -> None:
         """Lightning's test; the summary prints the table."""
-        self.trainer.test(**{**kwargs, "verbose": False})
+        kwargs["verbose"] = False
+        self.trainer.test(**kwargs)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -118,7 +129,7 @@ def main(args: list[str] | None = None) -> int:
                 save_config_callback=KeepConfig,
                 save_config_kwargs={"overwrite": True},
                 trainer_defaults={"max_epochs": 1, "num_sanity_val_steps": 0, "enable_model_summary": False, "log_every_n_steps": 10},
-                parser_kwargs={**{name: strict for name in MetasaeCLI.subcommands()}, **strict},
+                parser_kwargs={**dict.fromkeys(MetasaeCLI.subcommands(), strict), **strict},
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
             )
@@ -169,14 +180,14 @@ def descendants(cls: type) -> Iterator[type]:
         yield from descendants(child)
 
 
-class quiet(warnings.catch_warnings):
+@contextmanager
+def quiet() -> Generator[None, None, None]:
     """Leave out what Lightning says about things that are so on purpose."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        for message in (".*does not have many workers.*", ".*Experiment logs directory.*", ".*skip_none.*", ".*LeafSpec.*"):
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+    with warnings.catch_warnings():
+        for message in (".*does not have many workers.*", ".*Experiment logs directory.*", ".*LeafSpec.*"):
             warnings.filterwarnings("ignore", message=message)
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+        yield
 
 
 def no_advertisement(record: logging.LogRecord) -> bool:

@@ -21,9 +21,15 @@ def complaint(error: BaseException, keys: Iterable[str] = (), names: Iterable[st
             return str(cause)
     text = re.sub(r"\s+", " ", str(error)).strip()
     for pattern, say in (
-        (r"class_path '([^']+)': Option '([^']+)' is not accepted", lambda m: f"{m[0]} takes no {m[1]}{did_you_mean(m[1], arguments(m[0]))}"),
+        (
+            r"class_path '([^']+)': Option '([^']+)' is not accepted",
+            lambda m: f"{m[0]} takes no {m[1]}{did_you_mean(m[1], arguments(m[0]))}",
+        ),
         (r"class_path '([^']+)': the following arguments are required: ([\w, ]+?)(?: -|$)", lambda m: f"{m[0]} needs {m[1]}"),
-        (r"class_path '([^']+)': (module '\S+' has no attribute '\S+')", lambda m: f"there is no class {m[0]}{did_you_mean(m[0], siblings(m[0]))}"),
+        (
+            r"class_path '([^']+)': (module '\S+' has no attribute '\S+')",
+            lambda m: f"there is no class {m[0]}{did_you_mean(m[0], siblings(m[0]))}",
+        ),
         (r"class_path '([^']+)': (No module named '\S+')", lambda m: f"there is no class {m[0]}: {m[1]}"),
         (r"Expected a dot import path string: (\S+)()", lambda m: f"there is no class {m[0]}{did_you_mean(m[0], names)}"),
         (r"Parser key \"([\w.]+)\": Expected (?:a )?(.+? Got value: .+?)(?: - Expected|$)", lambda m: f"{m[0]}: expected {plain(m[1])}"),

@@ -36,6 +36,8 @@ class ActivationsDataModule(LightningDataModule):
         validation_tokens: Tokens of a validation, over all ranks.
         test_tokens: Tokens of a test, over all ranks.
         prepend_bos: Whether each context begins with BOS.
+        skip_positions: How many positions at the start of each context, BOS included, are not trained on. Attention sinks sit there:
+            a few tokens of a hundred times the median norm that would make up most of the variance.
         forward_batch: Contexts of a forward pass of the model.
         seed: Seed of the order of documents and of the shuffle.
     """
@@ -53,6 +55,7 @@ class ActivationsDataModule(LightningDataModule):
         validation_tokens: int = 65536,
         test_tokens: int = 65536,
         prepend_bos: bool = True,
+        skip_positions: int = 0,
         forward_batch: int = 32,
         seed: int = 0,
     ):
@@ -67,6 +70,7 @@ class ActivationsDataModule(LightningDataModule):
         self.validation_tokens = validation_tokens
         self.test_tokens = test_tokens
         self.prepend_bos = prepend_bos
+        self.skip_positions = skip_positions
         self.forward_batch = forward_batch
         self.seed = seed
         self._restored: dict[str, Any] | None = None
@@ -94,6 +98,7 @@ class ActivationsDataModule(LightningDataModule):
             world_size=world_size,
             held_out=self.held_out,
             prepend_bos=self.prepend_bos,
+            skip_positions=self.skip_positions,
             forward_batch=self.forward_batch,
         )
 
@@ -124,7 +129,9 @@ class ActivationsDataModule(LightningDataModule):
     def metadata(self) -> dict[str, Any]:
         """What a published SAE tells of its data, by SAELens's names."""
         self.language_model.load()
-        data = {"dataset_path": self.corpus.identity(), "context_size": self.context_size, "prepend_bos": self.prepend_bos}
+        data: dict[str, Any] = {"dataset_path": self.corpus.identity(), "context_size": self.context_size, "prepend_bos": self.prepend_bos}
+        if self.skip_positions:
+            data["seqpos_slice"] = [self.skip_positions, None]
         return self.language_model.metadata() | data | {"exclude_special_tokens": True, "sequence_separator_token": "eos"}
 
     def state_dict(self) -> dict[str, Any]:

@@ -84,9 +84,7 @@ def phi(
     return torch.where(spread > 0, (n11 * n - n_i * n_j) / spread.clamp(min=1e-300), 0.0)
 
 
-def geometric_median(
-    x: Float[Tensor, "batch d_in"], *, iterations: int = 100, tolerance: float = 1e-6
-) -> Float[Tensor, " d_in"]:
+def geometric_median(x: Float[Tensor, "batch d_in"], *, iterations: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d_in"]:
     """The point with the least summed distance to the rows, by Weiszfeld's iteration; outliers pull it less than the mean.
 
     >>> geometric_median(torch.tensor([[0.0], [0.0], [9.0]])).abs().item() < 1e-3
@@ -103,9 +101,7 @@ def geometric_median(
     return guess.to(x.dtype)
 
 
-def without_radial(
-    gradient: Float[Tensor, "d_sae d_in"], W_dec: Float[Tensor, "d_sae d_in"]
-) -> Float[Tensor, "d_sae d_in"]:
+def without_radial(gradient: Float[Tensor, "d_sae d_in"], W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
     """A gradient less its part along each row, which a renormalised row cannot follow: `g_i - (g_i . W_i) W_i / ||W_i||^2`.
 
     >>> without_radial(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 0.0]]))

@@ -88,7 +88,9 @@ class JointSAE(LightningModule):
         self._scheduler_callables = {"primary": primary_scheduler, "meta": meta_scheduler}
         self._schedules: dict[str, LRScheduler] = {}
 
-    def step(self, batch: Batch, primary_optimizer: Optimizer, meta_optimizer: Optimizer | None = None, *, last: bool = False) -> StepOutput:
+    def step(
+        self, batch: Batch, primary_optimizer: Optimizer, meta_optimizer: Optimizer | None = None, *, last: bool = False
+    ) -> StepOutput:
         """One primary step and, where it ends a macro-step, the meta phase: the algorithm."""
         self.primary.initialize(batch.activations)
         penalty, values = self._penalties()
@@ -194,7 +196,9 @@ class JointSAE(LightningModule):
         return figures | {f"penalty/{name}": value for name, value in output.penalties.items()}
 
 
-def _check_roles(primary: TrainingSAEConfig, meta: TrainingSAEConfig | None, penalties: torch.nn.ModuleDict, counts: dict[str, int]) -> None:
+def _check_roles(
+    primary: TrainingSAEConfig, meta: TrainingSAEConfig | None, penalties: torch.nn.ModuleDict, counts: dict[str, int]
+) -> None:
     for name, value in counts.items():
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")

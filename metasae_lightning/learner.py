@@ -89,13 +89,10 @@ class Learner(nn.Module):
             return
         self.normalizer.fit(x)
         z, _ = self.normalizer.normalize(x)
-        match self.b_dec_init:
-            case "mean":
-                self.sae.b_dec.copy_(z.mean(0))
-            case "geometric_median":
-                self.sae.b_dec.copy_(functional.geometric_median(z))
-            case "zeros":
-                pass
+        if self.b_dec_init == "mean":
+            self.sae.b_dec.copy_(z.mean(0))
+        elif self.b_dec_init == "geometric_median":
+            self.sae.b_dec.copy_(functional.geometric_median(z))
         self.initialized.fill_(True)
 
     def learn(
@@ -166,7 +163,9 @@ class Learner(nn.Module):
         if len(passes) == 1:
             return passes[0]
         shares = [len(p.reconstruction) / rows for p in passes]
-        losses = {name: sum((p.losses[name] * s for p, s in zip(passes, shares, strict=True)), torch.zeros(())) for name in passes[0].losses}
+        losses = {
+            name: sum((p.losses[name] * s for p, s in zip(passes, shares, strict=True)), torch.zeros(())) for name in passes[0].losses
+        }
         loss = sum((p.loss.detach() * s for p, s in zip(passes, shares, strict=True)), torch.zeros(()))
         return Pass(loss, losses, Codes.concatenate([p.codes for p in passes]), torch.cat([p.reconstruction for p in passes]))
 

@@ -19,7 +19,6 @@ Undo = tuple[Tensor, Tensor]
 class Normalizer(nn.Module, ABC):
     """Raw activations to an SAE's space and back."""
 
-
     def fit(self, x: Float[Tensor, "batch d_in"]) -> None:
         """Estimate what is needed from a sample; per-token normalisers need nothing."""
 
@@ -122,7 +121,9 @@ class Whitening(Normalizer):
         """`M = E (L + eps)^(-1/2)` from the covariance `E L E^T`."""
         batch, d_in = x.shape
         if batch < 2 * d_in:
-            raise InputError(f"covariance_whitening estimates {d_in} x {d_in} numbers and needs a first batch of at least {2 * d_in}, got {batch}")
+            raise InputError(
+                f"covariance_whitening estimates {d_in} x {d_in} numbers and needs a first batch of at least {2 * d_in}, got {batch}"
+            )
         self.mean.copy_(x.double().mean(0))
         values, vectors = torch.linalg.eigh(torch.cov(x.double().T))
         values = values.clamp(min=0) + self.eps

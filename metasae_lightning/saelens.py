@@ -4,7 +4,8 @@ import copy
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def _check(cfg: TrainingSAEConfig, role: str) -> None:
     if cfg.reshape_activations != "none":
         raise InputError(f"{role}.reshape_activations must be none, got {cfg.reshape_activations!r}: flatten heads before the SAE")
     if cfg.dtype != "float32" and cfg.dtype != "float64":
-        raise InputError(f"{role}.dtype must be float32 (parameters stay in full precision; use trainer.precision: bf16-mixed), got {cfg.dtype!r}")
+        raise InputError(
+            f"{role}.dtype must be float32 (parameters stay in full precision; use trainer.precision: bf16-mixed), got {cfg.dtype!r}"
+        )
 
 
 def forward(sae: AnySAE, z: Tensor, *, dead: Tensor, step: int) -> TrainStepOutput:
@@ -89,7 +92,7 @@ def export(
     updates: int,
     metadata: Mapping[str, Any] | None = None,
     samples: Sequence[Tensor] = (),
-    tolerance: float = 0.02,
+    tolerance: float = 0.01,
 ) -> ExportRecord:
     """Save a SAELens inference folder that works on raw activations, checked on `samples` of them.
 
@@ -110,7 +113,7 @@ def export(
         raise InputError(f"cannot write the SAE folder {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return ExportRecord(**{**vars(record), "folder": str(folder)})
+    return replace(record, folder=str(folder))
 
 
 def _raw_twin(sae: AnySAE, normalizer: Normalizer, updates: int, metadata: Mapping[str, Any]) -> AnySAE:
@@ -133,6 +136,10 @@ def _target_l0(sae: AnySAE) -> float | None:
     return None if k is None else float(k)
 
 
+def _pre_activations(sae: Any, x: Tensor) -> Tensor:
+    return sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
+
+
 @torch.no_grad()
 def _checked(folder: Path, samples: Sequence[Tensor], *, target_l0: float | None, tolerance: float) -> ExportRecord:
     if not samples:
@@ -143,7 +150,7 @@ def _checked(folder: Path, samples: Sequence[Tensor], *, target_l0: float | None
     calibrated = target_l0 is not None and threshold is not None and abs(l0 / target_l0 - 1) > tolerance
     if calibrated:
         assert target_l0 is not None
-        value = global_threshold(lambda x: inference.process_sae_in(x) @ inference.W_enc + inference.b_enc, samples, target_l0)
+        value = global_threshold(partial(_pre_activations, inference), samples, target_l0)
         weights = load_file(folder / SAE_WEIGHTS_FILENAME)
         weights["threshold"] = torch.full_like(weights["threshold"], value)
         save_file(weights, folder / SAE_WEIGHTS_FILENAME)

@@ -6,8 +6,9 @@ Lengths are whole steps, or a share of the run where they lie below 1: budgets a
 import math
 from typing import Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from metasae_lightning.errors import InputError
 
@@ -47,7 +48,7 @@ def learning_rate_factor(step: int, total: int, *, warmup: float, decay: float, 
     return floor + (1 - floor) * left
 
 
-class WarmupDecay(LambdaLR):
+class WarmupDecay(LRScheduler):
     """Learning rate with linear warm-up, a level part, and a linear or cosine decay; its length is bound when the run's is known.
 
     Example in YAML:
@@ -68,7 +69,7 @@ class WarmupDecay(LambdaLR):
             raise InputError(f"WarmupDecay: warmup, decay and floor must not be negative, got {warmup}, {decay}, {floor}")
         self.shape: dict[str, float | str] = {"warmup": warmup, "decay": decay, "shape": shape, "floor": floor}
         self.total_steps = total_steps
-        super().__init__(optimizer, self._factor)
+        super().__init__(optimizer)
 
     def bind(self, total_steps: int) -> None:
         """Tell the schedule how many optimiser steps the run has, unless it was given."""
@@ -76,6 +77,10 @@ class WarmupDecay(LambdaLR):
             self.total_steps = total_steps
             for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
                 group["lr"] = base * self._factor(self.last_epoch)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rate of each parameter group at this step."""
+        return [base * self._factor(self.last_epoch) for base in self.base_lrs]
 
     def _factor(self, step: int) -> float:
         if self.total_steps is None:

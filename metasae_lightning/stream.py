@@ -20,13 +20,19 @@ TOKENISED_AT_ONCE = 64
 log = logging.getLogger(__name__)
 
 
-def content(tokens: Int[Tensor, "*shape"], special: Int[Tensor, " special"]) -> Bool[Tensor, "*shape"]:
-    """Which tokens are text: the one mask of special tokens, for training and for every evaluation.
+def content(
+    tokens: Int[Tensor, "context position"], special: Int[Tensor, " special"], skip_positions: int = 0
+) -> Bool[Tensor, "context position"]:
+    """Which tokens are trained on: text, past the first positions. The one mask, for training and for every evaluation.
 
     >>> content(torch.tensor([[1, 7, 2, 5]]), torch.tensor([1, 2])).tolist()
     [[False, True, False, True]]
+    >>> content(torch.tensor([[1, 7, 2, 5]]), torch.tensor([1, 2]), skip_positions=2).tolist()
+    [[False, False, False, True]]
     """
-    return torch.isin(tokens, special, invert=True)
+    keep = torch.isin(tokens, special, invert=True)
+    keep[:, :skip_positions] = False
+    return keep
 
 
 class ActivationStream:
@@ -54,6 +60,7 @@ class ActivationStream:
         world_size: int = 1,
         held_out: float = 0.02,
         prepend_bos: bool = True,
+        skip_positions: int = 0,
         forward_batch: int = 32,
     ):
         self.corpus = corpus
@@ -68,6 +75,7 @@ class ActivationStream:
         self.world_size = world_size
         self.held_out = held_out
         self.prepend_bos = prepend_bos
+        self.skip_positions = skip_positions
         self.forward_batch = forward_batch
         self._given = 0
         self._check()
@@ -80,6 +88,8 @@ class ActivationStream:
             raise InputError(f"tokens must fill a batch of {self.batch_size}, got {self.tokens} a rank for {self.split}")
         if self.buffer_size < self.batch_size:
             raise InputError(f"buffer_size must hold a batch of {self.batch_size} tokens, got {self.buffer_size}")
+        if not 0 <= self.skip_positions < self.context_size:
+            raise InputError(f"skip_positions must be in [0, context_size={self.context_size}), got {self.skip_positions}")
         if not 0 <= self.held_out < 0.5:
             raise InputError(f"held_out must be in [0, 0.5): that share is validation and as much again is test, got {self.held_out}")
         if not 0 <= self.rank < self.world_size:
@@ -112,7 +122,8 @@ class ActivationStream:
 
     def identity(self) -> dict[str, Any]:
         """Everything that the batch sequence is a function of."""
-        sizes = {name: getattr(self, name) for name in ("batch_size", "context_size", "buffer_size", "forward_batch", "prepend_bos")}
+        shape = ("batch_size", "context_size", "buffer_size", "forward_batch", "prepend_bos", "skip_positions")
+        sizes = {name: getattr(self, name) for name in shape}
         order = {name: getattr(self, name) for name in ("split", "held_out", "seed", "rank", "world_size")}
         model = {"model": self.language_model.name, "hook": self.language_model.hook}
         return {"corpus": self.corpus.identity()} | model | sizes | order
@@ -145,7 +156,7 @@ class ActivationStream:
         special = torch.tensor(sorted(set(self.language_model.tokenizer.all_special_ids)), dtype=torch.long)
         seen = 0
         for tokens in self._forward_batches():
-            keep = content(tokens, special)
+            keep = content(tokens, special, self.skip_positions)
             count = int(keep.sum())
             if seen + count > first:
                 activations = self.language_model.activations(tokens)

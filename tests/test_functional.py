@@ -26,7 +26,9 @@ def test_decomposability_is_its_closed_form(shape: tuple[int, int, int], sigma_s
     n, d, seed = shape
     rows, critic = functional.unit_rows(random_rows(n, d, seed)), random_rows(n, d, seed + 1)
     expected = [math.exp(-sum((rows[i, j] - critic[i, j]).item() ** 2 for j in range(d)) / sigma_sq) for i in range(n)]
-    torch.testing.assert_close(functional.decomposability(rows, critic, sigma_sq), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        functional.decomposability(rows, critic, sigma_sq), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10
+    )
 
 
 @given(shapes, st.sampled_from([0.3, 1.0, 3.0]))

@@ -29,6 +29,7 @@ DOWN = {
     "alternation": "errors",
     "schedules": "errors",
     "report": "errors",
+    "complaints": "errors",
     "hooks": "errors",
     "embedded": "errors",
     "lm": "embedded hooks errors",

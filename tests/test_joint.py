@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.architectures import ARCHITECTURES, D_IN, activations, config, optimizers
 
 from metasae_lightning.errors import InputError
 from metasae_lightning.joint import JointSAE
 from metasae_lightning.penalties import Decomposability, Orthogonality
 from metasae_lightning.step import Batch, StepOutput
+from tests.architectures import ARCHITECTURES, D_IN, activations, config, optimizers
 
 
 def joint(primary: str = "batchtopk", meta: str | None = "batchtopk", weight: float = 0.3, **kw: Any) -> JointSAE:

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from sae_lens import SAE
-from tests.architectures import ARCHITECTURES, D_IN, activations, config, optimizers
+from safetensors.torch import load_file
 
 from metasae_lightning import functional, saelens
 from metasae_lightning.calibration import global_threshold
@@ -17,6 +16,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.joint import JointSAE
 from metasae_lightning.normalizers import normalizer_of
 from metasae_lightning.step import Batch
+from tests.architectures import ARCHITECTURES, D_IN, activations, config, optimizers
 
 NORMALIZERS = ["none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening"]
 TENSORS = {
@@ -125,7 +125,7 @@ def test_an_export_that_fails_keeps_the_folder_that_was_there(tmp_path: Path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(module.primary.sae), "save_inference_model", full)
-    with pytest.raises(InputError, match="cannot write the SAE folder .*No space left"):
+    with pytest.raises(InputError, match=r"cannot write the SAE folder .*No space left"):
         exported(module, tmp_path / "sae")
     assert (tmp_path / "sae" / "sae_weights.safetensors").read_bytes() == kept
     assert [path.name for path in tmp_path.iterdir()] == ["sae"]

@@ -88,6 +88,14 @@ def test_no_more_forward_passes_than_the_budget_needs(lm, recorded):
     assert sum(kept[:-1]) < 640 <= sum(kept)
 
 
+def test_first_positions_are_seen_by_the_model_and_left_out_of_batches(lm, recorded):
+    given = rows(batches(stream(lm, skip_positions=3)))
+    seen = list(recorded)
+    assert rows([lm.activations(tokens)[:, :3].flatten(0, 1) for tokens in seen]).isdisjoint(given)
+    # The control: without it the second and third positions are there.
+    assert not rows([lm.activations(tokens)[:, 1:3].flatten(0, 1) for tokens in seen]).isdisjoint(rows(batches(stream(lm))))
+
+
 def test_special_tokens_are_seen_by_the_model_and_never_in_batches(lm, recorded):
     given = batches(stream(lm))
     special = torch.tensor(lm.tokenizer.all_special_ids)
