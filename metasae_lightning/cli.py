@@ -79,12 +79,16 @@ class MetasaeCLI(LightningCLI):
         return Path(self._get(self.config, "run"))
 
     def before_instantiate_classes(self) -> None:
-        """Refuse to write over a run that is there."""
+        """Refuse to go on from nothing, or to write over a run that is there."""
+        run, checkpoint = self.run_directory, self._get(self.config, "ckpt_path")
+        if checkpoint == "last" and not list((run / "checkpoints").glob("last*.ckpt")):
+            raise InputError(f"--ckpt_path last: there is no last checkpoint in {run / 'checkpoints'}")
+        if checkpoint not in (None, "last", "best", "hpc") and "://" not in checkpoint and not Path(checkpoint).exists():
+            raise InputError(f"--ckpt_path {checkpoint}: there is no such file")
         if self.subcommand != "fit":
             self.save_config_callback = None
             return
-        run = self.run_directory
-        if not self._get(self.config, "ckpt_path") and any((run / name).exists() for name in ("config.yaml", "checkpoints", "saes")):
+        if not checkpoint and any((run / name).exists() for name in ("config.yaml", "checkpoints", "saes")):
             raise InputError(f"--run {run} holds a run already: name another, or go on with it by --ckpt_path last")
         nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
