@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow check format lint types clean
+.PHONY: help quickstart picture test test-slow check format lint types clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ types: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev ## rewrite the code in the house's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+picture: $(VENV)/.installed ## the README's picture from a finished run (RUN=folder)
+	$(BIN)/python -c 'from metasae_lightning.callbacks.summary import picture; picture("$(RUN)", "docs/quickstart.svg")'
 
 clean: ## remove .venv and what tools leave behind; runs/ stays
 	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache

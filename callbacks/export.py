@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metasae_lightning import functional, saelens
 from metasae_lightning.saelens import ExportRecord
+from metasae_lightning.step import Batch
 
 
 class Export(Callback):
@@ -55,11 +56,20 @@ class Export(Callback):
             return
         about = getattr(getattr(trainer, "datamodule", None), "metadata", dict)()
         folder = Path(trainer.default_root_dir) / "saes"
-        self._write("primary", pl_module.primary, folder, {**about, "training_tokens": tokens}, self._samples)
+        self._write("primary", pl_module.primary, folder, {**about, "training_tokens": tokens}, self._samples or self._held_out(trainer))
         if pl_module.meta is not None:
             rows = functional.unit_rows(pl_module.primary.W_dec.detach()).cpu()
             model = {key: about[key] for key in ("model_name",) if key in about}
             self._write("meta", pl_module.meta, folder, {**model, "reads": "decoder rows of ../primary"}, [rows])
+
+    def _held_out(self, trainer: Trainer) -> list[Tensor]:
+        """Validation activations for a save point that comes before the first validation."""
+        data = getattr(trainer, "datamodule", None)
+        for batch in data.val_dataloader() if data is not None else ():
+            if sum(len(x) for x in self._samples) >= self.calibration_tokens:
+                break
+            self._samples.append(Batch.of(batch).activations.detach().cpu())
+        return self._samples
 
     def _write(self, role: str, learner: Any, folder: Path, about: dict[str, Any], samples: list[Tensor]) -> None:
         record = saelens.export(

@@ -1,7 +1,9 @@
 """The table at the end of training or testing, and the same figures in `evaluation.json`."""
 
+import io
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME as TERMINAL
 
 from metasae_lightning.saelens import ExportRecord
 
@@ -100,6 +103,16 @@ def table(split: str, entry: Mapping[str, Any], run: str) -> Table:
         shown.add_row("tokens trained on", f"{entry['tokens']:,}", *blank)
         shown.add_row("tokens per second", f"{entry['tokens_per_second']:,.0f}", *blank)
     return shown
+
+
+def picture(run: str | Path, svg: str | Path, split: str = "validation") -> None:
+    """The table of a finished run as an SVG that needs nothing from elsewhere."""
+    entry = json.loads((Path(run) / "evaluation.json").read_text())[split]
+    console = Console(record=True, width=110, file=io.StringIO())
+    console.print(table(split, entry, Path(run).name))
+    drawn = console.export_svg(title=f"metasae fit: {entry['seconds']:.0f} s of training", theme=TERMINAL)
+    # rich would have the font fetched from a server.
+    Path(svg).write_text(re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL))
 
 
 def said(key: str, value: float | None) -> str:

@@ -15,7 +15,7 @@ from metasae_lightning import functional
 from metasae_lightning.alternation import meta_steps_after, meta_steps_in
 from metasae_lightning.errors import InputError
 from metasae_lightning.learner import Learner
-from metasae_lightning.penalties import Penalty
+from metasae_lightning.penalties import Critic, Penalty
 from metasae_lightning.saelens import TrainingSAEConfig
 from metasae_lightning.schedules import WarmupDecay, warm_up
 from metasae_lightning.step import Batch, Evaluation, Reading, StepOutput
@@ -99,6 +99,8 @@ class JointSAE(LightningModule):
         judged = None
         for _ in range(meta_steps_after(int(self.primary.steps), n_p=self.n_p, n_m=self.n_m, last=last)):
             judged = self._meta_step(meta_optimizer)
+        if last:  # the run ends on what the last critic makes of the last decoder
+            values = self._measure({})
         loss = reading.loss if penalty is None else reading.loss + penalty.detach()
         return StepOutput(loss, reading, seen.codes, seen.reconstruction, penalties=values, meta=judged)
 
@@ -115,12 +117,25 @@ class JointSAE(LightningModule):
         values: dict[str, Tensor] = {}
         for name, penalty in self._named_penalties():
             weight = d_in * penalty.weight * warm_up(step, penalty.warm_up_steps)
-            with torch.set_grad_enabled(weight > 0):
-                value = penalty(self.primary.W_dec, self.meta.reconstruct if self.meta is not None else None, step)
+            if weight == 0:
+                continue
+            value = penalty(self.primary.W_dec, self._critic, step)
             values[name] = value.detach()
-            if weight > 0:
-                total = weight * value if total is None else total + weight * value
-        return total, values
+            total = weight * value if total is None else total + weight * value
+        return total, self._measure(values)
+
+    @torch.no_grad()
+    def _measure(self, known: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every penalty's value, those that are not known measured; one of weight 0 says nothing before its critic has learnt something."""
+        step, unlearnt = int(self.primary.steps), self.meta is not None and not self.meta.steps
+        for name, penalty in self._named_penalties():
+            if name not in known and not (penalty.needs_critic and unlearnt):
+                known = {**known, name: penalty(self.primary.W_dec, self._critic, step)}
+        return known
+
+    @property
+    def _critic(self) -> Critic | None:
+        return None if self.meta is None else self.meta.reconstruct
 
     def _meta_step(self, optimizer: Optimizer | None) -> Reading | None:
         if self.meta is None:

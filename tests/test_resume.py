@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def command(run: Path, checkpoint: bool) -> list[str]:
-    arguments = ["fit", "-c", "synthetic", "--run", str(run), "--data.init_args.tokens", "200000", "--data.init_args.validation_tokens", "4096"]
+    size = ["--data.init_args.tokens", "200000", "--data.init_args.validation_tokens", "4096"]
+    arguments = ["fit", "-c", "synthetic", "--run", str(run), *size]
     overlay = run.parent / "often.yaml"
     overlay.write_text(
         "trainer:\n  callbacks:\n    - class_path: Export\n    - class_path: lightning.pytorch.callbacks.ModelCheckpoint\n"

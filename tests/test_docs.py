@@ -1,0 +1,55 @@
+"""What the documents tell people to type works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from lightning import Trainer
+
+from metasae_lightning import cli
+from metasae_lightning.cli import MetasaeCLI
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text()
+FIT = re.compile(r"^    (metasae fit [^#\n]*)", re.MULTILINE)
+COMMANDS = [line.strip() for text in DOCUMENTS for line in FIT.findall(text.read_text())]
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_is_something_to_type():
+    assert len(COMMANDS) >= 8 and len(BLOCKS) >= 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_documents_parses(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    seen: list[str] = []
+    monkeypatch.setattr(MetasaeCLI, "instantiate_classes", lambda self: seen.append(self.config["fit"]["run"]))
+    monkeypatch.setattr(MetasaeCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(command)[1:]) == 0
+    assert seen[0].startswith("runs/")
+
+
+def test_the_readmes_own_activations_train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (block,) = [block for block in BLOCKS if "JointSAE" in block]
+    monkeypatch.chdir(tmp_path)
+    quiet = "enable_progress_bar=False, enable_model_summary=False, logger=False, enable_checkpointing=False"
+    assert "logger=False" in block
+    names: dict[str, object] = {"Trainer": Trainer}
+    exec(block.replace("logger=False", quiet), names)
+    assert int(names["module"].primary.steps) == 50  # type: ignore[attr-defined]
+    assert int(names["module"].meta.steps) == 25  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("text", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(text: Path):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text.read_text()):
+        assert (text.parent / target).exists(), target
+
+
+def test_make_targets_named_in_the_documents_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {name for text in [*DOCUMENTS, ROOT / "CONTRIBUTING.md"] for name in re.findall(r"(?:`|    )make ([a-z-]+)", text.read_text())}
+    assert {"quickstart", "test"} <= named <= targets
