@@ -13,7 +13,7 @@ def complaint(error: BaseException, keys: Iterable[str] = (), names: Iterable[st
 
     `keys` are the parser's own options, `names` the classes that YAML may name; the nearest are offered.
 
-    >>> complaint(ValueError('Parser key "model": Errors: - Parser key "n_p": Expected a <class \\'int\\'>. Got value: ten - Expected a None'))
+    >>> complaint(ValueError('Errors: - Parser key "n_p": Expected a <class \\'int\\'>. Got value: ten - Expected a None'))
     'n_p: expected int, got ten'
     """
     for cause in chain(error):

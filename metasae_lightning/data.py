@@ -38,6 +38,7 @@ class ActivationsDataModule(LightningDataModule):
         prepend_bos: Whether each context begins with BOS.
         skip_positions: How many positions at the start of each context, BOS included, are not trained on. Attention sinks sit there:
             a few tokens of a hundred times the median norm that would make up most of the variance.
+        max_norm_ratio: Rows whose norm exceeds so many times their batch's median are left out of it, wherever they sit; none keeps all.
         forward_batch: Contexts of a forward pass of the model.
         seed: Seed of the order of documents and of the shuffle.
     """
@@ -56,6 +57,7 @@ class ActivationsDataModule(LightningDataModule):
         test_tokens: int = 65536,
         prepend_bos: bool = True,
         skip_positions: int = 0,
+        max_norm_ratio: float | None = None,
         forward_batch: int = 32,
         seed: int = 0,
     ):
@@ -71,6 +73,7 @@ class ActivationsDataModule(LightningDataModule):
         self.test_tokens = test_tokens
         self.prepend_bos = prepend_bos
         self.skip_positions = skip_positions
+        self.max_norm_ratio = max_norm_ratio
         self.forward_batch = forward_batch
         self.seed = seed
         self._restored: dict[str, Any] | None = None
@@ -99,6 +102,7 @@ class ActivationsDataModule(LightningDataModule):
             held_out=self.held_out,
             prepend_bos=self.prepend_bos,
             skip_positions=self.skip_positions,
+            max_norm_ratio=self.max_norm_ratio,
             forward_batch=self.forward_batch,
         )
 

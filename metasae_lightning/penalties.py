@@ -18,8 +18,8 @@ Critic = Callable[[Float[Tensor, "d_sae d_in"]], Float[Tensor, "d_sae d_in"]]
 class Penalty(nn.Module, ABC):
     """A scalar on the primary's decoder, weighted and possibly warmed up.
 
-    `weight` is the paper's: against a squared error that is a mean over `d_in` and the batch. Over the first `warm_up_steps` primary steps it rises linearly from 0. A weight of 0
-    leaves the run bit-equal to one without the penalty, and the value is still measured.
+    `weight` is the paper's: against a squared error that is a mean over `d_in` and the batch. Over the first `warm_up_steps` primary
+    steps it rises linearly from 0. A weight of 0 leaves the run bit-equal to one without the penalty, and the value is still measured.
     """
 
     needs_critic: bool = False

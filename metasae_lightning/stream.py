@@ -35,6 +35,16 @@ def content(
     return keep
 
 
+def ordinary(activations: Float[Tensor, "row d_model"], max_norm_ratio: float) -> Bool[Tensor, " row"]:
+    """Which rows are no attention sinks: norms up to so many times the batch's median.
+
+    >>> ordinary(torch.tensor([[1.0], [2.0], [40.0]]), 10.0).tolist()
+    [True, True, False]
+    """
+    norms = activations.norm(dim=-1)
+    return norms <= max_norm_ratio * norms.median()
+
+
 class ActivationStream:
     """Shuffled batches of activations, a function of the arguments alone.
 
@@ -61,6 +71,7 @@ class ActivationStream:
         held_out: float = 0.02,
         prepend_bos: bool = True,
         skip_positions: int = 0,
+        max_norm_ratio: float | None = None,
         forward_batch: int = 32,
     ):
         self.corpus = corpus
@@ -76,6 +87,7 @@ class ActivationStream:
         self.held_out = held_out
         self.prepend_bos = prepend_bos
         self.skip_positions = skip_positions
+        self.max_norm_ratio = max_norm_ratio
         self.forward_batch = forward_batch
         self._given = 0
         self._check()
@@ -90,6 +102,8 @@ class ActivationStream:
             raise InputError(f"buffer_size must hold a batch of {self.batch_size} tokens, got {self.buffer_size}")
         if not 0 <= self.skip_positions < self.context_size:
             raise InputError(f"skip_positions must be in [0, context_size={self.context_size}), got {self.skip_positions}")
+        if self.max_norm_ratio is not None and self.max_norm_ratio <= 1:
+            raise InputError(f"max_norm_ratio must be more than 1, since it is times the median norm, got {self.max_norm_ratio}")
         if not 0 <= self.held_out < 0.5:
             raise InputError(f"held_out must be in [0, 0.5): that share is validation and as much again is test, got {self.held_out}")
         if not 0 <= self.rank < self.world_size:
@@ -122,7 +136,7 @@ class ActivationStream:
 
     def identity(self) -> dict[str, Any]:
         """Everything that the batch sequence is a function of."""
-        shape = ("batch_size", "context_size", "buffer_size", "forward_batch", "prepend_bos", "skip_positions")
+        shape = ("batch_size", "context_size", "buffer_size", "forward_batch", "prepend_bos", "skip_positions", "max_norm_ratio")
         sizes = {name: getattr(self, name) for name in shape}
         order = {name: getattr(self, name) for name in ("split", "held_out", "seed", "rank", "world_size")}
         model = {"model": self.language_model.name, "hook": self.language_model.hook}
@@ -143,8 +157,12 @@ class ActivationStream:
             for at in range(0, here, size):
                 taken = slots[at : at + size]
                 if begin + at >= start * size:
-                    yield Batch(buffer[taken.to(buffer.device)])
+                    yield self._batch(buffer[taken.to(buffer.device)])
                 left = _fill(buffer, taken[: max(after - at, 0)], rows, left)
+
+    def _batch(self, rows: Float[Tensor, "row d_model"]) -> Batch:
+        """A batch without its sinks: it gets shorter, so that which rows come next does not depend on norms."""
+        return Batch(rows if self.max_norm_ratio is None else rows[ordinary(rows, self.max_norm_ratio)])
 
     def _order(self, block: int, length: int) -> Int[Tensor, " row"]:
         key = f"{self.seed}/{self.split}/{self.rank}/{self.world_size}/{block}"

@@ -96,6 +96,16 @@ def test_first_positions_are_seen_by_the_model_and_left_out_of_batches(lm, recor
     assert not rows([lm.activations(tokens)[:, 1:3].flatten(0, 1) for tokens in seen]).isdisjoint(rows(batches(stream(lm))))
 
 
+def test_sinks_are_left_out_and_nothing_else_moves(lm):
+    whole, kept = batches(stream(lm)), batches(stream(lm, max_norm_ratio=1.2))
+    dropped = 0
+    for before, after in zip(whole, kept, strict=True):
+        norms = before.norm(dim=-1)
+        assert torch.equal(after, before[norms <= 1.2 * norms.median()])
+        dropped += len(before) - len(after)
+    assert 0 < dropped < 0.5 * sum(map(len, whole))
+
+
 def test_special_tokens_are_seen_by_the_model_and_never_in_batches(lm, recorded):
     given = batches(stream(lm))
     special = torch.tensor(lm.tokenizer.all_special_ids)
