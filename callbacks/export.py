@@ -29,6 +29,10 @@ class Export(Callback):
         self._samples: list[Tensor] = []
         self._exported_at = 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run counts from where it stands."""
+        self._exported_at = int(pl_module.primary.rows_seen)  # pyright: ignore
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last validation's activations."""
         self._samples = []

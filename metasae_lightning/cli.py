@@ -43,13 +43,13 @@ register_type(SAEMetadata, serializer=given_metadata, deserializer=lambda record
 
 
 class KeepConfig(SaveConfigCallback):
-    """Keep the run's `config.yaml` once training starts: a run refused before that leaves nothing behind."""
+    """Keep the run's `config.yaml` once there is a batch to train on: a run refused before that can be tried again by its name."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Not yet."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Now."""
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Now, if not before."""
         super().setup(trainer, pl_module, "fit")
 
 

@@ -221,7 +221,7 @@ def _expand(path: str) -> Iterator[Path]:
     inside = place.rglob("*") if place.is_dir() else map(Path, glob.glob(str(place), recursive=True))
     files = [file for file in inside if file.is_file() and file.name.endswith(SUFFIXES)]
     if not files:
-        siblings = [str(p) for p in place.parent.glob("*")] if place.parent.is_dir() else []
+        siblings = [str(p) for p in place.parent.glob("*") if p != place] if place.parent.is_dir() else []
         state = f"holds no {', '.join(SUFFIXES)} file" if place.is_dir() else "does not exist"
         raise InputError(f"paths: {path!r} {state}{did_you_mean(str(place), siblings)}")
     yield from files
