@@ -64,7 +64,13 @@ class Export(Callback):
         if pl_module.meta is not None:
             rows = functional.unit_rows(pl_module.primary.W_dec.detach()).cpu()
             model = {key: about[key] for key in ("model_name",) if key in about}
-            self._write("meta", pl_module.meta, folder, {**model, "reads": "decoder rows of ../primary"}, [rows])
+            self._write(
+                "meta",
+                pl_module.meta,
+                folder,
+                {**model, "reads": "unit decoder rows of ../primary, in the space its normaliser leads to"},
+                [rows],
+            )
 
     def _held_out(self, trainer: Trainer) -> list[Tensor]:
         """Validation activations for a save point that comes before the first validation."""

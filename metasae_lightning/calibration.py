@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metasae_lightning.errors import InputError
+
 
 @torch.no_grad()
 def global_threshold(
@@ -27,6 +29,8 @@ def global_threshold(
         floor = 0.0
         for x in samples:
             values = pre_activations(x).relu().flatten()
+            if not values.isfinite().all():
+                raise InputError("the SAE has diverged: its activations are not finite, and no threshold can be set")
             offered = values.topk(min(values.numel(), int(share * target_l0 * len(x)) + 1)).values
             floor = max(floor, offered[-1].item() if offered.numel() < values.numel() else 0.0)
             offers.append(offered)

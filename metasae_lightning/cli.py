@@ -50,6 +50,9 @@ class KeepConfig(SaveConfigCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Now, if not before."""
+        # The file is what the run is; where it was gone on from is not part of that.
+        self.config = self.config.clone()
+        self.config["ckpt_path"] = None
         super().setup(trainer, pl_module, "fit")
 
 
@@ -85,10 +88,14 @@ class MetasaeCLI(LightningCLI):
             raise InputError(f"--ckpt_path last: there is no last checkpoint in {run / 'checkpoints'}")
         if checkpoint not in (None, "last", "best", "hpc") and "://" not in checkpoint and not Path(checkpoint).exists():
             raise InputError(f"--ckpt_path {checkpoint}: there is no such file")
+        if self.subcommand != "fit" and checkpoint is None:
+            raise InputError(
+                f"--ckpt_path is missing: name the checkpoint to {self.subcommand}, such as {run / 'checkpoints' / 'last.ckpt'}"
+            )
         if self.subcommand != "fit":
             self.save_config_callback = None
             return
-        if not checkpoint and any((run / name).exists() for name in ("config.yaml", "checkpoints", "saes")):
+        if not checkpoint and any((run / name).exists() for name in ("checkpoints", "saes")):
             raise InputError(f"--run {run} holds a run already: name another, or go on with it by --ckpt_path last")
         nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
@@ -137,7 +144,7 @@ def main(args: list[str] | None = None) -> int:
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
             )
-    except (InputError, ArgumentError) as error:
+    except (InputError, ArgumentError, MisconfigurationException) as error:
         if os.environ.get("METASAE_DEBUG"):
             raise
         return failed(complaint(error))

@@ -74,7 +74,9 @@ class JointSAE(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.penalties = torch.nn.ModuleDict(penalties or {})
-        _check_roles(primary, meta, self.penalties, {"n_p": n_p, "n_m": n_m, "micro_batches": micro_batches})
+        _check_roles(
+            primary, meta, self.penalties, {"n_p": n_p, "n_m": n_m, "micro_batches": micro_batches, "dead_after_tokens": dead_after_tokens}
+        )
         self.n_p, self.n_m = n_p, n_m
         shared: dict[str, Any] = {"decoder_rows": decoder_rows, "clip_grad_norm": clip_grad_norm}
         self.primary = Learner(
@@ -93,6 +95,8 @@ class JointSAE(LightningModule):
     ) -> StepOutput:
         """One primary step and, where it ends a macro-step, the meta phase: the algorithm."""
         self.primary.initialize(batch.activations)
+        if self.meta is not None:  # before it first judges
+            self.meta.initialize(functional.unit_rows(self.primary.W_dec.detach()))
         penalty, values = self._penalties()
         seen, reading = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, added=penalty)
         self._advance("primary")
@@ -142,7 +146,6 @@ class JointSAE(LightningModule):
             return None
         assert optimizer is not None
         rows = functional.unit_rows(self.primary.W_dec.detach())
-        self.meta.initialize(rows)
         _, reading = self.meta.learn(rows, optimizer, backward=self._backward)
         self._advance("meta")
         return reading
@@ -163,6 +166,8 @@ class JointSAE(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data against the SAEs, and let penalties look at the trainer."""
+        if stage == "fit":
+            _check_trainer(self.trainer)
         d_in = getattr(getattr(self.trainer, "datamodule", None), "d_in", None)
         if d_in is not None and d_in != self.primary.sae.cfg.d_in:
             raise InputError(f"primary.d_in is {self.primary.sae.cfg.d_in}, but the activations are {d_in} wide: set d_in: {d_in}")
@@ -226,6 +231,15 @@ def _check_roles(
         raise InputError(f"meta.d_in must be the primary's d_in, since it reads decoder rows: got {meta.d_in}, set d_in: {primary.d_in}")
     if meta is not None and not penalties:
         rank_zero_warn("a meta SAE without penalties trains along and changes nothing: set model.penalties, or meta: null for a solo SAE")
+
+
+def _check_trainer(trainer: Any) -> None:
+    if trainer.world_size > 1:
+        raise InputError(f"trainer: training on several ranks is not there yet, got {trainer.world_size}: set devices: 1")
+    if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
+        raise InputError(f"trainer.precision must be 32-true, 64-true or bf16-mixed, got {trainer.precision}")
+    if trainer.max_steps != -1:
+        raise InputError("trainer.max_steps would end a run inside a macro-step: the budget is data.init_args.tokens")
 
 
 def _bound(schedule: Any, steps: float, name: str) -> LRScheduler:

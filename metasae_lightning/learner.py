@@ -150,6 +150,8 @@ class Learner(nn.Module):
     def _renormalize(self) -> None:
         if self.decoder_rows == "unit":
             self.W_dec.copy_(functional.unit_rows(self.W_dec))
+        # Outside Lightning an autocast around several steps would go on with the weights it cast for the first.
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def _observe(self, codes: Codes, rows: int) -> None:

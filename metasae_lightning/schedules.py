@@ -1,10 +1,10 @@
 """What changes over a run: warm-ups of coefficients and the shape of a learning rate.
 
-Lengths are whole steps, or a share of the run where they lie below 1: budgets are in tokens, so a recipe rarely knows its steps.
+Lengths are whole steps, or a share of the run where they are at most 1: budgets are in tokens, so a recipe rarely knows its steps.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -23,12 +23,12 @@ def warm_up(step: int, steps: int) -> float:
 
 
 def steps_of(length: float, total: int) -> int:
-    """A length in steps: itself, or that share of `total` where it lies below 1.
+    """A length in steps: itself, or that share of `total` where it is at most 1.
 
-    >>> steps_of(0.25, 80), steps_of(10, 80)
-    (20, 10)
+    >>> steps_of(0.25, 80), steps_of(1.0, 80), steps_of(10, 80)
+    (20, 80, 10)
     """
-    return round(length * total) if length < 1 else round(length)
+    return round(length * total) if length <= 1 else round(length)
 
 
 def learning_rate_factor(step: int, total: int, *, warmup: float, decay: float, shape: str, floor: float) -> float:
@@ -69,6 +69,7 @@ class WarmupDecay(LRScheduler):
             raise InputError(f"WarmupDecay: warmup, decay and floor must not be negative, got {warmup}, {decay}, {floor}")
         self.shape: dict[str, float | str] = {"warmup": warmup, "decay": decay, "shape": shape, "floor": floor}
         self.total_steps = total_steps
+        self._given = total_steps is not None
         super().__init__(optimizer)
 
     def bind(self, total_steps: int) -> None:
@@ -77,6 +78,10 @@ class WarmupDecay(LRScheduler):
             self.total_steps = total_steps
             for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
                 group["lr"] = base * self._factor(self.last_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without a length that was only bound: a resumed run may have a larger budget."""
+        return {key: value for key, value in super().state_dict().items() if key != "total_steps" or self._given}
 
     def get_lr(self) -> list[float | Tensor]:
         """The rate of each parameter group at this step."""

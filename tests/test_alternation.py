@@ -51,6 +51,17 @@ def test_warmup_decay_by_share_and_by_steps():
     assert schedule(4, decay=4, shape="cosine", floor=0.1)[2] == pytest.approx(2 * (0.1 + 0.9 * 0.5))
 
 
+def test_a_resumed_schedule_takes_the_new_runs_length():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    plan = WarmupDecay(optimizer)
+    plan.bind(10)
+    assert "total_steps" not in plan.state_dict()
+    longer = WarmupDecay(optimizer)
+    longer.bind(50)
+    longer.load_state_dict(plan.state_dict())
+    assert longer.total_steps == 50
+
+
 def test_a_given_length_wins_over_the_bound_one_and_nonsense_is_refused():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     plan = WarmupDecay(optimizer, total_steps=100)

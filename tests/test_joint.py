@@ -58,6 +58,25 @@ def test_the_primary_optimiser_holds_no_meta_parameter():
     assert meta is not None
 
 
+@pytest.mark.parametrize("normalizer", ["layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening"])
+def test_a_critic_with_a_normaliser_judges_from_the_first_step(normalizer: str):
+    meta = config("batchtopk", d_sae=12, normalize_activations=normalizer)
+    module = JointSAE(config("batchtopk"), meta, {"d": Decomposability(0.3)}, n_p=3, n_m=2)
+    for output in train(module, 8):
+        assert torch.isfinite(output.loss) and 0 < output.penalties["d"] <= 1
+    assert torch.isfinite(module.primary.W_dec).all() and module.meta.initialized  # type: ignore[union-attr]
+
+
+def test_the_decoders_gradient_has_no_radial_part_when_the_optimiser_sees_it():
+    module = joint()
+    primary, meta = optimizers(module)
+    seen: list[torch.Tensor] = []
+    primary.register_step_pre_hook(lambda *_: seen.append((module.primary.W_dec.grad * module.primary.W_dec).sum(-1).detach().abs().max()))
+    for i in range(3):
+        module.step(Batch(activations(i)), primary, meta)
+    assert max(seen) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:a meta SAE without penalties")
 def test_weight_zero_is_bit_equal_to_no_penalty_and_no_meta():
     control, bare, solo = joint(weight=0.0), joint(penalties={}), joint(meta=None)

@@ -88,6 +88,11 @@ def test_testing_keeps_what_training_found(run: Path):
     assert (run / "metrics.csv").stat().st_size > 0
 
 
+def test_testing_nothing_is_refused(run: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["test", "-c", str(run / "config.yaml")]) == 2
+    assert "--ckpt_path is missing" in last_line(capsys)
+
+
 def test_a_run_that_is_there_is_not_written_over(run: Path, capsys: pytest.CaptureFixture[str]):
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert fit(run) == 2
@@ -120,6 +125,9 @@ P, M = "--model.init_args.primary.init_args", "--model.init_args.meta.init_args"
         (["--data.class_path", "metasae_lightning.SyntheticDataModul"], r"no class .*did you mean metasae_lightning.SyntheticDataModule"),
         (["-c", "no_such_recipe.yaml"], r"no_such_recipe.yaml"),
         (["--data.init_args.batch_size", "0"], r"batch_size"),
+        (["--trainer.max_steps", "10"], r"the budget is data.init_args.tokens"),
+        (["--trainer.precision", "bf16-true"], r"precision must be 32-true, 64-true or bf16-mixed"),
+        (["--trainer.gradient_clip_val", "1.0"], r"manual optimization"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
