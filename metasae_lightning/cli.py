@@ -196,7 +196,12 @@ def quiet() -> Generator[None, None, None]:
     """Leave out what Lightning says about things that are so on purpose."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
     with warnings.catch_warnings():
-        for message in (".*does not have many workers.*", ".*Experiment logs directory.*", ".*LeafSpec.*"):
+        for message in (
+            ".*does not have many workers.*",
+            ".*Experiment logs directory.*",
+            ".*LeafSpec.*",
+            "Checkpoint directory .* not empty",
+        ):
             warnings.filterwarnings("ignore", message=message)
         yield
 

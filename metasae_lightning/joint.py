@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metasae_lightning import functional
 from metasae_lightning.alternation import meta_steps_after, meta_steps_in
@@ -77,6 +77,8 @@ class JointSAE(LightningModule):
         _check_roles(
             primary, meta, self.penalties, {"n_p": n_p, "n_m": n_m, "micro_batches": micro_batches, "dead_after_tokens": dead_after_tokens}
         )
+        if clip_grad_norm is not None and clip_grad_norm <= 0:
+            raise InputError(f"clip_grad_norm must be more than 0, or none, got {clip_grad_norm}")
         self.n_p, self.n_m = n_p, n_m
         shared: dict[str, Any] = {"decoder_rows": decoder_rows, "clip_grad_norm": clip_grad_norm}
         self.primary = Learner(
@@ -243,6 +245,8 @@ def _check_trainer(trainer: Any) -> None:
 
 
 def _bound(schedule: Any, steps: float, name: str) -> LRScheduler:
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise InputError(f"{name}_scheduler: ReduceLROnPlateau waits for a figure, and schedules here are functions of the step alone")
     if isinstance(schedule, WarmupDecay):
         if steps == float("inf") and schedule.total_steps is None:
             raise InputError(f"{name}_scheduler needs the length of the run: give WarmupDecay total_steps, or data with a length")

@@ -75,6 +75,9 @@ class WarmupDecay(LRScheduler):
     def bind(self, total_steps: int) -> None:
         """Tell the schedule how many optimiser steps the run has, unless it was given."""
         if self.total_steps is None:
+            rising, falling = (steps_of(float(self.shape[name]), total_steps) for name in ("warmup", "decay"))
+            if rising + falling > total_steps + 1 and self.shape["shape"] != "constant":  # two halves may each round up
+                raise InputError(f"WarmupDecay: warmup and decay take {rising} and {falling} steps, and the run has {total_steps}")
             self.total_steps = total_steps
             for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
                 group["lr"] = base * self._factor(self.last_epoch)

@@ -69,3 +69,5 @@ def test_a_given_length_wins_over_the_bound_one_and_nonsense_is_refused():
     assert plan.total_steps == 100
     with pytest.raises(InputError, match="must not be negative"):
         WarmupDecay(optimizer, warmup=-1)
+    with pytest.raises(InputError, match="warmup and decay take 8 and 5 steps, and the run has 10"):
+        WarmupDecay(optimizer, warmup=8, decay=0.5).bind(10)

@@ -149,9 +149,10 @@ def test_clipping_bounds_each_sae_alone():
     seen: list[float] = []
     primary = torch.optim.SGD(module.primary.parameters(), lr=1.0)
     meta = torch.optim.SGD(module.meta.parameters(), lr=1.0)  # type: ignore[union-attr]
-    primary.register_step_pre_hook(lambda opt, *_: seen.append(norm_of(opt)))
-    module.step(Batch(activations(0)), primary, meta)
-    assert seen[0] == pytest.approx(1e-3, rel=1e-3)
+    for optimizer in (primary, meta):
+        optimizer.register_step_pre_hook(lambda opt, *_: seen.append(norm_of(opt)))
+    module.step(Batch(activations(0)), primary, meta, last=True)
+    assert seen == pytest.approx([1e-3] * 3, rel=1e-3)  # a primary step and n_m = 2 meta steps
 
 
 def norm_of(optimizer: torch.optim.Optimizer) -> float:
@@ -172,6 +173,8 @@ def test_decoder_bias_starts_from_the_data(b_dec_init: Any, near: bool):
 
 def test_dead_counters_count_tokens_and_live_in_the_state():
     module = joint(meta=None, penalties={})
+    with torch.no_grad():
+        module.primary.sae.b_enc[:3] = -100.0  # these never fire
     optimizer, _ = optimizers(module)
     fired = torch.zeros(48, dtype=torch.bool)
     for i in range(6):
@@ -183,7 +186,26 @@ def test_dead_counters_count_tokens_and_live_in_the_state():
     assert not module.primary.dead.any()  # the window is 320 tokens
     for i in range(6, 8):
         module.step(Batch(activations(i, rows=40)), optimizer)
-    assert torch.equal(module.primary.dead, module.primary.silent_for >= 320)
+    assert module.primary.silent_for[:3].tolist() == [320] * 3 and module.primary.dead.nonzero().flatten().tolist() == [0, 1, 2]
+
+
+def test_running_statistics_count_forward_passes_and_coefficients_warm_up_in_steps():
+    # L1's coefficient rises from 0 to 0.1 over 5 steps: step i pays i / 5 of it.
+    module = joint("standard", micro_batches=4)
+    first, *_, last = train(module, 6)
+    assert first.primary.losses["l1_loss"].item() == 0 and last.primary.losses["l1_loss"].item() > 0
+    assert int(module.primary.steps) == 6 and int(module.primary.updates) == 24
+
+
+def test_an_autocast_around_several_steps_sees_each_steps_weights():
+    module = joint("topk", meta=None, penalties={})
+    optimizer, _ = optimizers(module, lr=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        module.step(Batch(activations(0)), optimizer)
+        within = module.evaluate(Batch(activations(0))).reconstruction
+    with torch.autocast("cpu", torch.bfloat16):
+        anew = module.evaluate(Batch(activations(0))).reconstruction
+    assert torch.equal(within, anew)
 
 
 def test_reading_moves_no_state():
@@ -237,6 +259,7 @@ def test_a_step_is_the_algorithm_written_out():
         (lambda: JointSAE(config("topk"), config("topk", d_in=8), {}), f"set d_in: {D_IN}"),
         (lambda: JointSAE(config("batchtopk", d_sae=3)), "primary.k must lie between 1 and d_sae=3, got 4"),
         (lambda: JointSAE(config("topk"), n_p=0), "n_p must be at least 1"),
+        (lambda: JointSAE(config("topk"), clip_grad_norm=0.0), "clip_grad_norm must be more than 0"),
         (lambda: JointSAE(config("topk", dtype="bfloat16")), "primary.dtype must be float32"),
         (lambda: JointSAE(config("topk", reshape_activations="hook_z")), "reshape_activations must be none"),
         (lambda: Decomposability(0.1, sigma_sq=0), "sigma_sq must be positive"),

@@ -142,6 +142,11 @@ def test_global_threshold_keeps_exactly_what_is_asked_even_where_one_batch_has_m
         assert kept == round(target * 400)
 
 
+def test_a_diverged_sae_has_no_threshold():
+    with pytest.raises(InputError, match="the SAE has diverged"):
+        global_threshold(lambda x: x * float("inf"), [torch.ones(4, 8)], 1.0)
+
+
 def test_saelens_layer_norm_aux_loss_would_have_raised():
     """Why normalisers live outside: SAELens's TopK refuses its auxiliary loss under layer_norm as soon as a latent is dead."""
     module = trained("batchtopk", normalize_activations="layer_norm", d_sae=400)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim import Adam
 from metasae_lightning import SyntheticDataModule, functional
 from metasae_lightning.callbacks import Export, HeldOut, Summary, TokenProgress
 from metasae_lightning.cli import main
+from metasae_lightning.errors import InputError
 from metasae_lightning.joint import JointSAE
 from metasae_lightning.penalties import Decomposability
 from metasae_lightning.schedules import WarmupDecay
@@ -106,6 +108,26 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[-1]
 
 
+def test_going_on_keeps_the_config_of_the_run(run: Path, tmp_path: Path):
+    folder, overlay = tmp_path / "more", tmp_path / "keep.yaml"
+    keep = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_top_k": -1}}
+    overlay.write_text(yaml.safe_dump({"trainer": {"val_check_interval": 0.5, "callbacks": [{"class_path": "Summary"}, keep]}}))
+    assert fit(folder, "-c", str(overlay)) == 0
+    half = min((folder / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime)
+    assert fit(folder, "-c", str(overlay), "--ckpt_path", str(half), "--data.init_args.tokens", "40000") == 0
+    kept = yaml.safe_load((folder / "config.yaml").read_text())
+    assert kept["ckpt_path"] is None and kept["data"]["init_args"]["tokens"] == 40000
+    assert figures(folder)["validation"]["tokens"] > figures(run)["validation"]["tokens"]
+
+
+def test_a_directory_without_checkpoints_or_saes_can_be_used(run: Path, tmp_path: Path):
+    (tmp_path / "used").mkdir()
+    for name in ("config.yaml", "metrics.csv"):
+        shutil.copy(run / name, tmp_path / "used")
+    assert fit(tmp_path / "used") == 0
+    assert (tmp_path / "used" / "metrics.1.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+
+
 P, M = "--model.init_args.primary.init_args", "--model.init_args.meta.init_args"
 
 
@@ -128,6 +150,7 @@ P, M = "--model.init_args.primary.init_args", "--model.init_args.meta.init_args"
         (["--trainer.max_steps", "10"], r"the budget is data.init_args.tokens"),
         (["--trainer.precision", "bf16-true"], r"precision must be 32-true, 64-true or bf16-mixed"),
         (["--trainer.gradient_clip_val", "1.0"], r"manual optimization"),
+        (["--model.init_args.primary_scheduler.class_path", "torch.optim.lr_scheduler.ReduceLROnPlateau"], r"waits for a figure"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -281,6 +304,13 @@ def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(tmp_path: Path)
     whole, resumed = train([Stop()], None), train([], tmp_path / "middle.ckpt")
     assert int(resumed.primary.steps) == 16
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+def test_several_ranks_are_refused():
+    module = JointSAE(config("topk"))
+    module.trainer = Trainer(**QUIET, enable_progress_bar=False, devices=2, strategy="ddp")
+    with pytest.raises(InputError, match="several ranks is not there yet, got 2"):
+        module.setup("fit")
 
 
 @pytest.mark.slow
