@@ -23,7 +23,7 @@ class Export(Callback):
         calibration_tokens: How many held-out tokens to keep for the check.
     """
 
-    def __init__(self, every_tokens: int | None = None, calibration_tokens: int = 65_536) -> None:
+    def __init__(self, every_tokens: int | None = None, calibration_tokens: int = 131_072) -> None:
         self.every_tokens, self.calibration_tokens = every_tokens, calibration_tokens
         self.records: dict[str, ExportRecord] = {}
         self._samples: list[Tensor] = []
@@ -58,7 +58,8 @@ class Export(Callback):
         self._exported_at = tokens
         if not trainer.is_global_zero:
             return
-        about = getattr(getattr(trainer, "datamodule", None), "metadata", dict)()
+        hook = getattr(pl_module, "hook", None)
+        about = getattr(getattr(trainer, "datamodule", None), "metadata", dict)(*([hook] if hook else []))
         folder = Path(trainer.default_root_dir) / "saes"
         self._write("primary", pl_module.primary, folder, {**about, "training_tokens": tokens}, self._samples or self._held_out(trainer))
         if pl_module.meta is not None:

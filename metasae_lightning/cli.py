@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 from jsonargparse import ArgumentError
@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from metasae_lightning import callbacks
 from metasae_lightning.complaints import complaint
 from metasae_lightning.corpora import Corpus
+from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.joint import JointSAE
 from metasae_lightning.lm import LanguageModel
@@ -56,13 +57,37 @@ class KeepConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
 
+class MetasaeTrainer(Trainer):
+    """Lightning's trainer, with what else a recipe can be used for."""
+
+    def cache(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        shard_gib: float = 1.0,
+        store: Literal["float32", "float16"] = "float32",
+    ) -> None:
+        """Write the activations that a recipe's data would give into their `cache` folder, to be trained from without the model.
+
+        Args:
+            model: Not looked at.
+            datamodule: The recipe's data.
+            shard_gib: Size of a shard; a cache that is stopped goes on behind its last whole one.
+            store: What is stored.
+        """
+        if not isinstance(datamodule, ActivationsDataModule):
+            raise InputError(f"data: only ActivationsDataModule has activations to cache, got {type(datamodule).__name__}")
+        datamodule.write_cache(shard_gib=shard_gib, dtype=store)
+
+
 class MetasaeCLI(LightningCLI):
     """LightningCLI whose runs live in a directory of their own."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Those of Lightning's that make sense for an SAE."""
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+        kept = {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+        return {**kept, "cache": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run's directory."""
@@ -83,6 +108,9 @@ class MetasaeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse to go on from nothing, or to write over a run that is there."""
+        if self.subcommand == "cache":
+            self.save_config_callback = None
+            return
         run, checkpoint = self.run_directory, self._get(self.config, "ckpt_path")
         if checkpoint == "last" and not list((run / "checkpoints").glob("last*.ckpt")):
             raise InputError(f"--ckpt_path last: there is no last checkpoint in {run / 'checkpoints'}")
@@ -133,6 +161,7 @@ def main(args: list[str] | None = None) -> int:
             MetasaeCLI(
                 JointSAE,
                 LightningDataModule,
+                trainer_class=MetasaeTrainer,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 args=arguments,

@@ -1,26 +1,24 @@
 """Where text comes from: the hub, local files, saved datasets, the documentation of the installed packages."""
 
 import ast
-import glob
-import gzip
 import hashlib
 import itertools
-import json
 import random
 import sys
 import sysconfig
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from metasae_lightning.errors import InputError, did_you_mean
+from metasae_lightning.documents import Counted, Document, Reader, check_column, document_in, mix, one_line
+from metasae_lightning.errors import InputError
+from metasae_lightning.files import documents_of, expand
+from metasae_lightning.hub import HubDataset, Windows
 
-Document = str | list[int]
-"""A text, or the tokens of one."""
 Split = Literal["train", "validation", "test"]
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
 def split_of(document: Document, held_out: float) -> Split:
@@ -44,13 +42,33 @@ class Corpus(ABC):
     def documents(self, *, seed: int = 0, epoch: int = 0) -> Iterator[Document]:
         """Every document once."""
 
+    def reader(self, *, seed: int = 0, epoch: int = 0, state: dict[str, Any] | None = None) -> Reader:
+        """The same documents in the same order, from the start or from where a reader's `state()` was taken."""
+        given = state["documents"] if state else 0
+        return Counted(itertools.islice(self.documents(seed=seed, epoch=epoch), given, None), given=given)
+
     @abstractmethod
     def identity(self) -> str:
         """What a published SAE tells of the text it was trained on."""
 
 
 class HubText(Corpus):
-    """A column of a hub dataset: streamed as it comes through a shuffle window, or downloaded and shuffled whole."""
+    """A column of a hub dataset: streamed as it comes through shuffled windows, or downloaded and shuffled whole.
+
+    Streaming goes on inside a shard by reading that shard again up to there, which a name of the dataset that moves to other files
+    would spoil: `revision` pins it.
+
+    Args:
+        path: The dataset's name on the hub.
+        name: Which of its configurations.
+        split: Which of its splits; validation and test documents are held out of that one.
+        column: Where the text is, or the token ids.
+        revision: A branch, tag or commit.
+        streaming: Whether to read over the network while training, or to download first.
+        shuffle_window: How many streamed documents are shuffled among each other, and held in memory.
+        retries: How often in a row to try again after a connection that broke.
+        retry_seconds: How long to wait before the first retry; each waits twice as long as the one before.
+    """
 
     def __init__(
         self,
@@ -62,31 +80,27 @@ class HubText(Corpus):
         revision: str | None = None,
         streaming: bool = True,
         shuffle_window: int = 10_000,
+        retries: int = 3,
+        retry_seconds: float = 5.0,
     ):
-        self.path = path
-        self.name = name
-        self.split = split
-        self.column = column
-        self.revision = revision
-        self.streaming = streaming
+        for argument, value, least in (("shuffle_window", shuffle_window, 1), ("retries", retries, 0), ("retry_seconds", retry_seconds, 0)):
+            if value < least:
+                raise InputError(f"{argument} must be at least {least}, got {value}")
+        self.dataset = HubDataset(path, name, split, column, revision, streaming, retries, retry_seconds)
         self.shuffle_window = shuffle_window
 
     def documents(self, *, seed: int = 0, epoch: int = 0) -> Iterator[Document]:
-        import datasets
+        return self.reader(seed=seed, epoch=epoch)
 
-        # A hub that is away raises whatever its client, its HTTP library or its file reader raises.
-        try:
-            data: Any = datasets.load_dataset(self.path, self.name, split=self.split, revision=self.revision, streaming=self.streaming)
-        except Exception as error:
-            raise InputError(f"path: the dataset {self.path!r} cannot be read: {_line(error)}") from error
-        if data.column_names is not None:
-            _column(self.column, data.column_names, self.path)
-        order = _mix(seed, epoch)
-        shuffled = data.shuffle(seed=order, buffer_size=self.shuffle_window) if self.streaming else data.shuffle(seed=order)
-        yield from _rows(shuffled, self.column, self.path)
+    def reader(self, *, seed: int = 0, epoch: int = 0, state: dict[str, Any] | None = None) -> Reader:
+        rows = partial(self.dataset.rows, mix(seed, epoch))
+        if self.dataset.streaming:
+            return Windows(rows, size=self.shuffle_window, order=(seed, epoch), state=state)
+        given = state["documents"] if state else 0
+        return Counted((text for text, _ in rows({"row": given}, given=given)), given=given)
 
     def identity(self) -> str:
-        return "/".join(filter(None, [self.path, self.name]))
+        return "/".join(filter(None, [self.dataset.path, self.dataset.name]))
 
 
 class SavedDataset(Corpus):
@@ -103,15 +117,16 @@ class SavedDataset(Corpus):
         try:
             data: Any = datasets.load_from_disk(self.path)
         except (OSError, ValueError) as error:
-            raise InputError(f"path: {self.path!r} is not a folder that save_to_disk wrote: {_line(error)}") from error
+            raise InputError(f"path: {self.path!r} is not a folder that save_to_disk wrote: {one_line(error)}") from error
         if isinstance(data, datasets.DatasetDict):
             if self.split not in data:
                 raise InputError(f"split: {self.path!r} has no {self.split!r}, it has {', '.join(map(str, data))}")
             data = data[self.split]
-        _column(self.column, data.column_names, self.path)
+        check_column(self.column, data.column_names, self.path)
         # A saved format would hand out tensors where the file holds lists.
         data = data.with_format(None)
-        yield from _rows(data.shuffle(seed=_mix(seed, epoch), keep_in_memory=True), self.column, self.path)
+        for row in data.shuffle(seed=mix(seed, epoch), keep_in_memory=True):
+            yield document_in(row, self.column, self.path)
 
     def identity(self) -> str:
         return self.path
@@ -131,24 +146,12 @@ class TextFiles(Corpus):
         self.shuffle_window = shuffle_window
 
     def documents(self, *, seed: int = 0, epoch: int = 0) -> Iterator[Document]:
-        files = sorted({file for path in self.paths for file in _expand(path)})
-        order = random.Random(_mix(seed, epoch))
+        files = sorted({file for path in self.paths for file in expand(path)})
+        order = random.Random(mix(seed, epoch))
         order.shuffle(files)
-        yield from _through_window(itertools.chain.from_iterable(map(self._documents_of, files)), self.shuffle_window, order)
-
-    def _documents_of(self, file: Path) -> Iterator[Document]:
-        try:
-            yield from self._read(file)
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise InputError(f"paths: {str(file)!r} cannot be read: {_line(error)}") from error
-
-    def _read(self, file: Path) -> Iterator[Document]:
-        kind = file.name.removesuffix(".gz").rsplit(".", 1)[-1]
-        if kind == "parquet":
-            yield from _parquet(file, self.column)
-            return
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-            yield from _json_lines(lines, file, self.column) if kind == "jsonl" else _paragraphs(lines)
+        yield from _through_window(
+            itertools.chain.from_iterable(documents_of(file, self.column) for file in files), self.shuffle_window, order
+        )
 
     def identity(self) -> str:
         return ", ".join(self.paths)
@@ -164,17 +167,12 @@ class PythonDocs(Corpus):
         files = _installed_sources()
         if not files:
             raise InputError(f"corpus: no package is installed in {sysconfig.get_path('purelib')!r}")
-        random.Random(_mix(seed, epoch)).shuffle(files)
+        random.Random(mix(seed, epoch)).shuffle(files)
         for file in files:
             yield from (text for text in _docstrings(file) if len(text) >= self.min_characters)
 
     def identity(self) -> str:
         return f"docstrings of Python {sys.version_info.major}.{sys.version_info.minor}'s installed packages"
-
-
-def _mix(seed: int, epoch: int) -> int:
-    """One seed for an epoch's order; neighbouring runs do not share neighbouring epochs."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=4).digest(), "big")
 
 
 def _through_window(documents: Iterable[Document], size: int, order: random.Random) -> Iterator[Document]:
@@ -209,88 +207,3 @@ def _docstrings(file: Path) -> Iterator[str]:
             text = ast.get_docstring(node)
             if text:
                 yield text
-
-
-def _expand(path: str) -> Iterator[Path]:
-    place = Path(path).expanduser()
-    if place.is_file():
-        if not place.name.endswith(SUFFIXES):
-            raise InputError(f"paths: {path!r} is none of {', '.join(SUFFIXES)}")
-        yield place
-        return
-    inside = place.rglob("*") if place.is_dir() else map(Path, glob.glob(str(place), recursive=True))
-    files = [file for file in inside if file.is_file() and file.name.endswith(SUFFIXES)]
-    if not files:
-        siblings = [str(p) for p in place.parent.glob("*") if p != place] if place.parent.is_dir() else []
-        state = f"holds no {', '.join(SUFFIXES)} file" if place.is_dir() else "does not exist"
-        raise InputError(f"paths: {path!r} {state}{did_you_mean(str(place), siblings)}")
-    yield from files
-
-
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Runs of lines between blank ones.
-
-    >>> list(_paragraphs(["a\\n", "b\\n", "  \\n", "\\n", "c"]))
-    ['a\\nb', 'c']
-    """
-    gathered: list[str] = []
-    for line in lines:
-        if line.strip():
-            gathered.append(line)
-        elif gathered:
-            yield "".join(gathered).strip()
-            gathered = []
-    if gathered:
-        yield "".join(gathered).strip()
-
-
-def _json_lines(lines: Iterable[str], file: Path, column: str) -> Iterator[Document]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"paths: {str(file)!r} line {number} is not JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"paths: {str(file)!r} line {number} must be an object with {column!r}, it is {type(row).__name__}")
-        _column(column, row, f"{file} line {number}")
-        yield _document(row[column], column, f"{file} line {number}")
-
-
-def _parquet(file: Path, column: str) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table: Any = pyarrow.parquet.ParquetFile(file)
-        _column(column, table.schema_arrow.names, str(file))
-        for batch in table.iter_batches(columns=[column]):
-            yield from (_document(value, column, str(file)) for value in batch.column(0).to_pylist())
-    except pyarrow.ArrowException as error:
-        raise InputError(f"paths: {str(file)!r} is not a parquet file: {_line(error)}") from error
-
-
-def _rows(rows: Iterable[Any], column: str, path: str) -> Iterator[Document]:
-    for row in rows:
-        _column(column, row, path)
-        yield _document(row[column], column, path)
-
-
-def _column(column: str, existing: Iterable[str], where: str) -> None:
-    names = list(existing)
-    if column not in names:
-        near = sorted(names, key=lambda name: did_you_mean(column, [name]) == "")
-        raise InputError(f"column: {where} has no {column!r}, it has {', '.join(near)}")
-
-
-def _document(value: Any, column: str, where: str) -> Document:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(token, int) for token in value):
-        return value
-    raise InputError(f"column: {column!r} of {where} must be text or a list of token ids, it is {type(value).__name__}")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,14 +1,22 @@
 """Lightning's view of a stream: its three splits, its width, its state."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
+import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from metasae_lightning.activations import ActivationStream
+from metasae_lightning.batching import Batching, Exhausted, Storage
+from metasae_lightning.cache import CACHED, ActivationCache, fingerprint
+from metasae_lightning.cached import CachedStream, write
 from metasae_lightning.corpora import Corpus, Split
+from metasae_lightning.errors import InputError
 from metasae_lightning.lm import LanguageModel
-from metasae_lightning.stream import ActivationStream
-from metasae_lightning.synthetic import SyntheticModelConfig, SyntheticStream, plant
+from metasae_lightning.planted import place_of
+from metasae_lightning.stream import Stream
 
 
 class ActivationsDataModule(LightningDataModule):
@@ -41,6 +49,15 @@ class ActivationsDataModule(LightningDataModule):
         max_norm_ratio: Rows whose norm exceeds so many times their batch's median are left out of it, wherever they sit; none keeps all.
         forward_batch: Contexts of a forward pass of the model.
         seed: Seed of the order of documents and of the shuffle.
+        exhausted: What follows when the split's documents are exhausted: an `epoch` in another order, or the `end` of the run.
+        cross_document_attention: Whether tokens attend to earlier documents of their context. Without it they attend to their own
+            and to BOS, where the backend can mask; where it cannot, that is said and they attend to all.
+        buffer_dtype: What the shuffle buffer stores; batches are float32.
+        buffer_device: Whether the buffer lies with the `model` or on the `cpu`, there pinned if a GPU is to be fed.
+        checkpoint_buffer: Whether checkpoints hold the place of the buffer's `tokens`, to be run again, or its `activations`.
+        prefetch: Batches that a thread makes ahead; none is 2 for a model on a GPU, and 0 on a CPU, whose cores are busy anyway.
+        stall_seconds: How long to wait for a corpus that gives nothing.
+        cache: Folder that `metasae cache` or SAELens's CacheActivationsRunner wrote: activations are read there and no model is run.
     """
 
     def __init__(
@@ -60,187 +77,189 @@ class ActivationsDataModule(LightningDataModule):
         max_norm_ratio: float | None = None,
         forward_batch: int = 32,
         seed: int = 0,
+        exhausted: Exhausted = "epoch",
+        cross_document_attention: bool = False,
+        buffer_dtype: Storage = "float32",
+        buffer_device: Literal["model", "cpu"] = "model",
+        checkpoint_buffer: Literal["tokens", "activations"] = "tokens",
+        prefetch: int | None = None,
+        stall_seconds: float = 600.0,
+        cache: str | None = None,
     ):
         super().__init__()
         self.language_model = language_model
         self.corpus = corpus
         self.tokens = tokens
-        self.batch_size = batch_size
-        self.context_size = context_size
-        self.buffer_size = buffer_size
-        self.held_out = held_out
         self.validation_tokens = validation_tokens
         self.test_tokens = test_tokens
-        self.prepend_bos = prepend_bos
-        self.skip_positions = skip_positions
-        self.max_norm_ratio = max_norm_ratio
-        self.forward_batch = forward_batch
-        self.seed = seed
-        self._restored: dict[str, Any] | None = None
-        self._train: ActivationStream | None = None
+        self.buffer_device = buffer_device
+        self.checkpoint_buffer = checkpoint_buffer
+        self.prefetch = prefetch
+        self.stall_seconds = stall_seconds
         # A wrong number is said before a model is loaded.
-        self.stream("train", tokens)
+        self.batching = Batching(
+            batch_size=batch_size,
+            context_size=context_size,
+            buffer_size=buffer_size,
+            held_out=held_out,
+            prepend_bos=prepend_bos,
+            skip_positions=skip_positions,
+            max_norm_ratio=max_norm_ratio,
+            forward_batch=forward_batch,
+            seed=seed,
+            exhausted=exhausted,
+            cross_document_attention=cross_document_attention,
+            buffer_dtype=buffer_dtype,
+        )
+        self.cache = None if cache is None else ActivationCache(cache)
+        self.reading_cache = True
+        self._restored: list[dict[str, Any]] = []
+        self._train: Stream | None = None
+        _check(self.batching, tokens)
 
     def setup(self, stage: str | None = None) -> None:
+        """Load the model up to the hook, or open the cache."""
+        if self.cache is not None and self.reading_cache:
+            try:
+                tokenizer = fingerprint(self.language_model.read_tokenizer())
+            except InputError:  # a cache needs no model; one of ours knows its special tokens
+                tokenizer = None
+            self.cache.open(self.identity(), self.language_model.hooks, tokenizer)
+            return
         self.language_model.load()
+        if not self.batching.cross_document_attention and not self.language_model.separates(self.batching.context_size):
+            rank_zero_warn(
+                f"{self.language_model.name} cannot be kept from attending across the documents of a context: it does "
+                "(cross_document_attention: true says that this is meant)"
+            )
 
-    def stream(self, split: Split, tokens: int) -> ActivationStream:
+    def stream(self, split: Split, tokens: int) -> Stream:
         """A fresh stream of this rank's share of so many tokens of a split."""
-        rank, world_size = _place(self)
+        rank, world_size = place_of(self)
+        # Order matters to training only: elsewhere a larger buffer would be memory for nothing.
+        batching = self.batching if split == "train" else replace(self.batching, buffer_size=self.batching.batch_size)
+        where: dict[str, Any] = {"split": split, "tokens": tokens // world_size, "rank": rank, "world_size": world_size}
+        if self.cache is not None and self.reading_cache:
+            return CachedStream(self.cache, batching, special=self._special, prefetch=self.prefetch or 0, **where)
         return ActivationStream(
             self.corpus,
             self.language_model,
-            split=split,
-            tokens=tokens // world_size,
-            batch_size=self.batch_size,
-            context_size=self.context_size,
-            # Order matters to training only: elsewhere a larger buffer would be memory for nothing.
-            buffer_size=self.buffer_size if split == "train" else self.batch_size,
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-            held_out=self.held_out,
-            prepend_bos=self.prepend_bos,
-            skip_positions=self.skip_positions,
-            max_norm_ratio=self.max_norm_ratio,
-            forward_batch=self.forward_batch,
+            batching,
+            prefetch=self.prefetch,
+            buffer_device=self.buffer_device,
+            checkpoint_buffer=self.checkpoint_buffer,
+            stall_seconds=self.stall_seconds,
+            **where,
         )
 
-    def train_dataloader(self) -> ActivationStream:
+    def train_dataloader(self) -> Stream:
+        """This rank's training batches, from where a checkpoint left them."""
         self._train = self.stream("train", self.tokens)
-        if self._restored is not None:
-            self._train.load_state_dict(self._restored)
-            self._restored = None
+        self._restore()
         return self._train
 
-    def val_dataloader(self) -> ActivationStream:
+    def val_dataloader(self) -> Stream:
+        """Batches of validation documents."""
         return self.stream("validation", self.validation_tokens)
 
-    def test_dataloader(self) -> ActivationStream:
+    def test_dataloader(self) -> Stream:
+        """Batches of test documents."""
         return self.stream("test", self.test_tokens)
 
+    def teardown(self, stage: str) -> None:
+        """End what is being made ahead."""
+        if self._train is not None:
+            self._train.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Also after Ctrl-C."""
+        self.teardown("fit")
+
     @property
-    def d_in(self) -> int:
-        """The activations' width."""
-        self.language_model.load()
-        return self.language_model.d_model
+    def widths(self) -> dict[str, int]:
+        """Each hook's width."""
+        self.setup()
+        return self.cache.widths if self.cache is not None and self.reading_cache else self.language_model.widths
+
+    @property
+    def d_in(self) -> int | None:
+        """The activations' width, where there is one hook."""
+        return next(iter(self.widths.values())) if len(self.widths) == 1 else None
 
     @property
     def features(self) -> Tensor | None:
         """No true features are known."""
         return None
 
-    def metadata(self) -> dict[str, Any]:
-        """What a published SAE tells of its data, by SAELens's names."""
+    def identity(self) -> dict[str, Any]:
+        """What a cache of these activations is a function of: everything but what comes after the model."""
+        model = {"model": self.language_model.name, "computed_in": str(self.language_model.dtype).removeprefix("torch.")}
+        shape = {name: getattr(self.batching, name) for name in CACHED}
+        return {"corpus": self.corpus.identity(), **model, **shape}
+
+    def metadata(self, hook: str | None = None) -> dict[str, Any]:
+        """What a published SAE of a hook tells of its data, by SAELens's names."""
+        if self.cache is not None and self.reading_cache and self.cache.ours:
+            return self.cache.record["about"][hook or self.language_model.hooks[0]]
         self.language_model.load()
-        data: dict[str, Any] = {"dataset_path": self.corpus.identity(), "context_size": self.context_size, "prepend_bos": self.prepend_bos}
-        if self.skip_positions:
-            data["seqpos_slice"] = [self.skip_positions, None]
-        return self.language_model.metadata() | data | {"exclude_special_tokens": True, "sequence_separator_token": "eos"}
+        b = self.batching
+        data: dict[str, Any] = {"dataset_path": self.corpus.identity(), "context_size": b.context_size, "prepend_bos": b.prepend_bos}
+        if b.skip_positions:
+            data["seqpos_slice"] = [b.skip_positions, None]
+        return self.language_model.metadata(hook) | data | {"exclude_special_tokens": True, "sequence_separator_token": "eos"}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self._train is None else self._train.state_dict()
+    def write_cache(self, *, shard_gib: float = 1.0, dtype: Literal["float32", "float16"] = "float32") -> None:
+        """Run the model over every split's budget and keep its activations in the `cache` folder."""
+        if self.cache is None:
+            raise InputError("cache: name the folder to write, --data.init_args.cache FOLDER")
+        self.reading_cache = False
+        self.setup()
+        lm = self.language_model
+        # Later epochs are for whoever reads: a cache holds each document once.
+        self.batching = replace(self.batching, exhausted="end")
+        streams: dict[Split, Any] = {}
+        for split, tokens in (("train", self.tokens), ("validation", self.validation_tokens), ("test", self.test_tokens)):
+            streams[split] = self.stream(split, tokens)  # pyright: ignore[reportArgumentType]
+        about: dict[str, Any] = {hook: self.metadata(hook) for hook in lm.hooks}
+        identity = {**self.identity(), "tokenizer": fingerprint(lm.tokenizer)}
+        size = self.batching.context_size * lm.d_model * (4 if dtype == "float32" else 2)
+        contexts = max(1, int(shard_gib * 2**30) // size)
+        about["special"] = sorted(set(lm.tokenizer.all_special_ids))
+        write(self.cache.path, streams, identity, about, shard_contexts=contexts, dtype=dtype)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict or None
-        if self._train is not None and self._restored is not None:
-            self._train.load_state_dict(self._restored)
-
-
-class SyntheticDataModule(LightningDataModule):
-    """Activations of SAELens's synthetic model, whose true features are known.
-
-    ```yaml
-    data:
-      class_path: metasae_lightning.SyntheticDataModule
-      init_args:
-        model:
-          num_features: 512
-          hidden_dim: 64
-          firing_probability: {class_path: sae_lens.synthetic.ConstantFiringProbabilityConfig, init_args: {probability: 0.02}}
-          std_firing_magnitudes: {class_path: sae_lens.synthetic.LinearMagnitudeConfig, init_args: {start: 0.1, end: 0.5}}
-          orthogonalization: {num_steps: 100}
-        tokens: 1_000_000
-        shared_subspaces: 32
-    ```
-
-    Args:
-        model: SAELens's config of the planted model.
-        tokens: Budget of training tokens, over all ranks.
-        batch_size: Tokens of a batch, on each rank.
-        validation_tokens: Tokens of a validation, over all ranks.
-        test_tokens: Tokens of a test, over all ranks.
-        shared_subspaces: How many common directions are dealt to the features; 0 leaves the features as SAELens makes them.
-        sharing: Length of the common direction beside a feature's own unit direction.
-        seed: Seed of the batches, and of the model where its config has none.
-    """
-
-    def __init__(
-        self,
-        model: SyntheticModelConfig,
-        *,
-        tokens: int,
-        batch_size: int = 4096,
-        validation_tokens: int = 65536,
-        test_tokens: int = 65536,
-        shared_subspaces: int = 0,
-        sharing: float = 0.5,
-        seed: int = 0,
-    ):
-        super().__init__()
-        self.model = model
-        self.tokens = tokens
-        self.batch_size = batch_size
-        self.validation_tokens = validation_tokens
-        self.test_tokens = test_tokens
-        self.shared_subspaces = shared_subspaces
-        self.sharing = sharing
-        self.seed = seed
-        self._planted = plant(model, shared_subspaces=shared_subspaces, sharing=sharing, seed=seed)
-        self._train = self.stream("train", tokens)
-
-    def stream(self, split: Split, tokens: int) -> SyntheticStream:
-        """A fresh stream of this rank's share of so many tokens of a split."""
-        rank, world_size = _place(self)
-        return SyntheticStream(
-            self._planted, split=split, tokens=tokens // world_size, batch_size=self.batch_size, seed=self.seed, rank=rank
+    @property
+    def _special(self) -> list[int]:
+        assert self.cache is not None
+        return (
+            self.cache.record["about"]["special"] if self.cache.ours else sorted(set(self.language_model.read_tokenizer().all_special_ids))
         )
 
-    def train_dataloader(self) -> SyntheticStream:
-        state = self._train.state_dict()
-        self._train = self.stream("train", self.tokens)
-        self._train.load_state_dict(state)
-        return self._train
-
-    def val_dataloader(self) -> SyntheticStream:
-        return self.stream("validation", self.validation_tokens)
-
-    def test_dataloader(self) -> SyntheticStream:
-        return self.stream("test", self.test_tokens)
-
-    @property
-    def d_in(self) -> int:
-        """The activations' width."""
-        return self.model.hidden_dim
-
-    @property
-    def features(self) -> Tensor | None:
-        """The true directions, a row each."""
-        return self._planted.feature_dict.feature_vectors
-
-    def metadata(self) -> dict[str, Any]:
-        """What a published SAE tells of its data, by SAELens's names."""
-        planted = f"sae_lens synthetic model of {self.model.num_features} features"
-        return {"model_name": planted, "dataset_path": planted, "hook_name": "synthetic"}
-
     def state_dict(self) -> dict[str, Any]:
-        return self._train.state_dict()
+        """Every rank's place: a checkpoint is one file, and ranks read at different paces."""
+        if self._train is None:
+            return {}
+        own = self._train.state_dict()
+        if self._train.world_size == 1 or not torch.distributed.is_initialized():
+            return {"ranks": [own]}
+        places: list[Any] = [None] * self._train.world_size
+        torch.distributed.all_gather_object(places, own)
+        return {"ranks": places}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._train.load_state_dict(state_dict)
+        """Go on where these ranks, or another number of them, stood."""
+        self._restored = state_dict.get("ranks", [])
+        if self._train is not None:
+            self._restore()
+
+    def _restore(self) -> None:
+        if self._restored and self._train is not None:
+            if len(self._restored) == self._train.world_size:
+                self._train.load_state_dict(self._restored[self._train.rank])
+            else:
+                self._train.load_elsewhere(self._restored)
+        self._restored = []
 
 
-def _place(module: LightningDataModule) -> tuple[int, int]:
-    """This process's rank and how many there are."""
-    trainer = module.trainer
-    return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+def _check(batching: Batching, tokens: int) -> None:
+    if tokens < batching.batch_size:
+        raise InputError(f"tokens must fill a batch of {batching.batch_size}, got {tokens}")

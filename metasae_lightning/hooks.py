@@ -2,11 +2,11 @@
 
 import contextlib
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from metasae_lightning.errors import InputError, did_you_mean
 
@@ -42,6 +42,18 @@ def lens_name(path: str, sublayers: dict[str, str]) -> str | None:
         return None
     kind = sublayers.get(found[2]) if found[2] else "hook_resid_post"
     return f"blocks.{found[1]}.{kind}" if kind else None
+
+
+def listen(module: nn.Module, point: Point, keep: Callable[[Any], None]) -> Any:
+    """Hand over what enters or leaves a module; returns the handle that ends it."""
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(args[0] if args else kwargs["hidden_states"])
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        keep(output if isinstance(output, Tensor) else output[0])
+
+    return module.register_forward_pre_hook(before, with_kwargs=True) if point.takes_input else module.register_forward_hook(after)
 
 
 def locate(hook: str, skeleton: nn.Module) -> Point:
@@ -82,6 +94,12 @@ def layers_path(skeleton: Any) -> str:
     if not stacks:
         raise InputError(f"name: {type(skeleton).__name__} has no stack of {count} layers that a hook could name")
     return stacks[0]
+
+
+def deepest(points: Iterable[Point]) -> int | None:
+    """How many layers reach all of these; nothing where one belongs to no layer, which may come after all."""
+    layers = [point.layers for point in points]
+    return None if None in layers else max(filter(None, layers), default=0)
 
 
 def cut(config: Any, layers: int | None) -> range:

@@ -49,6 +49,7 @@ class JointSAE(LightningModule):
         dead_after_tokens: A primary latent silent for so many tokens is dead.
         meta_dead_after_steps: A meta latent silent for so many meta steps, times the decoder's rows, is dead.
         seed: Seed of both SAEs' initial weights.
+        hook: Which of the data's hooks this one reads, where they give several.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class JointSAE(LightningModule):
         dead_after_tokens: int = 20_480,
         meta_dead_after_steps: int = 5,
         seed: int = 0,
+        hook: str | None = None,
     ) -> None:
         super().__init__()
+        self.hook = hook
         self.automatic_optimization = False
         self.penalties = torch.nn.ModuleDict(penalties or {})
         _check_roles(
@@ -170,7 +173,10 @@ class JointSAE(LightningModule):
         """Check the data against the SAEs, and let penalties look at the trainer."""
         if stage == "fit":
             _check_trainer(self.trainer)
-        d_in = getattr(getattr(self.trainer, "datamodule", None), "d_in", None)
+        widths: dict[str, int] = getattr(getattr(self.trainer, "datamodule", None), "widths", {})
+        if (self.hook is None and len(widths) > 1) or (self.hook is not None and self.hook not in widths):
+            raise InputError(f"hook: the data give {', '.join(widths) or 'none that has a name'}: name one of them, got {self.hook}")
+        d_in = widths.get(self.hook) if self.hook else next(iter(widths.values()), None)
         if d_in is not None and d_in != self.primary.sae.cfg.d_in:
             raise InputError(f"primary.d_in is {self.primary.sae.cfg.d_in}, but the activations are {d_in} wide: set d_in: {d_in}")
         for _, penalty in self._named_penalties():
@@ -194,7 +200,7 @@ class JointSAE(LightningModule):
 
     def training_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:
         """Fetch the optimisers, step, log; callbacks find the StepOutput under `output`."""
-        batch = Batch.of(batch)
+        batch = Batch.of(batch).at(self.hook)
         optimizers: Any = self.optimizers()
         primary, meta = optimizers if self.meta is not None else (optimizers, None)
         last = self.trainer.is_last_batch and self.trainer.current_epoch + 1 == self.trainer.max_epochs
@@ -204,7 +210,7 @@ class JointSAE(LightningModule):
 
     def validation_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:
         """Callbacks find the Evaluation under `output`."""
-        return {"output": self.evaluate(Batch.of(batch))}
+        return {"output": self.evaluate(Batch.of(batch).at(self.hook))}
 
     test_step = validation_step
 

@@ -1,7 +1,7 @@
 """The frozen types that every room speaks: what a step receives and what it returns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ class Batch:
     """Activations of one training step, one row a token."""
 
     activations: Float[Tensor, "batch d_in"]
+    widths: Mapping[str, int] = field(default_factory=dict)
+    """The hooks that lie side by side in the columns, and how wide each is; nothing where there is one, or none has a name."""
 
     @classmethod
     def of(cls, activations: "Batch | Tensor") -> "Batch":
@@ -25,7 +27,19 @@ class Batch:
 
     def to(self, *args: Any, **kwargs: Any) -> "Batch":
         """Lightning moves a batch by this method."""
-        return Batch(self.activations.to(*args, **kwargs))
+        return replace(self, activations=self.activations.to(*args, **kwargs))
+
+    def at(self, hook: str | None) -> "Batch":
+        """The columns of one hook; all of them where none is named.
+
+        >>> Batch(torch.tensor([[1.0, 2.0, 3.0]]), {"a": 1, "b": 2}).at("b").activations.tolist()
+        [[2.0, 3.0]]
+        """
+        if hook is None or len(self.widths) < 2:
+            return self
+        names = list(self.widths)
+        begin = sum(self.widths[name] for name in names[: names.index(hook)])
+        return Batch(self.activations[:, begin : begin + self.widths[hook]])
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,109 @@ def test_a_hub_dataset_is_read_through_datasets(folder, streaming, tmp_path, mon
     assert "has no 'txet', it has text" in refusal(HubText(str(tmp_path / "set"), column="txet", streaming=streaming))
 
 
+def shards(folder: Path, kind: str) -> str:
+    """Five shards of 5, 6, 7, 8 and 9 documents, those of a parquet file in row groups of 3."""
+    folder.mkdir(parents=True)
+    for shard in range(5):
+        texts = [f"shard {shard} text {i}" for i in range(5 + shard)]
+        if kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / f"train-{shard}.parquet", row_group_size=3)
+        else:
+            json_lines(folder / f"train-{shard}.jsonl", [{"text": text} for text in texts])
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_streamed_windows_hold_every_document_once_in_shuffled_shards(tmp_path, kind):
+    path = shards(tmp_path / "set", kind)
+    # 35 documents in windows of 8: four whole ones and one of 3.
+    texts = read(HubText(path, shuffle_window=8), seed=1)
+    assert len(texts) == len(set(texts)) == 35
+    assert read(HubText(path, shuffle_window=8), seed=1) == texts != read(HubText(path, shuffle_window=8), seed=2)
+    assert list(HubText(path, shuffle_window=8).reader(seed=1)) == texts
+    # A window of one leaves the files as they are, one after another, in an order that the epoch decides.
+    plain = {epoch: read(HubText(path, shuffle_window=1), epoch=epoch) for epoch in (0, 1, 2)}
+    orders = {epoch: list(dict.fromkeys(text.split()[1] for text in plain[epoch])) for epoch in plain}
+    for epoch, order in orders.items():
+        assert plain[epoch] == [f"shard {shard} text {i}" for shard in order for i in range(5 + int(shard))]
+    assert len(set(map(tuple, orders.values()))) > 1
+    # A window shuffles what is in it and nothing else: eight at a time, they are the same documents as unshuffled.
+    plain = read(HubText(path, shuffle_window=1), seed=1)
+    assert texts != plain
+    assert [set(texts[i : i + 8]) for i in range(0, 35, 8)] == [set(plain[i : i + 8]) for i in range(0, 35, 8)]
+    # Each in an order of its own.
+    assert len({tuple(plain.index(text) - i for text in texts[i : i + 8]) for i in range(0, 32, 8)}) == 4
+
+
+class Numbers(Corpus):
+    """A corpus of a user's own, which knows nothing of readers."""
+
+    def documents(self, *, seed=0, epoch=0):
+        yield from (f"{seed} {epoch} {i}" for i in range(35))
+
+    def identity(self):
+        return "numbers"
+
+
+RESTARTED = {
+    "streamed parquet": lambda p: HubText(shards(p / "set", "parquet"), shuffle_window=8),
+    "streamed jsonl": lambda p: HubText(shards(p / "set", "jsonl"), shuffle_window=8),
+    "downloaded": lambda p: HubText(shards(p / "set", "parquet"), streaming=False),
+    "files": lambda p: TextFiles(shards(p / "set", "jsonl"), shuffle_window=8),
+    "saved": lambda p: SavedDataset(saved(p)),
+    "a user's own": lambda _: Numbers(),
+}
+
+
+@pytest.mark.parametrize("make", RESTARTED.values(), ids=RESTARTED)
+def test_a_reader_goes_on_from_its_state_with_the_very_next_document(tmp_path, make):
+    corpus, order = make(tmp_path), {"seed": 3, "epoch": 1}
+    whole = read(corpus, **order)
+    reader, states = corpus.reader(**order), []
+    for document in whole:
+        states.append(json.dumps(reader.state()))
+        assert next(reader) == document
+    states.append(json.dumps(reader.state()))
+    assert next(reader, None) is None
+    assert [json.loads(state)["documents"] for state in states] == list(range(len(whole) + 1))
+    # The start, the end, the ends of the shards and of the windows of 8 and what is beside them, and the middles.
+    for cut in [0, 1, 3, 7, 8, 9, 14, 16, 17, 22, 24, 31, 32, 33, 34, len(whole)]:
+        again = corpus.reader(**order, state=json.loads(states[cut]))
+        assert json.dumps(again.state()) == states[cut]
+        assert list(again) == whole[cut:]
+
+
+def test_what_goes_on_can_be_left_again(tmp_path):
+    corpus = HubText(shards(tmp_path / "set", "parquet"), shuffle_window=8)
+    texts, state = [], None
+    while len(texts) < 35:
+        reader = corpus.reader(state=state)
+        texts += islice(reader, 5)
+        state = reader.state()
+    assert texts == read(corpus)
+
+
+def test_a_dataset_that_changed_since_the_state_was_taken_is_told(tmp_path):
+    path = Path(shards(tmp_path / "set", "jsonl"))
+    reader = HubText(str(path), shuffle_window=8).reader()
+    assert len(list(islice(reader, 31))) == 31
+    # Another number of shards; the same number, and all that is left is the last one's only document.
+    (path / "train-5.jsonl").write_text('{"text": "more"}')
+    with pytest.raises(InputError, match="has 6 shards, it had 5 when reading began"):
+        list(HubText(str(path), shuffle_window=8).reader(state=reader.state()))
+    (path / "train-5.jsonl").unlink()
+    for file in path.glob("*"):
+        file.write_text('{"text": "less"}')
+    with pytest.raises(InputError, match="has changed since reading began: 7 documents were read where 1 are left"):
+        list(HubText(str(path), shuffle_window=8).reader(state=reader.state()))
+
+
+def test_numbers_that_cannot_be_are_refused():
+    for name, value in (("shuffle_window", 0), ("retries", -1), ("retry_seconds", -0.5)):
+        with pytest.raises(InputError, match=f"^{name} must be at least [01], got {value}$"):
+            HubText("org/name", **{name: value})
+
+
 def test_a_hub_that_is_away_or_does_not_know_is_one_line(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -12,9 +12,10 @@ from lightning.pytorch.cli import LightningCLI
 from sae_lens.synthetic import SyntheticModelConfig
 
 from metasae_lightning.corpora import TextFiles
-from metasae_lightning.data import ActivationsDataModule, SyntheticDataModule
+from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import HuggingFaceLM
+from metasae_lightning.planted import SyntheticDataModule
 from tests.models import Texts, documents, save_model
 
 # lightning 2.6 flattens loaders with a check that torch 2.13 deprecates: https://github.com/Lightning-AI/pytorch-lightning, _pytree.py

@@ -13,7 +13,7 @@ from metasae_lightning.cli import MetasaeCLI
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
-FIT = re.compile(r"^    (metasae fit [^#\n]*)", re.MULTILINE)
+FIT = re.compile(r"^    (metasae (?:fit|cache) [^#\n]*)", re.MULTILINE)
 COMMANDS = [line.strip() for text in DOCUMENTS for line in FIT.findall(text.read_text())]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -25,7 +25,7 @@ def test_there_is_something_to_type():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_documents_parses(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     seen: list[str] = []
-    monkeypatch.setattr(MetasaeCLI, "instantiate_classes", lambda self: seen.append(self.config["fit"]["run"]))
+    monkeypatch.setattr(MetasaeCLI, "instantiate_classes", lambda self: seen.append(self.run_directory.as_posix()))
     monkeypatch.setattr(MetasaeCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.chdir(tmp_path)
     assert cli.main(shlex.split(command)[1:]) == 0

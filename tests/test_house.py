@@ -32,8 +32,15 @@ DOWN = {
     "complaints": "errors",
     "hooks": "errors",
     "embedded": "errors",
-    "lm": "embedded hooks errors",
-    "corpora": "errors",
+    "loading": "embedded errors",
+    "lm": "loading embedded hooks errors",
+    "producer": "errors",
+    "shuffle": "errors",
+    "batching": "errors",
+    "documents": "errors",
+    "files": "documents errors",
+    "hub": "documents errors",
+    "corpora": "hub files documents errors",
     "normalizers": "functional errors",
     "penalties": "functional step errors",
     "metrics": "functional step errors",
@@ -41,8 +48,14 @@ DOWN = {
     "calibration": "functional step errors",
     "saelens": "calibration normalizers schedules functional step errors",
     "learner": "saelens normalizers schedules functional step errors",
-    "stream": "corpora lm step errors",
-    "data": "stream synthetic corpora lm step errors",
+    "tokens": "producer batching corpora errors",
+    "rows": "tokens batching lm errors",
+    "stream": "producer shuffle batching corpora step errors",
+    "activations": "stream rows tokens batching corpora lm step errors",
+    "cache": "corpora errors",
+    "cached": "activations cache stream rows shuffle batching corpora errors",
+    "planted": "synthetic corpora",
+    "data": "planted cached activations cache stream batching corpora lm errors",
     "joint": "penalties alternation schedules learner saelens sparse step functional errors",
     "arms": "joint step",
     "callbacks": "metrics saelens step functional errors",
@@ -50,8 +63,8 @@ DOWN = {
     "__init__": ANY,
 }
 # The only rooms that may name these libraries.
-DOORS = {"sae_lens": {"saelens", "stream", "lm", "synthetic"}, "lightning": {"joint", "arms", "data", "callbacks", "cli"}}
-PURE = {"functional", "sparse", "step", "alternation", "schedules"}
+DOORS = {"sae_lens": {"saelens", "lm", "synthetic"}, "lightning": {"joint", "arms", "data", "planted", "callbacks", "cli"}}
+PURE = {"functional", "sparse", "step", "alternation", "schedules", "shuffle", "batching"}
 PURE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "jaxtyping", OURS}
 
 

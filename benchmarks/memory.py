@@ -1,0 +1,109 @@
+"""What loading a language model up to its hook saves, and that a stream's memory stands still.
+
+    python benchmarks/memory.py            # GPT-2 large's architecture with random weights, layer 20 of 36; needs 4 GB of disk
+
+Each figure is the peak resident size of a process of its own.
+"""
+
+import argparse
+import gc
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import warnings
+from itertools import islice
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from metasae_lightning.activations import ActivationStream
+from metasae_lightning.batching import Batching
+from metasae_lightning.corpora import PythonDocs
+from metasae_lightning.embedded import embedded_folder
+from metasae_lightning.lm import HuggingFaceLM
+
+LARGE = {"n_embd": 1280, "n_layer": 36, "n_head": 20}
+MIB = 2**20
+
+
+def make(folder: str) -> None:
+    """A folder with GPT-2 large's shapes; any tokenizer of fewer tokens will do."""
+    GPT2LMHeadModel(GPT2Config(**LARGE)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded_folder()).save_pretrained(folder)
+
+
+def tokens() -> torch.Tensor:
+    """One forward pass of the recipe."""
+    return torch.arange(32 * 128).view(32, 128) % 50_000
+
+
+def empty(_: str) -> None:
+    """The libraries alone."""
+
+
+def whole(folder: str) -> None:
+    """transformers' own load and forward pass."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.transformer(tokens())
+
+
+def hooked(folder: str) -> None:
+    """Ours, up to layer 20."""
+    model = HuggingFaceLM(folder, "blocks.20.hook_resid_pre", device="cpu")
+    model.load()
+    model.activations(tokens())
+
+
+def refills(_: str) -> dict[str, float]:
+    """Resident size of a SmolLM2 stream after its buffer's first refill, and the largest and least over 50 more."""
+    model = HuggingFaceLM("smollm2-135m-instruct", "blocks.2.hook_resid_post", device="cpu")
+    model.load()
+    batching = Batching(batch_size=1024, context_size=128, buffer_size=8192)
+    batches = iter(ActivationStream(PythonDocs(), model, batching, tokens=10**9))
+    sizes: list[float] = []
+    for _ in range(52):
+        for _ in islice(batches, 8):
+            pass
+        gc.collect()
+        sizes.append(psutil.Process().memory_info().rss / MIB)
+    batches.close()
+    return {"first": sizes[1], "least": min(sizes[1:]), "most": max(sizes[1:])}
+
+
+CASES = {"empty": empty, "whole": whole, "hooked": hooked, "refills": refills}
+PARTS = {"make": make, **CASES}
+
+
+def alone(case: str, folder: str) -> dict[str, float]:
+    """A case in a process of its own."""
+    command = [sys.executable, __file__, "--case", case, "--folder", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().split("\n")[-1])
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=PARTS)
+    parser.add_argument("--folder", default="")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if given.case:
+        found = PARTS[given.case](given.folder) or {}
+        print(json.dumps({**found, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB}))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or temporary
+        if not given.folder:
+            alone("make", folder)
+        found = {case: alone(case, folder) for case in CASES}
+    found["of_whole"] = {"peak": found["hooked"]["peak"] / found["whole"]["peak"]}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

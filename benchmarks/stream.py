@@ -1,0 +1,208 @@
+"""Tokens per second of the activation stream beside the bare model's forward pass and SAELens's ActivationsStore.
+
+    python benchmarks/stream.py                   # five alternating runs of each in one process, then each alone for its memory
+    python benchmarks/stream.py --passes 4 --runs 1
+
+The model is the embedded one, the text the documentation of the installed packages. Every arm runs the same number of contexts.
+"""
+
+import argparse
+import csv
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import date
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metasae_lightning.activations import ActivationStream
+from metasae_lightning.batching import Batching
+from metasae_lightning.corpora import Corpus, Document, PythonDocs
+from metasae_lightning.embedded import embedded_folder
+from metasae_lightning.lm import HuggingFaceLM
+from metasae_lightning.shuffle import permutation, turns
+
+HOOK, LAYER, CONTEXT, PASS, BATCH, BUFFER = "blocks.15.hook_resid_post", 15, 128, 32, 1024, 32_768
+
+
+class Fixed(Corpus):
+    """The same documents for every arm, in memory: reading files is no arm's business."""
+
+    def __init__(self, documents: list[Document]):
+        self.texts = documents
+
+    def documents(self, *, seed: int = 0, epoch: int = 0) -> Iterator[Document]:
+        """See the base."""
+        return iter(self.texts)
+
+    def identity(self) -> str:
+        """See the base."""
+        return "fixed"
+
+
+class Bench:
+    """The arms, over one model and one text; each returns seconds for `passes` forward passes of 32 x 128 tokens."""
+
+    def __init__(self, passes: int):
+        self.passes = passes
+        self.tokens = passes * PASS * CONTEXT
+        self.corpus = Fixed(list(islice(PythonDocs().documents(seed=0), self.tokens // 60)))
+        self.lm = HuggingFaceLM("smollm2-135m-instruct", HOOK, device="cpu")
+        self.lm.load()
+        self.store: Any = None
+
+    def stream(self, **how: Any) -> ActivationStream:
+        """Ours, sized as the quickstart."""
+        batching = Batching(batch_size=BATCH, context_size=CONTEXT, buffer_size=BUFFER, held_out=0.0, forward_batch=PASS, **how)
+        return ActivationStream(self.corpus, self.lm, batching, tokens=10**9)
+
+    def contexts(self) -> list[torch.Tensor]:
+        """The forward passes' tokens, made beforehand."""
+        rows = self.stream().rows()
+        found = [rows.take() for _ in range(self.passes)]
+        rows.close()
+        return [tokens for tokens, _ in filter(None, found)]
+
+    def bare(self) -> float:
+        """transformers' own forward pass of the same layers on the same tokens, nothing kept."""
+        contexts, model = self.contexts(), self.lm._root.model
+        began = time.perf_counter()
+        with torch.no_grad():
+            for tokens in contexts:
+                model(tokens)
+        return time.perf_counter() - began
+
+    def ours(self, **how: Any) -> float:
+        """Batches of the stream until the same passes have run."""
+        run, plain = 0, self.lm.activations
+
+        def counted(*args: Any) -> torch.Tensor:
+            nonlocal run
+            run += 1
+            return plain(*args)
+
+        self.lm.activations = counted  # type: ignore[method-assign]
+        # Rows of a pass vary a little with what of it is text: by rows, then corrected by passes.
+        rows = self.tokens * 127 // 128 - BUFFER
+        began = time.perf_counter()
+        iterator = iter(self.stream(**how))
+        for _ in islice(iterator, rows // BATCH):
+            pass
+        seconds = time.perf_counter() - began
+        iterator.close()
+        self.lm.activations = plain  # type: ignore[method-assign]
+        return seconds * self.passes / run
+
+    def ours_across(self) -> float:
+        """The stream with attention across documents, as SAELens has it."""
+        return self.ours(cross_document_attention=True)
+
+    def text(self) -> float:
+        """Reading, tokenising, packing and masks alone: on a thread beside the model."""
+        began = time.perf_counter()
+        self.contexts()
+        return time.perf_counter() - began
+
+    def shuffle(self) -> float:
+        """The buffer's moves alone, for the same rows."""
+        total = self.tokens // BATCH * BATCH
+        buffer, rows = torch.empty(BUFFER, self.lm.d_model), torch.randn(BATCH, self.lm.d_model)
+        began = time.perf_counter()
+        for turn in turns(BUFFER, total, batch=BATCH, order=lambda block, length: permutation(str(block), length)):
+            buffer.index_select(0, turn.taken)
+            buffer.index_copy_(0, turn.refill, rows[: len(turn.refill)])
+        return time.perf_counter() - began
+
+    def saelens(self) -> float:
+        """SAELens's ActivationsStore with a buffer of the same size, iterated as its trainer does."""
+        import datasets
+        from sae_lens.load_model import load_model
+        from sae_lens.training.activations_store import ActivationsStore
+
+        if self.store is None:
+            hook = f"model.layers.{LAYER}"
+            model = load_model("AutoModelForCausalLM", str(embedded_folder()), "cpu", {"dtype": torch.float32})
+            self.store = ActivationsStore(
+                model=model, dataset=datasets.Dataset.from_dict({"text": self.corpus.texts * 20}), streaming=False, hook_name=hook,
+                hook_head_index=None, context_size=CONTEXT, d_in=576, n_batches_in_buffer=BUFFER // CONTEXT,
+                total_training_tokens=10**9, store_batch_size_prompts=PASS, train_batch_size_tokens=BATCH, prepend_bos=True,
+                normalize_activations="none", device=torch.device("cpu"), dtype="float32",
+            )  # fmt: skip
+            next(self.store)  # its buffer is full from here on
+        run, plain = 0, self.store.get_raw_llm_batch
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal run
+            run += 1
+            return plain(*args, **kwargs)
+
+        self.store.get_raw_llm_batch = counted
+        began = time.perf_counter()
+        while run < self.passes:
+            next(self.store)
+        seconds = time.perf_counter() - began
+        self.store.get_raw_llm_batch = plain
+        return seconds * self.passes / run
+
+
+ARMS = ("bare", "ours", "ours_across", "saelens", "text", "shuffle")
+
+
+def alone(arm: str, passes: int) -> dict[str, float]:
+    """An arm in a process of its own: its peak resident size."""
+    done = subprocess.run([sys.executable, __file__, "--arm", arm, "--passes", str(passes)], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().split("\n")[-1])
+
+
+def main() -> None:
+    """Run, print and keep the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passes", type=int, default=16)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--arm", choices=ARMS)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/stream.csv"))
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    bench = Bench(given.passes)
+    if given.arm:
+        seconds = getattr(bench, given.arm)()
+        print(json.dumps({"seconds": seconds, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        return
+    arms: dict[str, Callable[[], float]] = {name: getattr(bench, name) for name in ARMS}
+    bench.bare()  # the first run pays for pages and threads
+    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
+    for _ in range(given.runs):
+        for name, arm in arms.items():
+            seconds[name].append(arm())
+    memory = {name: alone(name, given.passes)["mib"] for name in ("bare", "ours", "saelens")}
+    report(bench.tokens, seconds, memory, given.out)
+
+
+def report(tokens: int, seconds: dict[str, list[float]], memory: dict[str, float], out: Path) -> None:
+    """The table, on the terminal and as CSV."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    about = f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{about}: {tokens:,} tokens a run, medians of {len(seconds['bare'])} alternating runs")
+    with out.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["arm", "tokens_per_second", "of_bare", "lowest", "highest", "peak_mib"])
+        for name, times in seconds.items():
+            ratios = [bare / own for bare, own in zip(seconds["bare"], times, strict=True)]
+            row = [name, round(tokens / statistics.median(times), 1), round(statistics.median(ratios), 4), round(min(ratios), 4)]
+            row += [round(max(ratios), 4), round(memory[name]) if name in memory else ""]
+            table.writerow(row)
+            peak = f", peak {memory[name]:,.0f} MiB" if name in memory else ""
+            print(f"{name:12} {row[1]:12,.0f} tokens/s   {row[2]:8.3f} of bare ({row[3]:.3f} to {row[4]:.3f}){peak}")
+
+
+if __name__ == "__main__":
+    main()
