@@ -12,6 +12,7 @@ from torch import Tensor
 from metasae_lightning.batching import Batching
 from metasae_lightning.corpora import Corpus, Split
 from metasae_lightning.lm import LanguageModel
+from metasae_lightning.producer import Producer
 from metasae_lightning.rows import Rows
 from metasae_lightning.step import Batch
 from metasae_lightning.stream import Handed, Stream
@@ -67,7 +68,7 @@ class ActivationStream(Stream):
         """See the base; with the buffer's rows, and the batches that wait, where the YAML asks for activations."""
         if not self.with_activations or not self._shelf:
             return super().state_dict()
-        if self._making is None:
+        if not isinstance(self._making, Producer):
             return {**super().state_dict(), "shelf": self._saved([])}
         with self._making.paused() as waiting:
             return {**super().state_dict(), "shelf": self._saved([handed.batch.activations for handed in waiting])}

@@ -181,6 +181,9 @@ def main(args: list[str] | None = None) -> int:
         if os.environ.get("METASAE_DEBUG") or error.filename is None:
             raise
         return failed(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.stderr.write("metasae: stopped\n")
+        return 130
     return 0
 
 

@@ -113,6 +113,7 @@ class ActivationsDataModule(LightningDataModule):
         )
         self.cache = None if cache is None else ActivationCache(cache)
         self.reading_cache = True
+        self._told = False
         self._restored: list[dict[str, Any]] = []
         self._train: Stream | None = None
         _check(self.batching, tokens)
@@ -127,7 +128,9 @@ class ActivationsDataModule(LightningDataModule):
             self.cache.open(self.identity(), self.language_model.hooks, tokenizer)
             return
         self.language_model.load()
-        if not self.batching.cross_document_attention and not self.language_model.separates(self.batching.context_size):
+        separate = self.batching.cross_document_attention or self.language_model.separates(self.batching.context_size)
+        if not (separate or self._told):
+            self._told = True
             rank_zero_warn(
                 f"{self.language_model.name} cannot be kept from attending across the documents of a context: it does "
                 "(cross_document_attention: true says that this is meant)"
@@ -199,10 +202,11 @@ class ActivationsDataModule(LightningDataModule):
 
     def metadata(self, hook: str | None = None) -> dict[str, Any]:
         """What a published SAE of a hook tells of its data, by SAELens's names."""
-        if self.cache is not None and self.reading_cache and self.cache.ours:
-            return self.cache.record["about"][hook or self.language_model.hooks[0]]
+        b, hook = self.batching, hook or self.language_model.hooks[0]
+        if self.cache is not None and self.reading_cache:  # the model may not be there at all
+            named = {"model_name": self.language_model.name, "hook_name": hook, "dataset_path": str(self.cache.path)}
+            return self.cache.record["about"][hook] if self.cache.ours else {**named, "context_size": b.context_size}
         self.language_model.load()
-        b = self.batching
         data: dict[str, Any] = {"dataset_path": self.corpus.identity(), "context_size": b.context_size, "prepend_bos": b.prepend_bos}
         if b.skip_positions:
             data["seqpos_slice"] = [b.skip_positions, None]

@@ -115,7 +115,7 @@ class Rows:
     @property
     def reached(self) -> dict[str, Any]:
         """The place in the corpus that everything read so far lies before."""
-        return self._tokens.state()["after"]
+        return self._tokens.reached
 
     def close(self) -> None:
         """Read no further."""

@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class Stream(ABC):
         self.split: Split = split
         self._start: dict[str, Any] = {"batches": 0, "origin": 0, "base": None, "cursor": None, "reached": None}
         self._place = self._start
-        self._making: Producer[Handed] | None = None
+        self._making: Producer[Handed] | Generator[Handed, None, None] | None = None
         self._length: int | None = None
 
     @abstractmethod
@@ -55,7 +55,7 @@ class Stream(ABC):
         """Everything that the batches are a function of."""
 
     @abstractmethod
-    def _batches(self, place: dict[str, Any]) -> Iterator[Handed]:
+    def _batches(self, place: dict[str, Any]) -> Generator[Handed, None, None]:
         """Every batch from a place on."""
 
     @abstractmethod
@@ -80,8 +80,7 @@ class Stream(ABC):
         if self.split != "train" or self._place["batches"] >= len(self):
             self._place = self._start
         made = self._batches(self._place)
-        if self.prefetch:
-            made = self._making = Producer(made, ahead=self.prefetch, name=f"the {self.split} stream")
+        self._making = made = Producer(made, ahead=self.prefetch, name=f"the {self.split} stream") if self.prefetch else made
         try:
             for handed in made:
                 if handed.ready is not None:
@@ -92,11 +91,11 @@ class Stream(ABC):
                 yield handed.batch
             self._place = self._start
         finally:
-            made.close()  # pyright: ignore[reportAttributeAccessIssue]
+            made.close()
             self._making = None
 
     def close(self) -> None:
-        """End what is being made ahead."""
+        """End what is being read and made ahead."""
         if self._making is not None:
             self._making.close()
 

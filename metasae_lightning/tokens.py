@@ -135,8 +135,12 @@ class PackedTokens:
     def state(self) -> dict[str, Any]:
         """Where the next `take` begins."""
         place = self._chunk.place if self._chunk else self._start["place"]
-        after = self._chunk.after if self._chunk else self._start.get("after", place)
-        return {"place": place, "after": after, "taken": self._taken, "waiting": torch.tensor(self._waiting, dtype=torch.int32)}
+        return {"place": place, "after": self.reached, "taken": self._taken, "waiting": torch.tensor(self._waiting, dtype=torch.int32)}
+
+    @property
+    def reached(self) -> dict[str, Any]:
+        """The place that everything read so far lies before."""
+        return self._chunk.after if self._chunk else self._start.get("after", self._start["place"])
 
     def close(self) -> None:
         """End the reading thread."""

@@ -51,7 +51,7 @@ DOWN = {
     "tokens": "producer batching corpora errors",
     "rows": "tokens batching lm errors",
     "stream": "producer shuffle batching corpora step errors",
-    "activations": "stream rows tokens batching corpora lm step errors",
+    "activations": "stream rows producer tokens batching corpora lm step errors",
     "cache": "corpora errors",
     "cached": "activations cache stream rows shuffle batching corpora errors",
     "planted": "synthetic corpora",
