@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from metasae_lightning import callbacks
+from metasae_lightning import callbacks, memory
 from metasae_lightning.complaints import complaint
 from metasae_lightning.corpora import Corpus
 from metasae_lightning.data import ActivationsDataModule
@@ -90,8 +90,11 @@ class MetasaeCLI(LightningCLI):
         return {**kept, "cache": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The run's directory."""
+        """The run's directory, and its limit of memory."""
         parser.add_argument("--run", type=str, default="runs/unnamed", help="Directory of the run: config, metrics, checkpoints and SAEs.")
+
+        what = "GiB that the run may take on each device, null for what is free; one that needs more is refused before it loads anything."
+        parser.add_argument("--memory_gib", type=float | None, default=None, help=what)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """One line for what the parser refuses."""
@@ -128,6 +131,10 @@ class MetasaeCLI(LightningCLI):
         nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
             raise InputError(f"--run {run}: {nearest} is not a directory that can be written to")
+
+    def before_fit(self) -> None:
+        """Say what the run will take, while nothing is loaded."""
+        memory.announce(self.model, self.datamodule, self.trainer, self._get(self.config, "memory_gib"))
 
     def instantiate_classes(self) -> None:
         """What a class refuses in its arguments is the user's to mend."""

@@ -77,6 +77,20 @@ def locate(hook: str, skeleton: nn.Module) -> Point:
     raise unknown_hook(hook, type(skeleton).__name__, [*known, *filter(None, modules)])
 
 
+def lens_points(hooks: list[str], model: str, config: Any) -> list[Point]:
+    """The places of hooks, named in either dialect, in TransformerLens's model of this config; a layer it has not is refused."""
+    sublayers = POST_NORM if config.use_normalization_before_and_after else PLAIN
+    points: list[Point] = []
+    for asked in hooks:
+        hook = lens_name(asked, sublayers) or asked
+        block = LENS.match(hook)
+        if block and int(block[1]) >= config.n_layers:
+            kinds = (*RESIDUAL, "hook_attn_out", "hook_mlp_out")
+            raise unknown_hook(asked, model, [f"blocks.{i}.{kind}" for i in range(config.n_layers) for kind in kinds])
+        points.append(Point(hook, False, int(block[1]) + 1 if block else None, hook))
+    return points
+
+
 def _sublayers(layer: nn.Module) -> dict[str, str]:
     names = dict(layer.named_children())
     if all(child in names for child in POST_NORM):

@@ -1,11 +1,10 @@
 """A language model up to the hook and no further, by the hook's name in either dialect."""
 
 import contextlib
+import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Generator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,23 +15,30 @@ from transformer_lens import HookedTransformer, loading_from_pretrained
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from metasae_lightning.embedded import EMBEDDED, embedded_folder
-from metasae_lightning.errors import InputError, did_you_mean
+from metasae_lightning.errors import InputError
 from metasae_lightning.hooks import (
-    LENS,
-    PLAIN,
-    POST_NORM,
-    RESIDUAL,
     Point,
     cut,
     deepest,
     expected_leftovers,
     layers_path,
-    lens_name,
+    lens_points,
     listen,
     locate,
     unknown_hook,
 )
-from metasae_lightning.loading import CONFIG_KWARGS, LOADER_KWARGS, check_kwargs, dtype_of, hub, lens_folder, line, no_chatter
+from metasae_lightning.loading import (
+    CONFIG_KWARGS,
+    LOADER_KWARGS,
+    additive,
+    check_kwargs,
+    converting,
+    dtype_of,
+    hub,
+    is_lens_folder,
+    lens_folder,
+    no_chatter,
+)
 
 
 class _Reached(Exception):
@@ -62,10 +68,9 @@ class LanguageModel(ABC):
         """Load the model up to the hook, once, leaving the global random state alone."""
         if self._root is not None:
             return
-        folder = str(embedded_folder()) if self.name == EMBEDDED else self.name
         # Constructors initialise what the checkpoint then overwrites, from the global generator.
         with torch.random.fork_rng(), no_chatter():
-            root, points, tokenizer = self._load(folder)
+            root, points, tokenizer = self._load(self._folder)
         self._root, self._points, self._tokenizer = root.eval().requires_grad_(False), points, tokenizer
         try:
             # Sizes that no table of positions or batch of one shares by accident.
@@ -75,9 +80,24 @@ class LanguageModel(ABC):
             raise
         self._widths = dict(zip(self.hooks, (part.shape[-1] for part in found), strict=True))
 
+    def skeleton(self) -> "LanguageModel":
+        """This model on torch's meta device: it has sizes and no weights, and nothing is loaded."""
+        twin = copy.copy(self)
+        with torch.random.fork_rng(), no_chatter():
+            twin._root, twin._points = self._skeleton(self._folder)
+        return twin
+
+    @property
+    def _folder(self) -> str:
+        return str(embedded_folder()) if self.name == EMBEDDED else self.name
+
     @abstractmethod
     def _load(self, folder: str) -> tuple[nn.Module, list[Point], Any]:
         """The root module, the hooks' places in it and the tokenizer."""
+
+    @abstractmethod
+    def _skeleton(self, folder: str) -> tuple[nn.Module, list[Point]]:
+        """What `_load` loads, without weights and tokenizer."""
 
     @abstractmethod
     def _run(self, root: Any, tokens: Int[Tensor, "context position"], mask: Float[Tensor, "context 1 position position"] | None) -> None:
@@ -102,9 +122,9 @@ class LanguageModel(ABC):
                 raise _Reached
 
         handles = [listen(root.get_submodule(point.path), point, partial(keep, place)) for place, point in enumerate(self._points)]
-        mask = None if visible is None else _additive(visible.to(self.device), self.dtype)
-        # A caller's autocast would make the activations depend on who asks for them.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        mask = None if visible is None else additive(visible.to(self.device), self.dtype)
+        # A caller's autocast would make the activations depend on who asks for them; the meta device has none.
+        with torch.no_grad(), torch.autocast(self.device.type.replace("meta", "cpu"), enabled=False):
             try:
                 self._run(root, tokens.to(self.device), mask)
             except _Reached:
@@ -126,11 +146,9 @@ class LanguageModel(ABC):
     def read_tokenizer(self) -> Any:
         """The tokenizer without the model."""
         if self._tokenizer is None:
-            folder = str(embedded_folder()) if self.name == EMBEDDED else self.name
+            shared = {k: v for k, v in self.model_kwargs.items() if k in CONFIG_KWARGS}
             with no_chatter(), hub(self.name):
-                self._tokenizer = AutoTokenizer.from_pretrained(
-                    folder, **{k: v for k, v in self.model_kwargs.items() if k in CONFIG_KWARGS}
-                )
+                self._tokenizer = AutoTokenizer.from_pretrained(self._folder, **shared)
         return self._tokenizer
 
     def separates(self, length: int) -> bool:
@@ -215,7 +233,8 @@ class LanguageModel(ABC):
 class HuggingFaceLM(LanguageModel):
     """Any hub name or local folder that transformers' `AutoModelForCausalLM` reads; layers after the hook are not loaded."""
 
-    def _load(self, folder: str) -> tuple[nn.Module, list[Point], Any]:
+    def _outline(self, folder: str) -> tuple[dict[str, Any], list[Point], contextlib.AbstractContextManager[None]]:
+        """The config cut to the hooks, their places, and a context in which the checkpoint's other layers are no surprise."""
         check_kwargs(self.model_kwargs, (*CONFIG_KWARGS, *LOADER_KWARGS))
         shared = {k: v for k, v in self.model_kwargs.items() if k in CONFIG_KWARGS}
         with hub(self.name):
@@ -225,8 +244,19 @@ class HuggingFaceLM(LanguageModel):
                 skeleton = AutoModelForCausalLM.from_config(config, **trust)
         points, stack = [locate(hook, skeleton) for hook in self.hooks], layers_path(skeleton)
         dropped = cut(config, deepest(points))
-        with hub(self.name), expected_leftovers(type(skeleton), stack, dropped):
-            kwargs = {**self.model_kwargs, "dtype": self.dtype, "config": config}
+        return {"config": config, **trust}, points, expected_leftovers(type(skeleton), stack, dropped)
+
+    def _skeleton(self, folder: str) -> tuple[nn.Module, list[Point]]:
+        given, points, _ = self._outline(folder)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(**given, dtype=self.dtype).eval()
+        skeleton.config.use_cache = False
+        return skeleton, points
+
+    def _load(self, folder: str) -> tuple[nn.Module, list[Point], Any]:
+        given, points, leftovers = self._outline(folder)
+        with hub(self.name), leftovers:
+            kwargs = {**self.model_kwargs, "dtype": self.dtype, **given}
             proxy: Any = load_model("AutoModelForCausalLM", folder, self.device, kwargs, hook_names=[point.path for point in points])
         proxy.model.config.use_cache = False
         return proxy.model, points, proxy.tokenizer
@@ -238,51 +268,32 @@ class HuggingFaceLM(LanguageModel):
 class TransformerLensLM(LanguageModel):
     """A model as TransformerLens's `HookedTransformer` has it, unprocessed; a local folder where it converts that architecture."""
 
-    def _load(self, folder: str) -> tuple[nn.Module, list[Point], Any]:
+    def _outline(self, folder: str) -> tuple[dict[str, Any], list[Point], bool]:
+        """What TransformerLens is given, the hooks' places, and whether the folder is a local one."""
         known = (*inspect.signature(HookedTransformer.from_pretrained).parameters, *CONFIG_KWARGS, *LOADER_KWARGS)
         check_kwargs(self.model_kwargs, [k for k in known if k not in ("model_name", "device", "dtype", "from_pretrained_kwargs")])
-        local = Path(folder).is_dir()
-        aliases = loading_from_pretrained.make_model_alias_map()
-        if not local and folder.lower() not in aliases:
-            near = did_you_mean(self.name, aliases)
-            raise InputError(f"name: TransformerLens knows no model {self.name!r}{near}; HuggingFaceLM takes any")
-        with self._converting():
+        local = is_lens_folder(folder)
+        with converting(self.name):
             config = loading_from_pretrained.get_pretrained_model_config(folder)
-        post_norm = bool(config.use_normalization_before_and_after)
-        hooks = [lens_name(hook, POST_NORM if post_norm else PLAIN) or hook for hook in self.hooks]
-        blocks = [LENS.match(hook) for hook in hooks]
-        names = [f"blocks.{i}.{kind}" for i in range(config.n_layers) for kind in (*RESIDUAL, "hook_attn_out", "hook_mlp_out")]
-        for hook, block in zip(self.hooks, blocks, strict=True):
-            if block and int(block[1]) >= config.n_layers:
-                raise unknown_hook(hook, self.name, names)
-        layers = [int(block[1]) + 1 if block else None for block in blocks]
-        points = [Point(hook, False, count, hook) for hook, count in zip(hooks, layers, strict=True)]
-        with self._converting():
-            given = {**self.model_kwargs, "first_n_layers": deepest(points), "dtype": self.dtype}
+        points = lens_points(self.hooks, self.name, config)
+        return {**self.model_kwargs, "first_n_layers": deepest(points), "dtype": self.dtype}, points, local
+
+    def _skeleton(self, folder: str) -> tuple[nn.Module, list[Point]]:
+        given, points, _ = self._outline(folder)
+        with converting(self.name), torch.device("meta"):
+            config = loading_from_pretrained.get_pretrained_model_config(folder, device="meta", **given)
+            return HookedTransformer(config, move_to_device=False), points
+
+    def _load(self, folder: str) -> tuple[nn.Module, list[Point], Any]:
+        given, points, local = self._outline(folder)
+        with converting(self.name):
             model: Any = lens_folder(folder, self.device, given) if local else load_model("HookedTransformer", folder, self.device, given)
-        for asked, hook in zip(self.hooks, hooks, strict=True):
-            if hook not in model.hook_dict:
+        for asked, point in zip(self.hooks, points, strict=True):
+            if point.path not in model.hook_dict:
                 raise unknown_hook(asked, self.name, model.hook_dict)
         return model, points, model.tokenizer
-
-    @contextlib.contextmanager
-    def _converting(self) -> Generator[None, None, None]:
-        """TransformerLens's complaint about a model it cannot convert, as a line."""
-        try:
-            with hub(self.name):
-                yield
-        except (NotImplementedError, AttributeError, KeyError, ValueError, TypeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"name: TransformerLens cannot convert {self.name!r} ({line(error)}); HuggingFaceLM may") from error
 
     def _run(self, root: Any, tokens: Int[Tensor, "context position"], mask: Float[Tensor, "context 1 position position"] | None) -> None:
         if mask is not None:
             raise NotImplementedError("TransformerLens masks padding only")
         root(tokens, return_type=None, prepend_bos=False)
-
-
-def _additive(visible: Bool[Tensor, "context position position"], dtype: torch.dtype) -> Float[Tensor, "context 1 position position"]:
-    """A mask that every attention of transformers takes as it is: zero where visible, the least number elsewhere."""
-    hidden = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype, device=visible.device)
-    return hidden.masked_fill_(visible, 0)[:, None]

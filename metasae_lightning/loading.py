@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 from transformer_lens import HookedTransformer, loading_from_pretrained
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -75,6 +77,34 @@ def dtype_of(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"dtype: a floating type of torch such as float32 or bfloat16, not {name!r}")
     return dtype
+
+
+def additive(visible: Bool[Tensor, "context position position"], dtype: torch.dtype) -> Float[Tensor, "context 1 position position"]:
+    """A mask that every attention of transformers takes as it is: zero where visible, the least number elsewhere."""
+    hidden = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype, device=visible.device)
+    return hidden.masked_fill_(visible, 0)[:, None]
+
+
+@contextlib.contextmanager
+def converting(name: str) -> Generator[None, None, None]:
+    """TransformerLens's complaint about a model it cannot convert, as a line."""
+    try:
+        with hub(name):
+            yield
+    except (NotImplementedError, AttributeError, KeyError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"name: TransformerLens cannot convert {name!r} ({line(error)}); HuggingFaceLM may") from error
+
+
+def is_lens_folder(name: str) -> bool:
+    """Whether it is a local folder; if it is not, it must be a name of TransformerLens's own."""
+    local = Path(name).is_dir()
+    aliases = loading_from_pretrained.make_model_alias_map()
+    if not local and name.lower() not in aliases:
+        near = did_you_mean(name, aliases)
+        raise InputError(f"name: TransformerLens knows no model {name!r}{near}; HuggingFaceLM takes any")
+    return local
 
 
 def lens_folder(folder: str, device: torch.device, kwargs: dict[str, Any]) -> HookedTransformer:

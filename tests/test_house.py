@@ -58,6 +58,8 @@ DOWN = {
     "data": "planted cached activations cache stream batching corpora lm errors",
     "joint": "penalties alternation schedules learner saelens sparse step functional errors",
     "arms": "joint step",
+    "footprint": "joint learner lm normalizers functional step errors",
+    "memory": "footprint joint errors",
     "callbacks": "metrics saelens step functional errors",
     "cli": ANY,
     "__init__": ANY,

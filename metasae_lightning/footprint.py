@@ -1,0 +1,265 @@
+"""How many bytes are live while something runs: counted where torch makes and drops its tensors, on a model small enough to try."""
+
+import copy
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from metasae_lightning import functional
+from metasae_lightning.joint import JointSAE
+from metasae_lightning.learner import Learner
+from metasae_lightning.lm import LanguageModel
+from metasae_lightning.normalizers import normalizer_of
+from metasae_lightning.step import Batch
+
+aten = torch.ops.aten
+ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+# glibc's DEFAULT_MMAP_THRESHOLD_MAX: freed blocks below it stay in the heap, in holes that the next phase's blocks do not fit, so what
+# phases hold in small blocks adds up; larger blocks go back to the system at once.
+KEPT = 32 * 2**20
+# Elements of a trial's largest matrix: half a MiB each, so that counting takes milliseconds and vectors stay small beside matrices.
+TRIAL = 2**17
+# What shrinks with a trial; every other number of a config or a penalty is a ratio or a count of steps.
+SIZES = ("d_in", "d_sae", "k", "matryoshka_widths", "chunk_size")
+NORMALIZERS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening")
+
+
+@dataclass(frozen=True)
+class Rise:
+    """How far something rises above what was live before it."""
+
+    height: int
+    """Bytes at the top."""
+    small: int
+    """The most bytes at once in blocks that malloc keeps for itself when they are freed."""
+
+    def times(self, factor: float) -> "Rise":
+        """Of something so many times as large."""
+        return Rise(round(self.height * factor), round(self.small * factor))
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that come to be under it, for as long as each lives.
+
+    What a kernel takes for itself is out of its sight. Two such things matter. On a CPU torch.topk copies what it looks at into pairs of
+    value and index, 16 bytes an entry (aten/src/ATen/native/TopKImpl.h), and batch top-k looks at a whole batch. And arithmetic on two
+    types makes a copy in the wider (TensorIterator.cpp), as JumpReLU's product of activations and a mask.
+
+    Args:
+        kept: Blocks of fewer bytes are small.
+    """
+
+    def __init__(self, kept: float = KEPT) -> None:
+        super().__init__()
+        self.kept = kept
+        self._now, self._top = [0, 0], [0, 0]
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """See the class."""
+        # A model without weights asks whether each context is one sequence and nothing of it is masked: so it is.
+        if func is aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+            return True
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if id(storage) not in self._sizes and id(storage) not in given:  # a view of what was there before is no more bytes
+                self._sizes[id(storage)] = storage.nbytes()
+                self._move(storage.nbytes(), 1)
+                weakref.finalize(storage, self._gone, id(storage))
+        for scratch in [16 * args[0].shape[-1]] if func is aten.topk.default else _copied(args, out) if func in ARITHMETIC else []:
+            self._move(scratch, 1)
+            self._move(scratch, -1)
+        return out
+
+    def _gone(self, key: int) -> None:
+        self._move(self._sizes.pop(key), -1)
+
+    def _move(self, size: int, sign: int) -> None:
+        for i, counts in enumerate((True, size < self.kept)):
+            self._now[i] += sign * size * counts
+            self._top[i] = max(self._top[i], self._now[i])
+
+    def during(self, act: Callable[[], Any]) -> Rise:
+        """How far an act rises above what is live before it."""
+        before, self._top = list(self._now), list(self._now)
+        with self:
+            act()
+        return Rise(*(top - start for top, start in zip(self._top, before, strict=True)))
+
+
+def _copied(args: tuple[Any, ...], out: Tensor) -> list[int]:
+    """Bytes of the operands in the result's type, where they have another."""
+    return [t.numel() * out.itemsize for t in args if isinstance(t, Tensor) and t.ndim and t.dtype != out.dtype]
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """Those of every tensor in it, of a sparse one's parts."""
+    for tensor in tree_leaves(tree):
+        if isinstance(tensor, Tensor) and tensor.layout in (torch.strided, torch.sparse_coo):
+            parts = (tensor,) if tensor.layout is torch.strided else (tensor._indices(), tensor._values())
+            yield from (part.untyped_storage() for part in parts)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention without scores: without a device torch would choose the one kernel that holds them all, and no device does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """See the class."""
+        if func is nn.functional.scaled_dot_product_attention and args[0].is_meta:
+            return args[0].new_empty(*args[0].shape[:-1], args[2].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def blocks(*sizes: list[int]) -> Rise:
+    """All of these at once."""
+    each = [size for some in sizes for size in some]
+    return Rise(sum(each), sum(size for size in each if size < KEPT))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A language model up to its hooks."""
+
+    weights: int
+    """Bytes of its parameters and buffers, each storage once."""
+    forward: Rise
+    """What one forward pass adds, the activations included."""
+
+
+def reading(model: LanguageModel, contexts: int, positions: int, *, apart: bool = False) -> Reading:
+    """What a forward pass of so many contexts takes, from the model's own code on torch's meta device.
+
+    Args:
+        model: The model, which is not loaded.
+        contexts: Contexts of a forward pass.
+        positions: Tokens of a context.
+        apart: Whether documents are kept apart by a mask, where the model takes one.
+    """
+    skeleton = model.skeleton()
+    tokens = torch.zeros(contexts, positions, dtype=torch.long, device="meta")
+    visible = torch.ones(contexts, positions, positions, dtype=torch.bool, device="meta")
+    with _FusedAttention():
+        try:
+            forward = Live().during(lambda: skeleton.activations(tokens, visible if apart else None))
+        except (TypeError, ValueError, RuntimeError, NotImplementedError):  # a model that takes no such mask runs without
+            forward = Live().during(lambda: skeleton.activations(tokens))
+    root = skeleton._require()  # pyright: ignore[reportPrivateUsage]
+    return Reading(size(root), forward)
+
+
+def learners(model: JointSAE) -> dict[str, Learner]:
+    """Both SAEs, or the one."""
+    return {"primary": model.primary} | ({} if model.meta is None else {"meta": model.meta})
+
+
+def size(module: nn.Module) -> int:
+    """Bytes of parameters and buffers, what is tied counted once."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def parameters(module: nn.Module) -> int:
+    """Bytes of what is trained."""
+    return sum(p.nbytes for p in module.parameters() if p.requires_grad)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One step of joint training, beside weights and gradients."""
+
+    optimizer: float
+    """Bytes of the optimisers' state for each byte of parameters."""
+    primary: Rise
+    """What a primary step adds, the penalties included."""
+    meta: Rise
+    """What a meta step adds; nothing where there is no meta SAE."""
+    evaluation: Rise
+    """What a held-out batch adds."""
+
+
+def training(model: JointSAE, rows: int, *, precision: str = "32-true") -> Training:
+    """What a step on so many rows takes, from steps of the same model made smaller by one factor in every direction.
+
+    Every array of a step is a product of two of rows, d_in, d_sae and d_meta: a factor `f` on each makes all of them `f^2` smaller.
+    All latents are dead, which is when the auxiliary loss is at its largest.
+    """
+    d_sae, d_in = model.primary.W_dec.shape
+    widest = max(rows * d_sae, d_sae * d_in, 0 if model.meta is None else d_sae * model.meta.W_dec.shape[0])
+    factor = max(1.0, min((widest / TRIAL) ** 0.5, d_in / 8))
+    live, found, small_rows = Live(KEPT / factor**2), dict[str, Rise](), max(2, round(rows / factor))
+    with torch.random.fork_rng(), warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision):
+        warnings.simplefilter("ignore")
+        dtype = torch.float64 if precision == "64-true" else model.primary.W_dec.dtype
+        small = _smaller(model, factor).to(dtype)
+        optimizers = [small._optimizer_callables[name](learner.parameters()) for name, learner in learners(small).items()]  # pyright: ignore[reportPrivateUsage]
+
+        def primary() -> None:
+            _age(small.primary)
+            small.step(Batch(torch.randn(small_rows, small.primary.sae.cfg.d_in, dtype=dtype)), *optimizers)
+
+        def meta() -> None:
+            if small.meta is not None:
+                _age(small.meta)
+                small.meta.learn(functional.unit_rows(small.primary.W_dec.detach()), optimizers[1], backward=Tensor.backward)
+
+        def evaluation() -> None:
+            small.evaluate(Batch(torch.randn(small_rows, small.primary.sae.cfg.d_in, dtype=dtype)))
+
+        # The first step makes gradients and the optimisers' state, which stay.
+        for act in (primary, meta, primary, meta, evaluation):
+            found[act.__name__] = live.during(act).times(factor**2)
+    state = sum(v.nbytes for optimizer in optimizers for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor))
+    return Training(state / parameters(small), **found)
+
+
+def _age(learner: Learner) -> None:
+    """A step at which everything acts: warm-ups are over, statistics are there and every latent is dead."""
+    learner.initialized.fill_(True)
+    learner.silent_for.fill_(learner.dead_after)
+    learner.steps.fill_(2520 * 10**6)  # a multiple of every small number, for penalties that act every so many steps
+
+
+def _smaller(model: JointSAE, factor: float) -> JointSAE:
+    """The same model with every size divided."""
+    penalties: Any = copy.deepcopy(model.penalties)
+    for penalty in penalties.values():
+        for name in SIZES:
+            if hasattr(penalty, name):
+                setattr(penalty, name, _divided(getattr(penalty, name), factor))
+    primary, meta, callables = model.primary, model.meta, model._optimizer_callables  # pyright: ignore[reportPrivateUsage]
+    return JointSAE(
+        _smaller_config(primary, factor),
+        None if meta is None else _smaller_config(meta, factor),
+        dict(penalties.items()),
+        n_p=10**9,
+        decoder_rows="unit" if primary.decoder_rows == "unit" else "free",
+        b_dec_init="zeros",
+        primary_optimizer=callables["primary"],
+        meta_optimizer=callables["meta"],
+        clip_grad_norm=primary.clip_grad_norm,
+        micro_batches=primary.micro_batches,
+    )
+
+
+def _smaller_config(learner: Learner, factor: float) -> Any:
+    # A copy, since a config's record of itself is shared with what it was made from.
+    cfg = copy.deepcopy(learner.sae.cfg)
+    cfg.device = "cpu"
+    cfg = dataclasses.replace(cfg, **{name: _divided(getattr(cfg, name), factor) for name in SIZES if hasattr(cfg, name)})
+    cfg.normalize_activations = next(name for name in NORMALIZERS if type(normalizer_of(name, 1)) is type(learner.normalizer))
+    return cfg
+
+
+def _divided(value: Any, factor: float) -> Any:
+    if isinstance(value, list | tuple):
+        return [_divided(one, factor) for one in value]
+    return max(type(value)(1), type(value)(round(value / factor)))

@@ -1,0 +1,243 @@
+"""What a run will hold in memory, said before anything is loaded: line by line, a device at a time, against what is free."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from metasae_lightning import footprint
+from metasae_lightning.errors import InputError
+from metasae_lightning.footprint import Rise
+from metasae_lightning.joint import JointSAE
+
+GIB = 2**30
+# A control group's limit, version 2 and 1: containers and batch systems kill by it, and the machine's own figures do not know of it.
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that takes memory."""
+
+    what: str
+    """Its name."""
+    device: str
+    """Where it lies."""
+    bytes: int
+    """How much it is, or rises to where it passes."""
+    how: str
+    """How that came about."""
+    remedy: str = ""
+    """What makes it smaller."""
+    phase: str = ""
+    """Of what is there for a while only: what its blocks are as large as, which is what they are rows of."""
+    small: int = 0
+    """Of that, what lies in blocks that malloc keeps for itself when they are freed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run will hold."""
+
+    lines: tuple[Line, ...]
+    """What takes memory."""
+    unknown: tuple[str, ...] = ()
+    """What could not be planned, and why."""
+
+    @property
+    def devices(self) -> list[str]:
+        """Where anything lies."""
+        return list(dict.fromkeys(line.device for line in self.lines))
+
+    def peak(self, device: str) -> int:
+        """What stays and the most that comes to it.
+
+        Phases take turns, so of their large blocks the most at once counts. Small ones stay in the heap: as blocks of one size fit into
+        the holes that others of that size left, and no others do, they add up over the kinds of phases.
+
+        >>> phases = (Line("a", "cpu", 50, "", phase="x", small=10), Line("b", "cpu", 30, "", phase="y", small=30))
+        >>> Plan((Line("weights", "cpu", 100, ""), *phases)).peak("cpu")
+        180
+        """
+        here = [line for line in self.lines if line.device == device]
+        phases = [line for line in here if line.phase]
+        heap = sum(max(line.small for line in phases if line.phase == kind) for kind in {line.phase for line in phases})
+        large = max((line.bytes - line.small for line in phases), default=0)
+        return sum(line.bytes for line in here if not line.phase) + heap + large
+
+    def check(self, free: dict[str, int]) -> None:
+        """Refuse a run that does not fit, and say what to change."""
+        for device in self.devices:
+            if self.peak(device) <= free[device]:
+                continue
+            largest = sorted((line for line in self.lines if line.device == device and line.remedy), key=lambda line: -line.bytes)[:3]
+            why = "; ".join(f"{line.what} {line.bytes / GIB:.2f} ({line.remedy})" for line in largest)
+            need, had = self.peak(device) / GIB, free[device] / GIB
+            raise InputError(
+                f"memory: the run needs {need:.2f} GiB of {device} and may have {had:.2f}; --memory_gib sets that. Largest: {why}"
+            )
+
+    def table(self, free: dict[str, int]) -> Table:
+        """The plan as people read it."""
+        shown = Table(title="memory that the run will need", title_justify="left", show_edge=False, pad_edge=False)
+        shown.add_column("")
+        shown.add_column("MiB", justify="right")
+        shown.add_column("", overflow="fold")
+        for device in self.devices:
+            for line in self.lines:
+                if line.device == device:
+                    shown.add_row(line.what, mib(line.bytes), line.how, style="dim" if line.phase else None)
+            shown.add_row(f"{device}, at its height", mib(self.peak(device)), f"{mib(free[device])} may be had", style="bold")
+        for line in self.unknown:
+            shown.add_row("not known", "", line)
+        return shown
+
+
+def mib(size: int) -> str:
+    """A size as people read it.
+
+    >>> mib(3 * 2**29)
+    '1,536'
+    """
+    return f"{size / 2**20:,.0f}"
+
+
+def announce(model: Any, data: Any, trainer: Any, limit_gib: float | None = None) -> None:
+    """Print the plan of a run to stderr, and refuse the run if it does not fit; a plan that fails stops no run."""
+    if limit_gib is not None and limit_gib <= 0:
+        raise InputError(f"memory_gib must be more than 0, or null for what is free, got {limit_gib}")
+    try:
+        made = plan(model, data, trainer)
+        free = {device: may_be_had(device) if limit_gib is None else round(limit_gib * GIB) for device in made.devices}
+    except InputError:
+        raise
+    # Whatever it is, it is no reason not to train.
+    except Exception as error:
+        sys.stderr.write(f"memory: no plan ({type(error).__name__}: {error})\n")
+        return
+    if trainer.is_global_zero:
+        Console(stderr=True).print(made.table(free))
+    made.check(free)
+
+
+def may_be_had(device: str) -> int:
+    """Bytes that this process may come to hold: what is free and what it holds already."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(torch.device(device))[0] + torch.cuda.memory_reserved(torch.device(device))
+    held = psutil.Process().memory_info().rss
+    free = psutil.virtual_memory().available + held
+    for limit in (Path(path) for path in LIMITS):
+        if limit.exists() and (text := limit.read_text().strip()).isdigit():
+            free = min(free, int(text))
+    return free
+
+
+def plan(model: JointSAE, data: Any, trainer: Any) -> Plan:
+    """What a run of this model on these data will hold; nothing is loaded, and what cannot be known is named."""
+    here, wide = trainer.strategy.root_device, 2 if trainer.precision == "64-true" else 1
+    parts = {
+        "language model": _language_model(data),
+        "shuffle buffer": _buffer(model, data),
+        "SAEs": _saes(model, str(here), wide),
+        "training": _training(model, data, trainer, wide),
+    }
+    lines, unknown = list[Line](), list[str]()
+    for what, part in parts.items():
+        try:
+            lines += part
+        # An architecture, a penalty or an optimiser of somebody's own may not bear being tried at small sizes.
+        except Exception as error:
+            if isinstance(error, InputError) and what == "language model":
+                raise
+            unknown.append(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+    # Last, because planning imports what the run will import anyway.
+    held = psutil.Process().memory_info().rss - (footprint.size(model) if here.type == "cpu" else 0)
+    return Plan((Line("this process", "cpu", held, "Python, its libraries and what is there already"), *lines), tuple(unknown))
+
+
+def _setting(data: Any, name: str, default: Any = None) -> Any:
+    """A data module's argument, which it may keep among others of its kind."""
+    return getattr(data, name, getattr(getattr(data, "batching", None), name, default))
+
+
+def _phase(what: str, device: str, rise: Rise, how: str, remedy: str = "", *, kind: str) -> Line:
+    # A GPU's allocator gives any freed block to whoever asks next.
+    return Line(what, device, rise.height, how, remedy, phase=kind, small=rise.small if device == "cpu" else 0)
+
+
+def _language_model(data: Any) -> Iterator[Line]:
+    model = getattr(data, "language_model", None)
+    if model is None or getattr(data, "cache", None) is not None:
+        return
+    contexts, positions = _setting(data, "forward_batch"), _setting(data, "context_size")
+    seen = footprint.reading(model, contexts, positions, apart=not _setting(data, "cross_document_attention", True))
+    device, dtype = str(model.device), str(model.dtype).removeprefix("torch.")
+    remedy = "dtype: bfloat16" if model.dtype == torch.float32 else "read an earlier layer"
+    yield Line("language model", device, seen.weights, f"{model.name} up to {', '.join(model.hooks)}, {dtype}", remedy)
+    forward = _phase(
+        "its forward pass", device, seen.forward, f"{contexts} contexts of {positions} tokens", "lower forward_batch", kind="contexts"
+    )
+    ahead = _setting(data, "prefetch", 0)
+    # What is made ahead is made while the SAEs train.
+    yield replace(forward, phase="") if ahead or (ahead is None and device != "cpu") else forward
+    if device != "cpu":
+        yield _phase("loading it", "cpu", Rise(seen.weights, 0), "in the host's memory before it moves", remedy, kind="loading")
+
+
+def _buffer(model: JointSAE, data: Any) -> Iterator[Line]:
+    rows, language_model = _setting(data, "buffer_size"), getattr(data, "language_model", None)
+    if rows is None or language_model is None or getattr(data, "cache", None) is not None:  # read from a cache, rows wait on the disk
+        return
+    rows, width = min(rows, data.tokens), model.primary.W_dec.shape[1] * len(language_model.hooks)
+    dtype = getattr(torch, _setting(data, "buffer_dtype", "float32"))
+    device = "cpu" if _setting(data, "buffer_device", "model") == "cpu" else str(language_model.device)
+    how = f"{rows:,} rows of {width} numbers, {str(dtype).removeprefix('torch.')}"
+    buffer = Line("shuffle buffer", device, rows * width * dtype.itemsize, how, "lower buffer_size")
+    yield buffer
+    if _setting(data, "checkpoint_buffer") == "activations":
+        rise = footprint.blocks([buffer.bytes] * (1 if device == "cpu" else 2))
+        yield _phase("its checkpoint", "cpu", rise, "written to memory before the disk", "checkpoint_buffer: tokens", kind="file")
+
+
+def _saes(model: JointSAE, here: str, wide: int) -> Iterator[Line]:
+    for name, learner in footprint.learners(model).items():
+        (latents, width), remedy = learner.W_dec.shape, f"lower {name}.d_sae"
+        yield Line(f"{name} SAE", here, footprint.size(learner) * wide, f"{latents:,} latents of {width} numbers", remedy)
+        yield Line(f"{name} gradients", here, footprint.parameters(learner) * wide, "one a parameter, kept between steps", remedy)
+
+
+def _training(model: JointSAE, data: Any, trainer: Any, wide: int) -> Iterator[Line]:
+    rows, here = _setting(data, "batch_size"), str(trainer.strategy.root_device)
+    seen = footprint.training(model, rows, precision=str(trainer.precision))
+    state = round(seen.optimizer * footprint.parameters(model) * wide)
+    yield Line("optimisers' state", here, state, f"{seen.optimizer:.3g} times the parameters", "another optimiser, or lower primary.d_sae")
+    split = f" in {model.primary.micro_batches} parts" if model.primary.micro_batches > 1 else ""
+    how = f"{rows:,} rows{split} and the penalties, when latents are dead"
+    yield _phase("a primary step", here, seen.primary, how, "raise micro_batches or lower batch_size", kind="batch")
+    if model.meta is not None:
+        how = f"{len(model.primary.W_dec):,} decoder rows, when latents are dead"
+        yield _phase("a meta step", here, seen.meta, how, "lower meta.d_sae", kind="decoder")
+    yield _phase("a held-out batch", here, seen.evaluation, f"{rows:,} rows", "lower batch_size", kind="batch")
+    saes = [footprint.size(learner) * wide for learner in footprint.learners(model).values()]
+    if trainer.checkpoint_callbacks:
+        # lightning.fabric.utilities.cloud_io._atomic_save
+        yield _phase("a checkpoint", "cpu", footprint.blocks([sum(saes) + state]), "written to memory before the disk", kind="file")
+    for callback in trainer.callbacks:
+        if (kept := getattr(callback, "calibration_tokens", None)) is not None:
+            yield from _export(model, rows, min(-(-kept // rows) * rows, data.validation_tokens), saes)
+
+
+def _export(model: JointSAE, rows: int, kept: int, saes: list[int]) -> Iterator[Line]:
+    d_sae, d_in = model.primary.W_dec.shape
+    yield Line("held-out rows", "cpu", kept * d_in * 4, f"{kept:,}, kept to check exports on", "lower calibration_tokens")
+    # One SAE after the other: its twin and what is read back, and calibration.global_threshold on a batch, or on all decoder rows: the
+    # positive pre-activations and torch.topk's 16 bytes for each.
+    latents = max(rows * d_sae, 0 if model.meta is None else d_sae * len(model.meta.W_dec))
+    rise = footprint.blocks([max(saes)] * 2, [latents * 4, latents * 16])
+    yield _phase("an export", "cpu", rise, "a twin, what is read back and a threshold", kind="batch")
