@@ -31,7 +31,7 @@ from metasae_lightning.embedded import embedded_folder
 from metasae_lightning.lm import HuggingFaceLM
 from metasae_lightning.shuffle import permutation, turns
 
-HOOK, LAYER, CONTEXT, PASS, BATCH, BUFFER = "blocks.15.hook_resid_post", 15, 128, 32, 1024, 32_768
+HOOK, LAYER, CONTEXT, PASS, BATCH, BUFFER = "blocks.15.hook_resid_post", 15, 128, 32, 1024, 8192
 
 
 class Fixed(Corpus):
@@ -61,7 +61,7 @@ class Bench:
         self.store: Any = None
 
     def stream(self, **how: Any) -> ActivationStream:
-        """Ours, sized as the quickstart."""
+        """Ours, in the quickstart's sizes but for a buffer that fills in two passes."""
         batching = Batching(batch_size=BATCH, context_size=CONTEXT, buffer_size=BUFFER, held_out=0.0, forward_batch=PASS, **how)
         return ActivationStream(self.corpus, self.lm, batching, tokens=10**9)
 
@@ -166,7 +166,7 @@ def alone(arm: str, passes: int) -> dict[str, float]:
 def main() -> None:
     """Run, print and keep the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passes", type=int, default=16)
+    parser.add_argument("--passes", type=int, default=6)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--arm", choices=ARMS)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/stream.csv"))
@@ -180,9 +180,10 @@ def main() -> None:
     arms: dict[str, Callable[[], float]] = {name: getattr(bench, name) for name in ARMS}
     bench.bare()  # the first run pays for pages and threads
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
-    for _ in range(given.runs):
+    for run in range(given.runs):
         for name, arm in arms.items():
             seconds[name].append(arm())
+        print(f"run {run + 1}: { ({name: round(times[-1], 2) for name, times in seconds.items()}) }", flush=True)
     memory = {name: alone(name, given.passes)["mib"] for name in ("bare", "ours", "saelens")}
     report(bench.tokens, seconds, memory, given.out)
 
