@@ -16,20 +16,17 @@ from metasae_lightning.step import Batch
 class Export(Callback):
     """Write `saes/primary` and `saes/meta` under the run's directory, for use on raw activations.
 
-    The primary is checked, and where needed calibrated, on activations that are already computed: those of the last validation, which are
-    held out, and at the end those of the last training batches too, each seen once. Documents differ, so that a rate takes many of them:
-    with 49,152 tokens of one sample another one fires 2 % more or less often.
+    The primary is checked, and where needed calibrated, on the activations of the last validation: held out, and already computed.
 
     Args:
         every_tokens: Also export whenever so many more tokens were trained on.
-        calibration_tokens: How many tokens to keep for the check.
+        calibration_tokens: How many held-out tokens to keep for the check.
     """
 
     def __init__(self, every_tokens: int | None = None, calibration_tokens: int = 131_072) -> None:
         self.every_tokens, self.calibration_tokens = every_tokens, calibration_tokens
         self.records: dict[str, ExportRecord] = {}
         self._samples: list[Tensor] = []
-        self._last: list[Tensor] = []
         self._exported_at = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,10 +47,6 @@ class Export(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A save point, where one is due."""
         tokens = int(pl_module.primary.rows_seen)  # pyright: ignore
-        data: Any = getattr(trainer, "datamodule", None)
-        left = getattr(data, "tokens", float("inf")) - tokens
-        if left < self.calibration_tokens - getattr(data, "validation_tokens", 0):
-            self._last.append(Batch.of(batch).at(getattr(pl_module, "hook", None)).activations.detach().cpu())
         if self.every_tokens is not None and tokens - self._exported_at >= self.every_tokens:
             self._export(trainer, pl_module, tokens)
 
@@ -68,8 +61,7 @@ class Export(Callback):
         hook = getattr(pl_module, "hook", None)
         about = getattr(getattr(trainer, "datamodule", None), "metadata", dict)(*([hook] if hook else []))
         folder = Path(trainer.default_root_dir) / "saes"
-        samples = [*(self._samples or self._held_out(trainer)), *self._last]
-        self._write("primary", pl_module.primary, folder, {**about, "training_tokens": tokens}, samples)
+        self._write("primary", pl_module.primary, folder, {**about, "training_tokens": tokens}, self._samples or self._held_out(trainer))
         if pl_module.meta is not None:
             rows = functional.unit_rows(pl_module.primary.W_dec.detach()).cpu()
             model = {key: about[key] for key in ("model_name",) if key in about}

@@ -230,14 +230,12 @@ def _training(model: JointSAE, data: Any, trainer: Any, wide: int) -> Iterator[L
         yield _phase("a checkpoint", "cpu", footprint.blocks([sum(saes) + state]), "written to memory before the disk", kind="file")
     for callback in trainer.callbacks:
         if (kept := getattr(callback, "calibration_tokens", None)) is not None:
-            held_out = min(-(-kept // rows) * rows, data.validation_tokens)
-            trained = min(max(kept - data.validation_tokens, 0), data.tokens)
-            yield from _export(model, rows, held_out + trained, saes)
+            yield from _export(model, rows, min(-(-kept // rows) * rows, data.validation_tokens), saes)
 
 
 def _export(model: JointSAE, rows: int, kept: int, saes: list[int]) -> Iterator[Line]:
     d_sae, d_in = model.primary.W_dec.shape
-    yield Line("rows kept", "cpu", kept * d_in * 4, f"{kept:,}, to check exports on", "lower calibration_tokens")
+    yield Line("held-out rows", "cpu", kept * d_in * 4, f"{kept:,}, kept to check exports on", "lower calibration_tokens")
     # One SAE after the other: its twin and what is read back, and calibration.global_threshold on a batch, or on all decoder rows: the
     # positive pre-activations and torch.topk's 16 bytes for each.
     latents = max(rows * d_sae, 0 if model.meta is None else d_sae * len(model.meta.W_dec))

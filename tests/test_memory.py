@@ -58,7 +58,7 @@ def test_the_plan_is_arithmetic(tmp_path: Path):
     assert lines["optimisers' state"].bytes == pytest.approx(2 * (trained[64] + trained[16]) + 8 * 4, abs=8)
     assert lines["shuffle buffer"].bytes == 1024 * 32 * 4
     # 300 tokens are two whole batches of 256.
-    assert lines["rows kept"].bytes == 512 * 32 * 4
+    assert lines["held-out rows"].bytes == 512 * 32 * 4
     weights = trained[64] + trained[16] + lines["optimisers' state"].bytes
     assert lines["a checkpoint"].bytes == pytest.approx(weights, rel=0.1)
     assert {line.device for line in plan.lines} == {"cpu"}
