@@ -49,7 +49,9 @@ def recipe(place: Path, **data: Any) -> Path:
 def start(hub: Hub, home: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = hub.environment(home, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), HF_HUB_DOWNLOAD_TIMEOUT="300")
     command = [sys.executable, str(ROOT / "cli.py"), *arguments]
-    return subprocess.Popen(command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # What a shell starts in the background ignores Ctrl-C, and would hand that on.
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return subprocess.Popen(command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heeds)
 
 
 def test_a_source_that_stalls_for_ever_is_given_up_by_name(place: Path, tmp_path: Path):
