@@ -74,7 +74,7 @@ def test_ctrl_c_ends_it_and_leaves_nothing_half_written(place: Path, tmp_path: P
         more = ["--shard_gib", "2e-4"] if command == "cache" else ["--run", str(tmp_path / "run")]
         process = start(hub, tmp_path, command, "-c", str(config), *more)
         until = time.monotonic() + 120
-        begun = tmp_path / ("run/config.yaml" if command == "fit" else "cache/train/data-00000.arrow")
+        begun = tmp_path / ("run/config.yaml" if command == "fit" else "cache/train/.progress")
         while not begun.exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(delay)
