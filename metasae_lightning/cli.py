@@ -1,5 +1,6 @@
 """The command line: LightningCLI, a run's directory, and one clear line for every error a user can cause."""
 
+import gc
 import logging
 import os
 import sys
@@ -161,6 +162,8 @@ class MetasaeCLI(LightningCLI):
 def main(args: list[str] | None = None) -> int:
     """The command `metasae`; returns its exit status."""
     given = sys.argv[1:] if args is None else args
+    if args is None:  # a process of its own: what is imported stays, and parsing the corpus need not wait for passes over it
+        gc.freeze()
     arguments = [recipe(word, before) for before, word in zip(["", *given], given, strict=False)]
     strict = {"exit_on_error": False, "allow_abbrev": False}
     try:

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import warnings
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,9 @@ from metasae_lightning.files import documents_of, expand
 from metasae_lightning.hub import HubDataset, Windows
 
 Split = Literal["train", "validation", "test"]
+# How a docstring of some length is quoted, and where statements hold statements.
+TRIPLE = (b'"""', b"'''")
+BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
 def split_of(document: Document, held_out: float) -> Split:
@@ -196,14 +200,22 @@ def _installed_sources() -> list[Path]:
 
 def _docstrings(file: Path) -> Iterator[str]:
     try:
+        source = file.read_bytes()
+        if not any(quotes in source for quotes in TRIPLE):
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = ast.parse(file.read_bytes())
+            tree = ast.parse(source)
     # Packages ship templates and tests that are no Python, and some nest deeper than the parser goes.
     except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):
         return
-    for node in ast.walk(tree):
+    # What can hold a docstring is a statement among statements: `ast.walk` would go through every expression too.
+    nodes = deque[ast.AST]([tree])
+    while nodes:
+        node = nodes.popleft()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:
                 yield text
+        for block in BLOCKS:
+            nodes.extend(getattr(node, block, None) or ())

@@ -84,6 +84,34 @@ def phi(
     return torch.where(spread > 0, (n11 * n - n_i * n_j) / spread.clamp(min=1e-300), 0.0)
 
 
+def phi_by_chance(
+    n_i: Float[Tensor, "*#shape"], n_j: Float[Tensor, "*#shape"], n: Float[Tensor, ""] | float
+) -> Float[Tensor, "*shape"]:
+    """Expected `|phi|` of two independent events that happened `n_i` and `n_j` times in n: the floor that a mean of `|phi|` stands on.
+
+    Given the counts, n11 is hypergeometric, and its mean absolute deviation has a closed form: with `m = n_i n_j / n` and v the least
+    integer above m, `E|n11 - m| = 2/n v (n - n_i - n_j + v) P(n11 = v)`, since `x (n - n_i - n_j + x) P(x)` telescopes over x > m.
+
+    >>> one = torch.tensor(1.0, dtype=torch.float64)
+    >>> phi_by_chance(one, one, 2.0).item()  # phi is 1 or -1
+    1.0
+    """
+    v = torch.floor(n_i * n_j / n) + 1
+    neither = n - n_i - n_j + v
+    possible = (v <= torch.minimum(n_i, n_j)) & (neither >= 0) & (n_i < n) & (n_j < n)
+    v, neither = torch.where(possible, v, n_i), torch.where(possible, neither, 0.0)
+    whole = torch.as_tensor(n, dtype=v.dtype, device=v.device)
+
+    def log_factorial(x: Tensor) -> Tensor:
+        return torch.lgamma(x + 1)
+
+    ways = log_factorial(n_i) + log_factorial(n - n_i) + log_factorial(n_j) + log_factorial(n - n_j) - log_factorial(whole)
+    log_p = ways - log_factorial(v) - log_factorial((n_i - v).clamp(min=0)) - log_factorial((n_j - v).clamp(min=0)) - log_factorial(neither)
+    deviation = 2 / n * v * neither * log_p.exp()
+    spread = (n_i * (n - n_i)).sqrt() * (n_j * (n - n_j)).sqrt()
+    return torch.where(possible, n * deviation / spread.clamp(min=1e-300), 0.0)
+
+
 def geometric_median(x: Float[Tensor, "batch d_in"], *, iterations: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d_in"]:
     """The point with the least summed distance to the rows, by Weiszfeld's iteration; outliers pull it less than the mean.
 

@@ -13,11 +13,12 @@ import torch
 from sae_lens import SAE, TrainingSAE, TrainingSAEConfig
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import SAEMetadata, TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from metasae_lightning import functional
+from metasae_lightning import functional, sparse
 from metasae_lightning.calibration import global_threshold
 from metasae_lightning.errors import InputError
 from metasae_lightning.normalizers import Normalizer
@@ -38,6 +39,8 @@ def build(cfg: TrainingSAEConfig, *, role: str, seed: int) -> AnySAE:
         sae = get_sae_training_class(cfg.architecture())[0](cfg)
     if not isinstance(getattr(sae, "W_dec", None), torch.nn.Parameter):
         raise InputError(f"{role}: architecture {cfg.architecture()!r} has no decoder matrix W_dec, which joint training is about")
+    if type(sae.activation_fn) is BatchTopK:  # the same function, sooner
+        sae.activation_fn = sparse.BatchTopK(sae.activation_fn.k)
     return sae
 
 
@@ -144,17 +147,16 @@ def _pre_activations(sae: Any, x: Tensor) -> Tensor:
 def _checked(folder: Path, samples: Sequence[Tensor], *, target_l0: float | None, tolerance: float) -> ExportRecord:
     if not samples:
         return ExportRecord(str(folder), target_l0=target_l0)
-    inference = SAE.load_from_disk(folder)
+    inference: Any = SAE.load_from_disk(folder)
+    threshold, calibrated = getattr(inference, "threshold", None), False
+    if target_l0 is not None and threshold is not None:
+        value, l0 = global_threshold(partial(_pre_activations, inference), samples, target_l0, now=threshold)
+        if calibrated := abs(l0 / target_l0 - 1) > tolerance:
+            weights = load_file(folder / SAE_WEIGHTS_FILENAME)
+            weights["threshold"] = torch.full_like(weights["threshold"], value)
+            save_file(weights, folder / SAE_WEIGHTS_FILENAME)
+            inference = SAE.load_from_disk(folder)
     l0, fvu = _measure(inference, samples)
-    threshold = getattr(inference, "threshold", None)
-    calibrated = target_l0 is not None and threshold is not None and abs(l0 / target_l0 - 1) > tolerance
-    if calibrated:
-        assert target_l0 is not None
-        value = global_threshold(partial(_pre_activations, inference), samples, target_l0)
-        weights = load_file(folder / SAE_WEIGHTS_FILENAME)
-        weights["threshold"] = torch.full_like(weights["threshold"], value)
-        save_file(weights, folder / SAE_WEIGHTS_FILENAME)
-        l0, fvu = _measure(SAE.load_from_disk(folder), samples)
     return ExportRecord(str(folder), l0, fvu, target_l0, calibrated, sum(len(x) for x in samples))
 
 

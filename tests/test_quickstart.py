@@ -21,7 +21,7 @@ def held_out() -> torch.Tensor:
     """Raw activations of the recipe's test documents, which neither training nor calibration reads."""
     model = HuggingFaceLM("smollm2-135m-instruct", "blocks.15.hook_resid_post")
     sizes = {"tokens": 1024, "batch_size": 1024, "buffer_size": 1024, "test_tokens": 131_072}
-    data = ActivationsDataModule(model, PythonDocs(), held_out=0.03, skip_positions=2, max_norm_ratio=10, **sizes)
+    data = ActivationsDataModule(model, PythonDocs(), held_out=0.05, skip_positions=2, max_norm_ratio=10, **sizes)
     data.setup()
     return torch.cat([batch.activations for batch in data.test_dataloader()])
 
