@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from itertools import islice
 
 import psutil
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from metasae_lightning.activations import ActivationStream
 from metasae_lightning.batching import Batching
-from metasae_lightning.corpora import Corpus, Document, PythonDocs
+from metasae_lightning.corpora import InMemory, PythonDocs
 from metasae_lightning.embedded import embedded_folder
 from metasae_lightning.lm import HuggingFaceLM
 
@@ -65,7 +64,7 @@ def refills(_: str) -> dict[str, float]:
     model = HuggingFaceLM("smollm2-135m-instruct", "blocks.2.hook_resid_post", device="cpu")
     model.load()
     batching = Batching(batch_size=1024, context_size=128, buffer_size=8192)
-    corpus = SavedTexts(list(islice(PythonDocs().documents(seed=0), 4000)))
+    corpus = InMemory(list(islice(PythonDocs().documents(seed=0), 4000)))
     stream = ActivationStream(corpus, model, batching, tokens=10**9)
     batches, sizes, buffers = iter(stream), list[float](), set[tuple[int, int]]()
     for _ in range(52):
@@ -79,21 +78,6 @@ def refills(_: str) -> dict[str, float]:
     (kept,) = buffers  # one allocation, never another
     early, late = statistics.median(sizes[1:11]), statistics.median(sizes[-10:])
     return {"buffer": kept[1] / MIB, "early": early, "late": late, "least": min(sizes[1:]), "most": max(sizes[1:])}
-
-
-class SavedTexts(Corpus):
-    """Documents in memory: parsing files has peaks of its own."""
-
-    def __init__(self, texts: list[Document]):
-        self.texts = texts
-
-    def documents(self, *, seed: int = 0, epoch: int = 0) -> Iterator[Document]:
-        """See the base."""
-        return iter(self.texts)
-
-    def identity(self) -> str:
-        """See the base."""
-        return "texts in memory"
 
 
 CASES = {"empty": empty, "whole": whole, "hooked": hooked, "refills": refills}

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -26,27 +26,12 @@ import torch
 
 from metasae_lightning.activations import ActivationStream
 from metasae_lightning.batching import Batching
-from metasae_lightning.corpora import Corpus, Document, PythonDocs
+from metasae_lightning.corpora import InMemory, PythonDocs
 from metasae_lightning.embedded import embedded_folder
 from metasae_lightning.lm import HuggingFaceLM
 from metasae_lightning.shuffle import permutation, turns
 
 HOOK, LAYER, CONTEXT, PASS, BATCH, BUFFER = "blocks.15.hook_resid_post", 15, 128, 32, 1024, 8192
-
-
-class Fixed(Corpus):
-    """The same documents for every arm, in memory: reading files is no arm's business."""
-
-    def __init__(self, documents: list[Document]):
-        self.texts = documents
-
-    def documents(self, *, seed: int = 0, epoch: int = 0) -> Iterator[Document]:
-        """See the base."""
-        return iter(self.texts)
-
-    def identity(self) -> str:
-        """See the base."""
-        return "fixed"
 
 
 class Bench:
@@ -55,7 +40,7 @@ class Bench:
     def __init__(self, passes: int):
         self.passes = passes
         self.tokens = passes * PASS * CONTEXT
-        self.corpus = Fixed(list(islice(PythonDocs().documents(seed=0), self.tokens // 60)))
+        self.corpus = InMemory(list(islice(PythonDocs().documents(seed=0), self.tokens // 60)))
         self.lm = HuggingFaceLM("smollm2-135m-instruct", HOOK, device="cpu")
         self.lm.load()
         self.store: Any = None
@@ -132,7 +117,7 @@ class Bench:
             hook = f"model.layers.{LAYER}"
             model = load_model("AutoModelForCausalLM", str(embedded_folder()), "cpu", {"dtype": torch.float32})
             self.store = ActivationsStore(
-                model=model, dataset=datasets.Dataset.from_dict({"text": self.corpus.texts * 20}), streaming=False, hook_name=hook,
+                model=model, dataset=datasets.Dataset.from_dict({"text": self.corpus.given * 20}), streaming=False, hook_name=hook,
                 hook_head_index=None, context_size=CONTEXT, d_in=576, n_batches_in_buffer=BUFFER // CONTEXT,
                 total_training_tokens=10**9, store_batch_size_prompts=PASS, train_batch_size_tokens=BATCH, prepend_bos=True,
                 normalize_activations="none", device=torch.device("cpu"), dtype="float32",

@@ -61,7 +61,7 @@ class Export(Callback):
         hook = getattr(pl_module, "hook", None)
         about = getattr(getattr(trainer, "datamodule", None), "metadata", dict)(*([hook] if hook else []))
         folder = Path(trainer.default_root_dir) / "saes"
-        self._write("primary", pl_module.primary, folder, {**about, "training_tokens": tokens}, self._samples or self._held_out(trainer))
+        self._write("primary", pl_module.primary, folder, {**about, "training_tokens": tokens}, self._samples or self._held_out(trainer, hook))
         if pl_module.meta is not None:
             rows = functional.unit_rows(pl_module.primary.W_dec.detach()).cpu()
             model = {key: about[key] for key in ("model_name",) if key in about}
@@ -73,13 +73,13 @@ class Export(Callback):
                 [rows],
             )
 
-    def _held_out(self, trainer: Trainer) -> list[Tensor]:
+    def _held_out(self, trainer: Trainer, hook: str | None) -> list[Tensor]:
         """Validation activations for a save point that comes before the first validation."""
         data = getattr(trainer, "datamodule", None)
         for batch in data.val_dataloader() if data is not None else ():
             if sum(len(x) for x in self._samples) >= self.calibration_tokens:
                 break
-            self._samples.append(Batch.of(batch).activations.detach().cpu())
+            self._samples.append(Batch.of(batch).at(hook).activations.detach().cpu())
         return self._samples
 
     def _write(self, role: str, learner: Any, folder: Path, about: dict[str, Any], samples: list[Tensor]) -> None:

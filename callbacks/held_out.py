@@ -29,7 +29,7 @@ class HeldOut(Callback):
     def _log(self, trainer: Trainer, pl_module: Any, prefix: str) -> None:
         assert self._reconstruction is not None and self._dead is not None
         figures = {f"{prefix}/{name}": value for name, value in self._reconstruction.compute().items()}
-        figures[f"{prefix}/dead"] = self._dead.compute()
+        figures |= {f"{prefix}/{name}": value for name, value in self._dead.compute().items()}
         features = getattr(getattr(trainer, "datamodule", None), "features", None)
         if features is not None:
             recovery = FeatureRecovery(features).to(pl_module.device)

@@ -61,24 +61,29 @@ class ActivationStream(Stream):
         """See the base."""
         batching = {name: value for name, value in asdict(self.batching).items() if name != "batch_size"}
         place = {"split": self.split, "rank": self.rank, "world_size": self.world_size}
-        model = {"model": self.language_model.name, "hook": ", ".join(self.language_model.hooks)}
-        return {"corpus": self.corpus.identity(), **model, "batch_size": self.batching.batch_size, **batching, **place}
+        model = {**self.language_model.identity(), "hook": ", ".join(self.language_model.hooks)}
+        return {"corpus": self.corpus.identity(), **self.corpus.settings(), **model, "batch_size": self.batching.batch_size, **batching, **place}
 
     def state_dict(self) -> dict[str, Any]:
         """See the base; with the buffer's rows, and the batches that wait, where the YAML asks for activations."""
-        if not self.with_activations or not self._shelf:
+        if not self.with_activations:
             return super().state_dict()
         if not isinstance(self._making, Producer):
-            return {**super().state_dict(), "shelf": self._saved([])}
+            return {**super().state_dict(), **self._saved([])}
         with self._making.paused() as waiting:
-            return {**super().state_dict(), "shelf": self._saved([handed.batch.activations for handed in waiting])}
+            return {**super().state_dict(), **self._saved([handed.batch.activations for handed in waiting])}
 
     def _saved(self, waiting: list[Tensor]) -> dict[str, Any]:
+        if not self._shelf:
+            return {}
         turn, rows, buffer = (self._shelf[name] for name in ("turn", "rows", "buffer"))
+        if buffer.is_cuda or self.language_model.device.type == "cuda":
+            torch.cuda.synchronize()  # a stream of its own may be writing
         made = turn.number + 1
         # Rows in the order of their numbers within the block that the next batch is of: slots are this run's own affair.
         slots = turn.base if made * self.batching.batch_size % self.batching.block else turn.after
-        return {"waiting": waiting, "made": made, "buffer": buffer[slots.to(buffer.device)].cpu(), "rows": rows.state()}
+        shelf = {"waiting": waiting, "made": made, "buffer": buffer[slots.to(buffer.device)].cpu(), "rows": rows.state()}
+        return {"shelf": shelf}
 
     def load_elsewhere(self, states: list[dict[str, Any]]) -> None:
         """Go on where another number of ranks stood, behind the last document that any of them has read.
@@ -131,13 +136,15 @@ class ActivationStream(Stream):
 
     def _batches(self, place: dict[str, Any]) -> Generator[Handed, None, None]:
         device = self.language_model.device
+        made = self._made(place)
+        del place  # which may hold a buffer
         if device.type != "cuda" or not self.prefetch:
-            yield from self._made(place)
+            yield from made
             return
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            for handed in self._made(place):
+            for handed in made:
                 event = torch.cuda.Event()
                 event.record(side)
                 yield replace(handed, ready=event)
@@ -150,15 +157,17 @@ class ActivationStream(Stream):
         beginning = place["cursor"] or {"tokens": place["base"], "number": 0}
         rows = self._rows(self.rank, shelf["rows"]) if shelf else self._rows(self.rank, beginning, first)
         try:
-            buffer = self._buffer(min(self.batching.block, len(self) * self.batching.batch_size - first), shelf)
+            total = (len(self) - place["origin"]) * self.batching.batch_size
+            buffer = self._buffer(min(self.batching.block, total - first), shelf)
             if shelf is None:
                 rows.fill(buffer, torch.arange(len(buffer)))
             else:
                 waiting: list[Tensor] = shelf["waiting"]
                 for number, batch in enumerate(waiting, start - len(waiting) + 1):
                     yield Handed(Batch(batch.to(self.language_model.device), self.language_model.widths), self._after(place, number, rows))
+            restored, shelf = shelf is not None, None  # the buffer has it now
             for turn in moves:
-                if shelf is not None and turn.number < start:
+                if restored and turn.number < start:
                     continue  # the saved buffer has that move behind it
                 taken = buffer.index_select(0, turn.taken.to(buffer.device)) if turn.number >= start else None
                 rows.fill(buffer, turn.refill)

@@ -166,6 +166,8 @@ class ShardWriter:
         columns: list[Any] = []
         parts = activations.cpu().split(list(self.widths.values()), dim=-1)
         for hook, part in zip(self.widths, parts, strict=True):
+            if self.dtype == np.float16 and part.abs().max() > np.finfo(np.float16).max:
+                raise InputError(f"store: float16 ends at 65504 and an activation of {hook} is larger: store float32")
             flat = pa.array(np.ascontiguousarray(part.numpy(), dtype=self.dtype).reshape(-1))
             inner = pa.ListArray.from_arrays(np.arange(0, len(flat) + 1, self.widths[hook], dtype=np.int32), flat)
             outer = pa.ListArray.from_arrays(np.arange(0, len(inner) + 1, self.context_size, dtype=np.int32), inner)

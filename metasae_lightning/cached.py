@@ -92,7 +92,7 @@ class CachedStream(Stream):
         held = torch.empty(min(block, total - first), dtype=torch.long)
         left, reached = _fill(held, torch.arange(len(held)), source, None)
         for turn in moves:
-            batch = self._batch(folder.rows(held[turn.taken]), hooks) if turn.number >= start else None
+            batch = self._batch(folder.rows(held[turn.taken]).to(self.batching.dtype), hooks) if turn.number >= start else None
             left, now = _fill(held, turn.refill, source, left)
             reached = now or reached
             if batch is not None:
@@ -167,4 +167,5 @@ def _passes(rows: Rows, contexts: int, most: int) -> Iterator[tuple[Tensor, Tens
     given = 0
     while given < contexts and rows.number < most and (taken := rows.take()) is not None:
         given += len(taken[0])
+        rows.forget(rows.number // rows.batching.block)  # a shard's end is where writing goes on, and there is no buffer
         yield taken[0], rows.forward(taken[0])

@@ -188,9 +188,9 @@ def main(args: list[str] | None = None) -> int:
             raise
         return failed(complaint(error))
     except OSError as error:
-        if os.environ.get("METASAE_DEBUG") or error.filename is None:
+        if os.environ.get("METASAE_DEBUG") or error.errno is None:
             raise
-        return failed(f"{error.filename}: {error.strerror}")
+        return failed(f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.stderr.write("metasae: stopped\n")
         return 130
@@ -243,6 +243,7 @@ def quiet() -> Generator[None, None, None]:
             ".*Experiment logs directory.*",
             ".*LeafSpec.*",
             "Checkpoint directory .* not empty",
+            "Total length of `list` across ranks is zero",
         ):
             warnings.filterwarnings("ignore", message=message)
         yield

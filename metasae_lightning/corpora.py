@@ -18,6 +18,7 @@ from metasae_lightning.documents import Counted, Document, Reader, check_column,
 from metasae_lightning.errors import InputError
 from metasae_lightning.files import documents_of, expand
 from metasae_lightning.hub import HubDataset, Windows
+from metasae_lightning.producer import alive
 
 Split = Literal["train", "validation", "test"]
 # How a docstring of some length is quoted, and where statements hold statements.
@@ -48,12 +49,18 @@ class Corpus(ABC):
 
     def reader(self, *, seed: int = 0, epoch: int = 0, state: dict[str, Any] | None = None) -> Reader:
         """The same documents in the same order, from the start or from where a reader's `state()` was taken."""
-        given = state["documents"] if state else 0
-        return Counted(itertools.islice(self.documents(seed=seed, epoch=epoch), given, None), given=given)
+        given, documents = state["documents"] if state else 0, self.documents(seed=seed, epoch=epoch)
+        for _ in itertools.islice(documents, given):
+            alive()
+        return Counted(documents, given=given)
 
     @abstractmethod
     def identity(self) -> str:
         """What a published SAE tells of the text it was trained on."""
+
+    def settings(self) -> dict[str, Any]:
+        """What else decides which documents there are: with the identity, that by which a checkpoint or a cache knows the text again."""
+        return {}
 
 
 class HubText(Corpus):
@@ -106,6 +113,9 @@ class HubText(Corpus):
     def identity(self) -> str:
         return "/".join(filter(None, [self.dataset.path, self.dataset.name]))
 
+    def settings(self) -> dict[str, Any]:
+        return {"split of it": self.dataset.split, "column": self.dataset.column, "revision": self.dataset.revision}
+
 
 class SavedDataset(Corpus):
     """A folder that `datasets`' `save_to_disk` wrote, shuffled whole."""
@@ -135,6 +145,9 @@ class SavedDataset(Corpus):
     def identity(self) -> str:
         return self.path
 
+    def settings(self) -> dict[str, Any]:
+        return {"split of it": self.split, "column": self.column}
+
 
 class TextFiles(Corpus):
     """Local files, folders and globs of them: files in a shuffled order, their documents through a shuffle window.
@@ -160,6 +173,24 @@ class TextFiles(Corpus):
     def identity(self) -> str:
         return ", ".join(self.paths)
 
+    def settings(self) -> dict[str, Any]:
+        return {"column": self.column, "shuffle_window": self.shuffle_window}
+
+
+class InMemory(Corpus):
+    """Texts, or lists of token ids, that are there already: in a notebook, or from a source that nothing here reads."""
+
+    def __init__(self, documents: list[Document], name: str = "documents in memory"):
+        self.given, self.name = documents, name
+
+    def documents(self, *, seed: int = 0, epoch: int = 0) -> Iterator[Document]:
+        order = list(self.given)
+        random.Random(mix(seed, epoch)).shuffle(order)
+        return iter(order)
+
+    def identity(self) -> str:
+        return self.name
+
 
 class PythonDocs(Corpus):
     """The docstrings of the installed packages, parsed and never imported, in a shuffled order of files."""
@@ -177,6 +208,9 @@ class PythonDocs(Corpus):
 
     def identity(self) -> str:
         return f"docstrings of Python {sys.version_info.major}.{sys.version_info.minor}'s installed packages"
+
+    def settings(self) -> dict[str, Any]:
+        return {"min_characters": self.min_characters}
 
 
 def _through_window(documents: Iterable[Document], size: int, order: random.Random) -> Iterator[Document]:

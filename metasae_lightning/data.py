@@ -1,5 +1,6 @@
 """Lightning's view of a stream: its three splits, its width, its state."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,10 +13,11 @@ from metasae_lightning.activations import ActivationStream
 from metasae_lightning.batching import Batching, Exhausted, Storage
 from metasae_lightning.cache import CACHED, ActivationCache, fingerprint
 from metasae_lightning.cached import CachedStream, write
-from metasae_lightning.corpora import Corpus, Split
+from metasae_lightning.corpora import Corpus, Split, split_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import LanguageModel
 from metasae_lightning.planted import place_of
+from metasae_lightning.step import Batch
 from metasae_lightning.stream import Stream
 
 
@@ -116,7 +118,7 @@ class ActivationsDataModule(LightningDataModule):
         self._told = False
         self._restored: list[dict[str, Any]] = []
         self._train: Stream | None = None
-        _check(self.batching, tokens)
+        _check(self.batching, tokens, prefetch, stall_seconds)
 
     def setup(self, stage: str | None = None) -> None:
         """Load the model up to the hook, or open the cache."""
@@ -128,13 +130,35 @@ class ActivationsDataModule(LightningDataModule):
             self.cache.open(self.identity(), self.language_model.hooks, tokenizer)
             return
         self.language_model.load()
-        separate = self.batching.cross_document_attention or self.language_model.separates(self.batching.context_size)
-        if not (separate or self._told):
-            self._told = True
+        self._warn_once()
+        if stage == "fit" and self.batching.held_out:
+            self._find_held_out()
+
+    def _warn_once(self) -> None:
+        if self._told:
+            return
+        self._told, name = True, self.language_model.name
+        ends = self.language_model.tokenizer.eos_token_id is not None
+        if not (self.batching.cross_document_attention or (ends and self.language_model.separates(self.batching.context_size))):
+            why = "" if ends else ", since its tokenizer has no EOS to end documents with"
             rank_zero_warn(
-                f"{self.language_model.name} cannot be kept from attending across the documents of a context: it does "
+                f"{name} cannot be kept from attending across the documents of a context{why}: it does "
                 "(cross_document_attention: true says that this is meant)"
             )
+        if not self.batching.held_out:
+            rank_zero_warn("held_out: 0 holds nothing out: no validation, and what is exported is not checked on fresh activations")
+
+    def _find_held_out(self) -> None:
+        """Every rank needs a document to validate on: better to know it now than when training is done."""
+        missing = place_of(self)[1]
+        for document in self.corpus.documents(seed=self.batching.seed):
+            missing -= split_of(document, self.batching.held_out) == "validation"
+            if not missing:
+                return
+        raise InputError(
+            f"held_out: of the documents of {self.corpus.identity()} a share of {self.batching.held_out} is too little to validate on: "
+            "raise it, or set it to 0 to validate on nothing"
+        )
 
     def stream(self, split: Split, tokens: int) -> Stream:
         """A fresh stream of this rank's share of so many tokens of a split."""
@@ -155,18 +179,20 @@ class ActivationsDataModule(LightningDataModule):
             **where,
         )
 
-    def train_dataloader(self) -> Stream:
+    def train_dataloader(self) -> Iterable[Batch]:
         """This rank's training batches, from where a checkpoint left them."""
         self._train = self.stream("train", self.tokens)
         self._restore()
-        return self._train
+        return Batches(self._train)
 
-    def val_dataloader(self) -> Stream:
-        """Batches of validation documents."""
-        return self.stream("validation", self.validation_tokens)
+    def val_dataloader(self) -> Iterable[Batch]:
+        """Batches of validation documents, none where nothing is held out."""
+        return self.stream("validation", self.validation_tokens) if self.batching.held_out else []
 
     def test_dataloader(self) -> Stream:
         """Batches of test documents."""
+        if not self.batching.held_out:
+            raise InputError("held_out: 0 leaves no document to test on")
         return self.stream("test", self.test_tokens)
 
     def teardown(self, stage: str) -> None:
@@ -196,9 +222,8 @@ class ActivationsDataModule(LightningDataModule):
 
     def identity(self) -> dict[str, Any]:
         """What a cache of these activations is a function of: everything but what comes after the model."""
-        model = {"model": self.language_model.name, "computed_in": str(self.language_model.dtype).removeprefix("torch.")}
         shape = {name: getattr(self.batching, name) for name in CACHED}
-        return {"corpus": self.corpus.identity(), **model, **shape}
+        return {"corpus": self.corpus.identity(), **self.corpus.settings(), **self.language_model.identity(), **shape}
 
     def metadata(self, hook: str | None = None) -> dict[str, Any]:
         """What a published SAE of a hook tells of its data, by SAELens's names."""
@@ -223,6 +248,8 @@ class ActivationsDataModule(LightningDataModule):
         self.batching = replace(self.batching, exhausted="end")
         streams: dict[Split, Any] = {}
         for split, tokens in (("train", self.tokens), ("validation", self.validation_tokens), ("test", self.test_tokens)):
+            if split != "train" and not self.batching.held_out:
+                continue
             streams[split] = self.stream(split, tokens)  # pyright: ignore[reportArgumentType]
         about: dict[str, Any] = {hook: self.metadata(hook) for hook in lm.hooks}
         identity = {**self.identity(), "tokenizer": fingerprint(lm.tokenizer)}
@@ -264,6 +291,30 @@ class ActivationsDataModule(LightningDataModule):
         self._restored = []
 
 
-def _check(batching: Batching, tokens: int) -> None:
+class Batches:
+    """A stream to Lightning's loop, which would keep its state a second time: the data module's is the one that counts."""
+
+    def __init__(self, stream: Stream):
+        self._stream = stream
+
+    def __len__(self) -> int:
+        return len(self._stream)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._stream)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; that there is one tells Lightning that a run can be gone on with in its middle."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See above."""
+
+
+def _check(batching: Batching, tokens: int, prefetch: int | None, stall_seconds: float) -> None:
     if tokens < batching.batch_size:
         raise InputError(f"tokens must fill a batch of {batching.batch_size}, got {tokens}")
+    if prefetch is not None and prefetch < 0:
+        raise InputError(f"prefetch must be at least 0, got {prefetch}")
+    if stall_seconds <= 0:
+        raise InputError(f"stall_seconds must be more than 0, got {stall_seconds}")

@@ -157,3 +157,31 @@ def fvu_of_sums(sums: ReconstructionSums) -> Float[Tensor, ""]:
     """
     n, total, squares, error = sums
     return error / (squares - total.square().sum() / n)
+
+
+def agreement_sums(x: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a batch adds to mean cosine, mean ratio of lengths and relative bias: sums of both, of `||xhat||^2` and of `x . xhat`.
+
+    >>> x = torch.tensor([[3.0, 4.0]])
+    >>> [total.item() for total in agreement_sums(x, x / 2)]
+    [1.0, 0.5, 6.25, 12.5]
+    """
+    x, reconstruction = x.double(), reconstruction.double()
+    along, length, longest = (x * reconstruction).sum(-1), reconstruction.norm(dim=-1), x.norm(dim=-1)
+    cosine = along / (length * longest).clamp(min=1e-300)
+    return cosine.sum(), (length / longest.clamp(min=1e-300)).sum(), length.square().sum(), along.sum()
+
+
+def nearest_cosines(W_dec: Float[Tensor, "d_sae d_in"], *, rows: int = 1024) -> Float[Tensor, " d_sae"]:
+    """Each row's largest cosine with another row, some rows at a time.
+
+    >>> nearest_cosines(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]))
+    tensor([0.6000, 0.8000, 0.8000])
+    """
+    directions, found = unit_rows(W_dec), list[Tensor]()
+    for start in range(0, len(directions), rows):
+        cosines = directions[start : start + rows] @ directions.T
+        own = torch.arange(len(cosines), device=W_dec.device)
+        cosines[own, start + own] = -torch.inf
+        found.append(cosines.amax(1))
+    return torch.cat(found)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 from metasae_lightning.documents import Document, Reader, check_column, document_in, mix, one_line
 from metasae_lightning.errors import InputError
+from metasae_lightning.producer import alive
 
 Place = dict[str, Any]
 # What a connection that fails raises, in the libraries that versions of `datasets` read with.
@@ -91,6 +93,7 @@ class HubDataset:
         seconds = self.retry_seconds * 2 ** (failures - 1)
         message = "the dataset %r broke off after %d documents, retry %d of %d in %g s: %s"
         log.warning(message, self.path, given, failures, self.retries, seconds, _told(passes))
+        alive(seconds)
         time.sleep(seconds)
 
     def _open(self) -> Any:
@@ -101,9 +104,11 @@ class HubDataset:
         # waits even then, which our own wait makes needless.
         config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
         config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = 0
+        alive(0.0 if self.streaming else math.inf)  # a download takes what it takes, and times out by itself
         data: Any = load_dataset(self.path, self.name, split=self.split, revision=self.revision, streaming=self.streaming)
         if data.column_names is not None:
             check_column(self.column, data.column_names, self.path)
+        alive()
         return data
 
     def _whole(self, data: Any, order: int, place: Place | None) -> Iterator[tuple[Document, Place]]:

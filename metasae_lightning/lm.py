@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any
@@ -39,6 +40,10 @@ from metasae_lightning.loading import (
     lens_folder,
     no_chatter,
 )
+
+
+# Hooks are the module's: a pass of another thread, of a stream that is made ahead, would end at them.
+PASSING = threading.Lock()
 
 
 class _Reached(Exception):
@@ -111,10 +116,14 @@ class LanguageModel(ABC):
         `visible[c, q, k]` tells which tokens k a token q of context c may attend to, where the model `separates`.
         """
         found = self._reach(tokens, visible)
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
+        return found[0] if len(found) == 1 else torch.cat([part.to(self.device) for part in found], -1)
 
     def _reach(self, tokens: Int[Tensor, "context position"], visible: Tensor | None) -> list[Tensor]:
-        root, found = self._require(), dict[int, Tensor]()
+        with PASSING:
+            return self._pass(self._require(), tokens, visible)
+
+    def _pass(self, root: nn.Module, tokens: Tensor, visible: Tensor | None) -> list[Tensor]:
+        found = dict[int, Tensor]()
 
         def keep(place: int, value: Any) -> None:
             found[place] = self._per_token(self.hooks[place], value, tokens)
@@ -148,8 +157,13 @@ class LanguageModel(ABC):
         if self._tokenizer is None:
             shared = {k: v for k, v in self.model_kwargs.items() if k in CONFIG_KWARGS}
             with no_chatter(), hub(self.name):
-                self._tokenizer = AutoTokenizer.from_pretrained(self._folder, **shared)
+                self._tokenizer = AutoTokenizer.from_pretrained(self._repository, **shared)
         return self._tokenizer
+
+    @property
+    def _repository(self) -> str:
+        """Where the tokenizer is."""
+        return self._folder
 
     def separates(self, length: int) -> bool:
         """Whether the backend can keep documents apart in contexts so long: tried, since an unknown mask is ignored in silence."""
@@ -207,6 +221,11 @@ class LanguageModel(ABC):
                 if isinstance(getattr(config, name, None), int):
                     return getattr(config, name)
         return None
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that activations are a function of, but for the hooks."""
+        kwargs = {"model_kwargs": {key: str(value) for key, value in sorted(self.model_kwargs.items())}} if self.model_kwargs else {}
+        return {"model": self.name, "read_by": type(self).__name__, "computed_in": str(self.dtype).removeprefix("torch."), **kwargs}
 
     def metadata(self, hook: str | None = None) -> dict[str, Any]:
         """What a published SAE of this hook (of the first, if none is named) tells of its model, by SAELens's names.
@@ -277,6 +296,11 @@ class TransformerLensLM(LanguageModel):
             config = loading_from_pretrained.get_pretrained_model_config(folder)
         points = lens_points(self.hooks, self.name, config)
         return {**self.model_kwargs, "first_n_layers": deepest(points), "dtype": self.dtype}, points, local
+
+    @property
+    def _repository(self) -> str:
+        with converting(self.name):
+            return self._folder if is_lens_folder(self._folder) else loading_from_pretrained.get_official_model_name(self._folder)
 
     def _skeleton(self, folder: str) -> tuple[nn.Module, list[Point]]:
         given, points, _ = self._outline(folder)

@@ -166,6 +166,12 @@ def _setting(data: Any, name: str, default: Any = None) -> Any:
     return getattr(data, name, getattr(getattr(data, "batching", None), name, default))
 
 
+def _device(model: Any) -> str:
+    """Where a model lies, by the name that its device has for the trainer too: `cuda` alone is the current one."""
+    device: torch.device = model.device
+    return f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" and device.index is None else str(device)
+
+
 def _phase(what: str, device: str, rise: Rise, how: str, remedy: str = "", *, kind: str) -> Line:
     # A GPU's allocator gives any freed block to whoever asks next.
     return Line(what, device, rise.height, how, remedy, phase=kind, small=rise.small if device == "cpu" else 0)
@@ -177,7 +183,7 @@ def _language_model(data: Any) -> Iterator[Line]:
         return
     contexts, positions = _setting(data, "forward_batch"), _setting(data, "context_size")
     seen = footprint.reading(model, contexts, positions, apart=not _setting(data, "cross_document_attention", True))
-    device, dtype = str(model.device), str(model.dtype).removeprefix("torch.")
+    device, dtype = _device(model), str(model.dtype).removeprefix("torch.")
     remedy = "dtype: bfloat16" if model.dtype == torch.float32 else "read an earlier layer"
     yield Line("language model", device, seen.weights, f"{model.name} up to {', '.join(model.hooks)}, {dtype}", remedy)
     forward = _phase(
@@ -196,13 +202,13 @@ def _buffer(model: JointSAE, data: Any) -> Iterator[Line]:
         return
     rows, width = min(rows, data.tokens), model.primary.W_dec.shape[1] * len(language_model.hooks)
     dtype = getattr(torch, _setting(data, "buffer_dtype", "float32"))
-    device = "cpu" if _setting(data, "buffer_device", "model") == "cpu" else str(language_model.device)
+    device = "cpu" if _setting(data, "buffer_device", "model") == "cpu" else _device(language_model)
     how = f"{rows:,} rows of {width} numbers, {str(dtype).removeprefix('torch.')}"
     buffer = Line("shuffle buffer", device, rows * width * dtype.itemsize, how, "lower buffer_size")
     yield buffer
     if _setting(data, "checkpoint_buffer") == "activations":
-        rise = footprint.blocks([buffer.bytes] * (1 if device == "cpu" else 2))
-        yield _phase("its checkpoint", "cpu", rise, "written to memory before the disk", "checkpoint_buffer: tokens", kind="file")
+        rise = footprint.blocks([buffer.bytes] * 2)
+        yield _phase("its checkpoint", "cpu", rise, "a copy in order, and in memory before the disk", "checkpoint_buffer: tokens", kind="file")
 
 
 def _saes(model: JointSAE, here: str, wide: int) -> Iterator[Line]:

@@ -9,17 +9,28 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from metasae_lightning import functional
+from metasae_lightning.cofiring import Phi, PhiSample
 from metasae_lightning.step import Codes
+
+__all__ = ["DeadLatents", "DecoderGeometry", "FeatureRecovery", "Phi", "PhiSample", "Reconstruction"]
+
+
+# Norms are sorted into sixteenths of an octave, from 2^-20 to 2^40.
+OCTAVES, PARTS = (-20, 40), 16
 
 
 class Reconstruction(Metric):
-    """FVU and L0 from global sums, not from a mean of batch ratios.
+    """How well activations are rebuilt, from global sums, not from a mean of batch ratios.
+
+    `fvu`, `cosine`, `l2_ratio` (mean of ||xhat|| / ||x||), `gamma` (relative reconstruction bias, the factor by which reconstructions
+    should be divided: below 1 they are too short), `l0`, `l1`, and `error_q1` to `error_q4`, the squared error of tokens in each
+    quarter by norm as a share of their squared norm.
 
     >>> metric = Reconstruction(d_in=1)
     >>> x = torch.tensor([[0.0], [2.0]])
     >>> metric.update(x, torch.ones(2, 1), Codes.from_dense(torch.tensor([[1.0, 1.0], [0.0, 0.0]])))
-    >>> {name: value.item() for name, value in metric.compute().items()}
-    {'fvu': 1.0, 'l0': 1.0}
+    >>> {name: metric.compute()[name].item() for name in ("fvu", "l0", "l1", "gamma")}
+    {'fvu': 1.0, 'l0': 1.0, 'l1': 1.0, 'gamma': 1.0}
     """
 
     full_state_update = False
@@ -28,51 +39,120 @@ class Reconstruction(Metric):
     squares: Tensor
     error: Tensor
     active: Tensor
+    size: Tensor
+    cosine: Tensor
+    ratio: Tensor
+    length: Tensor
+    along: Tensor
+    by_norm: Tensor
 
     def __init__(self, d_in: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in ("tokens", "squares", "error", "active"):
+        for name in ("tokens", "squares", "error", "active", "size", "cosine", "ratio", "length", "along"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(d_in, dtype=torch.float64), dist_reduce_fx="sum")
+        # Of each bin: tokens, squared error, squared norm.
+        self.add_state("by_norm", torch.zeros(3, (OCTAVES[1] - OCTAVES[0]) * PARTS, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, x: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"], codes: Codes) -> None:
         """Add a batch."""
-        tokens, total, squares, error = functional.reconstruction_sums(x, reconstruction)
-        self.tokens += tokens
-        self.total += total
-        self.squares += squares
-        self.error += error
+        for name, value in zip(("tokens", "total", "squares", "error"), functional.reconstruction_sums(x, reconstruction), strict=True):
+            setattr(self, name, getattr(self, name) + value)
+        for name, value in zip(("cosine", "ratio", "length", "along"), functional.agreement_sums(x, reconstruction), strict=True):
+            setattr(self, name, getattr(self, name) + value)
         self.active += codes.values.numel()
+        self.size += codes.values.abs().sum()
+        squares = x.double().square().sum(-1)
+        place = ((squares.clamp(min=1e-300).log2() / 2 - OCTAVES[0]) * PARTS).long().clamp(0, self.by_norm.shape[1] - 1)
+        for row, values in zip(self.by_norm, (torch.ones_like(squares), (x.double() - reconstruction.double()).square().sum(-1), squares), strict=True):
+            row.index_add_(0, place, values)
 
     def compute(self) -> dict[str, Tensor]:
-        """FVU and mean L0 over everything seen."""
-        sums = (self.tokens, self.total, self.squares, self.error)
-        return {"fvu": functional.fvu_of_sums(sums), "l0": self.active / self.tokens}
+        """See the class."""
+        figures = {"fvu": functional.fvu_of_sums((self.tokens, self.total, self.squares, self.error))}
+        figures |= {"cosine": self.cosine / self.tokens, "l2_ratio": self.ratio / self.tokens, "gamma": self.length / self.along}
+        figures |= {"l0": self.active / self.tokens, "l1": self.size / self.tokens}
+        # A bin belongs to the quarter that its middle token is in.
+        tokens, error, squares = self.by_norm
+        quarter = ((tokens.cumsum(0) - tokens / 2) / self.tokens * 4).long().clamp(0, 3)
+        return figures | {f"error_q{q + 1}": error[quarter == q].sum() / squares[quarter == q].sum() for q in range(4)}
 
 
 class DeadLatents(Metric):
-    """Share of latents that never fired over what was seen.
+    """How often latents fire: the share that is dead, and the densities of all.
+
+    `dead` is the share that was silent over the last `window` tokens (over everything seen, without one), `below_1e-05` and
+    `below_1e-06` the shares that fired on fewer tokens than that.
 
     >>> metric = DeadLatents(d_sae=4)
     >>> metric.update(Codes.from_dense(torch.tensor([[1.0, 0.0, 2.0, 0.0]])))
-    >>> metric.compute().item()
-    0.5
+    >>> metric.compute()["dead"].item(), metric.density().tolist()
+    (0.5, [1.0, 0.0, 1.0, 0.0])
     """
 
     full_state_update = False
     firings: Tensor
+    silent_for: Tensor
+    tokens: Tensor
 
-    def __init__(self, d_sae: int, **kwargs: Any) -> None:
+    def __init__(self, d_sae: int, window: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.window = window
         self.add_state("firings", torch.zeros(d_sae, dtype=torch.int64), dist_reduce_fx="sum")
+        # Ranks see tokens side by side: a latent is silent since the rank that heard it last, times their number.
+        self.add_state("silent_for", torch.zeros(d_sae, dtype=torch.int64), dist_reduce_fx="min")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, codes: Codes) -> None:
         """Add a batch."""
-        self.firings += codes.firings()
+        fired = codes.firings()
+        self.firings += fired
+        self.silent_for = torch.where(fired > 0, 0, self.silent_for + codes.shape[0])
+        self.tokens += codes.shape[0]
 
-    def compute(self) -> Tensor:
+    def density(self) -> Float[Tensor, " d_sae"]:
+        """On what share of the tokens each latent fired."""
+        return self.firings.double() / self.tokens
+
+    def compute(self) -> dict[str, Tensor]:
         """See the class."""
-        return (self.firings == 0).double().mean()
+        silent = self.firings == 0
+        if self.window is not None:
+            ranks = torch.distributed.get_world_size() if self._is_synced else 1
+            silent = self.silent_for * ranks >= self.window
+        shares = {f"below_{share:g}": (self.density() < share).double().mean() for share in (1e-5, 1e-6)}
+        return {"dead": silent.double().mean(), **shares}
+
+
+class DecoderGeometry(Metric):
+    """How decoder rows lie to each other: the mean and the largest of each row's cosine with its nearest other row; their lengths.
+
+    >>> metric = DecoderGeometry()
+    >>> metric.update(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]))
+    >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
+    {'nearest_mean': 0.733, 'nearest_max': 0.8, 'norm_mean': 2.667, 'norm_min': 1.0, 'norm_max': 5.0}
+    """
+
+    full_state_update = False
+    nearest: list[Tensor]
+    norms: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        # Every rank holds the same decoder: its own is the answer.
+        super().__init__(**{"sync_on_compute": False, **kwargs})
+        for name in ("nearest", "norms"):
+            self.add_state(name, [], dist_reduce_fx=None)
+
+    def update(self, W_dec: Float[Tensor, "d_sae d_in"]) -> None:
+        """Take a decoder; the last one counts."""
+        self.nearest = [functional.nearest_cosines(W_dec.detach().float())]
+        self.norms = [W_dec.detach().float().norm(dim=-1)]
+
+    def compute(self) -> dict[str, Tensor]:
+        """See the class."""
+        nearest, norms = self.nearest[0].double(), self.norms[0].double()
+        figures = {"nearest_mean": nearest.mean(), "nearest_max": nearest.max()}
+        return figures | {"norm_mean": norms.mean(), "norm_min": norms.min(), "norm_max": norms.max()}
 
 
 class FeatureRecovery(Metric):
@@ -89,7 +169,8 @@ class FeatureRecovery(Metric):
     cosines: Tensor
 
     def __init__(self, features: Float[Tensor, "feature d_in"], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        # Every rank holds the same decoder: its own is the answer.
+        super().__init__(**{"sync_on_compute": False, **kwargs})
         self.register_buffer("features", functional.unit_rows(features.detach().float()))
         self.add_state("cosines", torch.zeros(0), dist_reduce_fx=None)
 

@@ -1,11 +1,12 @@
 """Something slow done ahead of time, on a thread of its own."""
 
+import math
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 from metasae_lightning.errors import InputError
@@ -13,7 +14,16 @@ from metasae_lightning.errors import InputError
 T = TypeVar("T")
 
 END = object()
-TOLD_EVERY = 0.2
+TOLD_EVERY, LOOKED_EVERY = 0.2, 60.0
+
+
+def alive(seconds: float = 0.0) -> None:
+    """Told by what makes items, on its thread: it is at work, and may be silent for so long from here on."""
+    if (beat := getattr(_beats, "shared", None)) is not None:
+        beat[0] = time.monotonic() + seconds
+
+
+_beats = threading.local()
 
 
 class Failure:
@@ -30,7 +40,7 @@ class Producer(Iterator[T], Generic[T]):
         items: What to iterate over; only the thread touches it from now on.
         ahead: How many finished items may wait.
         name: What a stall is called, and the thread.
-        stall_seconds: After so long without an item waiting is given up with an error; none waits for ever.
+        stall_seconds: After so long without an item, or a word of `alive`, waiting is given up with an error; none waits for ever.
     """
 
     def __init__(self, items: Iterator[T], *, ahead: int = 2, name: str = "producer", stall_seconds: float | None = None):
@@ -39,7 +49,8 @@ class Producer(Iterator[T], Generic[T]):
         self._room, self._making, self._stop = threading.Semaphore(ahead), threading.Lock(), threading.Event()
         self._over: Any = None
         # The thread knows nothing of this object, so that dropping the object ends the thread.
-        work = (items, self._ready, self._room, self._making, self._stop)
+        self._beat = [time.monotonic()]
+        work = (items, self._ready, self._room, self._making, self._stop, self._beat)
         self._thread = threading.Thread(target=_work, args=work, name=name, daemon=True)
         self._finalizer = weakref.finalize(self, self._stop.set)
         self._thread.start()
@@ -57,11 +68,14 @@ class Producer(Iterator[T], Generic[T]):
         raise StopIteration
 
     def _wait(self) -> Any:
-        try:
-            return self._ready.get(timeout=self.stall_seconds)
-        except queue.Empty:
-            message = f"{self.name}: nothing came for {self.stall_seconds:g} s, so it is given up (stall_seconds says how long to wait)"
-            return Failure(InputError(message))
+        began = time.monotonic()
+        while True:
+            patience = math.inf if self.stall_seconds is None else self.stall_seconds + max(began, self._beat[0]) - time.monotonic()
+            if patience <= 0:
+                message = f"{self.name}: nothing came for {self.stall_seconds:g} s, so it is given up (stall_seconds says how long to wait)"
+                return Failure(InputError(message))
+            with suppress(queue.Empty):
+                return self._ready.get(timeout=min(patience, LOOKED_EVERY))
 
     @contextmanager
     def paused(self) -> Generator[list[T], None, None]:
@@ -84,8 +98,9 @@ class Producer(Iterator[T], Generic[T]):
             self._thread.join(TOLD_EVERY)
 
 
-def _work(items: Iterator[Any], ready: Any, room: threading.Semaphore, making: Any, stop: threading.Event) -> None:
+def _work(items: Iterator[Any], ready: Any, room: threading.Semaphore, making: Any, stop: threading.Event, beat: list[float]) -> None:
     item: Any = None
+    _beats.shared = beat
     while item is not END and not isinstance(item, Failure):
         while not room.acquire(timeout=TOLD_EVERY):
             if stop.is_set():

@@ -94,7 +94,7 @@ class Rows:
     def count(self, most: int) -> int:
         """How many rows follow, up to so many; runs nothing."""
         while self.number < most and self.take() is not None:
-            pass
+            self.forget(self.number // self.batching.block)
         return min(self.number, most)
 
     def state(self) -> dict[str, Any]:

@@ -101,13 +101,14 @@ class Stream(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The place among the batches, and of which stream."""
-        return {**self._place, "stream": self.identity()}
+        return {**self._place, "stream": self.identity(), "length": len(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another stream of the same identity stood."""
         self._check(state)
-        self._place = {key: value for key, value in state.items() if key != "stream"}
+        self._place = {key: value for key, value in state.items() if key not in ("stream", "length")}
         self._length = None
+        self._check_length(state)
 
     @abstractmethod
     def load_elsewhere(self, states: list[dict[str, Any]]) -> None:
@@ -120,6 +121,16 @@ class Stream(ABC):
         ]
         if differing:
             raise InputError(f"the checkpoint's data cannot be continued with other arguments ({'; '.join(differing)})")
+
+    def _check_length(self, state: dict[str, Any]) -> None:
+        """The last, shorter block is shuffled as such: inside it, a run of another length would hand out other rows, and some twice."""
+        size, block, length = self.batching.batch_size, self.batching.block, state["length"]
+        total, done = (length - state["origin"]) * size, (state["batches"] - state["origin"]) * size
+        if done % block and done // block == total // block and length != len(self):
+            raise InputError(
+                f"tokens: the checkpoint stands in the last {total % block:,} of its budget, which are shuffled as such: "
+                f"it goes on to {length * size:,} a rank, got {len(self) * size:,}"
+            )
 
     def _turns(self, place: dict[str, Any], start: int) -> tuple[int, Iterator[Turn]]:
         """The number of the first row to be read, and the moves from its block on, for batch `start` since the origin."""

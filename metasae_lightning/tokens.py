@@ -14,7 +14,7 @@ from torch import Tensor
 from metasae_lightning.batching import Exhausted
 from metasae_lightning.corpora import Corpus, Document, Split, split_of
 from metasae_lightning.errors import InputError
-from metasae_lightning.producer import Producer
+from metasae_lightning.producer import Producer, alive
 
 TOKENISED_AT_ONCE = 64
 # Tokenizers refuse to be used by two threads at once, and the splits of one run share theirs.
@@ -69,6 +69,7 @@ class Documents:
         reader = self.corpus.reader(seed=self.seed, epoch=place["epoch"], state=place["reader"])
         met, mine = place["met"], list[Document]()
         for document in reader:
+            alive()
             if split_of(document, self.held_out) != self.split:
                 continue
             met += 1

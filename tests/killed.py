@@ -24,13 +24,13 @@ def run(folder: Path, name: str, seconds: float, changes: dict[str, Any]) -> Non
     module = data(folder, **changes)
     module.setup()
     place, written = folder / f"{name}.ckpt", folder / f"{name}.txt"
-    stream = module.train_dataloader()
+    stream, given = module.train_dataloader(), 0
     if place.exists():
         saved = torch.load(place, weights_only=False)
         module.load_state_dict(saved["data"])
+        given = saved["batches"]
         # What was given after the last checkpoint is given again.
         written.write_text("".join(line + "\n" for line in written.read_text().split("\n")[: saved["batches"]]))
-    given = stream.state_dict()["batches"]
     for batch in stream:
         given += 1
         with written.open("a") as file:

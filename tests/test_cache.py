@@ -44,11 +44,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def data(place: Path, cache: Path | None = None, hook: Any = HOOK, **changes: Any) -> ActivationsDataModule:
-    model = HuggingFaceLM(str(place / "tiny"), hook, device="cpu")
-    return ActivationsDataModule(
-        model, TextFiles(str(place / "text.txt")), cache=None if cache is None else str(cache), **{**SIZES, **changes}
-    )
+def data(
+    place: Path, cache: Path | None = None, hook: Any = HOOK, model_kwargs: Any = None, column: str = "text", **changes: Any
+) -> ActivationsDataModule:
+    model = HuggingFaceLM(str(place / "tiny"), hook, device="cpu", model_kwargs=model_kwargs)
+    corpus = TextFiles(str(place / "text.txt"), column=column)
+    return ActivationsDataModule(model, corpus, cache=None if cache is None else str(cache), **{**SIZES, **changes})
 
 
 def given(module: ActivationsDataModule, split: str = "train") -> list[torch.Tensor]:
@@ -75,7 +76,7 @@ def test_a_run_from_its_cache_sees_the_batches_of_the_run(place: Path, cache: Pa
 
 
 def test_what_comes_after_the_model_may_differ_from_the_cache(place: Path, cache: Path):
-    change: dict[str, Any] = {"batch_size": 32, "buffer_size": 64, "skip_positions": 3, "tokens": 640}
+    change: dict[str, Any] = {"batch_size": 32, "buffer_size": 64, "skip_positions": 3, "tokens": 640, "buffer_dtype": "bfloat16"}
     assert same(given(data(place, cache, **change)), given(data(place, **change)))
 
 
@@ -165,6 +166,8 @@ def test_saelens_caches_are_read_as_they_are(place: Path, theirs: Path):
         ({"context_size": 10}, "context_size: 12 there, 10 here"),
         ({"seed": 3}, "seed: 0 there, 3 here"),
         ({"cross_document_attention": True}, "cross_document_attention: False there"),
+        ({"model_kwargs": {"revision": "step1000"}}, "model_kwargs: None there, {'revision': 'step1000'} here"),
+        ({"column": "title"}, "column: text there, title here"),
         ({"hook": "blocks.0.hook_resid_post"}, "holds no activations of 'blocks.0.hook_resid_post', it holds blocks.1"),
     ],
 )
@@ -192,6 +195,21 @@ def test_a_truncated_shard_is_named(place: Path, tmp_path: Path):
     reader = data(place, tmp_path / "cut", tokens=400)
     with pytest.raises(InputError, match=f"the shard .*{shard.name} is damaged, .* bytes of"):
         reader.setup()
+
+
+def test_what_float16_cannot_hold_is_not_stored(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plain = HuggingFaceLM.activations
+    monkeypatch.setattr(HuggingFaceLM, "activations", lambda self, *given: plain(self, *given) * 1e6)
+    with pytest.raises(InputError, match=r"store: float16 ends at 65504 and an activation of blocks.1"):
+        data(place, tmp_path / "half").write_cache(dtype="float16")
+    assert not list((tmp_path / "half").rglob("*.arrow"))
+
+
+@pytest.mark.filterwarnings("ignore:held_out. 0 holds nothing out")
+def test_where_nothing_is_held_out_only_training_is_cached(place: Path, tmp_path: Path):
+    data(place, tmp_path / "train", held_out=0.0).write_cache()
+    assert [path.name for path in (tmp_path / "train").iterdir() if path.is_dir()] == ["train"]
+    assert same(given(data(place, tmp_path / "train", held_out=0.0)), given(data(place, held_out=0.0)))
 
 
 def test_no_folder_and_an_unfinished_one_are_told(place: Path, tmp_path: Path):

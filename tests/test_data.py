@@ -11,11 +11,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from sae_lens.synthetic import SyntheticModelConfig
 
+from metasae_lightning.callbacks import Export
 from metasae_lightning.corpora import TextFiles
 from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.errors import InputError
+from metasae_lightning.joint import JointSAE
 from metasae_lightning.lm import HuggingFaceLM
 from metasae_lightning.planted import SyntheticDataModule
+from tests.architectures import config
 from tests.models import Texts, documents, save_model
 
 # lightning 2.6 flattens loaders with a check that torch 2.13 deprecates: https://github.com/Lightning-AI/pytorch-lightning, _pytree.py
@@ -187,6 +190,47 @@ def reread(cli: LightningCLI, root: Path) -> LightningCLI:
     """What the saved config makes."""
     text = cli.parser.dump(cli.config)
     return parsed(root, yaml.safe_load(text)["data"], "again.yaml")
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_without_held_out_documents_a_run_ends_all_the_same(folder, tmp_path):
+    listener = Listener()
+    with pytest.warns(UserWarning, match="held_out: 0 holds nothing out"):
+        trainer(tmp_path).fit(listener, activations(folder, held_out=0.0))
+    assert len(listener.heard) == 10 and not listener.validated
+    with pytest.raises(InputError, match="held_out: 0 leaves no document to test on"):
+        trainer(tmp_path).test(Listener(), activations(folder, held_out=0.0))
+
+
+def test_too_few_documents_to_validate_on_are_told_before_training(folder, tmp_path):
+    listener = Listener()
+    with pytest.raises(InputError, match=r"held_out: of the documents of .* a share of 0.001 is too little to validate on"):
+        trainer(tmp_path).fit(listener, activations(folder, held_out=0.001))
+    assert not listener.heard
+
+
+# A save point before the first validation reads held-out rows by itself: of this SAE's hook alone.
+def test_one_hook_of_two_is_exported_before_any_validation(folder, tmp_path):
+    data = activations(folder, tokens=64)
+    data.language_model.hooks = ["blocks.0.hook_resid_post", HOOK]
+    module = JointSAE(config("batchtopk", d_in=32), hook=HOOK)
+    trainer(tmp_path, callbacks=[export := Export()], limit_val_batches=0).fit(module, data)
+    assert export.records["primary"].tokens == 48 and export.records["primary"].fvu is not None
+
+
+# Lightning keeps the state of a loader that has one: the buffer would be in the checkpoint twice.
+def test_a_checkpoint_holds_the_stream_once(folder, tmp_path):
+    run = trainer(tmp_path, enable_checkpointing=True, callbacks=[ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)])
+    run.fit(Listener(), activations(folder, checkpoint_buffer="activations"))
+    saved = torch.load(next(tmp_path.glob("*step=4.ckpt")), weights_only=True)
+    assert saved["ActivationsDataModule"]["ranks"][0]["shelf"]["buffer"].shape == (64, 32)
+    assert "shelf" not in str(saved["loops"])
+
+
+@pytest.mark.parametrize(("change", "says"), [({"prefetch": -1}, "prefetch must be at least 0"), ({"stall_seconds": 0}, "stall_seconds must")])
+def test_wrong_numbers_are_told_at_once(folder, change, says):
+    with pytest.raises(InputError, match=says):
+        activations(folder, **change)
 
 
 def test_yaml_makes_activations_and_its_saved_form_makes_the_same(folder, tmp_path):

@@ -145,7 +145,7 @@ def test_dead_latents_counts_what_never_fired():
     metric = DeadLatents(5)
     metric.update(Codes.from_dense(torch.tensor([[0.0, 1, 0, 0, 0], [0, 2, 0, 0, 0]])))
     metric.update(Codes.from_dense(torch.tensor([[0.0, 0, 0, 3, 0]])))
-    assert metric.compute().item() == pytest.approx(3 / 5)
+    assert metric.compute()["dead"].item() == pytest.approx(3 / 5)
 
 
 def test_codes_are_the_dense_matrix_they_came_from():

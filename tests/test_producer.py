@@ -7,7 +7,7 @@ import time
 import pytest
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.producer import Producer
+from metasae_lightning.producer import Producer, alive
 
 
 def threads(name: str) -> list[threading.Thread]:
@@ -59,6 +59,18 @@ def test_a_stall_is_named_and_given_up():
     assert time.monotonic() - began < 8
     hangs.set()
     assert gone("corpus of nowhere")
+
+
+# Skipping to a place, waiting for a retry, downloading: nothing comes, and nothing is wrong.
+@pytest.mark.parametrize("word", [lambda: alive(), lambda: alive(1.0)])
+def test_what_says_that_it_is_alive_is_waited_for(word):
+    def items():
+        for _ in range(8):
+            word()
+            time.sleep(0.1)
+        yield "done"
+
+    assert list(Producer(items(), name="slow", stall_seconds=0.4)) == ["done"]
 
 
 def test_closing_and_dropping_end_the_thread():

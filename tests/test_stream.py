@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import pytest
@@ -270,3 +271,36 @@ def test_prepend_bos_needs_a_token_to_prepend(tmp_path):
     with pytest.raises(InputError, match="prepend_bos"):
         batches(stream(model))
     assert len(batches(stream(model, prepend_bos=False), 2)) == 2
+
+
+# A hook belongs to the module: a pass of another thread must not end at it, nor leave its activations here.
+def test_streams_that_read_one_model_at_once_do_not_meet(lm):
+    alone = {split: batches(stream(lm, split=split, tokens=320)) for split in ("train", "validation", "test")}
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            found = {split: pool.submit(batches, stream(lm, split=split, tokens=320, prefetch=2)) for split in alone}
+        assert all(same(found[split].result(), alone[split]) for split in alone)
+
+
+def test_on_another_number_of_ranks_the_end_of_the_corpus_is_still_the_end(lm):
+    ending = {"exhausted": "end", "tokens": 100_000, "buffer_size": 400}
+    early = stream(lm, **ending)
+    batches(early, 20)
+    ranks = [stream(lm, **ending, rank=rank, world_size=2) for rank in range(2)]
+    given = []
+    for one in ranks:
+        one.load_elsewhere([early.state_dict()])
+        given.append(batches(one))
+    assert len(given[0]) == len(given[1]) > 3
+
+
+@pytest.mark.parametrize(("at", "refused"), [(36, False), (38, True)])
+def test_the_budgets_last_block_is_not_shuffled_again(lm, at, refused):
+    early, late = stream(lm), stream(lm, tokens=960)  # 40 batches, 6 a block: the last block has 4
+    batches(early, at)
+    if refused:
+        with pytest.raises(InputError, match=r"tokens: the checkpoint stands in the last 64 of its budget.* 640 a rank, got 960"):
+            late.load_state_dict(early.state_dict())
+        return
+    late.load_state_dict(early.state_dict())
+    assert same(batches(late), batches(stream(lm, tokens=960))[36:])

@@ -1,0 +1,250 @@
+"""How latents fire together: exact counts of every pair in bounded memory, and an estimate from random pairs while training."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import sparse
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+from metasae_lightning import functional
+from metasae_lightning.errors import InputError
+from metasae_lightning.step import Codes
+
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+TAILS = (0.1, 0.3)
+# Of |phi|, even in its square root: a bin is 5e-6 wide at 1e-4, where most pairs are, and 5e-4 at 1.
+BINS = 4096
+# Counting a pair takes scipy's index and count, and our count, correlation and what goes into it.
+PAIR_BYTES = 48
+
+
+@dataclass(frozen=True)
+class Firings:
+    """Which latents fired on which tokens: 4 bytes a firing and 8 a token."""
+
+    matrix: Any
+    """Tokens x latents, compressed by rows, of ones."""
+
+    @classmethod
+    def of(cls, latents: Int[Tensor, " nnz"], lengths: Int[Tensor, " token"], d_sae: int) -> "Firings":
+        """From each token's latents, one token after another."""
+        pointers = np.concatenate([[0], np.cumsum(lengths.numpy(), dtype=np.int64)])
+        # Counts are at most the tokens: 32 bits do for 2 thousand million of them.
+        ones = np.ones(len(latents), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
+        return cls(sparse.csr_matrix((ones, latents.numpy(), pointers), shape=(len(lengths), d_sae)))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are."""
+        return self.matrix.shape[0]
+
+    @property
+    def counts(self) -> Float[Tensor, " d_sae"]:
+        """On how many tokens each latent fired."""
+        return torch.from_numpy(np.bincount(self.matrix.indices, minlength=self.matrix.shape[1])).double()
+
+    def together(self, other: "Firings", rows: int) -> Iterator[tuple[int, Float[Tensor, "row other"]]]:
+        """On how many tokens each of `rows` latents at a time fired with each of the other's."""
+        by_latent = self.matrix.T.tocsr()
+        for start in range(0, self.matrix.shape[1], rows):
+            yield start, torch.from_numpy((by_latent[start : start + rows] @ other.matrix).toarray()).double()
+
+
+class Phi(Metric):
+    """Phi of every pair of latents, of one SAE or between two on the same tokens, from exact integer counts.
+
+    What is kept is which latents fired; pairs are counted when asked for, a tile of latents at a time, so that memory is a choice and
+    not the square of the width. `compute` gives the mean of |phi| over all pairs of live latents (which fired on some tokens and
+    not on all), the same by chance (`floor`: independent latents with the same counts), the difference (`excess`) with the standard
+    error that chance gives it, the share of positive pairs, quantiles and tails of |phi|.
+
+    Args:
+        d_sae: Latents of the SAE.
+        other: Latents of a second SAE, for phi between the two; none is within the one.
+        memory_gib: What counting may take beside the firings.
+
+    >>> metric = Phi(d_sae=3)
+    >>> metric.update(Codes.from_dense(torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])))
+    >>> figures = metric.compute()
+    >>> round(figures["mean_abs"].item(), 4), int(figures["pairs"]), int(figures["live"])
+    (0.7182, 3, 3)
+    """
+
+    full_state_update = False
+    latents: list[Tensor]
+    lengths: list[Tensor]
+    other_latents: list[Tensor]
+    other_lengths: list[Tensor]
+
+    def __init__(self, d_sae: int, other: int | None = None, *, memory_gib: float = 2.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if memory_gib <= 0:
+            raise InputError(f"memory_gib must be more than 0, got {memory_gib}")
+        self.d_sae, self.other, self.memory_gib = d_sae, other, memory_gib
+        for name in ("latents", "lengths", "other_latents", "other_lengths"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, codes: Codes, other: Codes | None = None) -> None:
+        """Add a batch: the SAE's codes, or both SAEs' on the same tokens."""
+        if (other is None) != (self.other is None):
+            raise InputError("Phi takes both SAEs' codes between two, and the one's alone within one")
+        if other is not None and other.shape[0] != codes.shape[0]:
+            raise InputError(f"Phi: both SAEs' codes must be of the same tokens, got {codes.shape[0]} and {other.shape[0]}")
+        self._keep(codes, self.d_sae, self.latents, self.lengths)
+        if other is not None and self.other is not None:
+            self._keep(other, self.other, self.other_latents, self.other_lengths)
+
+    @staticmethod
+    def _keep(codes: Codes, width: int, latents: list[Tensor], lengths: list[Tensor]) -> None:
+        if codes.shape[1] != width:
+            raise InputError(f"Phi: codes of {codes.shape[1]} latents, expected {width}")
+        latents.append(codes.latents.to(torch.int32))
+        lengths.append(torch.bincount(codes.rows, minlength=codes.shape[0]).to(torch.int32))
+
+    def firings(self) -> tuple[Firings, Firings]:
+        """Of the SAE, and of the one it is compared with: itself, within one."""
+        if not self.latents:
+            raise InputError("Phi: nothing was seen yet")
+        own = Firings.of(dim_zero_cat(self.latents).cpu(), dim_zero_cat(self.lengths).cpu(), self.d_sae)
+        if self.other is None:
+            return own, own
+        return own, Firings.of(dim_zero_cat(self.other_latents).cpu(), dim_zero_cat(self.other_lengths).cpu(), self.other)
+
+    @property
+    def rows(self) -> int:
+        """How many latents are counted at a time."""
+        return max(1, min(self.d_sae, int(self.memory_gib * 2**30 / PAIR_BYTES) // (self.other or self.d_sae)))
+
+    def plan(self) -> str:
+        """What counting will take, in a line."""
+        width, held = self.other or self.d_sae, sum(len(part) * 4 for part in (*self.latents, *self.other_latents))
+        return (
+            f"phi of {self.d_sae:,} x {width:,} latents: {-(-self.d_sae // self.rows)} tiles of {self.rows:,} latents, "
+            f"{self.rows * width * PAIR_BYTES / 2**30:.2f} GiB each, beside {held / 2**30:.2f} GiB of firings"
+        )
+
+    def tiles(self) -> Iterator[tuple[int, Float[Tensor, "row other"]]]:
+        """Phi of some latents at a time, from the numbered one on, with all others."""
+        own, other = self.firings()
+        n_i, n_j = own.counts, other.counts
+        for start, together in own.together(other, self.rows):
+            yield start, functional.phi(together, n_i[start : start + len(together), None], n_j[None], float(own.tokens))
+
+    def compute(self) -> dict[str, Tensor]:
+        """See the class."""
+        own, other = self.firings()
+        n, n_i, n_j = float(own.tokens), own.counts, other.counts
+        live_i, live_j = ((counts > 0) & (counts < n) for counts in (n_i, n_j))
+        bins, total, positive = torch.zeros(BINS, dtype=torch.float64), 0.0, 0
+        for start, phi in self.tiles():
+            kept = live_i[start : start + len(phi), None] & live_j[None]
+            if self.other is None:  # each pair once, and none with itself
+                kept &= torch.arange(len(n_j))[None] > torch.arange(start, start + len(phi))[:, None]
+            values = phi[kept]
+            positive += int((values > 0).count_nonzero())
+            total += values.abs_().sum().item()
+            bins += torch.histc(values.sqrt_().clamp_(max=1), BINS, 0.0, 1.0)
+        return self._figures(n, n_i[live_i], n_j[live_j], total, positive, bins)
+
+    def _figures(self, n: float, n_i: Tensor, n_j: Tensor, total: float, positive: int, bins: Tensor) -> dict[str, Tensor]:
+        pairs = len(n_i) * (len(n_i) - 1) // 2 if self.other is None else len(n_i) * len(n_j)
+        floor, error = by_chance(n_i, n_j, n, within=self.other is None)
+        mean = total / max(pairs, 1)
+        figures = {"mean_abs": mean, "floor": floor, "excess": mean - floor, "standard_error": error, "positive": positive / max(pairs, 1)}
+        upper = bins.cumsum(0) / max(pairs, 1)
+        figures |= {f"q{100 * q:g}": quantile(upper, q) for q in QUANTILES}
+        figures |= {f"above_{tail:g}": (bins[int(round(BINS * tail**0.5)) :].sum() / max(pairs, 1)).item() for tail in TAILS}
+        figures |= {"live": len(n_i), "pairs": pairs, "tokens": n}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
+
+
+class PhiSample(Metric):
+    """An estimate of `Phi`'s mean for use while training: counts of random pairs, a few numbers a latent.
+
+    Latents are paired at random `matchings` times over. Pairs of one matching share no latent, so that the spread over pairs gives the
+    standard error of the mean over all of them.
+
+    >>> metric = PhiSample(d_sae=2)
+    >>> metric.update(Codes.from_dense(torch.tensor([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0]])))
+    >>> metric.compute()["mean_abs"].item()
+    1.0
+    """
+
+    full_state_update = False
+    together: Tensor
+    firings: Tensor
+    tokens: Tensor
+    partner: Tensor
+
+    def __init__(self, d_sae: int, *, matchings: int = 8, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if d_sae < 2 or matchings < 1:
+            raise InputError(f"PhiSample needs two latents and a matching at least, got {d_sae} and {matchings}")
+        generator = torch.Generator().manual_seed(seed)
+        orders = torch.stack([torch.randperm(d_sae, generator=generator)[: d_sae // 2 * 2] for _ in range(matchings)])
+        one, two = orders.view(matchings, -1, 2).sort(-1).values.unbind(-1)
+        # Of each latent the other of its pair, where that is the higher one; counts lie with the lower one.
+        self.register_buffer("partner", torch.full((matchings, d_sae), -1).scatter(1, one, two))
+        self.add_state("together", torch.zeros(matchings, d_sae, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("firings", torch.zeros(d_sae, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, codes: Codes) -> None:
+        """Add a batch."""
+        width = codes.shape[1]
+        fired = codes.rows * width + codes.latents
+        for partner, together in zip(self.partner, self.together, strict=True):
+            other = partner[codes.latents]
+            both = (other >= 0) & torch.isin(codes.rows * width + other, fired)
+            together += torch.bincount(codes.latents[both], minlength=width)
+        self.firings += codes.firings()
+        self.tokens += codes.shape[0]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Mean of |phi|, by chance and in excess of it, each over the live ones of the pairs, and the excess's standard error."""
+        n = float(self.tokens)
+        matching, low = (self.partner >= 0).nonzero(as_tuple=True)
+        n11, n_i, n_j = (x.double() for x in (self.together[matching, low], self.firings[low], self.firings[self.partner[matching, low]]))
+        live = (n_i > 0) & (n_i < n) & (n_j > 0) & (n_j < n)
+        found = functional.phi(n11[live], n_i[live], n_j[live], n).abs()
+        floor = functional.phi_by_chance(n_i[live], n_j[live], n)
+        error = (found - floor).std() / len(found) ** 0.5 if len(found) > 1 else torch.tensor(torch.nan)
+        figures = {"mean_abs": found.mean(), "floor": floor.mean(), "excess": (found - floor).mean(), "standard_error": error}
+        return {**figures, "pairs": live.sum()}
+
+
+def by_chance(n_i: Float[Tensor, " live"], n_j: Float[Tensor, " other"], n: float, *, within: bool) -> tuple[float, float]:
+    """Mean of |phi| over all pairs if they were independent with these counts, and its standard deviation then.
+
+    Given the counts, two pairs that share a latent are as independent as two that do not, so variances add: `E phi^2 = 1 / (n - 1)`.
+
+    >>> one = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    >>> by_chance(one, one, 2.0, within=True)
+    (1.0, 0.0)
+    """
+    (u, m), (v, w) = (torch.unique(counts, return_counts=True) for counts in (n_i, n_j))
+    total, squares = 0.0, 0.0
+    for some, often in zip(u.split(512), m.double().split(512), strict=True):
+        expected = functional.phi_by_chance(some[:, None], v[None], n)
+        total += (often @ expected @ w.double()).item()
+        squares += (often @ expected.square() @ w.double()).item()
+    pairs = float(len(n_i) * len(n_j))
+    if within:
+        alone = functional.phi_by_chance(n_i, n_i, n)
+        total, squares = (total - alone.sum().item()) / 2, (squares - alone.square().sum().item()) / 2
+        pairs = (pairs - len(n_i)) / 2
+    if not pairs:
+        return 0.0, 0.0
+    return total / pairs, max(pairs / max(n - 1, 1) - squares, 0.0) ** 0.5 / pairs
+
+
+def quantile(upper: Float[Tensor, " bin"], share: float) -> float:
+    """The middle of the bin of |phi| below whose end lies so large a share."""
+    at = min(int(torch.searchsorted(upper, share)), BINS - 1)
+    return ((at + 0.5) / BINS) ** 2
