@@ -8,7 +8,6 @@ Each figure is the peak resident size of a process of its own.
 import argparse
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from itertools import islice
 
 import psutil
 import torch
+from machine import peak_mib
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from metasae_lightning.activations import ActivationStream
@@ -100,7 +100,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     if given.case:
         found = PARTS[given.case](given.folder) or {}
-        print(json.dumps({**found, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB}))
+        print(json.dumps({**found, "peak": peak_mib()}))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or temporary

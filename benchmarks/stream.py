@@ -9,20 +9,18 @@ The model is the embedded one, the text the documentation of the installed packa
 import argparse
 import csv
 import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import described, peak_mib
 
 from metasae_lightning.activations import ActivationStream
 from metasae_lightning.batching import Batching
@@ -160,7 +158,7 @@ def main() -> None:
     bench = Bench(given.passes)
     if given.arm:
         seconds = getattr(bench, given.arm)()
-        print(json.dumps({"seconds": seconds, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        print(json.dumps({"seconds": seconds, "mib": peak_mib()}))
         return
     arms: dict[str, Callable[[], float]] = {name: getattr(bench, name) for name in ARMS}
     bench.bare()  # the first run pays for pages and threads
@@ -176,8 +174,7 @@ def main() -> None:
 def report(tokens: int, seconds: dict[str, list[float]], memory: dict[str, float], out: Path) -> None:
     """The table, on the terminal and as CSV."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    about = f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{about}: {tokens:,} tokens a run, medians of {len(seconds['bare'])} alternating runs")
+    print(f"{described()}: {tokens:,} tokens a run, medians of {len(seconds['bare'])} alternating runs")
     with out.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["arm", "tokens_per_second", "of_bare", "lowest", "highest", "peak_mib"])

@@ -2,7 +2,9 @@
 
 from metasae_lightning.callbacks.export import Export
 from metasae_lightning.callbacks.held_out import HeldOut
+from metasae_lightning.callbacks.phi import PhiMonitor
 from metasae_lightning.callbacks.progress import TokenProgress
 from metasae_lightning.callbacks.summary import Summary
+from metasae_lightning.callbacks.throughput import Throughput
 
-__all__ = ["Export", "HeldOut", "Summary", "TokenProgress"]
+__all__ = ["Export", "HeldOut", "PhiMonitor", "Summary", "Throughput", "TokenProgress"]

@@ -61,7 +61,9 @@ class Export(Callback):
         hook = getattr(pl_module, "hook", None)
         about = getattr(getattr(trainer, "datamodule", None), "metadata", dict)(*([hook] if hook else []))
         folder = Path(trainer.default_root_dir) / "saes"
-        self._write("primary", pl_module.primary, folder, {**about, "training_tokens": tokens}, self._samples or self._held_out(trainer, hook))
+        self._write(
+            "primary", pl_module.primary, folder, {**about, "training_tokens": tokens}, self._samples or self._held_out(trainer, hook)
+        )
         if pl_module.meta is not None:
             rows = functional.unit_rows(pl_module.primary.W_dec.detach()).cpu()
             model = {key: about[key] for key in ("model_name",) if key in about}

@@ -62,7 +62,14 @@ class ActivationStream(Stream):
         batching = {name: value for name, value in asdict(self.batching).items() if name != "batch_size"}
         place = {"split": self.split, "rank": self.rank, "world_size": self.world_size}
         model = {**self.language_model.identity(), "hook": ", ".join(self.language_model.hooks)}
-        return {"corpus": self.corpus.identity(), **self.corpus.settings(), **model, "batch_size": self.batching.batch_size, **batching, **place}
+        return {
+            "corpus": self.corpus.identity(),
+            **self.corpus.settings(),
+            **model,
+            "batch_size": self.batching.batch_size,
+            **batching,
+            **place,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """See the base; with the buffer's rows, and the batches that wait, where the YAML asks for activations."""

@@ -63,6 +63,19 @@ class Corpus(ABC):
         return {}
 
 
+def check_held_out(corpus: Corpus, held_out: float, *, seed: int, ranks: int) -> None:
+    """Every rank needs a document to validate on: better to know it before training than after."""
+    missing = ranks
+    for document in corpus.documents(seed=seed):
+        missing -= split_of(document, held_out) == "validation"
+        if not missing:
+            return
+    raise InputError(
+        f"held_out: of the documents of {corpus.identity()} a share of {held_out} is too little to validate on: "
+        "raise it, or set it to 0 to validate on nothing"
+    )
+
+
 class HubText(Corpus):
     """A column of a hub dataset: streamed as it comes through shuffled windows, or downloaded and shuffled whole.
 

@@ -1,6 +1,6 @@
 """Lightning's view of a stream: its three splits, its width, its state."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,12 +13,12 @@ from metasae_lightning.activations import ActivationStream
 from metasae_lightning.batching import Batching, Exhausted, Storage
 from metasae_lightning.cache import CACHED, ActivationCache, fingerprint
 from metasae_lightning.cached import CachedStream, write
-from metasae_lightning.corpora import Corpus, Split, split_of
+from metasae_lightning.corpora import Corpus, Split, check_held_out
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import LanguageModel
 from metasae_lightning.planted import place_of
 from metasae_lightning.step import Batch
-from metasae_lightning.stream import Stream
+from metasae_lightning.stream import Batches, Stream
 
 
 class ActivationsDataModule(LightningDataModule):
@@ -132,7 +132,7 @@ class ActivationsDataModule(LightningDataModule):
         self.language_model.load()
         self._warn_once()
         if stage == "fit" and self.batching.held_out:
-            self._find_held_out()
+            check_held_out(self.corpus, self.batching.held_out, seed=self.batching.seed, ranks=place_of(self)[1])
 
     def _warn_once(self) -> None:
         if self._told:
@@ -147,18 +147,6 @@ class ActivationsDataModule(LightningDataModule):
             )
         if not self.batching.held_out:
             rank_zero_warn("held_out: 0 holds nothing out: no validation, and what is exported is not checked on fresh activations")
-
-    def _find_held_out(self) -> None:
-        """Every rank needs a document to validate on: better to know it now than when training is done."""
-        missing = place_of(self)[1]
-        for document in self.corpus.documents(seed=self.batching.seed):
-            missing -= split_of(document, self.batching.held_out) == "validation"
-            if not missing:
-                return
-        raise InputError(
-            f"held_out: of the documents of {self.corpus.identity()} a share of {self.batching.held_out} is too little to validate on: "
-            "raise it, or set it to 0 to validate on nothing"
-        )
 
     def stream(self, split: Split, tokens: int) -> Stream:
         """A fresh stream of this rank's share of so many tokens of a split."""
@@ -289,26 +277,6 @@ class ActivationsDataModule(LightningDataModule):
             else:
                 self._train.load_elsewhere(self._restored)
         self._restored = []
-
-
-class Batches:
-    """A stream to Lightning's loop, which would keep its state a second time: the data module's is the one that counts."""
-
-    def __init__(self, stream: Stream):
-        self._stream = stream
-
-    def __len__(self) -> int:
-        return len(self._stream)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._stream)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing; that there is one tells Lightning that a run can be gone on with in its middle."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See above."""
 
 
 def _check(batching: Batching, tokens: int, prefetch: int | None, stall_seconds: float) -> None:

@@ -5,7 +5,7 @@ meta SAE, `feature` true features of planted data.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -84,9 +84,7 @@ def phi(
     return torch.where(spread > 0, (n11 * n - n_i * n_j) / spread.clamp(min=1e-300), 0.0)
 
 
-def phi_by_chance(
-    n_i: Float[Tensor, "*#shape"], n_j: Float[Tensor, "*#shape"], n: Float[Tensor, ""] | float
-) -> Float[Tensor, "*shape"]:
+def phi_by_chance(n_i: Float[Tensor, "*#shape"], n_j: Float[Tensor, "*#shape"], n: Float[Tensor, ""] | float) -> Float[Tensor, "*shape"]:
     """Expected `|phi|` of two independent events that happened `n_i` and `n_j` times in n: the floor that a mean of `|phi|` stands on.
 
     Given the counts, n11 is hypergeometric, and its mean absolute deviation has a closed form: with `m = n_i n_j / n` and v the least
@@ -185,3 +183,45 @@ def nearest_cosines(W_dec: Float[Tensor, "d_sae d_in"], *, rows: int = 1024) -> 
         cosines[own, start + own] = -torch.inf
         found.append(cosines.amax(1))
     return torch.cat(found)
+
+
+def equal_error_bin(hits: Float[Tensor, "latent bin"], others: Float[Tensor, "latent bin"]) -> Float[Tensor, " latent"]:
+    """The bin edge at which the share of `hits` below it is nearest to the share of `others` at or above it: equal error rates.
+
+    >>> equal_error_bin(torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([[9.0, 1.0, 0.0]]))
+    tensor([1.])
+    """
+    missed = hits.cumsum(1) / hits.sum(1, keepdim=True).clamp(min=1)
+    false = 1 - others.cumsum(1) / others.sum(1, keepdim=True).clamp(min=1)
+    # Edge b has bins 0 to b - 1 below it; edge 0 misses nothing.
+    missed = torch.cat([torch.zeros_like(missed[:, :1]), missed[:, :-1]], 1)
+    false = torch.cat([torch.ones_like(false[:, :1]), false[:, :-1]], 1)
+    crossed = (missed >= false).int()
+    gap = (missed - false).abs()
+    first = torch.where(crossed.any(1), crossed.argmax(1), gap.argmin(1))
+    before = (first - 1).clamp(min=0)
+    nearer = gap.gather(1, before[:, None])[:, 0] < gap.gather(1, first[:, None])[:, 0]
+    return torch.where(nearer, before, first).to(hits.dtype)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "context position vocabulary"], tokens: Int[Tensor, "context position"]
+) -> Float[Tensor, "context position"]:
+    """Each token's loss by the prediction of it.
+
+    >>> cross_entropy(torch.zeros(1, 1, 4), torch.tensor([[2]])).exp()
+    tensor([[4.]])
+    """
+    return logits.logsumexp(-1) - logits.gather(-1, tokens[..., None])[..., 0]
+
+
+def kl_divergence(
+    clean: Float[Tensor, "context position vocabulary"], other: Float[Tensor, "context position vocabulary"]
+) -> Float[Tensor, "context position"]:
+    """Of the other prediction from the clean one, `sum p_clean (log p_clean - log p_other)`, in nats.
+
+    >>> kl_divergence(torch.zeros(1, 1, 2), torch.tensor([[[0.0, -torch.inf]]])).item()
+    inf
+    """
+    p, q = clean.log_softmax(-1), other.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)

@@ -56,6 +56,20 @@ def listen(module: nn.Module, point: Point, keep: Callable[[Any], None]) -> Any:
     return module.register_forward_pre_hook(before, with_kwargs=True) if point.takes_input else module.register_forward_hook(after)
 
 
+def change(module: nn.Module, point: Point, by: Callable[[Tensor], Tensor]) -> Any:
+    """Replace what enters or leaves a module by what is made of it; returns the handle that ends it."""
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (by(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": by(kwargs["hidden_states"])}
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return by(output) if isinstance(output, Tensor) else (by(output[0]), *output[1:])
+
+    return module.register_forward_pre_hook(before, with_kwargs=True) if point.takes_input else module.register_forward_hook(after)
+
+
 def locate(hook: str, skeleton: nn.Module) -> Point:
     """The place of a hook, named in either dialect, in a transformers model."""
     layers = layers_path(skeleton)

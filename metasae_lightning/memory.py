@@ -208,7 +208,9 @@ def _buffer(model: JointSAE, data: Any) -> Iterator[Line]:
     yield buffer
     if _setting(data, "checkpoint_buffer") == "activations":
         rise = footprint.blocks([buffer.bytes] * 2)
-        yield _phase("its checkpoint", "cpu", rise, "a copy in order, and in memory before the disk", "checkpoint_buffer: tokens", kind="file")
+        yield _phase(
+            "its checkpoint", "cpu", rise, "a copy in order, and in memory before the disk", "checkpoint_buffer: tokens", kind="file"
+        )
 
 
 def _saes(model: JointSAE, here: str, wide: int) -> Iterator[Line]:

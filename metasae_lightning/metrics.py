@@ -10,9 +10,11 @@ from torchmetrics import Metric
 
 from metasae_lightning import functional
 from metasae_lightning.cofiring import Phi, PhiSample
+from metasae_lightning.critic import Decomposition
+from metasae_lightning.splice import Splice
 from metasae_lightning.step import Codes
 
-__all__ = ["DeadLatents", "DecoderGeometry", "FeatureRecovery", "Phi", "PhiSample", "Reconstruction"]
+__all__ = ["DeadLatents", "DecoderGeometry", "Decomposition", "FeatureRecovery", "Phi", "PhiSample", "Reconstruction", "Splice"]
 
 
 # Norms are sorted into sixteenths of an octave, from 2^-20 to 2^40.
@@ -64,7 +66,9 @@ class Reconstruction(Metric):
         self.size += codes.values.abs().sum()
         squares = x.double().square().sum(-1)
         place = ((squares.clamp(min=1e-300).log2() / 2 - OCTAVES[0]) * PARTS).long().clamp(0, self.by_norm.shape[1] - 1)
-        for row, values in zip(self.by_norm, (torch.ones_like(squares), (x.double() - reconstruction.double()).square().sum(-1), squares), strict=True):
+        for row, values in zip(
+            self.by_norm, (torch.ones_like(squares), (x.double() - reconstruction.double()).square().sum(-1), squares), strict=True
+        ):
             row.index_add_(0, place, values)
 
     def compute(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE, TrainingSAE, TrainingSAEConfig
+from sae_lens import SAE, BatchTopKTrainingSAEConfig, TrainingSAE, TrainingSAEConfig
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.batchtopk_sae import BatchTopK
@@ -24,7 +24,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.normalizers import Normalizer
 from metasae_lightning.schedules import warm_up
 
-__all__ = ["ExportRecord", "SAEMetadata", "TrainingSAE", "TrainingSAEConfig", "build", "export", "forward"]
+__all__ = ["BatchTopKTrainingSAEConfig", "ExportRecord", "SAEMetadata", "TrainingSAE", "TrainingSAEConfig", "build", "export", "forward"]
 
 AnySAE = TrainingSAE[Any]
 

@@ -147,3 +147,23 @@ class Stream(ABC):
             return batch
         kept = [ordinary(batch.at(hook).activations, self.batching.max_norm_ratio) for hook in hooks]
         return Batch(batch.activations[torch.stack(kept).all(0)], hooks)
+
+
+class Batches:
+    """A stream to Lightning's loop, which would keep its state a second time: the data module's is the one that counts."""
+
+    def __init__(self, stream: Stream):
+        self._stream = stream
+
+    def __len__(self) -> int:
+        return len(self._stream)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._stream)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; that there is one tells Lightning that a run can be gone on with in its middle."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See above."""

@@ -4,6 +4,7 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,6 +34,7 @@ def seen(dense: torch.Tensor, other: torch.Tensor | None = None, batch: int = 10
     return metric
 
 
+@pytest.mark.filterwarnings("ignore:A single label was found")
 @given(st.integers(2, 300), st.integers(0, 10_000))
 @settings(max_examples=30, deadline=None)
 def test_phi_is_sklearns_matthews_correlation(tokens: int, seed: int):
@@ -82,7 +84,7 @@ def test_figures_are_those_of_the_dense_matrix():
 
 def test_the_floor_is_the_hypergeometric_mean_deviation():
     for n, a, b in ((2, 1, 1), (10, 3, 4), (10, 6, 7), (10, 10, 3), (10, 0, 3), (1000, 999, 3), (1000, 500, 500), (100_000, 30, 20)):
-        x = torch.arange(min(a, b) + 1)
+        x = np.arange(min(a, b) + 1)
         spread = (a * (n - a)) ** 0.5 * (b * (n - b)) ** 0.5
         expected = n * (hypergeom.pmf(x, n, a, b) * abs(x - a * b / n)).sum() / spread if spread else 0.0
         found = functional.phi_by_chance(torch.tensor(float(a)).double(), torch.tensor(float(b)).double(), float(n))
@@ -154,7 +156,10 @@ def test_by_chance_between_is_the_mean_over_all_pairs():
         (lambda: Phi(3, memory_gib=0), "memory_gib must be more than 0"),
         (lambda: Phi(3).update(Codes.from_dense(torch.ones(2, 4))), "codes of 4 latents, expected 3"),
         (lambda: Phi(3, 2).update(Codes.from_dense(torch.ones(2, 3))), "takes both SAEs' codes between two"),
-        (lambda: Phi(3, 2).update(Codes.from_dense(torch.ones(2, 3)), Codes.from_dense(torch.ones(1, 2))), "of the same tokens, got 2 and 1"),
+        (
+            lambda: Phi(3, 2).update(Codes.from_dense(torch.ones(2, 3)), Codes.from_dense(torch.ones(1, 2))),
+            "of the same tokens, got 2 and 1",
+        ),
         (lambda: Phi(3).compute(), "nothing was seen yet"),
         (lambda: PhiSample(1), "two latents and a matching"),
     ],

@@ -227,7 +227,9 @@ def test_a_checkpoint_holds_the_stream_once(folder, tmp_path):
     assert "shelf" not in str(saved["loops"])
 
 
-@pytest.mark.parametrize(("change", "says"), [({"prefetch": -1}, "prefetch must be at least 0"), ({"stall_seconds": 0}, "stall_seconds must")])
+@pytest.mark.parametrize(
+    ("change", "says"), [({"prefetch": -1}, "prefetch must be at least 0"), ({"stall_seconds": 0}, "stall_seconds must")]
+)
 def test_wrong_numbers_are_told_at_once(folder, change, says):
     with pytest.raises(InputError, match=says):
         activations(folder, **change)
