@@ -159,7 +159,7 @@ class Phi(Metric):
         figures = {"mean_abs": mean, "floor": floor, "excess": mean - floor, "standard_error": error, "positive": positive / max(pairs, 1)}
         upper = bins.cumsum(0) / max(pairs, 1)
         figures |= {f"q{100 * q:g}": quantile(upper, q) for q in QUANTILES}
-        figures |= {f"above_{tail:g}": (bins[int(round(BINS * tail**0.5)) :].sum() / max(pairs, 1)).item() for tail in TAILS}
+        figures |= {f"above_{tail:g}": (bins[round(BINS * tail**0.5) :].sum() / max(pairs, 1)).item() for tail in TAILS}
         figures |= {"live": len(n_i), "pairs": pairs, "tokens": n}
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
 

@@ -169,7 +169,7 @@ def _setting(data: Any, name: str, default: Any = None) -> Any:
 def _device(model: Any) -> str:
     """Where a model lies, by the name that its device has for the trainer too: `cuda` alone is the current one."""
     device: torch.device = model.device
-    return f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" and device.index is None else str(device)
+    return f"cuda:{torch.cuda.current_device()}" if str(device) == "cuda" else str(device)
 
 
 def _phase(what: str, device: str, rise: Rise, how: str, remedy: str = "", *, kind: str) -> Line:

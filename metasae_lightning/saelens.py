@@ -39,8 +39,9 @@ def build(cfg: TrainingSAEConfig, *, role: str, seed: int) -> AnySAE:
         sae = get_sae_training_class(cfg.architecture())[0](cfg)
     if not isinstance(getattr(sae, "W_dec", None), torch.nn.Parameter):
         raise InputError(f"{role}: architecture {cfg.architecture()!r} has no decoder matrix W_dec, which joint training is about")
-    if type(sae.activation_fn) is BatchTopK:  # the same function, sooner
-        sae.activation_fn = sparse.BatchTopK(sae.activation_fn.k)
+    rule: Any = sae.activation_fn
+    if type(rule) is BatchTopK:  # the same function, sooner
+        sae.activation_fn = sparse.BatchTopK(rule.k)
     return sae
 
 
