@@ -283,13 +283,13 @@ def test_streams_that_read_one_model_at_once_do_not_meet(lm):
 
 
 def test_on_another_number_of_ranks_the_end_of_the_corpus_is_still_the_end(lm):
-    texts, ending = documents(200), {"exhausted": "end", "tokens": 100_000, "buffer_size": 1600}
+    texts, ending = documents(300), {"exhausted": "end", "tokens": 100_000, "buffer_size": 3200}  # more than is left
     early = stream(lm, texts, **ending)
     batches(early, 100)
     ranks = [stream(lm, texts, **ending, rank=rank, world_size=2) for rank in range(2)]
     for one in ranks:
         one.load_elsewhere([early.state_dict()])
-        assert one.state_dict()["origin"] == 50 and 60 < len(one) < 400
+        assert one.state_dict()["origin"] == 50 and 60 < len(one) < 250
     assert len(batches(ranks[0])) == len(batches(ranks[1])) == len(ranks[0]) - 50
 
 
