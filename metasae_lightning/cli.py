@@ -1,6 +1,7 @@
 """The command line: LightningCLI, a run's directory, and one clear line for every error a user can cause."""
 
 import gc
+import inspect
 import logging
 import os
 import sys
@@ -103,6 +104,7 @@ class MetasaeCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             keys = {key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys(branches=True)}
+            keys |= {name for base in PLUGS for cls in descendants(base) if ours(cls) for name in inspect.signature(cls).parameters}
             raise InputError(complaint(error, keys, names_of(PLUGS) | set(callbacks.__all__))) from error
 
     @property
@@ -224,6 +226,11 @@ def loggers(run: str) -> list[Any]:
 def names_of(bases: tuple[type, ...]) -> set[str]:
     """The short names of every class that YAML can plug in."""
     return {cls.__name__ for base in bases for cls in descendants(base)}
+
+
+def ours(cls: type) -> bool:
+    """Whether a class is of this package."""
+    return cls.__module__.startswith(f"{__package__}.")
 
 
 def descendants(cls: type) -> Iterator[type]:

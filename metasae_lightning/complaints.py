@@ -33,13 +33,23 @@ def complaint(error: BaseException, keys: Iterable[str] = (), names: Iterable[st
         (r"class_path '([^']+)': (No module named '\S+')", lambda m: f"there is no class {m[0]}: {m[1]}"),
         (r"Expected a dot import path string: (\S+)()", lambda m: f"there is no class {m[0]}{did_you_mean(m[0], names)}"),
         (r"Parser key \"([\w.]+)\": Expected (?:a )?(.+? Got value: .+?)(?: - Expected|$)", lambda m: f"{m[0]}: expected {plain(m[1])}"),
-        (r"does not accept (?:nested key|option) '([^']+)'()", lambda m: f"there is no option {m[0]}{did_you_mean(m[0], keys)}"),
-        (r"unrecognized arguments: --(\S+?)(?:=| |$)()", lambda m: f"there is no option {m[0]}{did_you_mean(m[0], keys)}"),
+        (r"does not accept (?:nested key|option) '([^']+)'()", lambda m: f"there is no option {m[0]}{nearest(m[0], keys)}"),
+        (r"unrecognized arguments: --(\S+?)(?:=| |$)()", lambda m: f"there is no option {m[0]}{nearest(m[0], keys)}"),
     ):
         found = re.findall(pattern, text)
         if found:
             return say(found[-1])
     return re.split(r" - Expected a <class 'NoneType'>| Given value type:", text)[0]
+
+
+def nearest(option: str, keys: Iterable[str]) -> str:
+    """What was probably meant by an option with dots: it, or else its first part.
+
+    >>> nearest("primry.init_args.k", ["primary", "seed"])
+    ' (did you mean primary?)'
+    """
+    known = set(keys)
+    return did_you_mean(option, known) or did_you_mean(option.partition(".")[0], {key.partition(".")[0] for key in known})
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

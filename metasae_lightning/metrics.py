@@ -76,10 +76,14 @@ class Reconstruction(Metric):
         figures = {"fvu": functional.fvu_of_sums((self.tokens, self.total, self.squares, self.error))}
         figures |= {"cosine": self.cosine / self.tokens, "l2_ratio": self.ratio / self.tokens, "gamma": self.length / self.along}
         figures |= {"l0": self.active / self.tokens, "l1": self.size / self.tokens}
-        # A bin belongs to the quarter that its middle token is in.
+        # A bin that lies across quarters gives each as much of itself as lies in it.
         tokens, error, squares = self.by_norm
-        quarter = ((tokens.cumsum(0) - tokens / 2) / self.tokens * 4).long().clamp(0, 3)
-        return figures | {f"error_q{q + 1}": error[quarter == q].sum() / squares[quarter == q].sum() for q in range(4)}
+        ends = tokens.cumsum(0)
+        for q in range(4):
+            within = ends.clamp(max=(q + 1) * self.tokens / 4) - (ends - tokens).clamp(min=q * self.tokens / 4)
+            share = within.clamp(min=0) / tokens.clamp(min=1)
+            figures[f"error_q{q + 1}"] = (share * error).sum() / (share * squares).sum()
+        return figures
 
 
 class DeadLatents(Metric):

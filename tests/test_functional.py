@@ -160,3 +160,46 @@ def test_codes_are_the_dense_matrix_they_came_from():
         torch.testing.assert_close(rebuilt, dense, rtol=0, atol=0)
         assert codes.firings().tolist() == (dense > 0).sum(0).tolist()
         assert codes.l0 == pytest.approx((dense > 0).sum().item() / 11)
+
+
+def test_errors_are_told_by_quarters_of_norm_also_where_norms_are_equal():
+    x = random_rows(4000, 6, 0) * torch.linspace(1, 50, 4000).double()[torch.randperm(4000), None]
+    reconstruction = x + 0.5 * random_rows(4000, 6, 1)
+    metric, codes = Reconstruction(6), Codes.from_dense(torch.ones(4000, 1))
+    metric.update(x, reconstruction, codes)
+    order = x.norm(dim=-1).argsort()
+    for q, rows in enumerate(order.chunk(4)):
+        expected = (x - reconstruction)[rows].square().sum() / x[rows].square().sum()
+        assert metric.compute()[f"error_q{q + 1}"].item() == pytest.approx(expected.item(), rel=0.05)
+    level = Reconstruction(6)
+    level.update(functional.unit_rows(x), functional.unit_rows(x) * 0.9, codes)
+    found = {name: value.item() for name, value in level.compute().items()}
+    assert [found[f"error_q{q}"] for q in range(1, 5)] == pytest.approx([0.01] * 4)
+    assert (found["cosine"], found["l2_ratio"], found["gamma"], found["l1"]) == pytest.approx((1.0, 0.9, 0.9, 1.0))
+
+
+def test_gamma_is_what_reconstructions_should_be_divided_by():
+    x = random_rows(200, 5, 0)
+    reconstruction = 0.7 * x + 0.2 * random_rows(200, 5, 1)
+    metric = Reconstruction(5)
+    metric.update(x, reconstruction, Codes.from_dense(torch.ones(200, 1)))
+    gamma = metric.compute()["gamma"].item()
+    errors = {factor: (x - reconstruction / (gamma * factor)).square().sum().item() for factor in (0.99, 1.0, 1.01)}
+    assert errors[1.0] == min(errors.values())
+
+
+def test_dead_is_of_the_window_and_densities_of_everything():
+    metric = DeadLatents(4, window=4)
+    metric.update(Codes.from_dense(torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0]])))
+    metric.update(Codes.from_dense(torch.tensor([[0.0, 1, 0, 0], [0, 0, 0, 0]])))
+    metric.update(Codes.from_dense(torch.tensor([[0.0, 1, 0, 0], [0, 0, 0, 0]])))
+    found = {name: value.item() for name, value in metric.compute().items()}
+    assert found == {"dead": 3 / 4, "below_1e-05": 2 / 4, "below_1e-06": 2 / 4}  # the first fell silent, two never spoke
+    assert metric.density().tolist() == pytest.approx([1 / 6, 3 / 6, 0, 0])
+
+
+def test_nearest_cosines_in_chunks_are_those_of_the_whole():
+    rows = random_rows(37, 5, 0)
+    cosines = functional.unit_rows(rows) @ functional.unit_rows(rows).T
+    expected = cosines.fill_diagonal_(-2).amax(1)
+    torch.testing.assert_close(functional.nearest_cosines(rows, rows=8), expected, rtol=0, atol=1e-12)

@@ -143,7 +143,8 @@ P, M = "--model.init_args.primary.init_args", "--model.init_args.meta.init_args"
         (["--model.init_args.meta", "null"], r"penalties.decomposability .* there is none: set model.meta"),
         (["--model.init_args.n_p", "ten"], r"n_p: expected int, got ten"),
         (["--trainer.max_epoch", "3"], r"no option trainer.max_epoch \(did you mean trainer.max_epochs"),
-        (["--modle.x", "3"], r"no option modle.x"),
+        (["--modle.x", "3"], r"no option modle.x \(did you mean model"),
+        (["--model.init_args.primry.init_args.k", "3"], r"no option primry.init_args.k \(did you mean primary\?"),
         (["--data.class_path", "metasae_lightning.SyntheticDataModul"], r"no class .*did you mean metasae_lightning.SyntheticDataModule"),
         (["-c", "no_such_recipe.yaml"], r"no_such_recipe.yaml"),
         (["--data.init_args.batch_size", "0"], r"batch_size"),
@@ -166,7 +167,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments: list[str], says: st
         ("n_p: 10", "n_pp: 10", r"JointSAE takes no n_pp \(did you mean n_p"),
         ("class_path: Decomposability", "class_path: Decomposbility", r"no class Decomposbility \(did you mean Decomposability"),
         ("accelerator: cpu", "accelerater: cpu", r"no option trainer.accelerater \(did you mean trainer.accelerator"),
-        ("trainer:\n", "trainner:\n", r"no option trainner"),
+        ("trainer:\n", "trainner:\n", r"no option trainner.accelerator \(did you mean trainer"),
         ("sigma_sq: 1.0}", "sigma_sq: 1.0", r"parsing"),
     ],
 )
