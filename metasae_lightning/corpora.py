@@ -18,7 +18,7 @@ from metasae_lightning.documents import Counted, Document, Reader, check_column,
 from metasae_lightning.errors import InputError
 from metasae_lightning.files import documents_of, expand
 from metasae_lightning.hub import HubDataset, Windows
-from metasae_lightning.producer import alive
+from metasae_lightning.producer import Producer, alive
 
 Split = Literal["train", "validation", "test"]
 # How a docstring of some length is quoted, and where statements hold statements.
@@ -63,12 +63,14 @@ class Corpus(ABC):
         return {}
 
 
-def check_held_out(corpus: Corpus, held_out: float, *, seed: int, ranks: int) -> None:
+def check_held_out(corpus: Corpus, held_out: float, *, seed: int, ranks: int, stall_seconds: float) -> None:
     """Every rank needs a document to validate on: better to know it before training than after."""
     missing = ranks
-    for document in corpus.documents(seed=seed):
+    documents = Producer(corpus.documents(seed=seed), name=f"corpus {corpus.identity()}", stall_seconds=stall_seconds)
+    for document in documents:
         missing -= split_of(document, held_out) == "validation"
         if not missing:
+            documents.close()
             return
     raise InputError(
         f"held_out: of the documents of {corpus.identity()} a share of {held_out} is too little to validate on: "

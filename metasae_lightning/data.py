@@ -132,7 +132,8 @@ class ActivationsDataModule(LightningDataModule):
         self.language_model.load()
         self._warn_once()
         if stage == "fit" and self.batching.held_out:
-            check_held_out(self.corpus, self.batching.held_out, seed=self.batching.seed, ranks=place_of(self)[1])
+            ranks, seed = place_of(self)[1], self.batching.seed
+            check_held_out(self.corpus, self.batching.held_out, seed=seed, ranks=ranks, stall_seconds=self.stall_seconds)
 
     def _warn_once(self) -> None:
         if self._told:

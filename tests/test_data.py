@@ -192,7 +192,7 @@ def reread(cli: LightningCLI, root: Path) -> LightningCLI:
     return parsed(root, yaml.safe_load(text)["data"], "again.yaml")
 
 
-@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero", "ignore:held_out. 0 holds nothing out")
 def test_without_held_out_documents_a_run_ends_all_the_same(folder, tmp_path):
     listener = Listener()
     with pytest.warns(UserWarning, match="held_out: 0 holds nothing out"):
