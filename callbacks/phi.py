@@ -20,6 +20,7 @@ class PhiMonitor(Callback):
     def __init__(self, every_tokens: int | None = 100_000, matchings: int = 8, memory_gib: float = 2.0) -> None:
         self.every_tokens, self.matchings, self.memory_gib = every_tokens, matchings, memory_gib
         self._sample: PhiSample | None = None
+        self._seen = 0
         self._exact: Phi | None = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -30,9 +31,11 @@ class PhiMonitor(Callback):
         if self._sample is None:
             self._sample = PhiSample(codes.shape[1], matchings=self.matchings).to(pl_module.device)
         self._sample.update(codes)
-        if int(self._sample.tokens) * trainer.world_size >= self.every_tokens:
+        self._seen += codes.shape[0] * trainer.world_size  # counted here too: a metric's own count lies on the device
+        if self._seen >= self.every_tokens:
             pl_module.log_dict({f"phi/{name}": value.float() for name, value in self._sample.compute().items()})
             self._sample.reset()
+            self._seen = 0
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew."""

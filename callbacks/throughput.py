@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Throughput(Callback):
-    """Log tokens per second since the last time, and peak memory, every so many tokens.
+    """Log tokens per second since the last time, what the process holds and a GPU's peak, every so many tokens.
 
     Args:
         every_tokens: How often, in tokens over all ranks.

@@ -132,7 +132,9 @@ class Phi(Metric):
     def tiles(self) -> Iterator[tuple[int, Float[Tensor, "row other"]]]:
         """Phi of some latents at a time, from the numbered one on, with all others."""
         own, other = self.firings()
-        n_i, n_j = own.counts, other.counts
+        yield from self._tiles(own, other, own.counts, other.counts)
+
+    def _tiles(self, own: Firings, other: Firings, n_i: Tensor, n_j: Tensor) -> Iterator[tuple[int, Tensor]]:
         for start, together in own.together(other, self.rows):
             yield start, functional.phi(together, n_i[start : start + len(together), None], n_j[None], float(own.tokens))
 
@@ -142,7 +144,7 @@ class Phi(Metric):
         n, n_i, n_j = float(own.tokens), own.counts, other.counts
         live_i, live_j = ((counts > 0) & (counts < n) for counts in (n_i, n_j))
         bins, total, positive = torch.zeros(BINS, dtype=torch.float64), 0.0, 0
-        for start, phi in self.tiles():
+        for start, phi in self._tiles(own, other, n_i, n_j):
             kept = live_i[start : start + len(phi), None] & live_j[None]
             if self.other is None:  # each pair once, and none with itself
                 kept &= torch.arange(len(n_j))[None] > torch.arange(start, start + len(phi))[:, None]
@@ -198,11 +200,12 @@ class PhiSample(Metric):
     def update(self, codes: Codes) -> None:
         """Add a batch."""
         width = codes.shape[1]
-        fired = codes.rows * width + codes.latents
+        fired = (codes.rows * width + codes.latents).sort().values
         for partner, together in zip(self.partner, self.together, strict=True):
             other = partner[codes.latents]
-            both = (other >= 0) & torch.isin(codes.rows * width + other, fired)
-            together += torch.bincount(codes.latents[both], minlength=width)
+            wanted = codes.rows * width + other
+            found = fired[torch.searchsorted(fired, wanted).clamp(max=len(fired) - 1)] if len(fired) else fired
+            together += torch.bincount(codes.latents[(other >= 0) & (found == wanted)], minlength=width)
         self.firings += codes.firings()
         self.tokens += codes.shape[0]
 

@@ -10,6 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -66,12 +67,11 @@ class Corpus(ABC):
 def check_held_out(corpus: Corpus, held_out: float, *, seed: int, ranks: int, stall_seconds: float) -> None:
     """Every rank needs a document to validate on: better to know it before training than after."""
     missing = ranks
-    documents = Producer(corpus.documents(seed=seed), name=f"corpus {corpus.identity()}", stall_seconds=stall_seconds)
-    for document in documents:
-        missing -= split_of(document, held_out) == "validation"
-        if not missing:
-            documents.close()
-            return
+    with closing(Producer(corpus.documents(seed=seed), name=f"corpus {corpus.identity()}", stall_seconds=stall_seconds)) as documents:
+        for document in documents:
+            missing -= split_of(document, held_out) == "validation"
+            if not missing:
+                return
     raise InputError(
         f"held_out: of the documents of {corpus.identity()} a share of {held_out} is too little to validate on: "
         "raise it, or set it to 0 to validate on nothing"

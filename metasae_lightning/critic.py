@@ -80,8 +80,8 @@ class Decomposition(Metric):
             )
             optimizer = Adam(critic.parameters(), lr=self.lr, fused=True)
             generator = torch.Generator().manual_seed(seed)
+            critic.initialize(rows)
             for _ in range(self.steps):
                 drawn = torch.randint(len(rows), (self.batch_size,), generator=generator)
-                critic.initialize(rows)
                 critic.learn(rows[drawn.to(rows.device)], optimizer, backward=lambda loss: loss.backward())
         return 1 - functional.fvu(rows, critic.reconstruct(rows)).item()

@@ -196,12 +196,7 @@ def equal_error_bin(hits: Float[Tensor, "latent bin"], others: Float[Tensor, "la
     # Edge b has bins 0 to b - 1 below it; edge 0 misses nothing.
     missed = torch.cat([torch.zeros_like(missed[:, :1]), missed[:, :-1]], 1)
     false = torch.cat([torch.ones_like(false[:, :1]), false[:, :-1]], 1)
-    crossed = (missed >= false).int()
-    gap = (missed - false).abs()
-    first = torch.where(crossed.any(1), crossed.argmax(1), gap.argmin(1))
-    before = (first - 1).clamp(min=0)
-    nearer = gap.gather(1, before[:, None])[:, 0] < gap.gather(1, first[:, None])[:, 0]
-    return torch.where(nearer, before, first).to(hits.dtype)
+    return (missed - false).abs().argmin(1).to(hits.dtype)
 
 
 def cross_entropy(

@@ -44,28 +44,18 @@ def lens_name(path: str, sublayers: dict[str, str]) -> str | None:
     return f"blocks.{found[1]}.{kind}" if kind else None
 
 
-def listen(module: nn.Module, point: Point, keep: Callable[[Any], None]) -> Any:
-    """Hand over what enters or leaves a module; returns the handle that ends it."""
+def attach(module: nn.Module, point: Point, use: Callable[[Any], Tensor | None]) -> Any:
+    """Hand over what enters or leaves a module, and go on with what comes back, if anything does; returns the handle that ends it."""
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(args[0] if args else kwargs["hidden_states"])
-
-    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        keep(output if isinstance(output, Tensor) else output[0])
-
-    return module.register_forward_pre_hook(before, with_kwargs=True) if point.takes_input else module.register_forward_hook(after)
-
-
-def change(module: nn.Module, point: Point, by: Callable[[Tensor], Tensor]) -> Any:
-    """Replace what enters or leaves a module by what is made of it; returns the handle that ends it."""
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (by(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": by(kwargs["hidden_states"])}
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        new = use(args[0] if args else kwargs["hidden_states"])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return by(output) if isinstance(output, Tensor) else (by(output[0]), *output[1:])
+        new = use(output if isinstance(output, Tensor) else output[0])
+        return None if new is None else new if isinstance(output, Tensor) else (new, *output[1:])
 
     return module.register_forward_pre_hook(before, with_kwargs=True) if point.takes_input else module.register_forward_hook(after)
 

@@ -5,15 +5,14 @@ import inspect
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from sae_lens.load_model import load_model
-from torch import Tensor, nn
+from torch import nn
 from transformer_lens import HookedTransformer, loading_from_pretrained
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from metasae_lightning.hooks import Point, cut, deepest, expected_leftovers, layers_path, lens_points, locate, unknown_hook
 from metasae_lightning.loading import CONFIG_KWARGS, LOADER_KWARGS, check_kwargs, converting, hub, is_lens_folder, lens_folder
-from metasae_lightning.reader import LanguageModel
+from metasae_lightning.reader import LanguageModel, Mask, Tokens
 
 __all__ = ["HuggingFaceLM", "LanguageModel", "TransformerLensLM"]
 
@@ -49,16 +48,8 @@ class HuggingFaceLM(LanguageModel):
         proxy.model.config.use_cache = False
         return proxy.model, points, proxy.tokenizer
 
-    def _run(
-        self,
-        root: Any,
-        tokens: Int[Tensor, "context position"],
-        mask: Float[Tensor, "context 1 position position"] | None,
-        *,
-        predict: bool,
-    ) -> Any:
-        found = root(tokens, **({} if mask is None else {"attention_mask": mask}))
-        return found.logits if predict else None
+    def _run(self, root: Any, tokens: Tokens, mask: Mask) -> Any:
+        return root(tokens, **({} if mask is None else {"attention_mask": mask})).logits
 
 
 class TransformerLensLM(LanguageModel):
@@ -95,14 +86,7 @@ class TransformerLensLM(LanguageModel):
                 raise unknown_hook(asked, self.name, model.hook_dict)
         return model, points, model.tokenizer
 
-    def _run(
-        self,
-        root: Any,
-        tokens: Int[Tensor, "context position"],
-        mask: Float[Tensor, "context 1 position position"] | None,
-        *,
-        predict: bool,
-    ) -> Any:
+    def _run(self, root: Any, tokens: Tokens, mask: Mask) -> Any:
         if mask is not None:
             raise NotImplementedError("TransformerLens masks padding only")
-        return root(tokens, return_type="logits" if predict else None, prepend_bos=False)
+        return root(tokens, return_type="logits", prepend_bos=False)

@@ -58,17 +58,16 @@ class Reconstruction(Metric):
 
     def update(self, x: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"], codes: Codes) -> None:
         """Add a batch."""
+        x, reconstruction = x.double(), reconstruction.double()
         for name, value in zip(("tokens", "total", "squares", "error"), functional.reconstruction_sums(x, reconstruction), strict=True):
             setattr(self, name, getattr(self, name) + value)
         for name, value in zip(("cosine", "ratio", "length", "along"), functional.agreement_sums(x, reconstruction), strict=True):
             setattr(self, name, getattr(self, name) + value)
         self.active += codes.values.numel()
         self.size += codes.values.abs().sum()
-        squares = x.double().square().sum(-1)
+        squares = x.square().sum(-1)
         place = ((squares.clamp(min=1e-300).log2() / 2 - OCTAVES[0]) * PARTS).long().clamp(0, self.by_norm.shape[1] - 1)
-        for row, values in zip(
-            self.by_norm, (torch.ones_like(squares), (x.double() - reconstruction.double()).square().sum(-1), squares), strict=True
-        ):
+        for row, values in zip(self.by_norm, (torch.ones_like(squares), (x - reconstruction).square().sum(-1), squares), strict=True):
             row.index_add_(0, place, values)
 
     def compute(self) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
 """A language model read at its hooks and no further: what every backend has in common."""
 
+import contextlib
 import copy
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,13 @@ from transformers import AutoTokenizer
 
 from metasae_lightning.embedded import EMBEDDED, embedded_folder
 from metasae_lightning.errors import InputError
-from metasae_lightning.hooks import Point, change, listen
+from metasae_lightning.hooks import Point, attach
 from metasae_lightning.loading import CONFIG_KWARGS, additive, dtype_of, hub, no_chatter
 
 log = logging.getLogger(__name__)
+
+Tokens = Int[Tensor, "context position"]
+Mask = Float[Tensor, "context 1 position position"] | None
 
 # Hooks are the module's: a pass of another thread, of a stream that is made ahead, would end at them.
 PASSING = threading.Lock()
@@ -79,7 +83,6 @@ class LanguageModel(ABC):
         twin.load()
         return twin
 
-    @torch.no_grad()
     def logits(
         self,
         tokens: Int[Tensor, "context position"],
@@ -88,22 +91,14 @@ class LanguageModel(ABC):
         edit: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "context position vocabulary"]:
         """The predictions of a complete model, where wanted with the first hook's activations replaced by what `edit` makes of them."""
-        root, point = self._require(), self._points[0]
         if not self._whole:
             raise RuntimeError(f"{self.name}: it ends at its hook; complete() has the rest")
 
-        def by(found: Tensor) -> Tensor:
-            assert edit is not None
-            return edit(found.flatten(2).float()).to(found.dtype).view_as(found)
+        def by(found: Tensor) -> Tensor | None:
+            return None if edit is None else edit(found.flatten(2).float()).to(found.dtype).view_as(found)
 
-        mask = None if visible is None else additive(visible.to(self.device), self.dtype)
-        with PASSING, torch.autocast(self.device.type, enabled=False):
-            handle = None if edit is None else change(root.get_submodule(point.path), point, by)
-            try:
-                return self._run(root, tokens.to(self.device), mask, predict=True).float()
-            finally:
-                if handle is not None:
-                    handle.remove()
+        with self._attached([by]):
+            return self._forward(tokens, visible).float()
 
     @property
     def _folder(self) -> str:
@@ -118,15 +113,8 @@ class LanguageModel(ABC):
         """What `_load` loads, without weights and tokenizer."""
 
     @abstractmethod
-    def _run(
-        self,
-        root: Any,
-        tokens: Int[Tensor, "context position"],
-        mask: Float[Tensor, "context 1 position position"] | None,
-        *,
-        predict: bool,
-    ) -> Any:
-        """One forward pass, which the last hook ends, or with predictions at its end."""
+    def _run(self, root: Any, tokens: Tokens, mask: Mask) -> Any:
+        """One forward pass: its predictions, unless a hook ends it before."""
 
     def activations(
         self, tokens: Int[Tensor, "context position"], visible: Bool[Tensor, "context position position"] | None = None
@@ -138,11 +126,7 @@ class LanguageModel(ABC):
         found = self._reach(tokens, visible)
         return found[0] if len(found) == 1 else torch.cat([part.to(self.device) for part in found], -1)
 
-    def _reach(self, tokens: Int[Tensor, "context position"], visible: Tensor | None) -> list[Tensor]:
-        with PASSING:
-            return self._pass(self._require(), tokens, visible)
-
-    def _pass(self, root: nn.Module, tokens: Tensor, visible: Tensor | None) -> list[Tensor]:
+    def _reach(self, tokens: Tokens, visible: Tensor | None) -> list[Tensor]:
         found = dict[int, Tensor]()
 
         def keep(place: int, value: Any) -> None:
@@ -150,19 +134,29 @@ class LanguageModel(ABC):
             if len(found) == len(self._points):
                 raise _Reached
 
-        handles = [listen(root.get_submodule(point.path), point, partial(keep, place)) for place, point in enumerate(self._points)]
-        mask = None if visible is None else additive(visible.to(self.device), self.dtype)
+        with self._attached([partial(keep, place) for place in range(len(self._points))]), contextlib.suppress(_Reached):
+            self._forward(tokens, visible)
+        missed = [hook for place, hook in enumerate(self.hooks) if place not in found]
+        if missed:
+            raise InputError(f"hook: {missed[0]!r} is not reached by a forward pass of {self.name!r}")
+        return [found[place] for place in range(len(self._points))]
+
+    @contextlib.contextmanager
+    def _attached(self, uses: list[Callable[[Any], Tensor | None]]) -> Generator[None, None, None]:
+        """One forward pass with these at the first hooks, and no other thread's pass beside it."""
+        root = self._require()
         # A caller's autocast would make the activations depend on who asks for them; the meta device has none.
-        with torch.no_grad(), torch.autocast(self.device.type.replace("meta", "cpu"), enabled=False):
+        with PASSING, torch.no_grad(), torch.autocast(self.device.type.replace("meta", "cpu"), enabled=False):
+            handles = [attach(root.get_submodule(point.path), point, use) for point, use in zip(self._points, uses, strict=False)]
             try:
-                self._run(root, tokens.to(self.device), mask, predict=False)
-            except _Reached:
-                return [found[place] for place in range(len(self._points))]
+                yield
             finally:
                 for handle in handles:
                     handle.remove()
-        missed = next(hook for place, hook in enumerate(self.hooks) if place not in found)
-        raise InputError(f"hook: {missed!r} is not reached by a forward pass of {self.name!r}")
+
+    def _forward(self, tokens: Tokens, visible: Tensor | None) -> Any:
+        mask = None if visible is None else additive(visible.to(self.device), self.dtype)
+        return self._run(self._require(), tokens.to(self.device), mask)
 
     @staticmethod
     def _per_token(hook: str, activations: Any, tokens: Tensor) -> Tensor:
@@ -244,8 +238,9 @@ class LanguageModel(ABC):
 
     def identity(self) -> dict[str, Any]:
         """Everything that activations are a function of, but for the hooks."""
-        kwargs = {"model_kwargs": {key: str(value) for key, value in sorted(self.model_kwargs.items())}} if self.model_kwargs else {}
-        return {"model": self.name, "read_by": type(self).__name__, "computed_in": str(self.dtype).removeprefix("torch."), **kwargs}
+        kwargs = {key: str(value) for key, value in sorted(self.model_kwargs.items())}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"model": self.name, "read_by": type(self).__name__, "computed_in": dtype, "model_kwargs": kwargs}
 
     def metadata(self, hook: str | None = None) -> dict[str, Any]:
         """What a published SAE of this hook (of the first, if none is named) tells of its model, by SAELens's names.

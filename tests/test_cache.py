@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,7 +168,7 @@ def test_saelens_caches_are_read_as_they_are(place: Path, theirs: Path):
         ({"context_size": 10}, "context_size: 12 there, 10 here"),
         ({"seed": 3}, "seed: 0 there, 3 here"),
         ({"cross_document_attention": True}, "cross_document_attention: False there"),
-        ({"model_kwargs": {"revision": "step1000"}}, "model_kwargs: None there, {'revision': 'step1000'} here"),
+        ({"model_kwargs": {"revision": "step1000"}}, "model_kwargs: {} there, {'revision': 'step1000'} here"),
         ({"column": "title"}, "column: text there, title here"),
         ({"hook": "blocks.0.hook_resid_post"}, "holds no activations of 'blocks.0.hook_resid_post', it holds blocks.1"),
     ],
@@ -174,6 +176,16 @@ def test_saelens_caches_are_read_as_they_are(place: Path, theirs: Path):
 def test_a_cache_of_something_else_is_refused(place: Path, cache: Path, change: dict[str, Any], says: str):
     with pytest.raises(InputError, match=says):
         data(place, cache, **change).setup()
+
+
+# The other way round: what the cache was made with, and the run says nothing of.
+def test_a_cache_of_a_models_other_revision_is_refused_by_a_run_without_one(place: Path, cache: Path, tmp_path: Path):
+    record = json.loads((cache / "cache.json").read_text())
+    record["identity"]["model_kwargs"] = {"revision": "step1000"}
+    shutil.copytree(cache, tmp_path / "other")
+    (tmp_path / "other" / "cache.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=re.escape("model_kwargs: {'revision': 'step1000'} there, {} here")):
+        data(place, tmp_path / "other").setup()
 
 
 def test_another_model_or_tokenizer_is_refused(place: Path, cache: Path, tmp_path: Path):

@@ -1,3 +1,4 @@
+import ast
 import gzip
 import json
 import sysconfig
@@ -11,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from metasae_lightning.corpora import Corpus, HubText, PythonDocs, SavedDataset, TextFiles, split_of
+from metasae_lightning.corpora import Corpus, HubText, InMemory, PythonDocs, SavedDataset, TextFiles, _docstrings, split_of
 from metasae_lightning.errors import InputError
 
 PINNED = ["train", "train", "train", "train", "validation", "test", "validation", "train"]
@@ -304,3 +305,49 @@ def test_a_larger_held_out_share_keeps_validation_out_of_training():
     for text in TEXTS:
         if split_of(text, 0.1) == "validation":
             assert split_of(text, 0.2) == "validation"
+
+
+def test_documents_in_memory_come_once_each_in_an_order_of_the_seed_and_epoch():
+    texts = [f"text {i}" for i in range(20)]
+    corpus = InMemory(texts, "mine")
+    first = list(corpus.documents(seed=1))
+    assert sorted(first) == sorted(texts) and first == list(corpus.documents(seed=1)) and texts == [f"text {i}" for i in range(20)]
+    assert first != list(corpus.documents(seed=2)) and first != list(corpus.documents(seed=1, epoch=1))
+    assert corpus.identity() == "mine" and corpus.settings() == {}
+
+
+NESTED = '''
+"""module"""
+def f(a=lambda: 1):
+    """f"""
+    if a:
+        class Inside:
+            """inside"""
+            async def g(self):
+                """g"""
+    else:
+        def h():
+            """h"""
+    try:
+        pass
+    except ValueError:
+        def in_handler():
+            """handler"""
+    finally:
+        def at_last():
+            """last"""
+    match a:
+        case 1:
+            def in_case():
+                """case"""
+    return "no docstring"
+'''
+
+
+def test_docstrings_are_those_that_a_walk_through_everything_finds(tmp_path):
+    (tmp_path / "nested.py").write_text(NESTED)
+    (tmp_path / "single.py").write_text("'quoted once'\n")
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    expected = [ast.get_docstring(node) for node in ast.walk(ast.parse(NESTED)) if isinstance(node, kinds)]
+    assert list(_docstrings(tmp_path / "nested.py")) == expected and len(expected) == 8
+    assert list(_docstrings(tmp_path / "single.py")) == []

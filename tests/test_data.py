@@ -227,6 +227,13 @@ def test_a_checkpoint_holds_the_stream_once(folder, tmp_path):
     assert "shelf" not in str(saved["loops"])
 
 
+# Without EOS nothing says where a document ends, and nothing can be masked.
+def test_a_tokenizer_that_ends_no_document_is_told_of(tmp_path):
+    folder = str(save_model(tmp_path / "tiny", "llama", layers=2, eos=False))
+    with pytest.warns(UserWarning, match="cannot be kept from attending across the documents of a context, since its tokenizer has no EOS"):
+        activations(folder).setup()
+
+
 @pytest.mark.parametrize(
     ("change", "says"), [({"prefetch": -1}, "prefetch must be at least 0"), ({"stall_seconds": 0}, "stall_seconds must")]
 )

@@ -307,3 +307,11 @@ def embedded_cache(tmp_path_factory):
     os.environ.pop("METASAE_CACHE")
     if given is not None:
         os.environ["METASAE_CACHE"] = given
+
+
+# TransformerLens has names of its own, which the hub does not know.
+def test_transformer_lens_names_find_their_tokenizer(monkeypatch):
+    asked = []
+    monkeypatch.setattr("metasae_lightning.reader.AutoTokenizer.from_pretrained", lambda name, **_: asked.append(name) or "a tokenizer")
+    assert TransformerLensLM("gpt2-small", "blocks.1.hook_resid_post").read_tokenizer() == "a tokenizer"
+    assert asked == ["gpt2"]

@@ -106,6 +106,18 @@ def test_every_thing_is_on_its_device(tmp_path: Path):
     assert {line.device for line in plan.lines} == {"cpu", "cuda:0"}
 
 
+# What `cuda` names is one of the numbered ones: two names would be two devices, each with all of it free.
+def test_a_device_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    data = activations(tmp_path)
+    data.language_model._device = "cuda"
+    there: Any = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("cuda:0")), precision="32-true", callbacks=[], checkpoint_callbacks=[]
+    )
+    plan = memory.plan(JointSAE(config("topk", d_in=32)), data, there)
+    assert {line.device for line in plan.lines} == {"cpu", "cuda:0"}
+
+
 def phases() -> Plan:
     big = Line("a big step", "cpu", 8 * 2**30, "", "lower batch_size", phase="batch")
     other = Line("its buffer", "cpu", 2**30, "", "lower buffer_size")

@@ -1,6 +1,7 @@
 """Watching a run: what is logged is what the metrics say, and watching changes nothing."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,3 +82,12 @@ def test_phi_on_test_tokens_is_exact(tmp_path: Path):
         expected.update(module.evaluate(Batch.of(batch)).codes)
     found = {name.split("/")[2]: value.item() for name, value in run.callback_metrics.items() if name.startswith("test/phi/")}
     assert found == pytest.approx({name: value.item() for name, value in expected.compute().items()}, rel=1e-5)
+
+
+def test_throughput_is_tokens_over_the_time_they_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr("metasae_lightning.callbacks.throughput.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    _, run = fitted(tmp_path, Throughput(every_tokens=320))
+    # A step of 64 tokens looks at the clock once, a second later than the one before.
+    assert run.callback_metrics["throughput/tokens_per_second"].item() == pytest.approx(64)
+    assert run.callback_metrics["throughput/process_gib"].item() > 0.1

@@ -1,3 +1,4 @@
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -303,3 +304,20 @@ def test_the_budgets_last_block_is_not_shuffled_again(lm, at, refused):
         return
     late.load_state_dict(early.state_dict())
     assert same(batches(late), batches(stream(lm, tokens=960))[36:])
+
+
+def test_another_models_state_is_refused_either_way(lm, tmp_path):
+    plain, other = stream(lm), stream(lm)
+    other.language_model = copy.copy(lm)
+    other.language_model.model_kwargs = {"revision": "step1000"}
+    for one, two in ((plain, other), (other, plain)):
+        with pytest.raises(InputError, match="model_kwargs"):
+            one.load_state_dict(two.state_dict())
+
+
+# A place is kept for each block that a buffer may need, not for every block of a corpus.
+def test_counting_remembers_no_more_than_a_block(lm):
+    reading = stream(lm).rows()
+    assert reading.count(640) == 640
+    assert len(reading._begun) <= 2
+    reading.close()
