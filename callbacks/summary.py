@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME as TERMINAL
 
+from metasae_lightning.errors import InputError
 from metasae_lightning.saelens import ExportRecord
 
 MEASURES = {
@@ -73,7 +74,10 @@ def exported(trainer: Trainer) -> dict[str, Any]:
 
 def keep(path: Path, split: str, entry: dict[str, Any]) -> None:
     """Add an entry to the run's record without losing the others."""
-    record = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        record = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read, and would be written over: move it away ({error})") from error
     record[split] = entry
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.parent.mkdir(parents=True, exist_ok=True)

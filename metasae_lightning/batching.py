@@ -1,7 +1,7 @@
 """What batches are made of and how: their sizes, and which tokens and rows they hold."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +12,11 @@ from metasae_lightning.errors import InputError
 Exhausted = Literal["epoch", "end"]
 """What follows when a corpus is exhausted: another epoch in another order, or the end."""
 Storage = Literal["float32", "bfloat16", "float16"]
+
+
+def special_ids(tokenizer: Any) -> list[int]:
+    """A tokenizer's special tokens; TransformerLens names some that are not in its vocabulary."""
+    return sorted({token for token in tokenizer.all_special_ids if token is not None})
 
 
 def content(
@@ -49,6 +54,25 @@ def own_document(
     visible = (owner[:, :, None] == owner[:, None, :]).tril()
     visible[:, :, : int(begun)] = True
     return visible
+
+
+def number_documents(
+    tokens: Int[Tensor, "context position"], separator: int | None, *, begun: bool, first: int = 0
+) -> tuple[Int[Tensor, "context position"], int]:
+    """The number of the document that each token is of, counted on from `first`, and the number that the next context begins with.
+
+    Contexts follow on each other; a document ends with its separator. Where none tells, each context is a document.
+
+    >>> number_documents(torch.tensor([[7, 2, 5], [6, 2, 9]]), 2, begun=False)
+    (tensor([[0, 0, 1],
+            [1, 1, 2]]), 2)
+    """
+    if separator is None:
+        return first + torch.arange(len(tokens))[:, None].expand_as(tokens), first + len(tokens)
+    ends = tokens == separator
+    ends[:, : int(begun)] = False
+    flat = ends.flatten().long()
+    return (first + flat.cumsum(0) - flat).view_as(tokens), first + int(flat.sum())
 
 
 def ordinary(activations: Float[Tensor, "row d_model"], max_norm_ratio: float) -> Bool[Tensor, " row"]:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from metasae_lightning.batching import special_ids
 from metasae_lightning.corpora import Split
 from metasae_lightning.errors import InputError
 
@@ -26,7 +27,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 def fingerprint(tokenizer: Any) -> str:
     """What tells one tokenizer from another: its vocabulary and its special tokens."""
-    told = json.dumps([sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)])
+    told = json.dumps([sorted(tokenizer.get_vocab().items()), special_ids(tokenizer)])
     return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from metasae_lightning import callbacks, memory
+from metasae_lightning import callbacks, commands, memory
 from metasae_lightning.complaints import complaint
 from metasae_lightning.corpora import Corpus
 from metasae_lightning.data import ActivationsDataModule
@@ -167,24 +167,11 @@ def main(args: list[str] | None = None) -> int:
     if args is None:  # a process of its own: what is imported stays, and parsing the corpus need not wait for passes over it
         gc.freeze()
     arguments = [recipe(word, before) for before, word in zip(["", *given], given, strict=False)]
-    strict = {"exit_on_error": False, "allow_abbrev": False}
     try:
-        with quiet(), patch.object(sys, "argv", sys.argv[:1]):  # LightningCLI warns where arguments come from both
-            MetasaeCLI(
-                JointSAE,
-                LightningDataModule,
-                trainer_class=MetasaeTrainer,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                args=arguments,
-                seed_everything_default=0,
-                save_config_callback=KeepConfig,
-                save_config_kwargs={"overwrite": True},
-                trainer_defaults={"max_epochs": 1, "num_sanity_val_steps": 0, "enable_model_summary": False, "log_every_n_steps": 10},
-                parser_kwargs={**dict.fromkeys(MetasaeCLI.subcommands(), strict), **strict},
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-            )
+        if commands.is_ours(arguments):
+            with quiet():
+                return commands.run(arguments)
+        lightning(arguments)
     except (InputError, ArgumentError, MisconfigurationException) as error:
         if os.environ.get("METASAE_DEBUG"):
             raise
@@ -199,6 +186,28 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
+def lightning(arguments: list[str]) -> None:
+    """LightningCLI's own commands."""
+    strict = {"exit_on_error": False, "allow_abbrev": False}
+    more = "metasae calibrate, compare, and test with runs or SAEs in the place of options, have a --help of their own."
+    with quiet(), patch.object(sys, "argv", sys.argv[:1]):  # LightningCLI warns where arguments come from both
+        MetasaeCLI(
+            JointSAE,
+            LightningDataModule,
+            trainer_class=MetasaeTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=arguments,
+            seed_everything_default=0,
+            save_config_callback=KeepConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"max_epochs": 1, "num_sanity_val_steps": 0, "enable_model_summary": False, "log_every_n_steps": 10},
+            parser_kwargs={**dict.fromkeys(MetasaeCLI.subcommands(), strict), **strict, "epilog": more},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+
 def failed(message: str) -> int:
     """Say it and fail."""
     sys.stderr.write(f"metasae: error: {message}\n")
@@ -207,7 +216,7 @@ def failed(message: str) -> int:
 
 def recipe(word: str, before: str) -> str:
     """A shipped recipe's path for its name after `-c`; anything else as it is."""
-    if before not in ("-c", "--config") or Path(word).exists():
+    if before not in ("-c", "--config", "--data") or Path(word).exists():
         return word
     shipped = RECIPES / f"{word.removesuffix('.yaml')}.yaml"
     return str(shipped) if shipped.exists() else word

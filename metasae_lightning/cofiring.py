@@ -21,7 +21,9 @@ TAILS = (0.1, 0.3)
 # Of |phi|, even in its square root: a bin is 5e-6 wide at 1e-4, where most pairs are, and 5e-4 at 1.
 BINS = 4096
 # Counting a pair takes scipy's index and count, and our count, correlation and what goes into it.
-PAIR_BYTES = 48
+PAIR_BYTES = 64
+# A firing is kept as it came, put together, and in two compressed matrices of an index and a one each.
+FIRING_BYTES = 24
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,10 @@ class Phi(Metric):
 
     def plan(self) -> str:
         """What counting will take, in a line."""
-        width, held = self.other or self.d_sae, sum(len(part) * 4 for part in (*self.latents, *self.other_latents))
+        tiles = -(-self.d_sae // self.rows)
+        width, held = self.other or self.d_sae, sum(len(part) * FIRING_BYTES for part in (*self.latents, *self.other_latents))
         return (
-            f"phi of {self.d_sae:,} x {width:,} latents: {-(-self.d_sae // self.rows)} tiles of {self.rows:,} latents, "
+            f"phi of {self.d_sae:,} x {width:,} latents: {tiles} tile{'s' if tiles > 1 else ''} of {self.rows:,} latents, "
             f"{self.rows * width * PAIR_BYTES / 2**30:.2f} GiB each, beside {held / 2**30:.2f} GiB of firings"
         )
 

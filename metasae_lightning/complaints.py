@@ -33,6 +33,10 @@ def complaint(error: BaseException, keys: Iterable[str] = (), names: Iterable[st
         (r"class_path '([^']+)': (No module named '\S+')", lambda m: f"there is no class {m[0]}: {m[1]}"),
         (r"Expected a dot import path string: (\S+)()", lambda m: f"there is no class {m[0]}{did_you_mean(m[0], names)}"),
         (r"Parser key \"([\w.]+)\": Expected (?:a )?(.+? Got value: .+?)(?: - Expected|$)", lambda m: f"{m[0]}: expected {plain(m[1])}"),
+        (
+            r"Parser key \"([\w.]+)\": .*?Expected an? (.+?) - Expected a <class 'NoneType'> Given value type: \S+ \S+ Given value: (.+)$",
+            lambda m: f"{m[0]}: expected {plain(m[1])}, got {m[2]}",
+        ),
         (r"does not accept (?:nested key|option) '([^']+)'()", lambda m: f"there is no option {m[0]}{nearest(m[0], keys)}"),
         (r"unrecognized arguments: --(\S+?)(?:=| |$)()", lambda m: f"there is no option {m[0]}{nearest(m[0], keys)}"),
     ):
@@ -61,7 +65,8 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def plain(demand: str) -> str:
     """`<class 'int'>. Got value: x` in words."""
-    return re.sub(r"<class '([\w.]+)'>", r"\1", demand).replace(". Got value: ", ", got ")
+    words = re.sub(r"<class '([\w.]+)'>", r"\1", demand).replace(". Got value: ", ", got ")
+    return re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", words)
 
 
 def arguments(class_path: str) -> list[str]:

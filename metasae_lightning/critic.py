@@ -1,5 +1,6 @@
 """How well a fresh meta SAE, which no decoder was trained against, takes decoder rows apart."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,17 +57,23 @@ class Decomposition(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """See the class."""
+        found = {name: [self.explained(rows, seed) for seed in range(self.seeds)] for name, rows in self.judged().items()}
+        return spread(found)
+
+    def judged(self) -> dict[str, Float[Tensor, "d_sae d_in"]]:
+        """The rows and the two nulls, by the name of their figure."""
         if not self.rows:
             raise InputError("Decomposition: no decoder was seen yet")
         (rows,) = self.rows
         generator = torch.Generator().manual_seed(0)
         random = functional.unit_rows(torch.randn(rows.shape, generator=generator)).to(rows)
         order = torch.rand(rows.shape, generator=generator).argsort(-1).to(rows.device)
-        figures: dict[str, Tensor] = {}
-        for name, judged in (("fve", rows), ("random", random), ("shuffled", rows.gather(1, order))):
-            found = torch.tensor([self.explained(judged, seed) for seed in range(self.seeds)], dtype=torch.float64)
-            figures |= {name: found.mean(), f"{name}_std": found.std(correction=int(self.seeds > 1))}
-        return figures
+        return {"fve": rows, "random": random, "shuffled": rows.gather(1, order)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a critic is a function of, but for its rows and seed."""
+        return {name: getattr(self, name) for name in ("steps", "batch_size", "share", "k", "lr")}
 
     def explained(self, rows: Float[Tensor, "d_sae d_in"], seed: int) -> float:
         """FVE of these rows by one critic trained on them."""
@@ -85,3 +92,16 @@ class Decomposition(Metric):
                 drawn = torch.randint(len(rows), (self.batch_size,), generator=generator)
                 critic.learn(rows[drawn.to(rows.device)], optimizer, backward=lambda loss: loss.backward())
         return 1 - functional.fvu(rows, critic.reconstruct(rows)).item()
+
+
+def spread(found: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
+    """Means, and standard deviations over critics.
+
+    >>> {name: value.item() for name, value in spread({"fve": [1.0, 3.0]}).items()}
+    {'fve': 2.0, 'fve_std': 1.4142135623730951}
+    """
+    figures: dict[str, Tensor] = {}
+    for name, values in found.items():
+        of_seeds = torch.tensor(values, dtype=torch.float64)
+        figures |= {name: of_seeds.mean(), f"{name}_std": of_seeds.std(correction=int(len(values) > 1))}
+    return figures

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from metasae_lightning.activations import ActivationStream
-from metasae_lightning.batching import Batching, Exhausted, Storage
+from metasae_lightning.batching import Batching, Exhausted, Storage, special_ids
 from metasae_lightning.cache import CACHED, ActivationCache, fingerprint
 from metasae_lightning.cached import CachedStream, write
 from metasae_lightning.corpora import Corpus, Split, check_held_out
@@ -244,15 +244,13 @@ class ActivationsDataModule(LightningDataModule):
         identity = {**self.identity(), "tokenizer": fingerprint(lm.tokenizer)}
         size = self.batching.context_size * lm.d_model * (4 if dtype == "float32" else 2)
         contexts = max(1, int(shard_gib * 2**30) // size)
-        about["special"] = sorted(set(lm.tokenizer.all_special_ids))
+        about["special"] = special_ids(lm.tokenizer)
         write(self.cache.path, streams, identity, about, shard_contexts=contexts, dtype=dtype)
 
     @property
     def _special(self) -> list[int]:
         assert self.cache is not None
-        return (
-            self.cache.record["about"]["special"] if self.cache.ours else sorted(set(self.language_model.read_tokenizer().all_special_ids))
-        )
+        return self.cache.record["about"]["special"] if self.cache.ours else special_ids(self.language_model.read_tokenizer())
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank's place: a checkpoint is one file, and ranks read at different paces."""

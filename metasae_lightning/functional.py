@@ -70,7 +70,7 @@ def fvu(
 
 
 def phi(
-    n11: Float[Tensor, "*shape"], n_i: Float[Tensor, "*#shape"], n_j: Float[Tensor, "*#shape"], n: Float[Tensor, ""] | float
+    n11: Float[Tensor, "*shape"], n_i: Float[Tensor, "*#shape"], n_j: Float[Tensor, "*#shape"], n: Float[Tensor, "*#shape"] | float
 ) -> Float[Tensor, "*shape"]:
     """Correlation of two binary events from counts, `(n11 n - n_i n_j) / sqrt(n_i (n - n_i) n_j (n - n_j))`; broadcasts.
 
@@ -84,7 +84,9 @@ def phi(
     return torch.where(spread > 0, (n11 * n - n_i * n_j) / spread.clamp(min=1e-300), 0.0)
 
 
-def phi_by_chance(n_i: Float[Tensor, "*#shape"], n_j: Float[Tensor, "*#shape"], n: Float[Tensor, ""] | float) -> Float[Tensor, "*shape"]:
+def phi_by_chance(
+    n_i: Float[Tensor, "*#shape"], n_j: Float[Tensor, "*#shape"], n: Float[Tensor, "*#shape"] | float
+) -> Float[Tensor, "*shape"]:
     """Expected `|phi|` of two independent events that happened `n_i` and `n_j` times in n: the floor that a mean of `|phi|` stands on.
 
     Given the counts, n11 is hypergeometric, and its mean absolute deviation has a closed form: with `m = n_i n_j / n` and v the least
@@ -108,6 +110,17 @@ def phi_by_chance(n_i: Float[Tensor, "*#shape"], n_j: Float[Tensor, "*#shape"], 
     deviation = 2 / n * v * neither * log_p.exp()
     spread = (n_i * (n - n_i)).sqrt() * (n_j * (n - n_j)).sqrt()
     return torch.where(possible, n * deviation / spread.clamp(min=1e-300), 0.0)
+
+
+def cofiring_bound(phi_sa: Float[Tensor, "*shape"], phi_sb: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The least phi that two events can have which correlate so with a third: correlations are positive semi-definite.
+
+    `phi_AB >= phi_SA phi_SB - sqrt((1 - phi_SA^2)(1 - phi_SB^2))`: above 0, A and B are no disjoint senses of S.
+
+    >>> round(cofiring_bound(torch.tensor(0.71), torch.tensor(0.80)).item(), 2)
+    0.15
+    """
+    return phi_sa * phi_sb - ((1 - phi_sa.square()) * (1 - phi_sb.square())).clamp(min=0).sqrt()
 
 
 def geometric_median(x: Float[Tensor, "batch d_in"], *, iterations: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d_in"]:
@@ -185,6 +198,32 @@ def nearest_cosines(W_dec: Float[Tensor, "d_sae d_in"], *, rows: int = 1024) -> 
     return torch.cat(found)
 
 
+def spectrum(W_dec: Float[Tensor, "d_sae d_in"], *, rows: int = 4096) -> Float[Tensor, " d_in"]:
+    """Singular values of the decoder's directions, largest first, scaled so that their squares sum to 1; float64.
+
+    They are the roots of the eigenvalues of the directions' d_in x d_in Gram matrix, which is summed up some rows at a time.
+
+    >>> spectrum(torch.tensor([[1.0, 0.0], [0.0, 5.0], [0.0, -1.0], [0.0, 2.0]])).square().tolist()
+    [0.75, 0.25]
+    """
+    gram = torch.zeros(W_dec.shape[1], W_dec.shape[1], dtype=torch.float64, device=W_dec.device)
+    for some in W_dec.split(rows):
+        directions = unit_rows(some.double())
+        gram += directions.T @ directions
+    squares = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
+    return (squares / squares.sum()).sqrt()
+
+
+def share_above(values: Float[Tensor, " value"], at: Float[Tensor, " point"]) -> Float[Tensor, " point"]:
+    """What share of the values lies above each point.
+
+    >>> share_above(torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([0.0, 2.0, 3.0])).tolist()
+    [1.0, 0.25, 0.0]
+    """
+    below = torch.searchsorted(values.sort().values, at, right=True)
+    return 1 - below.to(at.dtype) / len(values)
+
+
 def equal_error_bin(hits: Float[Tensor, "latent bin"], others: Float[Tensor, "latent bin"]) -> Float[Tensor, " latent"]:
     """The bin edge at which the share of `hits` below it is nearest to the share of `others` at or above it: equal error rates.
 
@@ -197,6 +236,18 @@ def equal_error_bin(hits: Float[Tensor, "latent bin"], others: Float[Tensor, "la
     missed = torch.cat([torch.zeros_like(missed[:, :1]), missed[:, :-1]], 1)
     false = torch.cat([torch.ones_like(false[:, :1]), false[:, :-1]], 1)
     return (missed - false).abs().argmin(1).to(hits.dtype)
+
+
+def detection(
+    both: Float[Tensor, "*shape"], fired: Float[Tensor, "*shape"], true: Float[Tensor, "*shape"]
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """Precision `both / fired`, recall `both / true` and F1 `2 both / (fired + true)` of a detector, from counts; 0 for 0 / 0.
+
+    >>> fired, true = torch.tensor([4.0, 0.0]), torch.tensor([2.0, 3.0])
+    >>> [score.tolist() for score in detection(torch.tensor([1.0, 0.0]), fired, true)]
+    [[0.25, 0.0], [0.5, 0.0], [0.3333333432674408, 0.0]]
+    """
+    return both / fired.clamp(min=1), both / true.clamp(min=1), 2 * both / (fired + true).clamp(min=1)
 
 
 def cross_entropy(

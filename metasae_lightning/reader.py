@@ -68,6 +68,10 @@ class LanguageModel(ABC):
             raise
         self._widths = dict(zip(self.hooks, (part.shape[-1] for part in found), strict=True))
 
+    def place(self, device: str) -> None:
+        """Load it there."""
+        self._device = device
+
     def skeleton(self) -> "LanguageModel":
         """This model on torch's meta device: it has sizes and no weights, and nothing is loaded."""
         twin = copy.copy(self)

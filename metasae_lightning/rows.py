@@ -5,10 +5,10 @@ import logging
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from metasae_lightning.batching import Batching, content, own_document
+from metasae_lightning.batching import Batching, content, own_document, special_ids
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import LanguageModel
 from metasae_lightning.tokens import Documents, PackedTokens
@@ -51,7 +51,7 @@ class Rows:
         }
         self._left: Tensor | None = cursor.get("left")
         self._expected: list[str] = list(cursor.get("digests", []))
-        self._special = torch.tensor(sorted(set(documents.tokenizer.all_special_ids)), dtype=torch.long)
+        self._special = torch.tensor(special_ids(documents.tokenizer), dtype=torch.long)
         self._tokens = PackedTokens(
             documents,
             context_size=batching.context_size,
@@ -135,9 +135,21 @@ class Rows:
                 found = found.index_select(0, keep.flatten().nonzero().flatten().to(found.device))
                 return found[max(self.first - before, 0) :]
 
+    @property
+    def separator(self) -> int | None:
+        """What ends a document."""
+        return self._tokens.separator[0] if self._tokens.separator else None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a context begins with BOS."""
+        return bool(self._tokens.head)
+
+    def visible(self, tokens: Int[Tensor, "context position"]) -> Bool[Tensor, "context position position"] | None:
+        """What each token may attend to, documents apart where that is asked for and can be had."""
+        apart = not self.batching.cross_document_attention and self.language_model.separates(tokens.shape[1])
+        return own_document(tokens, self.separator, begun=self.begun) if apart and self.separator is not None else None
+
     def forward(self, tokens: Int[Tensor, "context position"]) -> Float[Tensor, "context position d_model"]:
-        """The model's activations on whole contexts, documents apart where that is asked for and can be had."""
-        visible = None
-        if not self.batching.cross_document_attention and self._tokens.separator and self.language_model.separates(tokens.shape[1]):
-            visible = own_document(tokens, self._tokens.separator[0], begun=bool(self._tokens.head))
-        return self.language_model.activations(tokens, visible)
+        """The model's activations on whole contexts."""
+        return self.language_model.activations(tokens, self.visible(tokens))

@@ -1,20 +1,22 @@
 """The one door to SAELens: build a training SAE, run it, and save it as an inference SAE that works on raw activations."""
 
 import copy
+import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from sae_lens import SAE, BatchTopKTrainingSAEConfig, TrainingSAE, TrainingSAEConfig
-from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import SAEMetadata, TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,9 +26,21 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.normalizers import Normalizer
 from metasae_lightning.schedules import warm_up
 
-__all__ = ["BatchTopKTrainingSAEConfig", "ExportRecord", "SAEMetadata", "TrainingSAE", "TrainingSAEConfig", "build", "export", "forward"]
+__all__ = [
+    "BatchTopKTrainingSAEConfig",
+    "ExportRecord",
+    "SAEMetadata",
+    "TrainingSAE",
+    "TrainingSAEConfig",
+    "build",
+    "export",
+    "forward",
+    "load_pretrained",
+    "set_thresholds",
+]
 
 AnySAE = TrainingSAE[Any]
+PreActivations = Callable[[Tensor], Float[Tensor, "batch d_sae"]]
 
 
 def build(cfg: TrainingSAEConfig, *, role: str, seed: int) -> AnySAE:
@@ -140,8 +154,52 @@ def _target_l0(sae: AnySAE) -> float | None:
     return None if k is None else float(k)
 
 
-def _pre_activations(sae: Any, x: Tensor) -> Tensor:
-    return sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
+def pre_activations(sae: Any) -> PreActivations | None:
+    """What an inference SAE compares with its thresholds, a function of raw activations; none where it has no thresholds."""
+    if not isinstance(getattr(sae, "threshold", None), Tensor):
+        return None
+    return lambda x: sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
+
+
+def load_pretrained(place: str | Path, *, device: str | torch.device = "cpu") -> SAE[Any]:
+    """A SAELens SAE for inference: from a folder, or by `RELEASE:ID` or `OWNER/REPOSITORY:ID` from the Hub."""
+    name = str(place)
+    try:
+        if Path(name).is_dir():
+            sae: Any = SAE.load_from_disk(name, device=str(device))
+        else:
+            release, _, sae_id = name.partition(":")
+            if not sae_id:
+                raise InputError(f"{name!r} is no folder, and no SAE on the Hub: that would be RELEASE:ID")
+            sae = SAE.from_pretrained(release, sae_id, device=str(device))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{name!r} cannot be loaded as a SAELens SAE: {' '.join(str(error).split())[:300] or type(error).__name__}"
+        ) from error
+    if getattr(sae, "hook_z_reshaping_mode", False):  # heads come flattened here
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    return sae.eval().requires_grad_(False)
+
+
+def set_thresholds(folder: str | Path, threshold: Float[Tensor, " d_sae"], metadata: Mapping[str, Any]) -> None:
+    """Write thresholds into a SAELens folder, and what is to be said of them into its record; the folder changes whole or not at all."""
+    folder = Path(folder)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        shutil.copytree(folder, draft)
+        weights = load_file(draft / SAE_WEIGHTS_FILENAME)
+        weights["threshold"] = threshold.to(weights["threshold"])
+        save_file(weights, draft / SAE_WEIGHTS_FILENAME)
+        record = json.loads((draft / SAE_CFG_FILENAME).read_text())
+        record["metadata"] = {**record.get("metadata", {}), **metadata}
+        (draft / SAE_CFG_FILENAME).write_text(json.dumps(record))
+        _replace(draft, folder)
+    except OSError as error:
+        raise InputError(f"cannot write the SAE folder {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 @torch.no_grad()
@@ -149,13 +207,11 @@ def _checked(folder: Path, samples: Sequence[Tensor], *, target_l0: float | None
     if not samples:
         return ExportRecord(str(folder), target_l0=target_l0)
     inference: Any = SAE.load_from_disk(folder)
-    threshold, calibrated = getattr(inference, "threshold", None), False
-    if target_l0 is not None and threshold is not None:
-        value, l0 = global_threshold(partial(_pre_activations, inference), samples, target_l0, now=threshold)
+    scores, calibrated = pre_activations(inference), False
+    if target_l0 is not None and scores is not None:
+        value, l0 = global_threshold(scores, samples, target_l0, now=inference.threshold)
         if calibrated := abs(l0 / target_l0 - 1) > tolerance:
-            weights = load_file(folder / SAE_WEIGHTS_FILENAME)
-            weights["threshold"] = torch.full_like(weights["threshold"], value)
-            save_file(weights, folder / SAE_WEIGHTS_FILENAME)
+            set_thresholds(folder, torch.full_like(inference.threshold, value), {})
             inference = SAE.load_from_disk(folder)
     l0, fvu = _measure(inference, samples)
     return ExportRecord(str(folder), l0, fvu, target_l0, calibrated, sum(len(x) for x in samples))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from metasae_lightning.batching import Exhausted
+from metasae_lightning.batching import Exhausted, special_ids
 from metasae_lightning.corpora import Corpus, Document, Split, split_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.producer import Producer, alive
@@ -50,7 +50,7 @@ class Documents:
 
     def chunks(self, place: dict[str, Any]) -> Iterator[Chunk]:
         """Their tokens from a place on, an epoch after another."""
-        special = set(self.tokenizer.all_special_ids)
+        special = set(special_ids(self.tokenizer))
         for epoch in itertools.count(place["epoch"]):
             # An epoch that is gone on with had text in it, or it would not have been left.
             documents, text = place["met"], int(place["met"] > 0)

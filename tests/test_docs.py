@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 from lightning import Trainer
 
-from metasae_lightning import cli
+from metasae_lightning import cli, commands
 from metasae_lightning.cli import MetasaeCLI
+from metasae_lightning.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 FIT = re.compile(r"^    (metasae (?:fit|cache) [^#\n]*)", re.MULTILINE)
+MEASURING = re.compile(r"^    (metasae (?:test|calibrate|compare) [^#\n]*)", re.MULTILINE)
 COMMANDS = [line.strip() for text in DOCUMENTS for line in FIT.findall(text.read_text())]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -30,6 +32,20 @@ def test_a_command_of_the_documents_parses(command: str, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     assert cli.main(shlex.split(command)[1:]) == 0
     assert seen[0].startswith("runs/")
+
+
+@pytest.mark.parametrize("command", [line.strip() for text in DOCUMENTS for line in MEASURING.findall(text.read_text())])
+def test_a_measuring_command_of_the_documents_parses(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def opened(places: list[str], out: str | None) -> None:
+        raise InputError(f"opens {len(places)}")
+
+    monkeypatch.setattr(commands, "opened", opened)
+    words = shlex.split(command)[1:]
+    if "--ckpt_path" in words:
+        assert not commands.is_ours(words)
+        return
+    assert cli.main(words) == 2
+    assert re.search(r"metasae: error: opens [12]$", capsys.readouterr().err.strip())
 
 
 def test_the_readmes_own_activations_train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -138,7 +138,7 @@ def test_feature_recovery_is_saelens_mcc():
     features, decoder = random_rows(6, 8, 0).float(), random_rows(10, 8, 1).float()
     metric = FeatureRecovery(features)
     metric.update(decoder)
-    assert metric.compute().item() == pytest.approx(float(mean_correlation_coefficient(decoder, features)), abs=1e-6)
+    assert metric.compute()["mcc"].item() == pytest.approx(float(mean_correlation_coefficient(decoder, features)), abs=1e-6)
 
 
 def test_dead_latents_counts_what_never_fired():

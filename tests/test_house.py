@@ -56,7 +56,17 @@ DOWN = {
     "rows": "tokens batching lm errors",
     "stream": "producer shuffle batching corpora step errors",
     "activations": "stream rows producer tokens batching corpora lm step errors",
-    "cache": "corpora errors",
+    "ledger": "errors",
+    "resampling": "cofiring functional step",
+    "matching": "functional",
+    "subjects": "saelens corpora lm ledger step errors",
+    "passages": "activations synthetic rows batching ledger",
+    "observation": "subjects passages splice metrics resampling ledger step errors",
+    "thresholds": "subjects passages calibration saelens step errors",
+    "evaluation": "thresholds observation subjects passages resampling critic metrics splice errors",
+    "comparison": "evaluation observation matching resampling cofiring functional errors",
+    "contexts": "observation",
+    "cache": "batching corpora errors",
     "cached": "activations cache stream rows shuffle batching corpora errors",
     "planted": "synthetic corpora",
     "data": "planted cached activations cache stream batching corpora lm step errors",
@@ -65,11 +75,12 @@ DOWN = {
     "footprint": "joint learner lm normalizers functional step errors",
     "memory": "footprint joint errors",
     "callbacks": "metrics saelens step functional errors",
+    "commands": ANY,
     "cli": ANY,
     "__init__": ANY,
 }
 # The only rooms that may name these libraries.
-DOORS = {"sae_lens": {"saelens", "lm", "synthetic"}, "lightning": {"joint", "arms", "data", "planted", "callbacks", "cli"}}
+DOORS = {"sae_lens": {"saelens", "lm", "synthetic"}, "lightning": {"joint", "arms", "data", "planted", "callbacks", "commands", "cli"}}
 PURE = {"functional", "sparse", "step", "alternation", "schedules", "shuffle", "batching"}
 PURE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "jaxtyping", OURS}
 

@@ -1,0 +1,54 @@
+"""Thresholds set anew so that SAEs can be compared: as many latents active on a token in each."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metasae_lightning import saelens
+from metasae_lightning.calibration import Rule, calibrate
+from metasae_lightning.errors import InputError
+from metasae_lightning.passages import as_record, held_out, identity
+from metasae_lightning.step import Batch
+from metasae_lightning.subjects import Subject
+
+log = logging.getLogger(__name__)
+
+
+def at_matched_l0(subjects: Sequence[Subject], data: Any, rule: Rule, l0: float | None, tokens: int) -> list[Subject]:
+    """SAEs with thresholds set by a rule on validation tokens, for the same L0: the one named, or the least that any was trained at.
+
+    An SAE without thresholds stays as it is, which is said.
+    """
+    able = [subject for subject in subjects if saelens.pre_activations(subject.sae) is not None]
+    for subject in subjects:
+        if subject not in able:
+            log.warning("%s has no thresholds (%s): it stays at its own L0", subject.name, subject.sae.cfg.architecture())
+    goals = [l0] if l0 else [goal for subject in able if (goal := subject.target_l0)]
+    if able and not goals:
+        raise InputError(f"l0: {able[0].place} does not tell what L0 it was trained at: name one, --l0")
+    samples: list[Tensor] = []
+    return [_set(subject, min(goals), rule, data, tokens, samples) if subject in able else subject for subject in subjects]
+
+
+def _set(subject: Subject, l0: float, rule: Rule, data: Any, tokens: int, samples: list[Tensor]) -> Subject:
+    stream = held_out(data, "validation", tokens)
+    scores = saelens.pre_activations(subject.sae)
+    assert scores is not None
+
+    def find() -> dict[str, Tensor]:
+        if not samples:
+            log.info("thresholds by the rule %r on %s validation tokens", rule, f"{tokens:,}")
+            samples.extend(Batch.of(batch).activations.to(subject.sae.device) for batch in stream)
+        found = calibrate(scores, samples, l0, rule)
+        told = {"l0": found.l0, "few": found.few, "on": found.tokens}
+        return {"threshold": found.threshold, **{name: torch.tensor(value) for name, value in told.items()}}
+
+    of = {**subject.identity, "data": as_record(identity(stream)), "rule": rule, "l0": l0, "tokens": tokens}
+    found = subject.ledger.piece("thresholds", of, find)
+    subject.sae.threshold.copy_(found["threshold"].to(subject.sae.threshold))
+    told = {"rule": rule, "l0": l0, "l0_on_validation": found["l0"].item(), "few_firings": int(found["few"]), "tokens": int(found["on"])}
+    return replace(subject, rule=told)
