@@ -1,10 +1,12 @@
 """What to watch and when: each callback sees only what a step returned, and can be removed in YAML."""
 
 from metasae_lightning.callbacks.export import Export
+from metasae_lightning.callbacks.figures import Figures
 from metasae_lightning.callbacks.held_out import HeldOut
 from metasae_lightning.callbacks.phi import PhiMonitor
 from metasae_lightning.callbacks.progress import TokenProgress
+from metasae_lightning.callbacks.stop import StopOnNaN
 from metasae_lightning.callbacks.summary import Summary
 from metasae_lightning.callbacks.throughput import Throughput
 
-__all__ = ["Export", "HeldOut", "PhiMonitor", "Summary", "Throughput", "TokenProgress"]
+__all__ = ["Export", "Figures", "HeldOut", "PhiMonitor", "StopOnNaN", "Summary", "Throughput", "TokenProgress"]

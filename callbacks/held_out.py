@@ -1,66 +1,74 @@
-"""Held-out FVU, L0 and dead latents of the primary SAE, logged after each validation or test."""
+"""Held-out FVU, L0, dead latents and recovered features of the primary SAE, logged after each validation or test."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from metasae_lightning.metrics import DeadLatents, FeatureRecovery, Reconstruction
-from metasae_lightning.step import Evaluation
+from metasae_lightning.step import Batch, Evaluation
 
 
 class HeldOut(Callback):
-    """Update on each held-out batch, compute at the end, log under `val/` or `test/`, start anew."""
+    """Update on each held-out batch, compute at the end, log under `val/` or `test/`, start anew.
+
+    Where the data know their true features: `mcc` and `uniqueness`, and `f1` where they know on which tokens those fired.
+    """
 
     def __init__(self) -> None:
         self._reconstruction: Reconstruction | None = None
         self._dead: DeadLatents | None = None
+        self._recovery: FeatureRecovery | None = None
 
-    def _begin(self, pl_module: Any) -> None:
+    def _begin(self, trainer: Trainer, pl_module: Any) -> None:
         d_sae, d_in = pl_module.primary.W_dec.shape
         self._reconstruction = Reconstruction(d_in).to(pl_module.device)
         self._dead = DeadLatents(d_sae).to(pl_module.device)
+        features = getattr(getattr(trainer, "datamodule", None), "features", None)
+        if features is not None:
+            self._recovery = FeatureRecovery(features).to(pl_module.device)
+            self._recovery.update(pl_module.primary.W_dec)
 
-    def _update(self, outputs: Any) -> None:
+    def _update(self, pl_module: Any, outputs: Any, batch: Any) -> None:
         seen: Evaluation = outputs["output"]
         assert self._reconstruction is not None and self._dead is not None
         self._reconstruction.update(seen.activations, seen.reconstruction, seen.codes)
         self._dead.update(seen.codes)
+        if self._recovery is not None:
+            self._recovery.update(pl_module.primary.W_dec, seen.codes, Batch.of(batch).features)
 
-    def _log(self, trainer: Trainer, pl_module: Any, prefix: str) -> None:
+    def _log(self, pl_module: Any, prefix: str) -> None:
         assert self._reconstruction is not None and self._dead is not None
         figures = {f"{prefix}/{name}": value for name, value in self._reconstruction.compute().items()}
         figures |= {f"{prefix}/{name}": value for name, value in self._dead.compute().items()}
-        features = getattr(getattr(trainer, "datamodule", None), "features", None)
-        if features is not None:
-            recovery = FeatureRecovery(features).to(pl_module.device)
-            recovery.update(pl_module.primary.W_dec)
-            figures[f"{prefix}/mcc"] = recovery.compute()
+        if self._recovery is not None:
+            found = self._recovery.compute()
+            figures |= {f"{prefix}/{name}": found[name] for name in ("mcc", "uniqueness", "f1") if name in found}
         pl_module.log_dict({name: value.float() for name, value in figures.items()})
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew."""
-        self._begin(pl_module)
+        self._begin(trainer, pl_module)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Add a batch."""
-        self._update(outputs)
+        self._update(pl_module, outputs, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was seen."""
-        self._log(trainer, pl_module, "val")
+        self._log(pl_module, "val")
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew."""
-        self._begin(pl_module)
+        self._begin(trainer, pl_module)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Add a batch."""
-        self._update(outputs)
+        self._update(pl_module, outputs, batch)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was seen."""
-        self._log(trainer, pl_module, "test")
+        self._log(pl_module, "test")

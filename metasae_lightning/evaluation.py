@@ -51,7 +51,7 @@ class Settings:
     rule: Literal["stored", "global", "rate", "eer"] | None = None
     l0: float | None = None
     calibration_tokens: int = 65_536
-    splice_tokens: int = 16_384
+    splice_tokens: int = 8_192
     critic_seeds: int = 3
     critic_steps: int = 1500
     resamples: int = 1000

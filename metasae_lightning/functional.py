@@ -203,7 +203,8 @@ def spectrum(W_dec: Float[Tensor, "d_sae d_in"], *, rows: int = 4096) -> Float[T
 
     They are the roots of the eigenvalues of the directions' d_in x d_in Gram matrix, which is summed up some rows at a time.
 
-    >>> spectrum(torch.tensor([[1.0, 0.0], [0.0, 5.0], [0.0, -1.0], [0.0, 2.0]])).square().tolist()
+    >>> values = spectrum(torch.tensor([[1.0, 0.0], [0.0, 5.0], [0.0, -1.0], [0.0, 2.0]]))
+    >>> [round(value, 6) for value in values.square().tolist()]
     [0.75, 0.25]
     """
     gram = torch.zeros(W_dec.shape[1], W_dec.shape[1], dtype=torch.float64, device=W_dec.device)

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from metasae_lightning import functional
 from metasae_lightning.cofiring import Phi, PhiSample
 from metasae_lightning.critic import Decomposition
+from metasae_lightning.errors import InputError
 from metasae_lightning.splice import Splice
 from metasae_lightning.step import Codes
 
@@ -163,29 +164,73 @@ class DecoderGeometry(Metric):
 
 
 class FeatureRecovery(Metric):
-    """How well decoder rows recover known feature directions: mean absolute cosine under the best one-to-one match (MCC).
+    """How well an SAE recovers known features: its decoder their directions, its latents their firings.
+
+    `mcc` is the mean absolute cosine under the best one-to-one match, `uniqueness` the number of features that are some row's nearest,
+    over the number of rows. Where firings were seen, each latent is a detector of the feature nearest to its row: `precision`, `recall`
+    and `f1` are means over latents.
 
     >>> metric = FeatureRecovery(torch.eye(2))
-    >>> metric.update(torch.tensor([[0.0, -1.0], [2.0, 0.0], [1.0, 1.0]]))
-    >>> metric.compute().item()
-    1.0
+    >>> decoder, fired = torch.tensor([[0.0, -1.0], [2.0, 0.0], [3.0, 1.0]]), torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    >>> metric.update(decoder, Codes.from_dense(fired), Codes.from_dense(torch.tensor([[1.0, 0.0], [0.0, 1.0]])))
+    >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
+    {'mcc': 1.0, 'uniqueness': 0.667, 'precision': 0.833, 'recall': 1.0, 'f1': 0.889}
     """
 
     full_state_update = False
     features: Tensor
-    cosines: Tensor
+    decoder: Tensor
+    nearest: Tensor
+    both: Tensor
+    fired: Tensor
+    true: Tensor
+    tokens: Tensor
 
     def __init__(self, features: Float[Tensor, "feature d_in"], **kwargs: Any) -> None:
-        # Every rank holds the same decoder: its own is the answer.
-        super().__init__(**{"sync_on_compute": False, **kwargs})
+        super().__init__(**kwargs)
         self.register_buffer("features", functional.unit_rows(features.detach().float()))
-        self.add_state("cosines", torch.zeros(0), dist_reduce_fx=None)
+        # Every rank holds the same decoder: no state, which ranks would put together.
+        self.register_buffer("decoder", torch.zeros(0, features.shape[1]), persistent=False)
+        self.register_buffer("nearest", torch.zeros(0, dtype=torch.int64), persistent=False)
+        for name, size in (("both", (0,)), ("fired", (0,)), ("true", (len(features),)), ("tokens", ())):
+            self.add_state(name, torch.zeros(size, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-        """Take a decoder; the last one counts."""
-        self.cosines = (functional.unit_rows(W_dec.detach().float()) @ self.features.T).abs()
+    def update(self, W_dec: Float[Tensor, "d_sae d_in"], codes: Codes | None = None, features: Codes | None = None) -> None:
+        """Take a decoder, and a batch's codes with the true firings; what was counted with another decoder is forgotten."""
+        if not torch.equal(W_dec, self.decoder):
+            self.decoder = W_dec.detach().clone()
+            self.nearest = self._cosines().argmax(1)
+            self.both, self.fired = torch.zeros_like(self.nearest), torch.zeros_like(self.nearest)
+            self.true, self.tokens = torch.zeros_like(self.true), torch.zeros_like(self.tokens)
+        if codes is None or features is None:
+            return
+        if codes.shape[0] != features.shape[0]:
+            raise InputError(
+                f"FeatureRecovery: codes and features must be of the same tokens, got {codes.shape[0]} and {features.shape[0]}"
+            )
+        width = features.shape[1]
+        hits = torch.isin(codes.rows * width + self.nearest[codes.latents], features.rows * width + features.latents)
+        self.both += torch.bincount(codes.latents[hits], minlength=codes.shape[1])
+        self.fired += codes.firings()
+        self.true += features.firings()
+        self.tokens += codes.shape[0]
 
-    def compute(self) -> Tensor:
+    def reset(self) -> None:
+        """Forget the decoder too: its counts are gone."""
+        super().reset()
+        self.decoder = self.decoder[:0]
+
+    def _cosines(self) -> Tensor:
+        return (functional.unit_rows(self.decoder.float()) @ self.features.T).abs()
+
+    def compute(self) -> dict[str, Tensor]:
         """See the class."""
-        rows, columns = linear_sum_assignment(self.cosines.cpu().numpy(), maximize=True)
-        return self.cosines[torch.as_tensor(rows), torch.as_tensor(columns)].mean()
+        cosines = self._cosines()
+        matched = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
+        rows, columns = (torch.as_tensor(index, device=cosines.device) for index in matched)
+        tracked = torch.tensor(len(self.nearest.unique()), device=cosines.device)
+        figures = {"mcc": cosines[rows, columns].mean(), "uniqueness": tracked / len(self.nearest)}
+        if self.tokens:
+            scores = functional.detection(self.both.double(), self.fired.double(), self.true[self.nearest].double())
+            figures |= {name: score.mean() for name, score in zip(("precision", "recall", "f1"), scores, strict=True)}
+        return figures

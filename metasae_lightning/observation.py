@@ -16,7 +16,7 @@ from metasae_lightning.ledger import Piece
 from metasae_lightning.metrics import Reconstruction
 from metasae_lightning.passages import Passage, identity, passages
 from metasae_lightning.resampling import merged
-from metasae_lightning.splice import KINDS, losses, recovered
+from metasae_lightning.splice import losses, recovered
 from metasae_lightning.step import Codes
 from metasae_lightning.subjects import Subject
 
@@ -134,48 +134,48 @@ def look(subject: Subject, passage: Passage, x: Float[Tensor, "row d_in"], count
 
 
 def spliced(seen: Sequence[Observation], stream: Any, tokens: int, complete: Any) -> list[Spliced]:
-    """Run the complete model on the first passages, with each SAE's reconstruction in it; `complete` loads it, if it is needed."""
-    # Ablation by the mean makes a passage's losses a function of all of the text.
-    pieces: dict[int, list[Piece]] = {place: [] for place in range(len(seen))}
-    identities = [{**one.identity, "passages": one.numbers[-1] + 1} for one in seen]
-    mean, model, done = seen[0].mean, None, 0
+    """Run the complete model on the first contexts, with each SAE's reconstruction in it; `complete` loads it, if it is needed."""
+    pieces: list[list[Piece]] = [[] for _ in seen]
+    mean, model, left = seen[0].mean, None, tokens
     with progress("spliced", tokens) as bar:
         for passage in passages(stream, tokens):
+            counted = seen[0].subject.ledger.get(f"passage-{passage.number:05d}", seen[0].identity)["counted"].bool()
+            contexts = 1 + int((counted[:, 1:].sum(1).cumsum(0) < left).sum())
+            # Ablation by the mean makes losses a function of all of the text.
+            of = {"passages": seen[0].numbers[-1] + 1, "contexts": min(contexts, len(counted))}
             name = f"splice-{passage.number:05d}"
-            missing = [place for place, one in enumerate(seen) if not one.subject.ledger.has(name, identities[place])]
+            missing = [place for place, one in enumerate(seen) if not one.subject.ledger.has(name, {**one.identity, **of})]
             if missing:
                 model = model or complete()
-                counted = seen[0].subject.ledger.get(f"passage-{passage.number:05d}", seen[0].identity)["counted"]
-                found = _splice(model, passage, counted, {str(place): seen[place].subject.rebuild for place in missing}, mean)
+                found = _splice(model, passage, counted[:contexts], {str(place): seen[place].subject.rebuild for place in missing}, mean)
                 for place in missing:
-                    seen[place].subject.ledger.keep(name, identities[place], found[str(place)])
+                    seen[place].subject.ledger.keep(name, {**seen[place].identity, **of}, found[str(place)])
             for place, one in enumerate(seen):
-                pieces[place].append(one.subject.ledger.get(name, identities[place]))
+                pieces[place].append(one.subject.ledger.get(name, {**one.identity, **of}))
             count = int(pieces[0][-1]["sums"][:, 0].sum())
             bar.update(count)
-            done += count
-            if done >= tokens:
+            left -= count
+            if left <= 0:
                 break
-    return [Spliced(*merged(*(torch.cat([piece[key] for piece in found]) for key in ("documents", "sums")))) for found in pieces.values()]
+    return [Spliced(*merged(*(torch.cat([piece[key] for piece in found]) for key in ("documents", "sums")))) for found in pieces]
 
 
 def _splice(model: Any, passage: Passage, counted: Tensor, rebuild: dict[str, Any], mean: Tensor) -> dict[str, Piece]:
-    """Losses of a passage's predicted tokens, summed by document, for each SAE."""
+    """Losses of the predicted tokens of a passage's first contexts, summed by document, for each SAE."""
     parts: dict[str, list[Tensor]] = {name: [] for name in rebuild}
-    for begin in range(0, len(passage.tokens), SPLICED_AT_ONCE):
-        chosen = slice(begin, begin + SPLICED_AT_ONCE)
+    for begin in range(0, len(counted), SPLICED_AT_ONCE):
+        chosen = slice(begin, min(begin + SPLICED_AT_ONCE, len(counted)))
         visible = None if passage.visible is None else passage.visible[chosen]
         found = losses(model, passage.tokens[chosen], visible, counted[chosen], rebuild, mean)
         for name, values in found.items():
             parts[name].append(values)
     # A prediction counts where the predicted token is one that SAEs are judged on.
-    after, owner = counted[:, 1:], passage.documents[:, 1:]
+    after, owner = counted[:, 1:], passage.documents[: len(counted), 1:]
     pieces: dict[str, Piece] = {}
     for name, values in parts.items():
         rows = torch.cat(values, 1).double()[:, after].T
         documents, sums = merged(owner[after], torch.cat([torch.ones(len(rows), 1, dtype=torch.float64), rows], 1))
         pieces[name] = {"documents": documents, "sums": sums}
-    assert all(piece["sums"].shape[1] == 1 + len(KINDS) for piece in pieces.values())
     return pieces
 
 

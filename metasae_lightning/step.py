@@ -16,6 +16,8 @@ class Batch:
     activations: Float[Tensor, "batch d_in"]
     widths: Mapping[str, int] = field(default_factory=dict)
     """The hooks that lie side by side in the columns, and how wide each is; nothing where there is one, or none has a name."""
+    features: "Codes | None" = None
+    """The true features' activations, where the data are planted and held out."""
 
     @classmethod
     def of(cls, activations: "Batch | Tensor") -> "Batch":
@@ -27,7 +29,8 @@ class Batch:
 
     def to(self, *args: Any, **kwargs: Any) -> "Batch":
         """Lightning moves a batch by this method."""
-        return replace(self, activations=self.activations.to(*args, **kwargs))
+        activations = self.activations.to(*args, **kwargs)
+        return replace(self, activations=activations, features=self.features and self.features.to(activations.device))
 
     def at(self, hook: str | None) -> "Batch":
         """The columns of one hook; all of them where none is named.
@@ -39,7 +42,7 @@ class Batch:
             return self
         names = list(self.widths)
         begin = sum(self.widths[name] for name in names[: names.index(hook)])
-        return Batch(self.activations[:, begin : begin + self.widths[hook]])
+        return Batch(self.activations[:, begin : begin + self.widths[hook]], features=self.features)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,10 @@ class Codes:
         latents = [p.latents for p in parts]
         values = [p.values for p in parts]
         return cls(torch.cat(rows), torch.cat(latents), torch.cat(values), (offsets[-1], parts[0].shape[1]))
+
+    def to(self, device: torch.device | str) -> "Codes":
+        """The same on another device."""
+        return Codes(self.rows.to(device), self.latents.to(device), self.values.to(device), self.shape)
 
     def firings(self) -> Int[Tensor, " d_sae"]:
         """How many tokens each latent fired on."""

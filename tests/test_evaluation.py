@@ -93,6 +93,7 @@ def test_figures_are_those_of_all_rows_at_once(tmp_path: Path):
     acts = one.encode(x)
     figures = found.entry["figures"]
     assert found.entry["tokens"] == len(x) >= 700
+    assert 200 <= found.entry["spliced_tokens"] < 200 + 16
     assert figures["reconstruction"]["fvu"] == pytest.approx(functional.fvu(x, one.decode(acts)).item(), rel=1e-5)
     assert figures["reconstruction"]["l0"] == pytest.approx((acts > 0).sum(1).float().mean().item())
     assert figures["latents"]["dead"] == pytest.approx(((acts > 0).sum(0) == 0).float().mean().item())

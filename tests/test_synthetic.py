@@ -9,6 +9,7 @@ from sae_lens.synthetic import (
     SyntheticModelConfig,
 )
 
+from metasae_lightning import synthetic
 from metasae_lightning.errors import InputError
 from metasae_lightning.synthetic import SyntheticStream, plant
 
@@ -46,6 +47,21 @@ def test_activations_are_sums_of_the_true_features():
     torch.testing.assert_close(codes @ model.feature_dict.feature_vectors, given, atol=1e-5, rtol=1e-5)
     assert codes.min() > -1e-5
     assert codes.max() > 0.9
+
+
+def test_held_out_batches_come_with_the_firings_that_made_them():
+    model = plant(config(bias=0.5), shared_subspaces=2)
+    held_out = SyntheticStream(model, split="validation", tokens=100, batch_size=16)
+    for i, batch in enumerate(held_out):
+        assert batch.features is not None and batch.features.shape == (16, 24)
+        firings = torch.zeros(batch.features.shape)
+        firings[batch.features.rows, batch.features.latents] = batch.features.values
+        assert torch.equal(model.feature_dict(firings), batch.activations)
+        # Handing them out draws nothing: the bits are those of SAELens's plain samples.
+        with torch.random.fork_rng():
+            torch.manual_seed(synthetic._seed(0, "validation", 0, i))
+            assert torch.equal(model.sample(16), batch.activations)
+    assert {batch.features for batch in SyntheticStream(model, tokens=100, batch_size=16)} == {None}
 
 
 def test_batch_i_is_a_function_of_seed_split_rank_and_i():

@@ -323,3 +323,14 @@ def test_on_planted_data_the_joint_runs_penalty_falls_against_control(tmp_path: 
     print({name: (run["penalties"], run["primary"]) for name, run in (("joint", joint), ("control", control))})
     assert joint["penalties"]["decomposability"] < 0.98 * control["penalties"]["decomposability"]
     assert 0 < joint["primary"]["mcc"] < 1 and 0 < control["primary"]["mcc"] < 1
+
+
+def test_a_planted_run_is_measured_with_its_features(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    place = shutil.copytree(run, tmp_path / "measured")
+    assert main(["test", str(place), "--critic_seeds=0", "--resamples=20"]) == 0
+    found = figures(place)["evaluation"]
+    validation = figures(run)["validation"]["primary"]
+    assert found["figures"]["recovery"]["mcc"] == pytest.approx(validation["mcc"], abs=1e-4)
+    assert found["figures"]["recovery"]["f1"] == pytest.approx(validation["f1"], abs=0.05)
+    assert found["figures"]["reconstruction"]["fvu"] == pytest.approx(validation["fvu"], rel=0.1)
+    assert "splice" not in found["figures"] and "features recovered (MCC)" in capsys.readouterr().out

@@ -1,0 +1,87 @@
+"""A run that has become NaN ends at once, and what it wrote before stays as it was."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from metasae_lightning.errors import InputError
+from metasae_lightning.step import Batch, StepOutput
+
+
+class StopOnNaN(Callback):
+    """Stop with one line where a loss, a penalty or a parameter is no longer finite, and let no checkpoint be made of it.
+
+    It stands before the callbacks that write: each is called in turn.
+
+    Args:
+        every: Look after so many steps, after the last and before each checkpoint; more than 1 may let a save point of `Export` pass.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        if every < 1:
+            raise InputError(f"StopOnNaN: every must be at least 1, got {every}")
+        self.every = every
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Look at the step, and at what it left."""
+        if (batch_idx + 1) % self.every == 0 or trainer.is_last_batch:
+            self._look(trainer, pl_module, {**figures(outputs["output"]), **pl_module.state_dict()}, Batch.of(batch).activations)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look before a checkpoint of weights alone, which asks nobody."""
+        self._look(trainer, pl_module, pl_module.state_dict())
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Look at what is to be written, while the last checkpoint is still there."""
+        self._look(trainer, pl_module, checkpoint["state_dict"])
+
+    def _look(self, trainer: Trainer, pl_module: Any, named: Mapping[str, Tensor], activations: Tensor | None = None) -> None:
+        broken = first_broken(named)
+        # All ranks stop where one does: the others would wait for it for ever.
+        if trainer.strategy.reduce_boolean_decision(broken is None, all=True):
+            return
+        advice = "a lower learning rate or clip_grad_norm may help"
+        if activations is not None and not activations.isfinite().all():
+            advice = "the activations of this batch are not finite either: look at the data and the language model's dtype"
+        tokens, last = int(pl_module.primary.rows_seen) * trainer.world_size, last_checkpoint(trainer)
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
+        raise InputError(
+            f"{broken or 'a tensor on another rank'} is not finite after {tokens:,} tokens; no checkpoint or SAE was written over, {kept}; "
+            f"{advice}"
+        )
+
+
+def figures(output: StepOutput) -> dict[str, Tensor]:
+    """What a step came to, by the names that people know, causes before what they lead to."""
+    found = {"the primary's loss": output.primary.loss}
+    found |= {f"penalty {name}": value for name, value in output.penalties.items()}
+    found |= {"the meta SAE's loss": output.meta.loss} if output.meta is not None else {}
+    return {**found, "the loss": output.loss}
+
+
+def first_broken(named: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a NaN or an infinity in it.
+
+    >>> first_broken({"a": torch.tensor([3e38, 3e38]), "b": torch.tensor([1.0, torch.nan])})
+    'b'
+    """
+    floats = {name: value.detach() for name, value in named.items() if value.is_floating_point()}
+    # A sum is finite only if all it adds up is: one pass and one wait for the device. Where it overflows, a closer look tells.
+    sums = [value.sum(dtype=torch.float32) for value in floats.values()]
+    if torch.stack([total.to(sums[-1].device) for total in sums]).isfinite().all():
+        return None
+    return next((name for name, value in floats.items() if not value.isfinite().all()), None)
+
+
+def last_checkpoint(trainer: Trainer) -> Path | None:
+    """The newest file that the run's checkpoint callbacks have written, or else the one it went on from."""
+    # The callbacks' own `best_model_path` and `last_model_path` are set before a checkpoint is written.
+    folders = [Path(saver.dirpath) for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint) and saver.dirpath]
+    written = [path.resolve() for folder in folders for path in folder.glob("*.ckpt") if path.exists()]
+    resumed = [Path(trainer.ckpt_path)] if trainer.ckpt_path and Path(trainer.ckpt_path).exists() else []
+    return max(written or resumed, key=lambda path: path.stat().st_mtime, default=None)
