@@ -1,5 +1,6 @@
 """How well a fresh meta SAE, which no decoder was trained against, takes decoder rows apart."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,14 +78,13 @@ class Decomposition(Metric):
 
     def explained(self, rows: Float[Tensor, "d_sae d_in"], seed: int) -> float:
         """FVE of these rows by one critic trained on them."""
-        latents = max(self.k, round(self.share * len(rows)))
-        cfg = BatchTopKTrainingSAEConfig(
-            d_in=rows.shape[1], d_sae=latents, k=self.k, decoder_init_norm=1.0, rescale_acts_by_decoder_norm=False, device=str(rows.device)
-        )
+        latents = max(self.k, math.ceil(self.share * len(rows)))
+        cfg = BatchTopKTrainingSAEConfig(d_in=rows.shape[1], d_sae=latents, k=self.k, device=str(rows.device))
+        # As SAELens's own trainer has it: free rows, gradients clipped at 1, and dead so late that 1,500 steps know no auxiliary loss.
+        dead = 2001 * self.batch_size
         with torch.enable_grad():
-            critic = Learner(cfg, role="critic", seed=seed, decoder_rows="unit", b_dec_init="zeros", dead_after=5 * self.batch_size).to(
-                rows.device
-            )
+            critic = Learner(cfg, role="critic", seed=seed, decoder_rows="free", b_dec_init="zeros", dead_after=dead, clip_grad_norm=1.0)
+            critic = critic.to(rows.device)
             optimizer = Adam(critic.parameters(), lr=self.lr, fused=True)
             generator = torch.Generator().manual_seed(seed)
             critic.initialize(rows)
