@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import time
@@ -81,8 +82,21 @@ def keep(path: Path, split: str, entry: dict[str, Any]) -> None:
     record[split] = entry
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.parent.mkdir(parents=True, exist_ok=True)
-    draft.write_text(json.dumps(record, indent=2) + "\n")
+    draft.write_text(json.dumps(finite(record), indent=2) + "\n")
     draft.replace(path)
+
+
+def finite(entry: Any) -> Any:
+    """With null for what is no number: JSON has none.
+
+    >>> finite({"a": [1.0, float("nan")]})
+    {'a': [1.0, None]}
+    """
+    if isinstance(entry, Mapping):
+        return {key: finite(value) for key, value in entry.items()}
+    if isinstance(entry, list | tuple):
+        return [finite(value) for value in entry]
+    return None if isinstance(entry, float) and not math.isfinite(entry) else entry
 
 
 def table(split: str, entry: Mapping[str, Any], run: str) -> Table:

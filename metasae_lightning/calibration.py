@@ -91,7 +91,9 @@ def _rates(pre_activations: PreActivations, samples: Sequence[Tensor], k: float,
     begins = counts.cumsum(0) - counts
     value = torch.cat([value[order], torch.zeros(1, dtype=torch.float64)])
     last = torch.where(firings > 0, value[(begins + firings - 1).clamp(0, len(value) - 1)], float("inf"))
-    following = torch.where(counts > firings, value[(begins + firings).clamp(max=len(value) - 1)], 0.0)
+    # Where all that was offered may fire, the next value is not known, but that it is less than what any batch kept.
+    less = lowest * (1 - 2**-20) if lowest < float("inf") else 0.0
+    following = torch.where(counts > firings, value[(begins + firings).clamp(max=len(value) - 1)], torch.where(firings > 0, less, 0.0))
     return torch.where(firings > 0, (last + following) / 2, following), firings
 
 

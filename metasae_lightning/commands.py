@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning import LightningDataModule
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from metasae_lightning import report, saelens
 from metasae_lightning.calibration import calibrate as thresholds
-from metasae_lightning.callbacks.summary import keep
+from metasae_lightning.callbacks.summary import finite, keep
 from metasae_lightning.comparison import compare as compared
 from metasae_lightning.complaints import complaint
 from metasae_lightning.contexts import top_contexts
@@ -45,6 +46,7 @@ def test(args: Sequence[str]) -> int:
     if not places:
         raise InputError("test: name a run, a SAELens folder or RELEASE:ID, or a checkpoint by -c RECIPE --ckpt_path CHECKPOINT")
     subjects = opened(places, given.out)
+    check_same_data(subjects, given)
     found = evaluate(subjects, data_for(subjects[0], given), settings_of(given))
     for one in found:
         record(one)
@@ -59,6 +61,7 @@ def compare(args: Sequence[str]) -> int:
     parser.add_argument("b", type=str, help="The second.")
     given = parsed(parser, args)
     subjects, settings = opened([given.a, given.b], None), settings_of(given)
+    check_same_data(subjects, given)
     data = data_for(subjects[0], given)
     a, b = evaluate(subjects, data, settings)
     names = (subjects[0].name, subjects[1].name)
@@ -66,8 +69,6 @@ def compare(args: Sequence[str]) -> int:
     found["contexts"] = contexts(found, a, b, data)
     out = Path(given.out) if given.out else Path("runs") / f"compare-{names[0]}-{names[1]}.json"
     write(out, {"a": a.entry, "b": b.entry, **found})
-    for one in (a, b):
-        record(one)
     console = Console()
     for table in tables(found, (a, b), names):
         console.print(table)
@@ -86,7 +87,7 @@ def calibrate(args: Sequence[str]) -> int:
     parser.add_argument("place", type=str, help="A run or a SAELens folder; it is changed whole or not at all.")
     given = parsed(parser, args)
     (one,) = opened([given.place], given.out)
-    folder = Path(given.place) / "saes" / "primary" if one.run else Path(given.place)
+    folder = (Path(one.place) / "saes" / "primary" if one.run else Path(one.place)).resolve()
     scores, settings = saelens.pre_activations(one.sae), settings_of(given)
     if not folder.is_dir():
         raise InputError(f"{given.place}: only a folder can be written to")
@@ -186,23 +187,53 @@ def data_for(one: Subject, given: Namespace) -> Any:
         told = one.metadata
         skip = (told.get("seqpos_slice") or [0])[0] or 0
         sizes: dict[str, Any] = {"context_size": told.get("context_size") or 128, "prepend_bos": told.get("prepend_bos", True)}
-        data = ActivationsDataModule(model_of(one), corpus_of(one), tokens=4096, skip_positions=skip, held_out=0.05, **sizes)
+        sizes |= {"held_out": told.get("held_out") or 0.05, "max_norm_ratio": told.get("max_norm_ratio")}
+        data = ActivationsDataModule(model_of(one), corpus_of(one), tokens=4096, skip_positions=skip, **sizes)
     if given.device is not None and isinstance(data, ActivationsDataModule):
-        data.language_model.place(given.device)
+        data.language_model.place(device(given.device))
     return data
+
+
+def check_same_data(subjects: Sequence[Subject], given: Namespace) -> None:
+    """What one run holds out another may have been trained on."""
+    runs = [one for one in subjects if one.run]
+    if given.data is not None or len(runs) < 2:
+        return
+    first, *others = (tree_of(Path(one.place) / "config.yaml")["data"].get("init_args", {}) for one in runs)
+    for one, other in zip(runs[1:], others, strict=True):
+        for key in ("corpus", "held_out", "skip_positions", "max_norm_ratio", "context_size", "prepend_bos", "cross_document_attention"):
+            if first.get(key) != other.get(key):
+                said = f"{key} is {first.get(key)} and {other.get(key)}"
+                raise InputError(
+                    f"{runs[0].place} and {one.place} were made on other data ({said}): say which to measure on, --data RECIPE.yaml"
+                )
+
+
+def device(name: str) -> str:
+    """A device that is there."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device: {name!r} is not there: {str(error).splitlines()[0]}") from error
+    return name
 
 
 def data_of(path: Path) -> Any:
     """The data module of a recipe or of a run's config."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    return parser.instantiate_classes(parser.parse_object({"data": tree_of(path)["data"]}))["data"]
+
+
+def tree_of(path: Path) -> dict[str, Any]:
+    """A recipe as it is written."""
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("data"), dict):
         raise InputError(f"{path} is no recipe: it has no data")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningDataModule, "data")
-    return parser.instantiate_classes(parser.parse_object({"data": tree["data"]}))["data"]
+    return tree
 
 
 def active(one: Subject, samples: Sequence[Any]) -> float:
@@ -257,7 +288,7 @@ def write(path: Path, entry: Mapping[str, Any]) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(entry, indent=1) + "\n")
+        draft.write_text(json.dumps(finite(entry), indent=1) + "\n")
         draft.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -15,7 +15,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation import Evaluation, Settings, phi_by_group, resampled, resampled_losses
 from metasae_lightning.matching import matched
 from metasae_lightning.observation import Observation
-from metasae_lightning.resampling import draws, interval
+from metasae_lightning.resampling import interval, jackknifed
 
 # Matches kept of each latent, splits kept of each side.
 MATCHES, SPLITS = 3, 50
@@ -141,19 +141,17 @@ def differences(a: Evaluation, b: Evaluation, settings: Settings) -> dict[str, d
         points = [evaluation.entry["figures"]["splice"] for evaluation in (a, b)]
         shares = {name: b.lost.sums[:, place] - a.lost.sums[:, place] for name, place in LOSSES.items()}
         found |= paired(losses[0], losses[1], points, shares, settings)
-    found["phi_excess"] = excess(a, b, settings)
+    found["phi_excess"] = excess(a, b)
     found["documents"] = {"count": len(ids)}
     return found
 
 
-def excess(a: Evaluation, b: Evaluation, settings: Settings) -> dict[str, Any]:
-    """The difference of mean |phi| in excess of its floor: of all pairs, its spread of random pairs in groups of documents drawn again."""
-    (one, groups), (two, _) = (phi_by_group(evaluation.seen) for evaluation in (a, b))
-    weights = draws(groups, min(settings.resamples, 200), settings.seed)
+def excess(a: Evaluation, b: Evaluation) -> dict[str, Any]:
+    """The difference of mean |phi| in excess of its floor: of all pairs, its spread of random pairs without each group of documents."""
+    one, two = (phi_by_group(evaluation.seen).without_each() for evaluation in (a, b))
     points = [evaluation.entry["figures"]["phi"]["excess"] for evaluation in (a, b)]
     point = points[1] - points[0]
-    spread = interval(two.excess(weights) - one.excess(weights), around=point)
-    return {"a": points[0], "b": points[1], "difference": point, "interval": spread}
+    return {"a": points[0], "b": points[1], "difference": point, "interval": jackknifed(point, two - one)}
 
 
 def paired(

@@ -31,7 +31,8 @@ def top_contexts(seen: Observation, latents: Iterable[int], tokenizer: Any, *, c
                 found[latent].append(
                     {"value": codes.values[at].item(), "document": document, "tokens": piece["tokens"][context], "at": position}
                 )
-    return {latent: [told(hit, tokenizer) for hit in best(hits, count)] for latent, hits in found.items()}
+        found = {latent: best(hits, count) for latent, hits in found.items()}
+    return {latent: [told(hit, tokenizer) for hit in hits] for latent, hits in found.items()}
 
 
 def best(hits: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -222,6 +222,7 @@ class ActivationsDataModule(LightningDataModule):
             return self.cache.record["about"][hook] if self.cache.ours else {**named, "context_size": b.context_size}
         self.language_model.load()
         data: dict[str, Any] = {"dataset_path": self.corpus.identity(), "context_size": b.context_size, "prepend_bos": b.prepend_bos}
+        data |= {"held_out": b.held_out, "max_norm_ratio": b.max_norm_ratio}  # not SAELens's names: for whoever measures it
         if b.skip_positions:
             data["seqpos_slice"] = [b.skip_positions, None]
         return self.language_model.metadata(hook) | data | {"exclude_special_tokens": True, "sequence_separator_token": "eos"}

@@ -16,7 +16,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.metrics import DeadLatents, DecoderGeometry, Decomposition, FeatureRecovery, Phi
 from metasae_lightning.observation import Observation, Spliced, observe, spliced
 from metasae_lightning.passages import as_record, held_out, identity
-from metasae_lightning.resampling import PhiByGroup, draws, interval
+from metasae_lightning.resampling import PhiByGroup, draws, interval, jackknifed
 from metasae_lightning.splice import recovered
 from metasae_lightning.subjects import Subject, check_same_activations, device_of, only_hook
 from metasae_lightning.thresholds import at_matched_l0
@@ -64,6 +64,10 @@ class Settings:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.tokens is not None and self.tokens < 1:
             raise InputError(f"tokens must be at least 1, got {self.tokens}")
+        for name in ("l0", "memory_gib"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InputError(f"{name} must be more than 0, got {value}")
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,11 @@ def measured(seen: Observation, lost: Spliced | None, settings: Settings) -> dic
         figures["splice"] = lost.figures()
     return {
         **{"sae": subject.place, "architecture": subject.sae.cfg.architecture(), "d_sae": len(subject.W_dec), **subject.decoder_identity},
-        **{"rule": subject.rule or {"rule": "stored"}, "figures": figures, "intervals": intervals(seen, lost, settings)},
+        **{
+            "rule": subject.rule or {"rule": "stored"},
+            "figures": figures,
+            "intervals": intervals(seen, lost, figures["phi"]["excess"], settings),
+        },
         **{"tokens": int(sums[:, 0].sum()), "documents": len(documents)},
         **({"spliced_tokens": int(lost.sums[:, 0].sum())} if lost is not None else {}),
     }
@@ -140,14 +148,14 @@ def latents(seen: Observation, settings: Settings) -> dict[str, Any]:
         log.info(phi.plan())
         return phi.compute()
 
-    found = seen.subject.ledger.piece("phi", {**seen.identity, "passages": len(seen.numbers)}, pairs)
+    found = seen.subject.ledger.piece("phi", {**seen.identity, "all": seen.digests}, pairs)
     return {"latents": {**floats(dead.compute()), "log10_density": {"edges": DENSITIES.tolist(), "latents": counts}}, "phi": floats(found)}
 
 
 def recovery(seen: Observation, features: Tensor, stream: Any) -> dict[str, float]:
     """How well planted features are found."""
     metric = FeatureRecovery(features)
-    for number, (codes, _) in zip(seen.numbers, seen.codes(), strict=True):
+    for number, (codes, _) in enumerate(seen.codes()):
         metric.update(seen.subject.W_dec.cpu(), codes, stream.batch(number).features)
     return floats(metric.compute())
 
@@ -178,43 +186,46 @@ def critic(subject: Subject, settings: Settings) -> dict[str, float]:
     return floats(spread(found))
 
 
-def intervals(seen: Observation, lost: Spliced | None, settings: Settings) -> dict[str, tuple[float, float]]:
+def intervals(seen: Observation, lost: Spliced | None, excess: float, settings: Settings) -> dict[str, tuple[float, float]]:
     """95 % of what figures are when documents are drawn again."""
     found = {name: interval(values) for name, values in resampled(seen, settings).items()}
     if lost is not None:
         found |= {name: interval(values) for name, values in resampled_losses(lost, settings).items()}
-    by_group, documents = phi_by_group(seen)
-    values = by_group.excess(draws(documents, min(settings.resamples, 200), settings.seed))
-    point = by_group.excess(torch.ones(1, documents, dtype=torch.float64)).item()
-    return {**found, "phi_excess": interval(values, around=point)}
+    return {**found, "phi_excess": jackknifed(excess, phi_by_group(seen).without_each())}
 
 
 def resampled(seen: Observation, settings: Settings) -> dict[str, Float[Tensor, " resample"]]:
     """Figures of reconstruction with documents drawn again; with the same seed, the same documents for every SAE."""
     _, sums, total = seen.by_document
-    weights = draws(len(sums), settings.resamples, settings.seed)
+    weights = drawn(len(sums), settings)
     tokens, squares, error, active, cosine = (weights @ sums).T
     spread = squares - (weights @ total).square().sum(1) / tokens
     return {"fvu": error / spread, "l0": active / tokens, "cosine": cosine / tokens}
 
 
+def drawn(documents: int, settings: Settings) -> Float[Tensor, "resample document"]:
+    """Documents drawn again; of one alone nothing can be said."""
+    weights = draws(documents, settings.resamples, settings.seed)
+    return weights if documents > 1 else weights * torch.nan
+
+
 def resampled_losses(lost: Spliced, settings: Settings) -> dict[str, Float[Tensor, " resample"]]:
     """Losses with documents drawn again."""
-    weights = draws(len(lost.sums), settings.resamples, settings.seed)
+    weights = drawn(len(lost.sums), settings)
     count, *total = (weights @ lost.sums).T
     found = recovered(torch.stack(total) / count)
     return {**found, "ce_added": found["ce_sae"] - found["ce_clean"]}
 
 
-def phi_by_group(seen: Observation) -> tuple[PhiByGroup, int]:
-    """Co-firing of random pairs in groups of documents, and how many groups there are."""
+def phi_by_group(seen: Observation) -> PhiByGroup:
+    """Co-firing of random pairs in groups of documents."""
     ids, _, _ = seen.by_document
     groups = min(GROUPS, len(ids))
     counts = PhiByGroup(len(seen.subject.W_dec), groups)
     for codes, piece in seen.codes():
         # Documents follow on each other: in turn is as good as at random.
         counts.update(codes, piece["owner"][piece["counted"]] % groups)
-    return counts, groups
+    return counts
 
 
 def floats(figures: Mapping[str, Tensor]) -> dict[str, float]:

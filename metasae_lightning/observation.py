@@ -20,8 +20,8 @@ from metasae_lightning.splice import losses, recovered
 from metasae_lightning.step import Codes
 from metasae_lightning.subjects import Subject
 
-# Contexts whose predictions are there at once: a vocabulary is wide.
-SPLICED_AT_ONCE = 4
+# Tokens whose predictions are there at once: a vocabulary is wide.
+SPLICED_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,22 @@ class Observation:
     """The SAE."""
     text: dict[str, Any]
     """What the passages are a function of."""
-    numbers: list[int]
-    """Which passages there are."""
+    digests: list[str]
+    """Of the text of each passage."""
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a passage's piece is a function of."""
         return {**self.subject.identity, "text": self.text}
 
+    def of(self, digest: str) -> dict[str, Any]:
+        """What the piece of a passage of such text is a function of."""
+        return {**self.identity, "tokens": digest}
+
     def pieces(self) -> Iterator[Piece]:
         """What is kept of each passage, in order."""
-        for number in self.numbers:
-            yield self.subject.ledger.get(f"passage-{number:05d}", self.identity)
+        for number, digest in enumerate(self.digests):
+            yield self.subject.ledger.get(f"passage-{number:05d}", self.of(digest))
 
     def codes(self) -> Iterator[tuple[Codes, Piece]]:
         """Codes of each passage's rows, and the piece they are of."""
@@ -95,20 +99,19 @@ class Spliced:
 
 def observe(subjects: Sequence[Subject], stream: Any, tokens: int) -> list[Observation]:
     """Run every SAE on a split's passages, those that it has not seen."""
-    text = identity(stream)
-    seen = [Observation(subject, text, []) for subject in subjects]
+    seen = [Observation(subject, identity(stream), []) for subject in subjects]
     with progress("activations", tokens) as bar:
         for passage in passages(stream, tokens):
-            name = f"passage-{passage.number:05d}"
-            missing = [one for one in seen if not one.subject.ledger.has(name, one.identity)]
+            name, text = f"passage-{passage.number:05d}", passage.digest
+            missing = [one for one in seen if not one.subject.ledger.has(name, one.of(text))]
             read = passage.read() if missing else None
             for one in missing:
                 assert read is not None
-                one.subject.ledger.keep(name, one.identity, look(one.subject, passage, *read))
+                one.subject.ledger.keep(name, one.of(text), look(one.subject, passage, *read))
             for one in seen:
-                one.numbers.append(passage.number)
+                one.digests.append(text)
             bar.update(int(passage.tokens.numel()) if read is None else len(read[0]))
-    if not seen[0].numbers:
+    if not seen[0].digests:
         raise InputError("data: the split holds no passage to measure on")
     return seen
 
@@ -139,10 +142,10 @@ def spliced(seen: Sequence[Observation], stream: Any, tokens: int, complete: Any
     mean, model, left = seen[0].mean, None, tokens
     with progress("spliced", tokens) as bar:
         for passage in passages(stream, tokens):
-            counted = seen[0].subject.ledger.get(f"passage-{passage.number:05d}", seen[0].identity)["counted"].bool()
+            counted = seen[0].subject.ledger.get(f"passage-{passage.number:05d}", seen[0].of(passage.digest))["counted"].bool()
             contexts = 1 + int((counted[:, 1:].sum(1).cumsum(0) < left).sum())
             # Ablation by the mean makes losses a function of all of the text.
-            of = {"passages": seen[0].numbers[-1] + 1, "contexts": min(contexts, len(counted))}
+            of = {"all": seen[0].digests, "contexts": min(contexts, len(counted))}
             name = f"splice-{passage.number:05d}"
             missing = [place for place, one in enumerate(seen) if not one.subject.ledger.has(name, {**one.identity, **of})]
             if missing:
@@ -163,8 +166,9 @@ def spliced(seen: Sequence[Observation], stream: Any, tokens: int, complete: Any
 def _splice(model: Any, passage: Passage, counted: Tensor, rebuild: dict[str, Any], mean: Tensor) -> dict[str, Piece]:
     """Losses of the predicted tokens of a passage's first contexts, summed by document, for each SAE."""
     parts: dict[str, list[Tensor]] = {name: [] for name in rebuild}
-    for begin in range(0, len(counted), SPLICED_AT_ONCE):
-        chosen = slice(begin, min(begin + SPLICED_AT_ONCE, len(counted)))
+    at_once = max(1, SPLICED_AT_ONCE // counted.shape[1])
+    for begin in range(0, len(counted), at_once):
+        chosen = slice(begin, min(begin + at_once, len(counted)))
         visible = None if passage.visible is None else passage.visible[chosen]
         found = losses(model, passage.tokens[chosen], visible, counted[chosen], rebuild, mean)
         for name, values in found.items():

@@ -33,7 +33,13 @@ class Passage:
     visible: Bool[Tensor, "context position position"] | None
     """What each may attend to, where documents are kept apart."""
     read: Read
+
     """Activations of the tokens that SAEs are judged on, a row each, and which these are: text, past the first positions, no sinks."""
+
+    @property
+    def digest(self) -> str:
+        """What tells its text from another: a corpus may change under its name."""
+        return fingerprint({"tokens": self.tokens, "documents": self.documents})
 
 
 def passages(stream: Any, tokens: int) -> Iterator[Passage]:
@@ -44,7 +50,7 @@ def passages(stream: Any, tokens: int) -> Iterator[Passage]:
 def identity(stream: Any) -> dict[str, Any]:
     """What the passages of a stream are a function of."""
     if isinstance(stream, SyntheticStream):
-        planted = fingerprint({"features": stream.features})
+        planted = fingerprint({"features": stream.features, "first": stream.batch(0).activations})
         return {"planted": planted, "split": stream.split, "seed": stream.seed, "batch_size": stream.batch_size}
     return stream.identity()
 

@@ -42,7 +42,7 @@ DIFFERENCES = {"fvu": ".4f", "l0": ".2f", "cosine": ".4f", "phi_excess": ".3e", 
 def evaluations(entries: Mapping[str, Mapping[str, Any]]) -> Table:
     """SAEs side by side; intervals are 95 % over documents, spreads standard deviations over critics."""
     first = next(iter(entries.values()))
-    title = f"{first['tokens']:,} held-out tokens of {first['documents']:,} documents"
+    title = f"{first['tokens']:,} test tokens of {first['documents']:,} documents"
     shown = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     shown.add_column("")
     for name in entries:

@@ -178,6 +178,11 @@ def load_pretrained(place: str | Path, *, device: str | torch.device = "cpu") ->
         raise InputError(
             f"{name!r} cannot be loaded as a SAELens SAE: {' '.join(str(error).split())[:300] or type(error).__name__}"
         ) from error
+    if hasattr(sae.cfg, "d_out"):
+        raise InputError(f"{name!r} is a transcoder, which does not rebuild what it reads")
+    if sae.cfg.normalize_activations in ("expected_average_only_in", "constant_scalar_rescale"):
+        scale = f"normalize_activations: {sae.cfg.normalize_activations}"
+        raise InputError(f"{name!r} takes activations that were scaled by a factor it does not hold ({scale}): fold it in first")
     if getattr(sae, "hook_z_reshaping_mode", False):  # heads come flattened here
         sae.turn_off_forward_pass_hook_z_reshaping()
     return sae.eval().requires_grad_(False)

@@ -1,5 +1,6 @@
 """SAEs to be measured: a run's, any SAELens folder or one from the Hub; and what each says it was trained on."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,9 +14,11 @@ from torch import Tensor
 from metasae_lightning import saelens
 from metasae_lightning.corpora import Corpus, HubText, PythonDocs, SavedDataset, TextFiles
 from metasae_lightning.errors import InputError
-from metasae_lightning.ledger import Ledger, fingerprint
+from metasae_lightning.ledger import Ledger, digest, fingerprint
 from metasae_lightning.lm import HuggingFaceLM, LanguageModel, TransformerLensLM
 from metasae_lightning.step import Codes
+
+log = logging.getLogger(__name__)
 
 # Dense activations that are made at a time: 256 MiB of float32.
 AT_ONCE = 2**26
@@ -95,6 +98,8 @@ class Subject:
 def subject(place: str, *, out: str | Path | None = None, device: str | torch.device = "cpu") -> Subject:
     """The SAE of a run's folder, of a SAELens folder, or of `RELEASE:ID`."""
     path = Path(place)
+    if path.resolve().parent.name == "saes" and path.resolve().name == "primary" and (path.resolve().parents[1] / "config.yaml").exists():
+        return subject(str(path.resolve().parents[1]), out=out, device=device)  # a run's own, with the run's data
     if (path / "config.yaml").exists() or (path / "saes").exists():
         if not (path / "saes" / "primary" / "cfg.json").exists():
             raise InputError(f"{place}: the run holds no SAE under saes/primary: it did not end, or it had no Export among its callbacks")
@@ -104,7 +109,8 @@ def subject(place: str, *, out: str | Path | None = None, device: str | torch.de
         raise InputError(f"{place} is neither a run, which has saes/primary, nor a SAELens folder, which has cfg.json")
     sae = saelens.load_pretrained(place, device=device)
     name = path.resolve().name if path.is_dir() else place.replace("/", "-").replace(":", "-")
-    return Subject(name, place, Path(out) if out else Path("runs") / f"evaluation-{name}", sae)
+    short = digest({"place": str(path.resolve()) if path.is_dir() else place})[:6]
+    return Subject(name, place, Path(out) if out else Path("runs") / f"evaluation-{name}-{short}", sae)
 
 
 def check_same_activations(subjects: Sequence[Subject]) -> None:
@@ -143,7 +149,9 @@ def corpus_of(subject: Subject) -> Corpus:
         return (
             SavedDataset(path) if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists() else TextFiles(path)
         )
-    return HubText(path)
+    owner, _, rest = str(path).partition("/")
+    repository, _, configuration = rest.partition("/")
+    return HubText(f"{owner}/{repository}" if rest else owner, name=configuration or None)
 
 
 def only_hook(subject: Subject, data: Any) -> str:
@@ -162,6 +170,9 @@ def only_hook(subject: Subject, data: Any) -> str:
     if len(chosen) != 1:
         what = " or ".join(sorted(told)) or "no hook that it names"
         raise InputError(f"{subject.place} reads {what}, and the data give {', '.join(model.hooks)}")
+    named = subject.metadata.get("model_name")
+    if named and named != model.name:
+        log.warning("%s says that it reads %s, and the data are of %s", subject.place, named, model.name)
     model.hooks = chosen
     model.load()
     data.batching = replace(data.batching, exhausted="end")  # no document twice

@@ -11,7 +11,7 @@ from torch import Tensor
 from metasae_lightning import saelens
 from metasae_lightning.calibration import Rule, calibrate
 from metasae_lightning.errors import InputError
-from metasae_lightning.passages import as_record, held_out, identity
+from metasae_lightning.passages import as_record, held_out, identity, passages
 from metasae_lightning.step import Batch
 from metasae_lightning.subjects import Subject
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def at_matched_l0(subjects: Sequence[Subject], data: Any, rule: Rule, l0: float | None, tokens: int) -> list[Subject]:
-    """SAEs with thresholds set by a rule on validation tokens, for the same L0: the one named, or the least that any was trained at.
+    """SAEs with thresholds set by a rule on validation tokens, for one L0: the one named, that of an SAE that cannot move, or the least.
 
     An SAE without thresholds stays as it is, which is said.
     """
@@ -27,9 +27,13 @@ def at_matched_l0(subjects: Sequence[Subject], data: Any, rule: Rule, l0: float 
     for subject in subjects:
         if subject not in able:
             log.warning("%s has no thresholds (%s): it stays at its own L0", subject.name, subject.sae.cfg.architecture())
-    goals = [l0] if l0 else [goal for subject in able if (goal := subject.target_l0)]
+    fixed = [goal for subject in subjects if subject not in able and (goal := subject.target_l0)]
+    goals = [l0] if l0 else fixed or [goal for subject in able if (goal := subject.target_l0)]
     if able and not goals:
         raise InputError(f"l0: {able[0].place} does not tell what L0 it was trained at: name one, --l0")
+    for subject in able:
+        if min(goals) > len(subject.W_dec):
+            raise InputError(f"l0: {subject.place} has {len(subject.W_dec)} latents, of which {min(goals):g} cannot be active")
     samples: list[Tensor] = []
     return [_set(subject, min(goals), rule, data, tokens, samples) if subject in able else subject for subject in subjects]
 
@@ -47,7 +51,8 @@ def _set(subject: Subject, l0: float, rule: Rule, data: Any, tokens: int, sample
         told = {"l0": found.l0, "few": found.few, "on": found.tokens}
         return {"threshold": found.threshold, **{name: torch.tensor(value) for name, value in told.items()}}
 
-    of = {**subject.identity, "data": as_record(identity(stream)), "rule": rule, "l0": l0, "tokens": tokens}
+    text = [passage.digest for passage in passages(stream, tokens)]
+    of = {**subject.identity, "data": as_record(identity(stream)), "text": text, "rule": rule, "l0": l0, "tokens": tokens}
     found = subject.ledger.piece("thresholds", of, find)
     subject.sae.threshold.copy_(found["threshold"].to(subject.sae.threshold))
     told = {"rule": rule, "l0": l0, "l0_on_validation": found["l0"].item(), "few_firings": int(found["few"]), "tokens": int(found["on"])}

@@ -79,3 +79,11 @@ def test_values_of_any_size_are_calibrated():
     small, large = (calibrate(lambda x, unit=unit: x * unit, scores(0), K, "eer") for unit in (1.0, 1000.0))
     assert large.l0 == pytest.approx(small.l0, rel=0.01)
     torch.testing.assert_close(large.threshold / 1000, small.threshold, rtol=0.02, atol=1e-3)
+
+
+# One batch offers nothing below what it kept: a threshold must not lie half way down to 0.
+@pytest.mark.parametrize(("batches", "rows"), [(1, 4096), (4, 1024)])
+def test_rate_holds_on_a_few_large_batches(batches: int, rows: int):
+    found = calibrate(lambda x: x, scores(0, batches, rows), K)
+    assert found.l0 == pytest.approx(K, rel=0.01)
+    assert rates(scores(1), found.threshold).sum().item() == pytest.approx(K, rel=0.03)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from sae_lens import SAE
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -21,7 +22,7 @@ from metasae_lightning.lm import TransformerLensLM
 from metasae_lightning.passages import passages
 from metasae_lightning.step import Batch, Codes
 from metasae_lightning.subjects import Subject, subject
-from tests.judged import D_IN, HOOK, run, sae
+from tests.judged import D_IN, HOOK, recipe, run, sae
 from tests.models import save_model
 
 QUICK: dict[str, Any] = {"critic_seeds": 1, "critic_steps": 5, "splice_tokens": 200, "resamples": 50, "calibration_tokens": 512}
@@ -141,7 +142,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_says_the_same(tmp_path: Path
         measured(stopped)
     monkeypatch.setattr(observation, "look", lambda *given: looked.append(given[1].number) or look(*given))
     (gone_on,) = measured(stopped)
-    passages = len(gone_on.seen.numbers)
+    passages = len(gone_on.seen.digests)
     assert looked == list(range(passages)) and passages > 4
     assert [name.name for name in (stopped / "evaluation").glob(".*")] == []
     monkeypatch.setattr(observation, "look", lambda *_: pytest.fail("measured twice"))
@@ -212,7 +213,8 @@ def test_any_saelens_folder_is_measured_on_what_it_says_it_reads(tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     args = [f"--{name}={value}" for name, value in {**QUICK, "tokens": 300}.items()]
     assert main(["test", "--sae", str(folder), *args]) == 0
-    entry = json.loads((tmp_path / "runs" / "evaluation-published" / "evaluation.json").read_text())["evaluation"]
+    (record,) = (tmp_path / "runs").glob("evaluation-published-*/evaluation.json")
+    entry = json.loads(record.read_text())["evaluation"]
     assert entry["tokens"] >= 300 and entry["data"]["corpus"] == str(tmp_path / "text.jsonl")
     assert not (folder / "evaluation").exists()
     assert main(["test", str(folder), "--data", str(place / "config.yaml"), "--out", str(tmp_path / "out"), *args]) == 0
@@ -220,9 +222,15 @@ def test_any_saelens_folder_is_measured_on_what_it_says_it_reads(tmp_path: Path,
 
 
 def test_settings_that_cannot_be_are_refused():
-    for wrong, says in (({"critic_seeds": -1}, "critic_seeds must be at least 0"), ({"tokens": 0}, "tokens must be at least 1")):
-        with pytest.raises(InputError, match=says):
-            Settings(**wrong)
+    refused = {
+        "critic_seeds": (-1, "at least 0"),
+        "l0": (-1.0, "more than 0"),
+        "tokens": (0, "at least 1"),
+        "memory_gib": (0.0, "more than 0"),
+    }
+    for name, (value, says) in refused.items():
+        with pytest.raises(InputError, match=f"{name} must be {says}"):
+            Settings(**{name: value})
 
 
 def test_calibrating_sets_the_folder_to_its_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -245,8 +253,49 @@ def test_calibrating_sets_the_folder_to_its_rate(tmp_path: Path, capsys: pytest.
 
 def test_the_groups_of_documents_add_up_to_the_sample(tmp_path: Path):
     (found,) = measured(run(tmp_path, "one"))
-    counts, groups = phi_by_group(found.seen)
-    sample = PhiSample(48)
+    counts, sample = phi_by_group(found.seen), PhiSample(48, matchings=32)
     for codes, _ in found.seen.codes():
         sample.update(codes)
-    assert counts.excess(torch.ones(1, groups, dtype=torch.float64)).item() == pytest.approx(sample.compute()["excess"].item(), rel=1e-9)
+    whole = counts.excess(torch.ones(1, len(counts.tokens), dtype=torch.float64)).item()
+    assert whole == pytest.approx(sample.compute()["excess"].item(), rel=1e-9)
+    # The interval is around the figure of all pairs, which stands beside it.
+    low, high = found.entry["intervals"]["phi_excess"]
+    assert (low + high) / 2 == pytest.approx(found.entry["figures"]["phi"]["excess"], rel=1e-6)
+
+
+# A corpus that changed under its name is other text: nothing that was measured on the old may be read.
+def test_text_that_changed_is_measured_anew(tmp_path: Path):
+    place = run(tmp_path, "one")
+    (before,) = measured(place, rule="global")
+    text = tmp_path / "text.jsonl"
+    text.write_text(
+        "".join(json.dumps({"text": f"{line['text']} changed"}) + "\n" for line in map(json.loads, text.read_text().splitlines()))
+    )
+    (after,) = measured(place, rule="global")
+    fresh = run(tmp_path, "fresh")
+    (expected,) = measured(fresh, rule="global")
+    assert after.entry["figures"] == expected.entry["figures"] and after.entry["rule"] == expected.entry["rule"]
+    assert after.entry["figures"]["reconstruction"]["fvu"] != before.entry["figures"]["reconstruction"]["fvu"]
+
+
+def test_positions_and_sinks_that_training_left_out_are_left_out(tmp_path: Path):
+    place = run(tmp_path, "one")
+    (plain,) = measured(place)
+    tree = recipe(tmp_path, skip_positions=3, max_norm_ratio=1.2)
+    (place / "config.yaml").write_text(yaml.safe_dump({"data": tree}))
+    (found,) = measured(place)
+    for one in found.seen.pieces():
+        assert not one["counted"][:, :3].any()
+        assert len(one["lengths"]) == int(one["counted"].sum())
+    kept = sum(int(one["counted"].sum()) for one in found.seen.pieces())
+    texts = sum(int((one["tokens"][:, 3:] > 1).sum()) for one in found.seen.pieces())
+    assert 0.5 * texts < kept < texts  # a tenth or so have larger norms
+    assert plain.entry["figures"] != found.entry["figures"]
+
+
+def test_of_one_document_nothing_is_said_of_others(tmp_path: Path):
+    place = run(tmp_path, "one")
+    (found,) = measured(place)
+    found.seen.by_document  # noqa: B018
+    object.__setattr__(found.seen, "by_document", tuple(part[:1] for part in found.seen.by_document))
+    assert resampled(found.seen, Settings(**QUICK))["fvu"].isnan().all()

@@ -1,5 +1,6 @@
 """What is measured, and every way in which it cannot be: one line each, and nothing that was there is lost."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from sae_lens.saes.transcoder import JumpReLUTranscoder, JumpReLUTranscoderConfig
 
 from metasae_lightning import saelens
 from metasae_lightning.cli import main
@@ -19,7 +21,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.lm import HuggingFaceLM, TransformerLensLM
 from metasae_lightning.subjects import Subject, corpus_of, model_of, subject
 from tests.hub import Hub
-from tests.judged import D_IN, HOOK, run, sae
+from tests.judged import D_IN, HOOK, recipe, run, sae
 
 QUICK = ["--critic_seeds=0", "--splice_tokens=0", "--resamples=10", "--calibration_tokens=512"]
 
@@ -130,7 +132,9 @@ def test_an_sae_that_does_not_say_what_it_reads_gives_one_line(tmp_path: Path, c
         (["test", "{run}", "--data=nothing.yaml"], "nothing.yaml cannot be read as a recipe"),
         (["test", "{run}", "{run}", "--out=x"], "out: several SAEs' results"),
         (["calibrate", "{run}", "--rule=stored"], "rule: global, rate or eer set thresholds"),
-        (["compare", "{run}"], "b"),
+        (["compare", "{run}"], "arguments are required: b"),
+        (["test", "{run}", "--device=nowhere"], "device: 'nowhere' is not there"),
+        (["test", "{run}", "--rule=rate", "--l0=1000"], "has 48 latents, of which 1000 cannot be active"),
     ],
 )
 def test_mistaken_arguments_give_one_line(args: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -208,3 +212,35 @@ def test_an_sae_comes_from_the_hub_by_its_name(tmp_path: Path):
     assert name == "owner-saes-layer_1" and float(total) == pytest.approx(made.encode(torch.ones(2, D_IN)).sum().item(), rel=1e-5)
     assert "'owner/saes:layer_2' cannot be loaded as a SAELens SAE" in lines[1]
     assert subject(str(repository / "layer_1")).name == "layer_1"
+
+
+def test_runs_on_other_data_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    one, two = run(tmp_path, "one"), run(tmp_path, "two")
+    (two / "config.yaml").write_text(yaml.safe_dump({"data": recipe(tmp_path, held_out=0.3)}))
+    assert "were made on other data (held_out is 0.2 and 0.3)" in failing(capsys, "compare", str(one), str(two))
+    assert main(["compare", str(one), str(two), "--data", str(one / "config.yaml"), "--out", str(tmp_path / "c.json"), *QUICK]) == 0
+
+
+def test_a_runs_own_folder_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    place = run(tmp_path, "one")
+    assert subject(str(place / "saes" / "primary")).run
+    monkeypatch.chdir(place / "saes" / "primary")
+    assert main(["calibrate", ".", "--calibration_tokens=512"]) == 0
+    assert "threshold_rule" in json.loads((place / "saes" / "primary" / "cfg.json").read_text())["metadata"]
+    first, second = tmp_path / "a" / "primary", tmp_path / "b" / "primary"
+    for folder in (first, second):
+        sae().save_model(folder)
+    assert subject(str(first)).folder != subject(str(second)).folder
+
+
+def test_what_cannot_be_scored_is_refused(tmp_path: Path):
+    scaled = sae()
+    scaled.cfg.normalize_activations = "expected_average_only_in"
+    scaled.save_model(tmp_path / "scaled")
+    with pytest.raises(InputError, match="scaled by a factor it does not hold"):
+        saelens.load_pretrained(tmp_path / "scaled")
+    sizes = {"d_in": 32, "d_out": 32, "d_sae": 8, "dtype": "float32", "device": "cpu"}
+    transcoder = JumpReLUTranscoder(JumpReLUTranscoderConfig(**sizes, apply_b_dec_to_input=False))
+    transcoder.save_model(tmp_path / "transcoder")
+    with pytest.raises(InputError, match="is a transcoder"):
+        saelens.load_pretrained(tmp_path / "transcoder")
