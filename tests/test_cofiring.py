@@ -13,7 +13,7 @@ from scipy.stats import hypergeom
 from sklearn.metrics import matthews_corrcoef
 
 from metasae_lightning import functional
-from metasae_lightning.cofiring import Phi, PhiSample, by_chance
+from metasae_lightning.cofiring import PAIR_BYTES, Phi, PhiSample, by_chance
 from metasae_lightning.errors import InputError
 from metasae_lightning.step import Codes
 
@@ -60,7 +60,7 @@ def test_counts_are_exact_where_float16_and_float32_are_not():
 def test_tiles_are_the_whole_and_within_is_between_itself():
     dense = fired(500, torch.linspace(0, 0.3, 23), 0)
     whole = seen(dense)
-    tiled = seen(dense, memory_gib=5 * 23 * 48 / 2**30)
+    tiled = seen(dense, memory_gib=5 * 23 * PAIR_BYTES / 2**30)
     assert (whole.rows, tiled.rows) == (23, 5)
     assert torch.equal(matrix(whole), matrix(tiled))
     assert torch.equal(matrix(whole), matrix(seen(dense, dense)))
