@@ -4,8 +4,8 @@
     python benchmarks/meta_structure.py --saebench saebench/bin/python                   # planted rows and random ones
     python benchmarks/meta_structure.py --saebench saebench/bin/python --sae runs/quickstart-.../saes/primary --rows 1152
 
-SAEBench's part runs in its environment, as a subprocess, and ours in this one. A critic takes about a minute of a CPU core, and five to
-ten on 4,608 rows of 576. Planted rows are sums of 2 of 256 random directions. SAEBench takes rows as they are, and this project their
+SAEBench's part runs in its environment, as a subprocess, and ours in this one. A critic takes about a minute of a CPU core, and four
+on 4,608 rows of 576. Planted rows are sums of 2 of 256 random directions. SAEBench takes rows as they are, and this project their
 directions: compare on unit rows. SAEBench trains under bfloat16 autocast unless told otherwise; here only with `--autocast`, which slows
 a CPU without bfloat16 tenfold. "spread" is the standard deviation over seeds, "CPU s" a critic's mean; the last line is the difference of
 the means.
