@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 from torchmetrics import Metric
@@ -202,13 +202,8 @@ class PhiSample(Metric):
 
     def update(self, codes: Codes) -> None:
         """Add a batch."""
-        width = codes.shape[1]
-        fired = (codes.rows * width + codes.latents).sort().values
-        for partner, together in zip(self.partner, self.together, strict=True):
-            other = partner[codes.latents]
-            wanted = codes.rows * width + other
-            found = fired[torch.searchsorted(fired, wanted).clamp(max=len(fired) - 1)] if len(fired) else fired
-            together += torch.bincount(codes.latents[(other >= 0) & (found == wanted)], minlength=width)
+        for hits, together in zip(paired(codes, self.partner), self.together, strict=True):
+            together += torch.bincount(codes.latents[hits], minlength=codes.shape[1])
         self.firings += codes.firings()
         self.tokens += codes.shape[0]
 
@@ -223,6 +218,22 @@ class PhiSample(Metric):
         error = (found - floor).std() / len(found) ** 0.5 if len(found) > 1 else torch.tensor(torch.nan)
         figures = {"mean_abs": found.mean(), "floor": floor.mean(), "excess": (found - floor).mean(), "standard_error": error}
         return {**figures, "pairs": live.sum()}
+
+
+def paired(codes: Codes, partners: Int[Tensor, "matching d_sae"]) -> Iterator[Bool[Tensor, " nnz"]]:
+    """For each matching, which of the nonzeros are of a latent whose partner fires on the same token; a partner of -1 is none.
+
+    >>> codes = Codes.from_dense(torch.tensor([[1.0, 2.0, 0.0], [1.0, 0.0, 3.0]]))
+    >>> [hits.tolist() for hits in paired(codes, torch.tensor([[1, -1, -1]]))]
+    [[True, False, False, False]]
+    """
+    width = codes.shape[1]
+    fired = (codes.rows * width + codes.latents).sort().values
+    for partner in partners:
+        other = partner[codes.latents]
+        wanted = codes.rows * width + other
+        found = fired[torch.searchsorted(fired, wanted).clamp(max=len(fired) - 1)] if len(fired) else fired
+        yield (other >= 0) & (found == wanted)
 
 
 def by_chance(n_i: Float[Tensor, " live"], n_j: Float[Tensor, " other"], n: float, *, within: bool) -> tuple[float, float]:

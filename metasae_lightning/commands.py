@@ -26,9 +26,8 @@ from metasae_lightning.contexts import top_contexts
 from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation import Evaluation, Settings, evaluate
-from metasae_lightning.passages import held_out
-from metasae_lightning.step import Batch
 from metasae_lightning.subjects import Subject, check_same_activations, corpus_of, device_of, model_of, only_hook, subject
+from metasae_lightning.thresholds import goal_of, sample
 
 PLACES = "Runs, SAELens folders, or SAEs on the Hub as RELEASE:ID."
 ELSEWHERE = (
@@ -96,14 +95,12 @@ def calibrate(args: Sequence[str]) -> int:
     rule = "rate" if settings.rule is None else settings.rule
     if rule == "stored":
         raise InputError("rule: global, rate or eer set thresholds; stored leaves them as they are")
-    l0 = settings.l0 or one.target_l0
-    if l0 is None:
-        raise InputError(f"l0: {given.place} does not tell what L0 it was trained at: name one, --l0")
+    l0 = goal_of([one], settings.l0)
     data = data_for(one, given)
     only_hook(one, data)
     one.sae.to(device_of(data))
     data.setup("test")
-    samples = [Batch.of(batch).activations.to(one.sae.device) for batch in held_out(data, "validation", settings.calibration_tokens)]
+    samples = sample(one, data, settings.calibration_tokens)
     before = active(one, samples)
     found = thresholds(scores, samples, l0, rule)
     told = {"rule": rule, "target_l0": l0, "l0_before": before, "l0": found.l0, "few_firings": found.few, "tokens": found.tokens}

@@ -12,7 +12,7 @@ from torch import Tensor
 from metasae_lightning import functional
 from metasae_lightning.cofiring import PAIR_BYTES, Firings
 from metasae_lightning.errors import InputError
-from metasae_lightning.evaluation import Evaluation, Settings, phi_by_group, resampled, resampled_losses
+from metasae_lightning.evaluation import Evaluation, Settings, excess_without_each, resampled, resampled_losses
 from metasae_lightning.matching import matched
 from metasae_lightning.observation import Observation
 from metasae_lightning.resampling import interval, jackknifed
@@ -148,7 +148,7 @@ def differences(a: Evaluation, b: Evaluation, settings: Settings) -> dict[str, d
 
 def excess(a: Evaluation, b: Evaluation) -> dict[str, Any]:
     """The difference of mean |phi| in excess of its floor: of all pairs, its spread of random pairs without each group of documents."""
-    one, two = (phi_by_group(evaluation.seen).without_each() for evaluation in (a, b))
+    one, two = (excess_without_each(evaluation.seen) for evaluation in (a, b))
     points = [evaluation.entry["figures"]["phi"]["excess"] for evaluation in (a, b)]
     point = points[1] - points[0]
     return {"a": points[0], "b": points[1], "difference": point, "interval": jackknifed(point, two - one)}

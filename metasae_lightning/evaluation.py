@@ -37,7 +37,7 @@ class Settings:
         tokens: Held-out tokens; none is what the data's recipe tests on.
         rule: Thresholds: as `stored`, or set anew on validation tokens by `global`, `rate` or `eer`; none is `rate` where several are
             compared, and `stored` for one alone.
-        l0: Latents active on a token that the rules aim at; none is the least that any of the SAEs was trained at.
+        l0: Latents active on a token that the rules aim at; none is that of an SAE without thresholds, or the least of all.
         calibration_tokens: Validation tokens that rules see.
         splice_tokens: Predicted tokens with the reconstruction in the model; 0 leaves that out.
         critic_seeds: Fresh critics on the decoder and on each null; 0 leaves them out.
@@ -191,7 +191,7 @@ def intervals(seen: Observation, lost: Spliced | None, excess: float, settings: 
     found = {name: interval(values) for name, values in resampled(seen, settings).items()}
     if lost is not None:
         found |= {name: interval(values) for name, values in resampled_losses(lost, settings).items()}
-    return {**found, "phi_excess": jackknifed(excess, phi_by_group(seen).without_each())}
+    return {**found, "phi_excess": jackknifed(excess, excess_without_each(seen))}
 
 
 def resampled(seen: Observation, settings: Settings) -> dict[str, Float[Tensor, " resample"]]:
@@ -201,6 +201,12 @@ def resampled(seen: Observation, settings: Settings) -> dict[str, Float[Tensor, 
     tokens, squares, error, active, cosine = (weights @ sums).T
     spread = squares - (weights @ total).square().sum(1) / tokens
     return {"fvu": error / spread, "l0": active / tokens, "cosine": cosine / tokens}
+
+
+def excess_without_each(seen: Observation) -> Float[Tensor, " group"]:
+    """What the excess of |phi| is without each group of documents."""
+    of = {**seen.identity, "all": seen.digests, "groups": GROUPS}
+    return seen.subject.ledger.piece("phi-groups", of, lambda: {"excess": phi_by_group(seen).without_each()})["excess"]
 
 
 def drawn(documents: int, settings: Settings) -> Float[Tensor, "resample document"]:

@@ -99,17 +99,18 @@ class Spliced:
 
 def observe(subjects: Sequence[Subject], stream: Any, tokens: int) -> list[Observation]:
     """Run every SAE on a split's passages, those that it has not seen."""
-    seen = [Observation(subject, identity(stream), []) for subject in subjects]
+    text = identity(stream)
+    seen = [Observation(subject, text, []) for subject in subjects]
     with progress("activations", tokens) as bar:
         for passage in passages(stream, tokens):
-            name, text = f"passage-{passage.number:05d}", passage.digest
-            missing = [one for one in seen if not one.subject.ledger.has(name, one.of(text))]
+            name, digest = f"passage-{passage.number:05d}", passage.digest
+            missing = [one for one in seen if not one.subject.ledger.has(name, one.of(digest))]
             read = passage.read() if missing else None
             for one in missing:
                 assert read is not None
-                one.subject.ledger.keep(name, one.of(text), look(one.subject, passage, *read))
+                one.subject.ledger.keep(name, one.of(digest), look(one.subject, passage, *read))
             for one in seen:
-                one.digests.append(text)
+                one.digests.append(digest)
             bar.update(int(passage.tokens.numel()) if read is None else len(read[0]))
     if not seen[0].digests:
         raise InputError("data: the split holds no passage to measure on")

@@ -33,7 +33,6 @@ class Passage:
     visible: Bool[Tensor, "context position position"] | None
     """What each may attend to, where documents are kept apart."""
     read: Read
-
     """Activations of the tokens that SAEs are judged on, a row each, and which these are: text, past the first positions, no sinks."""
 
     @property

@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metasae_lightning import functional
-from metasae_lightning.cofiring import PhiSample
+from metasae_lightning.cofiring import PhiSample, paired
 from metasae_lightning.step import Codes
 
 
@@ -79,14 +79,9 @@ class PhiByGroup:
     def update(self, codes: Codes, group: Int[Tensor, " row"]) -> None:
         """Add a batch, and which group each of its tokens is of."""
         groups, width = self.firings.shape
-        fired = codes.rows * width + codes.latents  # in order already
         place = group[codes.rows] * width + codes.latents
-        for partner, together in zip(self.partner, self.together, strict=True):
-            other = partner[codes.latents]
-            wanted = codes.rows * width + other
-            found = fired[torch.searchsorted(fired, wanted).clamp(max=len(fired) - 1)] if len(fired) else fired
-            hits = place[(other >= 0) & (found == wanted)]
-            together += torch.bincount(hits, minlength=groups * width).view(groups, width).int()
+        for hits, together in zip(paired(codes, self.partner), self.together, strict=True):
+            together += torch.bincount(place[hits], minlength=groups * width).view(groups, width).int()
         self.firings += torch.bincount(place, minlength=groups * width).view(groups, width).int()
         self.tokens += torch.bincount(group, minlength=groups)
 

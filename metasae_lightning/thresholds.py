@@ -27,15 +27,31 @@ def at_matched_l0(subjects: Sequence[Subject], data: Any, rule: Rule, l0: float 
     for subject in subjects:
         if subject not in able:
             log.warning("%s has no thresholds (%s): it stays at its own L0", subject.name, subject.sae.cfg.architecture())
-    fixed = [goal for subject in subjects if subject not in able and (goal := subject.target_l0)]
-    goals = [l0] if l0 else fixed or [goal for subject in able if (goal := subject.target_l0)]
+    goal = goal_of(able, l0, [subject for subject in subjects if subject not in able])
+    samples: list[Tensor] = []
+    return [_set(subject, goal, rule, data, tokens, samples) if subject in able else subject for subject in subjects]
+
+
+def goal_of(able: Sequence[Subject], l0: float | None, fixed: Sequence[Subject] = ()) -> float:
+    """The L0 that SAEs with thresholds are set to: the one named, that of one that cannot move, or the least that any was trained at."""
+    goals = [l0] if l0 else trained_at(fixed) or trained_at(able)
     if able and not goals:
         raise InputError(f"l0: {able[0].place} does not tell what L0 it was trained at: name one, --l0")
+    goal = min(goals, default=0.0)
     for subject in able:
-        if min(goals) > len(subject.W_dec):
-            raise InputError(f"l0: {subject.place} has {len(subject.W_dec)} latents, of which {min(goals):g} cannot be active")
-    samples: list[Tensor] = []
-    return [_set(subject, min(goals), rule, data, tokens, samples) if subject in able else subject for subject in subjects]
+        if goal > len(subject.W_dec):
+            raise InputError(f"l0: {subject.place} has {len(subject.W_dec)} latents, of which {goal:g} cannot be active")
+    return goal
+
+
+def trained_at(subjects: Sequence[Subject]) -> list[float]:
+    """The L0 of those that tell."""
+    return [l0 for subject in subjects if (l0 := subject.target_l0)]
+
+
+def sample(subject: Subject, data: Any, tokens: int) -> list[Tensor]:
+    """Validation activations, batch by batch, where the SAE is."""
+    return [Batch.of(batch).activations.to(subject.sae.device) for batch in held_out(data, "validation", tokens)]
 
 
 def _set(subject: Subject, l0: float, rule: Rule, data: Any, tokens: int, samples: list[Tensor]) -> Subject:
@@ -46,7 +62,7 @@ def _set(subject: Subject, l0: float, rule: Rule, data: Any, tokens: int, sample
     def find() -> dict[str, Tensor]:
         if not samples:
             log.info("thresholds by the rule %r on %s validation tokens", rule, f"{tokens:,}")
-            samples.extend(Batch.of(batch).activations.to(subject.sae.device) for batch in stream)
+            samples.extend(sample(subject, data, tokens))
         found = calibrate(scores, samples, l0, rule)
         told = {"l0": found.l0, "few": found.few, "on": found.tokens}
         return {"threshold": found.threshold, **{name: torch.tensor(value) for name, value in told.items()}}

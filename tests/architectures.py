@@ -48,3 +48,16 @@ def activations(step: int, rows: int = 64, d_in: int = D_IN) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     weights = torch.rand(rows, 32, generator=generator) * (torch.rand(rows, 32, generator=generator) < 0.1)
     return 3 * weights @ directions + 0.05 * torch.randn(rows, d_in, generator=generator) + 0.5
+
+
+class Batches:
+    """So many of them; Lightning takes a list for a list of loaders."""
+
+    def __init__(self, count: int, start: int = 0):
+        self.numbers = range(start, start + count)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Any:
+        return map(activations, self.numbers)

@@ -1,6 +1,5 @@
 """Phi: against another implementation, in tiles, on two ranks, by chance and beyond it."""
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from metasae_lightning import functional
 from metasae_lightning.cofiring import PAIR_BYTES, Phi, PhiSample, by_chance
 from metasae_lightning.errors import InputError
 from metasae_lightning.step import Codes
+from tests.ranks import on_two_ranks
 
 
 def fired(tokens: int, rates: torch.Tensor, seed: int) -> torch.Tensor:
@@ -187,13 +187,7 @@ def test_two_ranks_count_what_one_counts(tmp_path: Path):
     alone = {"phi": seen(dense).compute(), "sample": PhiSample(20)}
     alone["sample"].update(Codes.from_dense(dense))
     alone["sample"] = alone["sample"].compute()
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=on_rank, args=(rank, str(tmp_path))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    on_two_ranks(on_rank, tmp_path)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found == alone

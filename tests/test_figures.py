@@ -1,6 +1,5 @@
 """Pictures for TensorBoard: what is drawn is what the metrics and plain linear algebra say, where the loggers' numbers lie."""
 
-import multiprocessing
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,22 +24,10 @@ from metasae_lightning.joint import JointSAE
 from metasae_lightning.metrics import PhiSample
 from metasae_lightning.penalties import Decomposability
 from metasae_lightning.step import Batch, Codes
-from tests.architectures import activations, config
+from tests.architectures import Batches, config
+from tests.ranks import on_two_ranks
 
 TAGS = {"val/log10_density", "decoder/nearest_cosine", "val/phi_tail", "decoder/spectrum"}
-
-
-class Batches:
-    """So many of them; Lightning takes a list for a list of loaders."""
-
-    def __init__(self, count: int, start: int = 0):
-        self.numbers = range(start, start + count)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __iter__(self) -> Any:
-        return map(activations, self.numbers)
 
 
 HELD_OUT = Batches(5, 500)
@@ -242,13 +229,7 @@ def summary(kept: Kept) -> Any:
 
 
 def test_rank_zero_draws_what_all_ranks_counted(tmp_path: Path):
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=on_rank, args=(rank, str(tmp_path))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    on_two_ranks(on_rank, tmp_path)
     assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [summary(drawn(firings())), None]
 
 

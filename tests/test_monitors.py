@@ -14,7 +14,7 @@ from metasae_lightning.callbacks import HeldOut, PhiMonitor, Throughput
 from metasae_lightning.cofiring import Phi, PhiSample
 from metasae_lightning.penalties import Decomposability
 from metasae_lightning.step import Batch
-from tests.architectures import activations, config
+from tests.architectures import Batches, config
 
 # lightning 2.6 flattens loaders with a check that torch 2.13 deprecates: https://github.com/Lightning-AI/pytorch-lightning, _pytree.py
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -23,19 +23,6 @@ STEPS = 30
 
 def joint() -> JointSAE:
     return JointSAE(config("batchtopk"), config("batchtopk", 8), {"d": Decomposability(0.3)}, n_p=4, n_m=2, dead_after_tokens=256)
-
-
-class Batches:
-    """So many of them; Lightning takes a list for a list of loaders."""
-
-    def __init__(self, count: int, start: int = 0):
-        self.numbers = range(start, start + count)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __iter__(self) -> Any:
-        return map(activations, self.numbers)
 
 
 def fitted(folder: Path, *callbacks: Any, **more: Any) -> tuple[JointSAE, Trainer]:

@@ -1,6 +1,5 @@
 """Known features: the planted data hand out what fired, and recovery is what SAELens makes of the same tokens."""
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from metasae_lightning.callbacks import HeldOut
 from metasae_lightning.errors import InputError
 from metasae_lightning.metrics import FeatureRecovery
 from metasae_lightning.step import Batch, Codes
+from tests.ranks import on_two_ranks
 
 PLANTED = SyntheticModelConfig(num_features=24, hidden_dim=16, firing_probability=ConstantFiringProbabilityConfig(0.1), seed=1)
 
@@ -130,13 +130,7 @@ def on_rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_recover_what_one_recovers(tmp_path: Path):
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=on_rank, args=(rank, str(tmp_path))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    on_two_ranks(on_rank, tmp_path)
     alone = counted(slice(0, 300)).compute()
     assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [alone, alone]
 
