@@ -61,9 +61,8 @@ class Export(Callback):
         hook = getattr(pl_module, "hook", None)
         about = getattr(getattr(trainer, "datamodule", None), "metadata", dict)(*([hook] if hook else []))
         folder = Path(trainer.default_root_dir) / "saes"
-        self._write(
-            "primary", pl_module.primary, folder, {**about, "training_tokens": tokens}, self._samples or self._held_out(trainer, hook)
-        )
+        told = {**about, **started(pl_module.primary), "training_tokens": tokens}
+        self._write("primary", pl_module.primary, folder, told, self._samples or self._held_out(trainer, hook))
         if pl_module.meta is not None:
             rows = functional.unit_rows(pl_module.primary.W_dec.detach()).cpu()
             model = {key: about[key] for key in ("model_name",) if key in about}
@@ -71,7 +70,7 @@ class Export(Callback):
                 "meta",
                 pl_module.meta,
                 folder,
-                {**model, "reads": "unit decoder rows of ../primary, in the space its normaliser leads to"},
+                {**model, **started(pl_module.meta), "reads": "unit decoder rows of ../primary, in the space its normaliser leads to"},
                 [rows],
             )
 
@@ -98,3 +97,9 @@ class Export(Callback):
             rank_zero_info(
                 f"{role}: the running threshold missed L0 {record.target_l0:g}; calibrated to {record.l0:.2f} on {record.tokens:,} rows"
             )
+
+
+def started(learner: Any) -> dict[str, str]:
+    """What an SAE started from, if it was another one."""
+    origin = getattr(learner, "origin", None)
+    return {} if origin is None else {"init_from": origin.place}

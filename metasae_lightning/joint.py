@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -15,6 +15,7 @@ from metasae_lightning import functional
 from metasae_lightning.alternation import meta_steps_after, meta_steps_in
 from metasae_lightning.errors import InputError
 from metasae_lightning.learner import Learner
+from metasae_lightning.origin import Adopted, Origin
 from metasae_lightning.penalties import Critic, Penalty
 from metasae_lightning.saelens import TrainingSAEConfig
 from metasae_lightning.schedules import WarmupDecay, warm_up
@@ -50,6 +51,8 @@ class JointSAE(LightningModule):
         meta_dead_after_steps: A meta latent silent for so many meta steps, times the decoder's rows, is dead.
         seed: Seed of both SAEs' initial weights.
         hook: Which of the data's hooks this one reads, where they give several.
+        init_from: An SAE whose weights the primary starts from: a run, a SAELens folder, or RELEASE:ID on the Hub.
+        meta_init_from: The same for the meta SAE.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class JointSAE(LightningModule):
         meta_dead_after_steps: int = 5,
         seed: int = 0,
         hook: str | None = None,
+        init_from: Origin | str | None = None,
+        meta_init_from: Origin | str | None = None,
     ) -> None:
         super().__init__()
         self.hook = hook
@@ -84,13 +89,15 @@ class JointSAE(LightningModule):
             raise InputError(f"clip_grad_norm must be more than 0, or none, got {clip_grad_norm}")
         self.n_p, self.n_m = n_p, n_m
         shared: dict[str, Any] = {"decoder_rows": decoder_rows, "clip_grad_norm": clip_grad_norm}
-        self.primary = Learner(
-            primary, role="primary", seed=seed, b_dec_init=b_dec_init, dead_after=dead_after_tokens, micro_batches=micro_batches, **shared
-        )
+        own: dict[str, Any] = {"b_dec_init": b_dec_init, "micro_batches": micro_batches, "origin": _origin(init_from)}
+        self.primary = Learner(primary, role="primary", seed=seed, dead_after=dead_after_tokens, **own, **shared)
         self.meta: Learner | None = None
+        if meta is None and meta_init_from is not None:
+            raise InputError("meta_init_from: there is no meta SAE: set model.meta")
         if meta is not None:
             window = meta_dead_after_steps * primary.d_sae
-            self.meta = Learner(meta, role="meta", seed=seed + 1, b_dec_init="zeros", dead_after=window, **shared)
+            more: dict[str, Any] = {"b_dec_init": "zeros", "origin": _origin(meta_init_from)}
+            self.meta = Learner(meta, role="meta", seed=seed + 1, dead_after=window, **more, **shared)
         self._optimizer_callables = {"primary": primary_optimizer, "meta": meta_optimizer}
         self._scheduler_callables = {"primary": primary_scheduler, "meta": meta_scheduler}
         self._schedules: dict[str, LRScheduler] = {}
@@ -99,9 +106,9 @@ class JointSAE(LightningModule):
         self, batch: Batch, primary_optimizer: Optimizer, meta_optimizer: Optimizer | None = None, *, last: bool = False
     ) -> StepOutput:
         """One primary step and, where it ends a macro-step, the meta phase: the algorithm."""
-        self.primary.initialize(batch.activations)
+        _tell(self.primary.initialize(batch.activations), "primary")
         if self.meta is not None:  # before it first judges
-            self.meta.initialize(functional.unit_rows(self.primary.W_dec.detach()))
+            _tell(self.meta.initialize(functional.unit_rows(self.primary.W_dec.detach())), "meta")
         penalty, values = self._penalties()
         seen, reading = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, added=penalty)
         self._advance("primary")
@@ -182,6 +189,15 @@ class JointSAE(LightningModule):
         for _, penalty in self._named_penalties():
             penalty.setup(self.trainer)
 
+    def on_fit_start(self) -> None:
+        """Have what is wrong with an SAE to start from said before the run begins; one that goes on does not need it."""
+        tell = getattr(getattr(self.trainer, "datamodule", None), "metadata", None)
+        for learner in filter(None, (self.primary, self.meta)):
+            if learner.origin is not None and not learner.initialized:
+                learner.origin.open(learner.role, learner.sae.cfg)
+                if learner is self.primary and tell is not None:
+                    learner.origin.check(tell(*([self.hook] if self.hook else [])))
+
     def configure_optimizers(self) -> Any:
         """One optimiser, and one schedule where given, for each SAE."""
         steps = self.trainer.estimated_stepping_batches
@@ -239,6 +255,15 @@ def _check_roles(
         raise InputError(f"meta.d_in must be the primary's d_in, since it reads decoder rows: got {meta.d_in}, set d_in: {primary.d_in}")
     if meta is not None and not penalties:
         rank_zero_warn("a meta SAE without penalties trains along and changes nothing: set model.penalties, or meta: null for a solo SAE")
+
+
+def _origin(given: Origin | str | None) -> Origin | None:
+    return Origin(given) if isinstance(given, str) else given
+
+
+def _tell(adopted: Adopted | None, role: str) -> None:
+    if adopted is not None:
+        rank_zero_info(f"{role} {adopted}")
 
 
 def _check_trainer(trainer: Any) -> None:

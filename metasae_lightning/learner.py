@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from metasae_lightning import functional, saelens
 from metasae_lightning.normalizers import normalizer_of
+from metasae_lightning.origin import Adopted, Origin
 from metasae_lightning.saelens import TrainingSAEConfig
 from metasae_lightning.step import Codes, Reading
 
@@ -48,6 +49,8 @@ class Learner(nn.Module):
     """Rows trained on."""
     initialized: Tensor
     """Whether the statistics that come from data are there."""
+    measured_k: Tensor
+    """The k that an SAE to start from had, where that is asked for; 0 before."""
 
     def __init__(
         self,
@@ -60,8 +63,10 @@ class Learner(nn.Module):
         dead_after: int,
         micro_batches: int = 1,
         clip_grad_norm: float | None = None,
+        origin: Origin | None = None,
     ) -> None:
         super().__init__()
+        self.role, self.origin = role, origin
         self.sae = saelens.build(cfg, role=role, seed=seed)
         self.normalizer = normalizer_of(cfg.normalize_activations, cfg.d_in)
         self.decoder_rows, self.b_dec_init, self.dead_after = decoder_rows, b_dec_init, dead_after
@@ -70,6 +75,9 @@ class Learner(nn.Module):
         for name in ("steps", "updates", "rows_seen"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        if origin is not None and origin.measured_k:
+            self.register_buffer("measured_k", torch.zeros((), dtype=torch.float64))
+            self.register_load_state_dict_post_hook(lambda *_: self._take_k())
         self._renormalize()
 
     @property
@@ -83,17 +91,40 @@ class Learner(nn.Module):
         return self.silent_for >= self.dead_after
 
     @torch.no_grad()
-    def initialize(self, x: Float[Tensor, "rows d_in"]) -> None:
-        """Take from the first rows what comes from data: the normaliser's statistics and the decoder bias. Once."""
+    def initialize(self, x: Float[Tensor, "rows d_in"]) -> Adopted | None:
+        """Take from the first rows what comes from data: the normaliser's statistics, the decoder bias or another SAE's weights. Once."""
         if self.initialized:
-            return
+            return None
         self.normalizer.fit(x)
         z, _ = self.normalizer.normalize(x)
-        if self.b_dec_init == "mean":
+        adopted = None
+        if self.origin is not None:
+            adopted = self._adopt(self.origin, x, z)
+        elif self.b_dec_init == "mean":
             self.sae.b_dec.copy_(z.mean(0))
         elif self.b_dec_init == "geometric_median":
             self.sae.b_dec.copy_(functional.geometric_median(z))
         self.initialized.fill_(True)
+        return adopted
+
+    def _adopt(self, origin: Origin, x: Tensor, z: Tensor) -> Adopted:
+        """The weights of the SAE to start from, measured before and after on these rows."""
+        source = origin.open(self.role, self.sae.cfg)
+        source.to(device=str(x.device), dtype=torch.float32)
+        l0, fvu = saelens.measure(source, x.float().split(1024))
+        lost = saelens.adopt(source, self.sae, self.normalizer, z, unit_rows=self.decoder_rows == "unit")
+        origin.close()
+        if origin.measured_k:
+            self.measured_k.fill_(l0)
+            self._take_k()
+        codes, rebuilt = self.read(x)
+        kinds = source.cfg.architecture(), self.sae.cfg.architecture()
+        return Adopted(origin.place, kinds, (l0, codes.l0), (fvu, functional.fvu(x, rebuilt).item()), len(x), lost)
+
+    def _take_k(self) -> None:
+        """Have the SAE rank by the k that was measured."""
+        if self.measured_k > 0:
+            saelens.set_k(self.sae, self.measured_k.item())
 
     def learn(
         self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, added: Tensor | None = None

@@ -19,6 +19,11 @@ Undo = tuple[Tensor, Tensor]
 class Normalizer(nn.Module, ABC):
     """Raw activations to an SAE's space and back."""
 
+    per_token: str | None = None
+    """SAELens's name for what is done to each token apart, which inference repeats; none for an affine map, which weights take up."""
+    shifts: bool = False
+    """Whether an affine map moves the origin."""
+
     def fit(self, x: Float[Tensor, "batch d_in"]) -> None:
         """Estimate what is needed from a sample; per-token normalisers need nothing."""
 
@@ -34,6 +39,9 @@ class Normalizer(nn.Module, ABC):
     @abstractmethod
     def fold(self, sae: Any) -> None:
         """Make a SAELens SAE that lived in normalised space work on raw activations, in place."""
+
+    def unfold(self, weights: dict[str, Tensor]) -> None:
+        """The way back: weights for raw activations as those for normalised ones; where it `shifts`, the encoder must subtract `b_dec`."""
 
 
 @final
@@ -52,6 +60,8 @@ class Identity(Normalizer):
 class LayerNorm(Normalizer):
     """`layer_norm`: each token centred and divided by its standard deviation, as SAELens does it at inference."""
 
+    per_token = "layer_norm"
+
     def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
         """See the class."""
         mean = x.mean(-1, keepdim=True)
@@ -67,6 +77,8 @@ class LayerNorm(Normalizer):
 @final
 class ConstantNorm(Normalizer):
     """`constant_norm_rescale`: each token scaled to norm `sqrt(d_in)`."""
+
+    per_token = "constant_norm_rescale"
 
     def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
         """See the class."""
@@ -101,10 +113,20 @@ class ExpectedAverage(Normalizer):
         """Into the weights, by SAELens's own method."""
         sae.fold_activation_norm_scaling_factor(self.factor.item())
 
+    def unfold(self, weights: dict[str, Tensor]) -> None:
+        """`x = z / factor`."""
+        factor = self.factor.item()
+        weights["W_dec"] *= factor
+        weights["b_dec"] *= factor
+        if "W_enc" in weights:
+            weights["W_enc"] /= factor
+
 
 @final
 class Whitening(Normalizer):
     """`covariance_whitening`: mean zero and identity covariance (arXiv 2511.13981), estimated on the sample."""
+
+    shifts = True
 
     mean: Tensor
     matrix: Tensor
@@ -141,6 +163,14 @@ class Whitening(Normalizer):
     def fold(self, sae: Any) -> None:
         """Into the weights, by SAELens's own method."""
         sae.fold_activation_whitening(mean=self.mean, whitening_matrix=self.matrix, unwhitening_matrix=self.inverse)
+
+    def unfold(self, weights: dict[str, Tensor]) -> None:
+        """`x = z M^-1 + mean`."""
+        if "W_enc" not in weights:
+            raise InputError("covariance_whitening: a decoder that is its own encoder cannot be whitened")
+        weights["W_enc"].copy_(self.inverse @ weights["W_enc"].double())
+        weights["W_dec"].copy_(weights["W_dec"].double() @ self.matrix)
+        weights["b_dec"].copy_((weights["b_dec"].double() - self.mean) @ self.matrix)
 
 
 def normalizer_of(name: str, d_in: int) -> Normalizer:

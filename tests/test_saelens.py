@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAE
+from sae_lens.registry import get_sae_training_class
 from safetensors.torch import load_file
 
 from metasae_lightning import functional, saelens
@@ -151,7 +152,7 @@ def test_saelens_layer_norm_aux_loss_would_have_raised():
     """Why normalisers live outside: SAELens's TopK refuses its auxiliary loss under layer_norm as soon as a latent is dead."""
     module = trained("batchtopk", normalize_activations="layer_norm", d_sae=400)
     assert module.primary.dead.any()
-    inside = saelens.get_sae_training_class("batchtopk")[0](config("batchtopk", normalize_activations="layer_norm"))
+    inside = get_sae_training_class("batchtopk")[0](config("batchtopk", normalize_activations="layer_norm"))
     with pytest.raises(ValueError, match="does not support activation normalization"):
         saelens.forward(inside, activations(0), dead=torch.ones(48, dtype=torch.bool), step=0)
 

@@ -1,0 +1,26 @@
+"""The one door to SAELens: build a training SAE, run it, start it from a published one, save it and publish it."""
+
+from sae_lens import BatchTopKTrainingSAEConfig, TrainingSAE, TrainingSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+
+from metasae_lightning.saelens.conversion import adopt
+from metasae_lightning.saelens.export import ExportRecord, export
+from metasae_lightning.saelens.inference import load_pretrained, measure, pre_activations, set_thresholds
+from metasae_lightning.saelens.training import build, forward, set_k
+
+__all__ = [
+    "BatchTopKTrainingSAEConfig",
+    "ExportRecord",
+    "SAEMetadata",
+    "TrainingSAE",
+    "TrainingSAEConfig",
+    "adopt",
+    "build",
+    "export",
+    "forward",
+    "load_pretrained",
+    "measure",
+    "pre_activations",
+    "set_k",
+    "set_thresholds",
+]

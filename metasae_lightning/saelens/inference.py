@@ -1,0 +1,99 @@
+"""SAELens's inference SAEs: read from folders and from the Hub, and their thresholds written."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from metasae_lightning import functional
+from metasae_lightning.errors import InputError
+
+PreActivations = Callable[[Tensor], Float[Tensor, "batch d_sae"]]
+
+
+def pre_activations(sae: Any) -> PreActivations | None:
+    """What an inference SAE compares with its thresholds, a function of raw activations; none where it has no thresholds."""
+    if not isinstance(getattr(sae, "threshold", None), Tensor):
+        return None
+    return lambda x: sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
+
+
+def load_pretrained(place: str | Path, *, device: str | torch.device = "cpu") -> SAE[Any]:
+    """A SAELens SAE for inference: from a folder, or by `RELEASE:ID` or `OWNER/REPOSITORY:ID` from the Hub."""
+    name = str(place)
+    try:
+        if Path(name).is_dir():
+            sae: Any = SAE.load_from_disk(name, device=str(device))
+        else:
+            release, _, sae_id = name.partition(":")
+            if not sae_id:
+                raise InputError(f"{name!r} is no folder, and no SAE on the Hub: that would be RELEASE:ID")
+            sae = SAE.from_pretrained(release, sae_id, device=str(device))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{name!r} cannot be loaded as a SAELens SAE: {' '.join(str(error).split())[:300] or type(error).__name__}"
+        ) from error
+    if hasattr(sae.cfg, "d_out"):
+        raise InputError(f"{name!r} is a transcoder, which does not rebuild what it reads")
+    if sae.cfg.normalize_activations in ("expected_average_only_in", "constant_scalar_rescale", "covariance_whitening"):
+        scale = f"normalize_activations: {sae.cfg.normalize_activations}"
+        raise InputError(f"{name!r} takes activations that were scaled by a factor it does not hold ({scale}): fold it in first")
+    if broken := [key for key, tensor in sae.state_dict().items() if not tensor.isfinite().all()]:
+        raise InputError(f"{name!r} holds numbers that are none (NaN or infinite) in {', '.join(broken)}")
+    if getattr(sae, "hook_z_reshaping_mode", False):  # heads come flattened here
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    return sae.eval().requires_grad_(False)
+
+
+def set_thresholds(folder: str | Path, threshold: Float[Tensor, " d_sae"], metadata: Mapping[str, Any]) -> None:
+    """Write thresholds into a SAELens folder, and what is to be said of them into its record; the folder changes whole or not at all."""
+    folder = Path(folder)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        shutil.copytree(folder, draft)
+        weights = load_file(draft / SAE_WEIGHTS_FILENAME)
+        weights["threshold"] = threshold.to(weights["threshold"])
+        save_file(weights, draft / SAE_WEIGHTS_FILENAME)
+        record = json.loads((draft / SAE_CFG_FILENAME).read_text())
+        record["metadata"] = {**record.get("metadata", {}), **metadata}
+        (draft / SAE_CFG_FILENAME).write_text(json.dumps(record))
+        put(draft, folder)
+    except OSError as error:
+        raise InputError(f"cannot write the SAE folder {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@torch.no_grad()
+def measure(sae: SAE[Any], samples: Sequence[Tensor]) -> tuple[float, float]:
+    """L0 and FVU over all samples of raw activations, from global sums."""
+    active, sums = 0, None
+    for x in samples:
+        codes = sae.encode(x)
+        active += int(codes.count_nonzero())
+        added = functional.reconstruction_sums(x, sae.decode(codes))
+        sums = added if sums is None else tuple(a + b for a, b in zip(sums, added, strict=True))
+    assert sums is not None
+    return active / sum(len(x) for x in samples), functional.fvu_of_sums(sums).item()  # pyright: ignore[reportArgumentType]
+
+
+def put(draft: Path, folder: Path) -> None:
+    """Put the finished draft where an older folder may stand."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
