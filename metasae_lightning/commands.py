@@ -1,4 +1,4 @@
-"""The commands that measure what is there: `test` on runs and SAEs, `calibrate`, `compare`."""
+"""The commands on what is there: `test` on runs and SAEs, `calibrate`, `compare`, `publish`."""
 
 import json
 import logging
@@ -6,30 +6,28 @@ import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from lightning import LightningDataModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from metasae_lightning import report, saelens
+from metasae_lightning.arguments import PLACES, check_same_data, data_for, opened, parsed, parser_of, plain_parser, settings_of, tree_of
 from metasae_lightning.calibration import calibrate as thresholds
 from metasae_lightning.callbacks.summary import finite, keep
 from metasae_lightning.comparison import compare as compared
-from metasae_lightning.complaints import complaint
 from metasae_lightning.contexts import top_contexts
 from metasae_lightning.data import ActivationsDataModule
+from metasae_lightning.destinations import HUB, destination
 from metasae_lightning.errors import InputError
-from metasae_lightning.evaluation import Evaluation, Settings, evaluate
-from metasae_lightning.subjects import Subject, check_same_activations, corpus_of, device_of, model_of, only_hook, subject
+from metasae_lightning.evaluation import Evaluation, evaluate
+from metasae_lightning.publication import publish as published
+from metasae_lightning.subjects import Subject, device_of, only_hook
 from metasae_lightning.thresholds import goal_of, sample
 
-PLACES = "Runs, SAELens folders, or SAEs on the Hub as RELEASE:ID."
+log = logging.getLogger(__name__)
+
 ELSEWHERE = (
     "With -c RECIPE and --ckpt_path CHECKPOINT, `metasae test` is Lightning's own test of a checkpoint, by the callbacks of its recipe."
 )
@@ -111,7 +109,40 @@ def calibrate(args: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"test": test, "calibrate": calibrate, "compare": compare}
+def publish(args: Sequence[str]) -> int:
+    """Publish a run's SAEs."""
+    parser = plain_parser("publish", "A run's SAEs in a folder or on the Hub, with a page, once they were loaded back and measured again.")
+    parser.add_argument("run", type=str, help="The run.")
+    parser.add_argument("dest", type=str, help=f"A folder, or {HUB}OWNER/NAME; several SAEs can go into one.")
+    parser.add_argument("--id", type=str | None, default=None, help="What the SAE is called there; none is its hook's name.")
+    parser.add_argument("--replace", type=bool, default=False, help="Replace what is there under that id.")
+    parser.add_argument("--private", type=bool | None, default=None, help="Whether a repository that is made is private.")
+    parser.add_argument("--revision", type=str | None, default=None, help="The repository's branch, made where there is none.")
+    parser.add_argument("--tokens", type=int, default=32_768, help="Validation tokens that the SAE is measured on.")
+    parser.add_argument(
+        "--model_name", type=str | None, default=None, help="The model's name for others, where the run's is a local folder."
+    )
+    parser.add_argument("--dataset_path", type=str | None, default=None, help="The same for the text.")
+    parser.add_argument("--data", type=str | None, default=None, help="Recipe whose data are read; none is the run's own.")
+    parser.add_argument("--device", type=str | None, default=None, help="Where the language model and the SAE are; none is the recipe's.")
+    given = parsed(parser, args)
+    dest = destination(given.dest, private=given.private, revision=given.revision)
+    (one,) = opened([given.run], None)
+    if not one.run:
+        raise InputError(f"{given.run} is no run: its recipe and what it was measured on are published along")
+    named = {key: given[key] for key in ("model_name", "dataset_path") if given[key]}
+    for key in ("model_name", "dataset_path"):
+        if Path(str(value := one.metadata.get(key) or "")).is_absolute() and key not in named:
+            log.warning("%s is %s, which others do not have: say what it is to them, --%s NAME", key, value, key)
+    recipe, about = tree_of(Path(one.place) / "config.yaml"), {"name": given.id, "tokens": given.tokens, "replace": given.replace}
+    place, record = published(one, data_for(one, given), dest, recipe, overrides=named, **about)
+    found = record["measured"]
+    Console().print(f"{record['id']}: FVU {found['fvu']:.4f}, L0 {found['l0']:.2f} on {found['tokens']:,} validation tokens")
+    Console().print(f"published: {place}", soft_wrap=True)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"test": test, "calibrate": calibrate, "compare": compare, "publish": publish}
 
 
 def run(args: Sequence[str]) -> int:
@@ -126,18 +157,6 @@ def is_ours(args: Sequence[str]) -> bool:
     return bool(args) and args[0] in COMMANDS and not (args[0] == "test" and lightnings)
 
 
-def parser_of(name: str, description: str) -> ArgumentParser:
-    """A command's parser, with what all of them take."""
-    parser = ArgumentParser(prog=f"metasae {name}", description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(Settings, as_group=True)
-    parser.add_argument(
-        "--data", type=str | None, default=None, help="Recipe or run's config.yaml whose data are read; none is the first SAE's own."
-    )
-    parser.add_argument("--device", type=str | None, default=None, help="Where the language model and the SAEs are; none is the recipe's.")
-    parser.add_argument("--out", type=str | None, default=None, help="Where results go; none is the run, or under runs/.")
-    return parser
-
-
 @contextmanager
 def telling() -> Generator[None, None, None]:
     """Say on stderr what is being done."""
@@ -150,87 +169,6 @@ def telling() -> Generator[None, None, None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-
-
-def parsed(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
-    """The arguments; what is wrong with them in one line."""
-    try:
-        return parser.parse_args(list(args))
-    except ArgumentError as error:
-        raise InputError(complaint(error, parser.get_defaults().keys())) from error
-
-
-def settings_of(given: Namespace) -> Settings:
-    """What is measured."""
-    return Settings(**{field.name: given[field.name] for field in fields(Settings)})
-
-
-def opened(places: Sequence[str], out: str | None) -> list[Subject]:
-    """The SAEs of these places, each under a name of its own."""
-    if out is not None and len(places) > 1:
-        raise InputError("out: several SAEs' results go into their own folders")
-    subjects = [subject(place, out=out) for place in places]
-    names = [one.name for one in subjects]
-    subjects = [one if names.count(one.name) == 1 else replace(one, name=one.place) for one in subjects]
-    check_same_activations(subjects)
-    return subjects
-
-
-def data_for(one: Subject, given: Namespace) -> Any:
-    """The data that a recipe names, or a run was made on, or an SAE says it was."""
-    if given.data is not None or one.run:
-        data = data_of(Path(given.data) if given.data is not None else Path(one.place) / "config.yaml")
-    else:
-        told = one.metadata
-        skip = (told.get("seqpos_slice") or [0])[0] or 0
-        sizes: dict[str, Any] = {"context_size": told.get("context_size") or 128, "prepend_bos": told.get("prepend_bos", True)}
-        sizes |= {"held_out": told.get("held_out") or 0.05, "max_norm_ratio": told.get("max_norm_ratio")}
-        data = ActivationsDataModule(model_of(one), corpus_of(one), tokens=4096, skip_positions=skip, **sizes)
-    if given.device is not None and isinstance(data, ActivationsDataModule):
-        data.language_model.place(device(given.device))
-    return data
-
-
-def check_same_data(subjects: Sequence[Subject], given: Namespace) -> None:
-    """What one run holds out another may have been trained on."""
-    runs = [one for one in subjects if one.run]
-    if given.data is not None or len(runs) < 2:
-        return
-    first, *others = (tree_of(Path(one.place) / "config.yaml")["data"].get("init_args", {}) for one in runs)
-    for one, other in zip(runs[1:], others, strict=True):
-        for key in ("corpus", "held_out", "skip_positions", "max_norm_ratio", "context_size", "prepend_bos", "cross_document_attention"):
-            if first.get(key) != other.get(key):
-                said = f"{key} is {first.get(key)} and {other.get(key)}"
-                raise InputError(
-                    f"{runs[0].place} and {one.place} were made on other data ({said}): say which to measure on, --data RECIPE.yaml"
-                )
-
-
-def device(name: str) -> str:
-    """A device that is there."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: {name!r} is not there: {str(error).splitlines()[0]}") from error
-    return name
-
-
-def data_of(path: Path) -> Any:
-    """The data module of a recipe or of a run's config."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningDataModule, "data")
-    return parser.instantiate_classes(parser.parse_object({"data": tree_of(path)["data"]}))["data"]
-
-
-def tree_of(path: Path) -> dict[str, Any]:
-    """A recipe as it is written."""
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict) or not isinstance(tree.get("data"), dict):
-        raise InputError(f"{path} is no recipe: it has no data")
-    return tree
 
 
 def active(one: Subject, samples: Sequence[Any]) -> float:

@@ -124,6 +124,7 @@ def measured(seen: Observation, lost: Spliced | None, settings: Settings) -> dic
     return {
         **{"sae": subject.place, "architecture": subject.sae.cfg.architecture(), "d_sae": len(subject.W_dec), **subject.decoder_identity},
         **{
+            "weights": subject.identity["sae"],
             "rule": subject.rule or {"rule": "stored"},
             "figures": figures,
             "intervals": intervals(seen, lost, figures["phi"]["excess"], settings),

@@ -50,7 +50,9 @@ DOWN = {
     "metrics": "cofiring critic splice functional step errors",
     "synthetic": "step errors",
     "calibration": "sparse functional step errors",
-    "saelens": "saelens sparse calibration normalizers schedules functional step errors",
+    "destinations": "errors",
+    "card": "",
+    "saelens": "saelens destinations sparse calibration normalizers schedules functional step errors",
     "origin": "saelens errors",
     "learner": "origin saelens normalizers schedules functional step errors",
     "tokens": "producer batching corpora errors",
@@ -67,6 +69,8 @@ DOWN = {
     "evaluation": "thresholds observation subjects passages resampling critic metrics splice errors",
     "comparison": "evaluation observation matching resampling cofiring functional errors",
     "contexts": "observation",
+    "publication": "card destinations evaluation subjects thresholds saelens functional errors",
+    "arguments": "evaluation subjects data complaints errors",
     "cache": "batching corpora errors",
     "cached": "activations cache stream rows shuffle batching corpora errors",
     "planted": "synthetic corpora",
@@ -81,7 +85,10 @@ DOWN = {
     "__init__": ANY,
 }
 # The only rooms that may name these libraries.
-DOORS = {"sae_lens": {"saelens", "lm", "synthetic"}, "lightning": {"joint", "arms", "data", "planted", "callbacks", "commands", "cli"}}
+DOORS = {
+    "sae_lens": {"saelens", "lm", "synthetic"},
+    "lightning": {"joint", "arms", "data", "planted", "callbacks", "arguments", "commands", "cli"},
+}
 PURE = {"functional", "sparse", "step", "alternation", "schedules", "shuffle", "batching"}
 PURE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "jaxtyping", OURS}
 

@@ -15,7 +15,10 @@ from metasae_lightning.cli import main
 from metasae_lightning.origin import disagreements, official
 from tests.judged import D_IN, HOOK, recipe, sae
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{what}") for what in (".*LeafSpec.*:FutureWarning", "The dirpath has changed")]
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{what}")
+    for what in (".*LeafSpec.*:FutureWarning", "The dirpath has changed", "Using ModelCheckpoint with manual")
+]
 WEIGHTS = "saes/primary/sae_weights.safetensors"
 
 

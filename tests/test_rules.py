@@ -40,7 +40,7 @@ def l0(sae: Any, batches: list[torch.Tensor]) -> float:
 
 def test_rules_hold_on_fresh_tokens_of_a_real_model(tmp_path: Path):
     model = HuggingFaceLM("smollm2-135m-instruct", "blocks.15.hook_resid_post", device="cpu")
-    sizes = {"tokens": 256 * STEPS[-1], "batch_size": 256, "buffer_size": 16_384, "validation_tokens": 65_536, "test_tokens": 65_536}
+    sizes = {"tokens": 256 * STEPS[-1], "batch_size": 256, "buffer_size": 16_384, "validation_tokens": 131_072, "test_tokens": 131_072}
     data = ActivationsDataModule(model, PythonDocs(), held_out=0.05, skip_positions=2, max_norm_ratio=10, **sizes)
     data.setup()
     samples, fresh = ([Batch.of(b).activations for b in loader] for loader in (data.val_dataloader(), data.test_dataloader()))
@@ -51,9 +51,11 @@ def test_rules_hold_on_fresh_tokens_of_a_real_model(tmp_path: Path):
         module, datamodule=data
     )
     for steps in STEPS:
-        found = l0(SAE.load_from_disk(tmp_path / str(steps)), fresh)
-        print(f"global, {steps} steps: L0 {found:.2f} on {sum(map(len, fresh)):,} fresh tokens")
-        assert found == pytest.approx(K, rel=0.02)
+        sae = SAE.load_from_disk(tmp_path / str(steps))
+        known, found = l0(sae, samples), l0(sae, fresh)
+        print(f"global, {steps} steps: L0 {known:.3f} on the sample, {found:.2f} on {sum(map(len, fresh)):,} fresh tokens")
+        # What other documents do beyond that is theirs: one threshold for all latents knows nothing of how often each should fire.
+        assert known == pytest.approx(K, rel=0.01) and found == pytest.approx(K, rel=0.04)
     one: Any = SAE.load_from_disk(tmp_path / str(STEPS[-1]))
     scores = saelens.pre_activations(one)
     assert scores is not None

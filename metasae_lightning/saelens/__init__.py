@@ -6,6 +6,7 @@ from sae_lens.saes.sae import SAEMetadata
 from metasae_lightning.saelens.conversion import adopt
 from metasae_lightning.saelens.export import ExportRecord, export
 from metasae_lightning.saelens.inference import load_pretrained, measure, pre_activations, set_thresholds
+from metasae_lightning.saelens.publish import publish, stage
 from metasae_lightning.saelens.training import build, forward, set_k
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "load_pretrained",
     "measure",
     "pre_activations",
+    "publish",
     "set_k",
     "set_thresholds",
+    "stage",
 ]

@@ -1,0 +1,117 @@
+"""What the measuring commands are given: SAEs by their places, the data to read, the settings."""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning import LightningDataModule
+
+from metasae_lightning.complaints import complaint
+from metasae_lightning.data import ActivationsDataModule
+from metasae_lightning.errors import InputError
+from metasae_lightning.evaluation import Settings
+from metasae_lightning.subjects import Subject, check_same_activations, corpus_of, model_of, subject
+
+PLACES = "Runs, SAELens folders, or SAEs on the Hub as RELEASE:ID."
+
+
+def parser_of(name: str, description: str) -> ArgumentParser:
+    """A command's parser, with what all of them take."""
+    parser = plain_parser(name, description)
+    parser.add_class_arguments(Settings, as_group=True)
+    parser.add_argument(
+        "--data", type=str | None, default=None, help="Recipe or run's config.yaml whose data are read; none is the first SAE's own."
+    )
+    parser.add_argument("--device", type=str | None, default=None, help="Where the language model and the SAEs are; none is the recipe's.")
+    parser.add_argument("--out", type=str | None, default=None, help="Where results go; none is the run, or under runs/.")
+    return parser
+
+
+def plain_parser(name: str, description: str) -> ArgumentParser:
+    """A parser whose complaints are lines of ours."""
+    return ArgumentParser(prog=f"metasae {name}", description=description, exit_on_error=False, allow_abbrev=False)
+
+
+def parsed(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
+    """The arguments; what is wrong with them in one line."""
+    try:
+        return parser.parse_args(list(args))
+    except ArgumentError as error:
+        raise InputError(complaint(error, parser.get_defaults().keys())) from error
+
+
+def settings_of(given: Namespace) -> Settings:
+    """What is measured."""
+    return Settings(**{field.name: given[field.name] for field in fields(Settings)})
+
+
+def opened(places: Sequence[str], out: str | None) -> list[Subject]:
+    """The SAEs of these places, each under a name of its own."""
+    if out is not None and len(places) > 1:
+        raise InputError("out: several SAEs' results go into their own folders")
+    subjects = [subject(place, out=out) for place in places]
+    names = [one.name for one in subjects]
+    subjects = [one if names.count(one.name) == 1 else replace(one, name=one.place) for one in subjects]
+    check_same_activations(subjects)
+    return subjects
+
+
+def data_for(one: Subject, given: Namespace) -> Any:
+    """The data that a recipe names, or a run was made on, or an SAE says it was."""
+    if given.data is not None or one.run:
+        data = data_of(Path(given.data) if given.data is not None else Path(one.place) / "config.yaml")
+    else:
+        told = one.metadata
+        skip = (told.get("seqpos_slice") or [0])[0] or 0
+        sizes: dict[str, Any] = {"context_size": told.get("context_size") or 128, "prepend_bos": told.get("prepend_bos", True)}
+        sizes |= {"held_out": told.get("held_out") or 0.05, "max_norm_ratio": told.get("max_norm_ratio")}
+        data = ActivationsDataModule(model_of(one), corpus_of(one), tokens=4096, skip_positions=skip, **sizes)
+    if given.device is not None and isinstance(data, ActivationsDataModule):
+        data.language_model.place(device(given.device))
+    return data
+
+
+def check_same_data(subjects: Sequence[Subject], given: Namespace) -> None:
+    """What one run holds out another may have been trained on."""
+    runs = [one for one in subjects if one.run]
+    if given.data is not None or len(runs) < 2:
+        return
+    first, *others = (tree_of(Path(one.place) / "config.yaml")["data"].get("init_args", {}) for one in runs)
+    for one, other in zip(runs[1:], others, strict=True):
+        for key in ("corpus", "held_out", "skip_positions", "max_norm_ratio", "context_size", "prepend_bos", "cross_document_attention"):
+            if first.get(key) != other.get(key):
+                said = f"{key} is {first.get(key)} and {other.get(key)}"
+                raise InputError(
+                    f"{runs[0].place} and {one.place} were made on other data ({said}): say which to measure on, --data RECIPE.yaml"
+                )
+
+
+def device(name: str) -> str:
+    """A device that is there."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device: {name!r} is not there: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def data_of(path: Path) -> Any:
+    """The data module of a recipe or of a run's config."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    return parser.instantiate_classes(parser.parse_object({"data": tree_of(path)["data"]}))["data"]
+
+
+def tree_of(path: Path) -> dict[str, Any]:
+    """A recipe as it is written."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("data"), dict):
+        raise InputError(f"{path} is no recipe: it has no data")
+    return tree

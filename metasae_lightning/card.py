@@ -1,0 +1,141 @@
+"""A repository's page: what its SAEs are, how to load them, what was measured and what that is worth. Text from records, and no more."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+BEGIN, END = "<!-- metasae-lightning: begin -->", "<!-- metasae-lightning: end -->"
+LOAD = """```python
+from sae_lens import SAE
+
+sae = SAE.from_pretrained("{repository}", "{id}")
+```"""
+LOAD_FOLDER = """```python
+from sae_lens import SAE
+
+sae = SAE.load_from_disk("{id}")  # in this folder
+```"""
+FIGURES = (
+    ("reconstruction", "fvu", "variance unexplained (FVU)"),
+    ("reconstruction", "l0", "latents active on a token (L0)"),
+    ("latents", "dead", "latents that never fired"),
+    ("splice", "ce_clean", "cross entropy of the model"),
+    ("splice", "ce_sae", "with the SAE in it"),
+    ("splice", "recovered_zero", "of the loss that zeros cost, recovered"),
+    ("phi", "mean_abs", "mean abs phi of two latents"),
+    ("phi", "floor", "of that, by chance"),
+    ("decoder", "nearest_mean", "cosine of a decoder row and its nearest"),
+    ("critic", "fve", "of the decoder, explained by fresh critics"),
+    ("critic", "random", "of random rows"),
+)
+
+
+def page(records: Sequence[Mapping[str, Any]], repository: str | None, before: str = "") -> str:
+    """The whole page; what others wrote on it before stays."""
+    ours = "\n".join([BEGIN, "", *(line for record in records for line in section(record, repository)), END, ""])
+    if BEGIN in before and END in before:
+        head, _, rest = before.partition(BEGIN)
+        return head + ours.rstrip("\n") + rest.partition(END)[2]
+    return (before.rstrip() + "\n\n" if before.strip() else front(records)) + ours
+
+
+def front(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the Hub reads of a page."""
+    models = sorted(
+        {record["model"] for record in records if record["model"].count("/") == 1 and not record["model"].startswith((".", "/"))}
+    )
+    told = {"library_name": "saelens", "tags": ["sparse-autoencoder", "saelens", "metasae-lightning", "mechanistic-interpretability"]}
+    told |= {"base_model": models} if models else {}
+    return f"---\n{yaml.safe_dump(told, sort_keys=False)}---\n\n# Sparse autoencoders\n\n"
+
+
+def section(record: Mapping[str, Any], repository: str | None) -> list[str]:
+    """One SAE and its meta SAE."""
+    load = (LOAD if repository else LOAD_FOLDER).format(repository=repository, id=record["id"])
+    return [
+        f"## {record['id']}",
+        "",
+        *(f"{sentence}\n" for sentence in sentences(record)),
+        load,
+        "",
+        *table(record),
+        "",
+        *(f"- {caveat}" for caveat in caveats(record)),
+        "",
+        "<details><summary>The recipe</summary>",
+        "",
+        "```yaml",
+        yaml.safe_dump(record["recipe"], sort_keys=False).rstrip(),
+        "```",
+        "",
+        "</details>",
+        "",
+    ]
+
+
+def sentences(record: Mapping[str, Any]) -> list[str]:
+    """What it is."""
+    said = [
+        f"A sparse autoencoder of {record['d_sae']:,} latents on `{record['hook']}` of `{record['model']}` ({record['d_in']} wide), "
+        f"trained as `{record['trained_as']}` and saved as `{record['architecture']}`, on {record['training_tokens']:,} tokens of "
+        f"{record['dataset'] or 'activations of its own'}."
+    ]
+    if record["meta"]:
+        weights = " and ".join(f"{name} at weight {weight:g}" for name, weight in record["penalties"].items())
+        joint = (
+            f"It was trained jointly with a meta SAE of {record['meta']['d_sae']:,} latents on its decoder rows (arXiv 2604.03436), "
+            f"which is `{record['meta']['id']}`: {record['n_p']} steps of the one, {record['n_m']} of the other"
+        )
+        said.append(f"{joint}; penalties: {weights}." if weights else f"{joint}, without a penalty.")
+    elif record["penalties"]:
+        said.append(f"Penalties: {' and '.join(f'{name} at weight {weight:g}' for name, weight in record['penalties'].items())}.")
+    said.append(f"Feed it raw activations: the normaliser `{record['normalizer']}` {record['normalizer_is']}.")
+    if record["init_from"]:
+        said.append(f"Its first weights were those of `{record['init_from']}`.")
+    return said
+
+
+def table(record: Mapping[str, Any]) -> list[str]:
+    """Figures of the folder as it was loaded back, and of the evaluation where there was one."""
+    measured, evaluated = record["measured"], record["evaluation"]
+    rows = [["", "as published"], ["---", "---"]]
+    for group, name, words in FIGURES:
+        if name in measured or (evaluated and name in evaluated["figures"].get(group, {})):
+            rows.append([words, said(name, measured.get(name))])
+    rows.append(["tokens", f"{measured['tokens']:,}"])
+    if evaluated:
+        values = {words: evaluated["figures"].get(group, {}).get(name) for group, name, words in FIGURES}
+        names = {words: name for _, name, words in FIGURES}
+        rows[0] += ["on test documents", "95 % over documents"]
+        rows[1] += ["---", "---"]
+        for row in rows[2:-1]:
+            name, interval = names[row[0]], evaluated["intervals"].get(names[row[0]])
+            row += [said(name, values[row[0]]), " to ".join(said(name, end) for end in interval) if interval else ""]
+        rows[-1] += [f"{evaluated['tokens']:,}", f"{evaluated['documents']:,} documents"]
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def caveats(record: Mapping[str, Any]) -> list[str]:
+    """What the figures are worth."""
+    said = ["One run with one seed is one run: a difference to another SAE of a few percent may be the seed's."]
+    if record["target_l0"]:
+        said.append(
+            f"The thresholds were set for L0 {record['target_l0']:g} by the rule `{record['rule']}` on validation tokens, those of the "
+            "first column: on other text L0 differs, as text does."
+        )
+    if record["evaluation"]:
+        said.append("The second column is of test documents, which neither training nor thresholds saw.")
+    else:
+        said.append("It was not evaluated on test documents: no figure here says how well it explains the model's behaviour.")
+    masks = [f"the first {record['skip_positions']} positions of a context"] if record["skip_positions"] else []
+    masks += [f"tokens whose norm is over {record['max_norm_ratio']:g} times the median"] if record["max_norm_ratio"] else []
+    said.append(f"Left out in training and in every figure: special tokens{''.join(', ' + mask for mask in masks)}.")
+    return said
+
+
+def said(name: str, value: float | None) -> str:
+    """A figure with the digits that mean something."""
+    if value is None:
+        return ""
+    return f"{value:.1%}" if name == "dead" else f"{value:.2f}" if name == "l0" else f"{value:.4g}"
