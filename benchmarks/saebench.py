@@ -10,8 +10,8 @@ take names on the Hub alone; its `core.main.run_evals` takes a model, an SAE and
 folder (whose predictions are compared with transformers'), the SAE, and SAELens's `ActivationsStore` of the tokens.
 
 "here" is this project's code and transformers' model on the same tokens by SAEBench's rules: documents attend to each other, the first
-positions and sinks count, special tokens do not and keep their activations, but for ablation. "recorded" is the run's `evaluation.json`,
-by the project's rules and on its own tokens: documents apart, without the positions and sinks that the recipe leaves out.
+positions and sinks count, special tokens do not and keep their activations, but for ablation. `metasae test` keeps documents apart and
+leaves out the positions and sinks that the recipe does, and so comes to other figures.
 `meta_structure` is one critic of one seed on the decoder: four minutes of a CPU core for 4,608 rows of 576, and as long again here;
 `--steps 100` is a look.
 
@@ -35,25 +35,25 @@ from torch import Tensor
 
 PROMPTS = 8
 EVALS = ("core", "meta_structure")
-# How a figure is called by SAEBench, here, and in evaluation.json.
+# How a figure is called by SAEBench, and here.
 CORE = (
-    ("explained_variance", "explained_variance", "reconstruction/explained_variance"),
-    ("explained_variance", "by_its_formula", None),
-    ("explained_variance_legacy", "explained_variance_legacy", None),
-    ("cossim", "cosine", "reconstruction/cosine"),
-    ("l2_ratio", "l2_ratio", "reconstruction/l2_ratio"),
-    ("relative_reconstruction_bias", "gamma", "reconstruction/gamma"),
-    ("l0", "l0", "reconstruction/l0"),
-    ("l1", "l1", "reconstruction/l1"),
-    ("frac_alive", "alive", "latents/alive"),
-    ("average_max_decoder_cosine_sim", "nearest_mean", "decoder/nearest_mean"),
-    ("ce_loss_without_sae", "ce_clean", "splice/ce_clean"),
-    ("ce_loss_with_sae", "ce_sae", "splice/ce_sae"),
-    ("ce_loss_with_ablation", "ce_zero", "splice/ce_zero"),
-    ("ce_loss_score", "recovered_zero", "splice/recovered_zero"),
-    ("kl_div_with_sae", "kl", "splice/kl"),
+    ("explained_variance", "explained_variance"),
+    ("explained_variance", "by_its_formula"),
+    ("explained_variance_legacy", "explained_variance_legacy"),
+    ("cossim", "cosine"),
+    ("l2_ratio", "l2_ratio"),
+    ("relative_reconstruction_bias", "gamma"),
+    ("l0", "l0"),
+    ("l1", "l1"),
+    ("frac_alive", "alive"),
+    ("average_max_decoder_cosine_sim", "nearest_mean"),
+    ("ce_loss_without_sae", "ce_clean"),
+    ("ce_loss_with_sae", "ce_sae"),
+    ("ce_loss_with_ablation", "ce_zero"),
+    ("ce_loss_score", "recovered_zero"),
+    ("kl_div_with_sae", "kl"),
 )
-META = (("decoder_fraction_variance_explained", "fve", "critic/fve"),)
+META = (("decoder_fraction_variance_explained", "fve"),)
 
 
 def special(tokenizer: Any) -> set[int]:
@@ -155,7 +155,7 @@ def asked(folder: Path, model: str, tokens: Tensor, given: argparse.Namespace) -
 def held_out(one: Any, wanted: int) -> tuple[Any, Tensor]:
     """The SAE's language model, and contexts of its held-out tokens, in full batches."""
     from metasae_lightning import passages
-    from metasae_lightning.commands import data_for
+    from metasae_lightning.arguments import data_for
     from metasae_lightning.subjects import only_hook
 
     data = data_for(one, argparse.Namespace(data=None, device="cpu"))
@@ -238,28 +238,11 @@ def our_meta_structure(one: Any, steps: int, seed: int) -> dict[str, float]:
     return {"fve": Decomposition(steps=steps).explained(unit_rows(one.W_dec), seed)}
 
 
-def recorded(one: Any, steps: int) -> dict[str, float]:
-    """What `metasae test` kept of the SAE; a critic's figure only where it was trained as long."""
-    file = one.folder / "evaluation.json"
-    entry = json.loads(file.read_text()).get("evaluation") if file.exists() else None
-    if entry is None:
-        return {}
-    figures = entry["figures"]
-    flat = {f"{group}/{name}": value for group in figures for name, value in figures[group].items() if isinstance(value, float)}
-    flat["reconstruction/explained_variance"] = 1 - flat["reconstruction/fvu"]
-    flat["latents/alive"] = 1 - flat["latents/dead"]
-    if entry["settings"]["critic_steps"] != steps:
-        flat.pop("critic/fve", None)
-    return {**flat, "tokens": entry["tokens"]}
-
-
-def table(lines: tuple[tuple[str, str, str | None], ...], a: dict[str, float], b: dict[str, float], c: dict[str, float]) -> None:
+def table(lines: tuple[tuple[str, str], ...], theirs: dict[str, float], ours: dict[str, float]) -> None:
     """Print figures side by side."""
-    print(f"  {'SAEBench calls it':32}{'SAEBench':>12}{'here':>12}{'recorded':>12}  here it is")
-    for one, two, three in lines:
-        values = [a.get(one), b.get(two), c.get(three) if three else None]
-        cells = "".join(f"{'' if value is None else f'{value:.5g}':>12}" for value in values)
-        print(f"  {one:32}{cells}  {two}", flush=True)
+    print(f"  {'SAEBench calls it':32}{'SAEBench':>12}{'here':>12}  here it is")
+    for one, two in lines:
+        print(f"  {one:32}{theirs[one]:>12.5g}{ours[two]:>12.5g}  {two}", flush=True)
 
 
 def main() -> None:
@@ -288,21 +271,21 @@ def main() -> None:
     model, tokens = held_out(one, given.tokens) if "core" in given.evals else (None, torch.zeros(0, 1))
     name = "" if model is None else str(embedded_folder()) if model.name == EMBEDDED else model.name
     print(f"{described()}\n{folder}", flush=True)
-    found, known = asked(folder, name, tokens, given), recorded(one, given.steps)
+    found = asked(folder, name, tokens, given)
     ours: dict[str, dict[str, float]] = {}
     if "core" in given.evals:
         ours["core"] = our_core(one, model, tokens)
-        off, said = found["core"]["log_probabilities_differ_by"], f"; recorded on {known['tokens']:,}" if known else ""
-        print(f"core, {tokens.numel():,} tokens in {len(tokens)} contexts{said}; log-probabilities are within {off:.1g} of transformers'")
-        table(CORE, found["core"], ours["core"], known)
+        off = found["core"]["log_probabilities_differ_by"]
+        print(f"core, {tokens.numel():,} tokens in {len(tokens)} contexts; log-probabilities are within {off:.1g} of transformers'")
+        table(CORE, found["core"], ours["core"])
     if "meta_structure" in given.evals:
         ours["meta_structure"] = our_meta_structure(one, given.steps, given.seed)
         print(f"meta_structure, {len(one.W_dec):,} rows, {given.steps:,} steps")
-        table(META, found["meta_structure"], ours["meta_structure"], known)
+        table(META, found["meta_structure"], ours["meta_structure"])
     print("CPU seconds of SAEBench's: " + ", ".join(f"{name} {figures['cpu_seconds']:.0f}" for name, figures in found.items()))
     if given.out:
         record = {"sae": str(folder), "tokens": tokens.numel(), "steps": given.steps, "seed": given.seed}
-        given.out.write_text(json.dumps({**record, "saebench": found, "here": ours, "recorded": known}, indent=1) + "\n")
+        given.out.write_text(json.dumps({**record, "saebench": found, "here": ours}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -116,9 +116,9 @@ class ExpectedAverage(Normalizer):
     def unfold(self, weights: dict[str, Tensor]) -> None:
         """`x = z / factor`."""
         factor = self.factor.item()
-        weights["W_dec"] *= factor
         weights["b_dec"] *= factor
-        if "W_enc" in weights:
+        if "W_enc" in weights:  # rows that are their own encoder are directions, and stay
+            weights["W_dec"] *= factor
             weights["W_enc"] /= factor
 
 

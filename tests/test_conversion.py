@@ -144,9 +144,10 @@ def test_rows_that_would_change_ranks_are_said(tmp_path: Path):
     assert adopted.fvu[1] != pytest.approx(adopted.fvu[0], rel=1e-3)
 
 
-def test_matching_pursuit_goes_on(tmp_path: Path):
+@pytest.mark.parametrize("normalizer", AFFINE[:2])
+def test_matching_pursuit_goes_on(normalizer: str, tmp_path: Path):
     sae = source("matching_pursuit")
-    module, adopted, x = started(saved(sae, tmp_path / "sae"), "matching_pursuit")
+    module, adopted, x = started(saved(sae, tmp_path / "sae"), "matching_pursuit", normalize_activations=normalizer)
     assert adopted.lost == []
     same(sae, module, x)
 
