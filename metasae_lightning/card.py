@@ -113,24 +113,23 @@ def table(record: Mapping[str, Any]) -> list[str]:
             name, interval = names[row[0]], evaluated["intervals"].get(names[row[0]])
             row += [said(name, values[row[0]]), " to ".join(said(name, end) for end in interval) if interval else ""]
         rows[-1] += [f"{evaluated['tokens']:,}", f"{evaluated['documents']:,} documents"]
+        if evaluated.get("spliced_tokens"):
+            rows.append(["of these, with the SAE in the model", "", f"{evaluated['spliced_tokens']:,}", ""])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def caveats(record: Mapping[str, Any]) -> list[str]:
     """What the figures are worth."""
     said = ["One run with one seed is one run: a difference to another SAE of a few percent may be the seed's."]
-    if record["target_l0"]:
-        said.append(
-            f"The thresholds were set for L0 {record['target_l0']:g} by the rule `{record['rule']}` on validation tokens, those of the "
-            "first column: on other text L0 differs, as text does."
-        )
+    if record["thresholds"]:
+        said.append(f"Thresholds: {record['thresholds']}. On other text L0 differs, as text does.")
+    said.append("The first column is of validation tokens, which training never read, though a threshold may have been set on them.")
     if record["evaluation"]:
         said.append("The second column is of test documents, which neither training nor thresholds saw.")
     else:
         said.append("It was not evaluated on test documents: no figure here says how well it explains the model's behaviour.")
-    masks = [f"the first {record['skip_positions']} positions of a context"] if record["skip_positions"] else []
-    masks += [f"tokens whose norm is over {record['max_norm_ratio']:g} times the median"] if record["max_norm_ratio"] else []
-    said.append(f"Left out in training and in every figure: special tokens{''.join(', ' + mask for mask in masks)}.")
+    if record["left_out"]:
+        said.append(f"Left out in training and in every figure: {', '.join(record['left_out'])}.")
     return said
 
 

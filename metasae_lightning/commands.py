@@ -118,21 +118,23 @@ def publish(args: Sequence[str]) -> int:
     parser.add_argument("--replace", type=bool, default=False, help="Replace what is there under that id.")
     parser.add_argument("--private", type=bool | None, default=None, help="Whether a repository that is made is private.")
     parser.add_argument("--revision", type=str | None, default=None, help="The repository's branch, made where there is none.")
-    parser.add_argument("--tokens", type=int, default=32_768, help="Validation tokens that the SAE is measured on.")
+    parser.add_argument(
+        "--tokens", type=int | None, default=None, help="Validation tokens to measure on; none is those of the run's export."
+    )
     parser.add_argument(
         "--model_name", type=str | None, default=None, help="The model's name for others, where the run's is a local folder."
     )
     parser.add_argument("--dataset_path", type=str | None, default=None, help="The same for the text.")
-    parser.add_argument("--data", type=str | None, default=None, help="Recipe whose data are read; none is the run's own.")
     parser.add_argument("--device", type=str | None, default=None, help="Where the language model and the SAE are; none is the recipe's.")
     given = parsed(parser, args)
+    given.data = None
     dest = destination(given.dest, private=given.private, revision=given.revision)
     (one,) = opened([given.run], None)
     if not one.run:
         raise InputError(f"{given.run} is no run: its recipe and what it was measured on are published along")
     named = {key: given[key] for key in ("model_name", "dataset_path") if given[key]}
     for key in ("model_name", "dataset_path"):
-        if Path(str(value := one.metadata.get(key) or "")).is_absolute() and key not in named:
+        if (value := one.metadata.get(key)) and Path(str(value)).exists() and key not in named:
             log.warning("%s is %s, which others do not have: say what it is to them, --%s NAME", key, value, key)
     recipe, about = tree_of(Path(one.place) / "config.yaml"), {"name": given.id, "tokens": given.tokens, "replace": given.replace}
     place, record = published(one, data_for(one, given), dest, recipe, overrides=named, **about)

@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from metasae_lightning import functional, saelens
+from metasae_lightning.errors import InputError
 from metasae_lightning.normalizers import normalizer_of
 from metasae_lightning.origin import Adopted, Origin
 from metasae_lightning.saelens import TrainingSAEConfig
@@ -77,7 +78,7 @@ class Learner(nn.Module):
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         if origin is not None and origin.measured_k:
             self.register_buffer("measured_k", torch.zeros((), dtype=torch.float64))
-            self.register_load_state_dict_post_hook(lambda *_: self._take_k())
+            self.register_load_state_dict_post_hook(_take_k)
         self._renormalize()
 
     @property
@@ -95,17 +96,22 @@ class Learner(nn.Module):
         """Take from the first rows what comes from data: the normaliser's statistics, the decoder bias or another SAE's weights. Once."""
         if self.initialized:
             return None
+        # The first batch is a training step's, and what is made of it stays: in full precision.
+        with torch.autocast(x.device.type, enabled=False):
+            adopted = self._begin(x)
+        self.initialized.fill_(True)
+        return adopted
+
+    def _begin(self, x: Tensor) -> Adopted | None:
         self.normalizer.fit(x)
         z, _ = self.normalizer.normalize(x)
-        adopted = None
         if self.origin is not None:
-            adopted = self._adopt(self.origin, x, z)
-        elif self.b_dec_init == "mean":
+            return self._adopt(self.origin, x, z)
+        if self.b_dec_init == "mean":
             self.sae.b_dec.copy_(z.mean(0))
         elif self.b_dec_init == "geometric_median":
             self.sae.b_dec.copy_(functional.geometric_median(z))
-        self.initialized.fill_(True)
-        return adopted
+        return None
 
     def _adopt(self, origin: Origin, x: Tensor, z: Tensor) -> Adopted:
         """The weights of the SAE to start from, measured before and after on these rows."""
@@ -115,16 +121,13 @@ class Learner(nn.Module):
         lost = saelens.adopt(source, self.sae, self.normalizer, z, unit_rows=self.decoder_rows == "unit")
         origin.close()
         if origin.measured_k:
+            if l0 == 0:
+                raise InputError(f"measured_k: no latent of {origin.place} is active on these {len(x):,} rows")
             self.measured_k.fill_(l0)
-            self._take_k()
+            _take_k(self)
         codes, rebuilt = self.read(x)
         kinds = source.cfg.architecture(), self.sae.cfg.architecture()
         return Adopted(origin.place, kinds, (l0, codes.l0), (fvu, functional.fvu(x, rebuilt).item()), len(x), lost)
-
-    def _take_k(self) -> None:
-        """Have the SAE rank by the k that was measured."""
-        if self.measured_k > 0:
-            saelens.set_k(self.sae, self.measured_k.item())
 
     def learn(
         self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, added: Tensor | None = None
@@ -210,3 +213,9 @@ class Learner(nn.Module):
             l0=seen.codes.l0,
             dead=self.dead.float().mean().item(),
         )
+
+
+def _take_k(learner: Learner, _: object = None) -> None:
+    """Have an SAE rank by the k that was measured; a checkpoint's too."""
+    if learner.measured_k > 0:
+        saelens.set_k(learner.sae, learner.measured_k.item())

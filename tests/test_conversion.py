@@ -1,5 +1,6 @@
 """Another SAE's weights in training form: the same function, in every architecture, normaliser and way of writing it that permits it."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def test_rows_that_would_change_ranks_are_said(tmp_path: Path):
 def test_matching_pursuit_goes_on(normalizer: str, tmp_path: Path):
     sae = source("matching_pursuit")
     module, adopted, x = started(saved(sae, tmp_path / "sae"), "matching_pursuit", normalize_activations=normalizer)
-    assert adopted.lost == []
+    # In another unit the same 0.01 is another threshold; here the four iterations end before either.
+    assert [line.split()[0] for line in adopted.lost] == ([] if normalizer == "none" else ["residual_threshold"])
     same(sae, module, x)
 
 
@@ -195,13 +197,45 @@ def test_topk_takes_a_whole_k_and_others_none(tmp_path: Path):
 def test_what_is_lost_is_said_and_measured(pair: tuple[str, str], tmp_path: Path):
     sae = source(pair[0], unit=True)
     module, adopted, x = started(saved(sae, tmp_path / "sae"), pair[1])
-    assert adopted.lost or pair == ("topk", "batchtopk")
+    assert adopted.lost
     codes, rebuilt = module.primary.read(x)
     assert adopted.fvu == pytest.approx((functional.fvu(x, sae.decode(sae.encode(x))).item(), functional.fvu(x, rebuilt).item()), rel=1e-5)
     assert adopted.l0 == pytest.approx(((sae.encode(x) != 0).sum(1).float().mean().item(), codes.l0))
     assert f"{adopted.fvu[0]:.4f} -> {adopted.fvu[1]:.4f}" in str(adopted) and str(tmp_path / "sae") in str(adopted)
     if pair[0] == "topk":  # as many are active, if not the same
         assert adopted.l0[1] == pytest.approx(adopted.l0[0], rel=0.01)
+
+
+def test_another_k_is_said(tmp_path: Path):
+    _, adopted, _ = started(saved(source("topk", unit=True, k=6), tmp_path / "sae"), "topk")
+    assert adopted.lost == ["k is 4, where the source has 6"]
+
+
+# The first batch is a training step's, in whatever precision that runs: biases that take up the shift would be off by a part in 300.
+def test_mixed_precision_does_not_touch_the_weights(tmp_path: Path):
+    place = saved(source("gated", apply_b_dec_to_input=False), tmp_path / "sae")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed, adopted, x = started(place, "gated")
+    plain, _, _ = started(place, "gated")
+    for name, tensor in plain.primary.sae.state_dict().items():
+        assert torch.equal(tensor, mixed.primary.sae.state_dict()[name]), name
+    assert adopted.fvu[1] == pytest.approx(adopted.fvu[0], rel=1e-3) and len(x) == 512
+
+
+def test_a_learner_with_a_measured_k_can_be_copied(tmp_path: Path):
+    place = saved(source("jumprelu", unit=True), tmp_path / "sae")
+    module, adopted, _ = started(place, "batchtopk", measured_k=True)
+    fresh = JointSAE(config("batchtopk"), init_from=Origin(place, measured_k=True)).primary
+    twin = copy.deepcopy(fresh)
+    twin.load_state_dict(module.primary.state_dict())
+    assert twin.sae.cfg.k == adopted.l0[0] and fresh.sae.cfg.k == 4
+
+
+def test_an_sae_that_is_silent_has_no_k(tmp_path: Path):
+    sae: Any = source("jumprelu")
+    sae.threshold.fill_(1e6)
+    with pytest.raises(InputError, match=r"no latent of .* is active on these 512 rows"):
+        started(saved(sae, tmp_path / "sae"), "batchtopk", measured_k=True)
 
 
 def test_half_precision_is_read_as_it_is(tmp_path: Path):
@@ -237,7 +271,11 @@ def test_joint_steps_go_on_from_there(name: str, target: str, tmp_path: Path):
     module = JointSAE(config(target), config("batchtopk", 8), {"d": Decomposability(0.3)}, init_from=place)
     primary, meta = optimizers(module, lr=2e-3)
     x = activations(0, rows=512) + OFFSET
-    losses = [module.step(Batch(x), primary, meta).loss.item()]
+    first = module.step(Batch(x), primary, meta)
+    sae = source(name)
+    if name == target and "topk" not in name:  # where rows of all lengths keep their ranks
+        assert first.primary.fvu.item() == pytest.approx(functional.fvu(x, sae.decode(sae.encode(x))).item(), rel=1e-3)
+    losses = [first.loss.item()]
     losses += [module.step(Batch(activations(i) + OFFSET), primary, meta).loss.item() for i in range(1, 200)]
     losses.append(module.step(Batch(x), primary, meta).loss.item())
     assert losses[-1] < 0.9 * losses[0]

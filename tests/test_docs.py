@@ -16,7 +16,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 FIT = re.compile(r"^    (metasae (?:fit|cache) [^#\n]*)", re.MULTILINE)
 MEASURING = re.compile(r"^    (metasae (?:test|calibrate|compare|publish) [^#\n]*)", re.MULTILINE)
-COMMANDS = [line.strip() for text in DOCUMENTS for line in FIT.findall(text.read_text())]
+COMMANDS = [line.strip() for text in DOCUMENTS for line in FIT.findall(text.read_text().replace("\\\n", " "))]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 

@@ -1,7 +1,6 @@
 """From a run to what others load: the same codes, a page that says what was measured, and nothing half there."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,20 +14,22 @@ from safetensors.torch import load_file, save_file
 
 from metasae_lightning import card, saelens
 from metasae_lightning.cli import main
-from metasae_lightning.destinations import destination, hidden
+from metasae_lightning.destinations import destination
 from metasae_lightning.errors import InputError
+from metasae_lightning.redaction import hidden
 from tests.hub import Fault, Hub
 from tests.judged import HOOK, run, sae
 
 ROOT = Path(__file__).parents[1]
-TOKEN = "hf_testtoken_which_is_secret"
+TOKEN = "hf_testtokenwhichissecret"
 FILES = {"cfg.json", "metasae.json", "sae_weights.safetensors", "sparsity.safetensors"}
 QUICK = ["--tokens", "256"]
 
 
 def finished(folder: Path, name: str = "one", *, seed: int = 0) -> Path:
     """A run as one leaves it, its meta SAE and its recipe's model among the rest; somebody wrote a token into the recipe."""
-    place = run(folder, name, seed=seed, dataset_path="some text", training_architecture="batchtopk", context_size=16)
+    told = {"dataset_path": "some text", "training_architecture": "batchtopk", "exclude_special_tokens": True, "context_size": 16}
+    place = run(folder, name, seed=seed, model_from_pretrained_kwargs={"token": TOKEN}, **told)
     sae(1, 8, 0.1).save_model(place / "saes" / "meta")
     tree = yaml.safe_load((place / "config.yaml").read_text())
     primary = {"class_path": "sae_lens.BatchTopKTrainingSAEConfig", "init_args": {"d_in": 32, "d_sae": 48, "k": 8}}
@@ -51,7 +52,7 @@ def publish(*args: str | Path, rc: int = 0) -> None:
 
 
 def failing(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
-    publish(*args, rc=2)
+    assert main(["publish", *map(str, args), *([] if "--tokens" in args else QUICK)]) == 2
     lines = [line for line in capsys.readouterr().err.split("\n") if line.startswith("metasae: error: ")]
     assert len(lines) == 1
     return lines[0]
@@ -66,7 +67,7 @@ def test_a_folder_holds_what_others_load(place: Path, tmp_path: Path, capsys: py
     said = capsys.readouterr()
     names = {f"{HOOK}/{name}" for name in FILES} | {f"{HOOK}-meta/cfg.json", f"{HOOK}-meta/sae_weights.safetensors", "README.md"}
     assert set(tree(tmp_path / "out")) == names
-    theirs, ours = SAE.load_from_disk(tmp_path / "out" / HOOK), SAE.load_from_disk(place / "saes" / "primary")
+    theirs, ours = SAE.load_from_disk(tmp_path / "out" / HOOK), saelens.load_pretrained(place / "saes" / "primary")
     x = torch.randn(64, 32)
     assert torch.equal(theirs.encode(x), ours.encode(x)) and torch.equal(theirs(x), ours(x))
     assert load_file(tmp_path / "out" / f"{HOOK}-meta" / "sae_weights.safetensors").keys() >= {"W_dec", "threshold"}
@@ -88,10 +89,10 @@ def test_a_folder_holds_what_others_load(place: Path, tmp_path: Path, capsys: py
     )
     assert "which others do not have" in said.err
     everything = b"".join(tree(tmp_path / "out").values()) + said.out.encode() + said.err.encode()
-    assert TOKEN.encode() not in everything and b"which_is_secret" not in everything
+    assert TOKEN.encode() not in everything and b"whichissecret" not in everything
 
 
-def test_the_full_evaluation_goes_onto_the_page(place: Path, tmp_path: Path):
+def test_the_full_evaluation_goes_onto_the_page(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     quick = ["--tokens", "300", "--splice_tokens", "100", "--critic_seeds", "0", "--resamples", "20"]
     assert main(["test", str(place), *quick]) == 0
     publish(place, "out", "--model_name", "someone/model", "--id", "layer_1/width_48")
@@ -104,7 +105,16 @@ def test_the_full_evaluation_goes_onto_the_page(place: Path, tmp_path: Path):
     assert main(["calibrate", str(place), "--l0", "4", "--calibration_tokens", "256"]) == 0
     publish(place, "later")
     assert "It was not evaluated on test documents" in (tmp_path / "later" / "README.md").read_text()
-    assert "by the rule `rate`" in (tmp_path / "later" / "README.md").read_text()
+    assert "Thresholds: set for L0 4 by the rule `rate` on 2" in (tmp_path / "later" / "README.md").read_text()
+    # An evaluation of other data is no test of the run's.
+    other = tmp_path / "other.yaml"
+    data = yaml.safe_load((place / "config.yaml").read_text())
+    data["data"]["init_args"]["held_out"] = 0.3
+    other.write_text(yaml.safe_dump(data))
+    assert main(["test", str(place), "--data", str(other), *quick]) == 0
+    publish(place, "last")
+    assert "It was not evaluated on test documents" in (tmp_path / "last" / "README.md").read_text()
+    assert "was evaluated on other data than its own" in capsys.readouterr().err
 
 
 def test_several_saes_share_a_folder_and_its_page(place: Path, tmp_path: Path):
@@ -119,6 +129,16 @@ def test_several_saes_share_a_folder_and_its_page(place: Path, tmp_path: Path):
     assert page.count("## width_48/one\n") == page.count("## width_48/two\n") == page.count(card.BEGIN) == 1
     publish(other, "out", "--id", "width_48/two")  # the same again
     assert tree(tmp_path / "out") == before
+    # Under an id above them nothing of theirs moves, nor what is nobody's.
+    (tmp_path / "out" / "width_48" / "NOTES.md").write_text("mine")
+    (tmp_path / "out" / "width_48" / "odd").mkdir()
+    (tmp_path / "out" / "width_48" / "odd" / "metasae.json").write_text("[1]")
+    publish(place, "out", "--id", "width_48")
+    after = tree(tmp_path / "out")
+    assert {name: data for name, data in after.items() if name in before and name != "README.md"} == {
+        name: data for name, data in before.items() if name != "README.md"
+    }
+    assert after["width_48/NOTES.md"] == b"mine" and after["README.md"].decode().count("\n## width_48") == 3
 
 
 def test_what_is_there_is_not_lost(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
@@ -127,20 +147,30 @@ def test_what_is_there_is_not_lost(place: Path, tmp_path: Path, capsys: pytest.C
     before = tree(tmp_path / "out")
     assert f"holds another SAE under {HOOK}: name another id, or replace it by --replace" in failing(capsys, other, "out")
     assert tree(tmp_path / "out") == before
-    # A disk that is full when the second of two folders is to be renamed.
-    rename, renamed = Path.rename, list[Path]()
+    # The same config, other weights: as much another SAE.
+    shutil.copytree(place / "saes" / "primary", tmp_path / "twin")
+    shutil.copy(other / "saes" / "primary" / "sae_weights.safetensors", tmp_path / "twin")
+    with pytest.raises(InputError, match="holds another SAE"):
+        saelens.publish({HOOK: tmp_path / "twin"}, tmp_path / "out")
+    # A disk that is full at any of the renames.
+    rename = Path.rename
+    for broken in range(1, 20):
+        renamed = list[Path]()
 
-    def full(self: Path, target: Path) -> Path:
-        renamed.append(self)
-        if len(renamed) == 2:
-            raise OSError(28, "No space left on device", str(target))
-        return rename(self, target)
+        def full(self: Path, target: Path, broken: int = broken, renamed: list[Path] = renamed) -> Path:
+            renamed.append(self)
+            if len(renamed) == broken:
+                raise OSError(28, "No space left on device", str(target))
+            return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", full)
-    assert "No space left on device" in failing(capsys, other, "out", "--replace", "true")
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    assert tree(tmp_path / "out") == before and not list((tmp_path / "out").glob(".publishing*"))
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "rename", full)
+            done = main(["publish", str(other), "out", "--replace", "true", *QUICK])
+        if not done:
+            break
+        assert "No space left on device" in capsys.readouterr().err
+        assert tree(tmp_path / "out") == before and not list((tmp_path / "out").glob(".publishing*"))
+    assert broken > 10
     publish(other, "out", "--replace", "true")
     theirs, ours = (load_file(folder / "sae_weights.safetensors") for folder in (tmp_path / "out" / HOOK, other / "saes" / "primary"))
     assert torch.equal(theirs["W_dec"], ours["W_dec"])
@@ -170,7 +200,8 @@ def test_an_sae_that_is_not_what_the_run_left_stays_at_home(place: Path, tmp_pat
         (["ONE", "hf://nobody"], "'hf://nobody' is no repository: that would be hf://OWNER/NAME"),
         (["ONE", "hf://a b/c"], "'hf://a b/c' is no repository"),
         (["ONE", "out", "--private", "true"], "private and revision are of the Hub, and out is a folder"),
-        (["ONE", "out", "--id", "../up"], "'../up' is no id for an SAE"),
+        *((["ONE", "out", "--id", name], f"{name!r} is no id for an SAE") for name in ("../up", "w//one", "a/./b", "a/", "README.md")),
+        (["ONE", "out", "--tokens", "0"], "tokens must be at least 1, got 0"),
         (["ONE/config.yaml", "out"], "config.yaml"),
         (["ONE", "ONE/config.yaml"], "is a file, and SAEs go into a folder"),
         (["ONE/saes/meta", "out"], "is no run: its recipe and what it was measured on are published along"),
@@ -210,7 +241,7 @@ def test_the_hub_gives_back_what_it_was_given(place: Path, tmp_path: Path):
             hub.faults[:] = faults
             failed = client(hub, home, place, repository, "--private", "true", "--model_name", "someone/model")
             outputs += [failed.stdout, failed.stderr]
-            assert failed.returncode == 2 and "the Hub did not take it, and nothing is changed there" in failed.stderr
+            assert failed.returncode == 2 and "the Hub did not do as asked, which can be tried again" in failed.stderr
             assert not list((hub.folder / "models" / "someone" / "saes").glob("**/cfg.json"))
         hub.faults[:] = []
         done = client(hub, home, place, repository, "--private", "true", "--model_name", "someone/model")
@@ -224,7 +255,7 @@ def test_the_hub_gives_back_what_it_was_given(place: Path, tmp_path: Path):
         assert again.returncode == 0 and "PUT" not in {entry.method for entry in hub.log[sent:]}
         other = client(hub, home, finished(tmp_path, "two", seed=5), repository, "--model_name", "someone/model")
         assert other.returncode == 2 and f"holds another SAE under {HOOK}" in other.stderr
-        refused = client(hub, home, place, "hf://someone/else", token="hf_wrongtoken")
+        refused = client(hub, home, place, "hf://someone/else", token="hf_wrongtokenwhichisnone")
         assert refused.returncode == 2 and refused.stderr.count("metasae: error: ") == 1
         outputs += [part for each in (done, again, other, refused, loaded) for part in (each.stdout, each.stderr)]
     ours, theirs = (load_file(folder / "sae_weights.safetensors") for folder in (place / "saes" / "primary", tmp_path / "back"))
@@ -233,18 +264,28 @@ def test_the_hub_gives_back_what_it_was_given(place: Path, tmp_path: Path):
     assert f'SAE.from_pretrained("someone/saes", "{HOOK}")' in page
     shutil.rmtree(home)  # the client's own
     kept = b"".join(path.read_bytes() for path in (tmp_path / "hub").rglob("*") if path.is_file())
-    for secret in (TOKEN, "hf_wrongtoken"):
+    for secret in (TOKEN, "hf_wrongtokenwhichisnone"):
         assert secret not in "".join(outputs) and secret.encode() not in kept
 
 
-def test_a_branch_of_several(place: Path, tmp_path: Path):
+def test_a_branch_goes_on_from_the_main_one(place: Path, tmp_path: Path):
     with Hub(tmp_path / "hub", token=TOKEN) as hub:
         home = tmp_path / "home"
         home.mkdir()
-        done = client(hub, home, place, "hf://someone/saes", "--revision", "trial", "--id", "a/b")
+        first = client(hub, home, place, "hf://someone/saes", "--private", "false", "--id", "a/b")
+        assert first.returncode == 0, first.stderr
+        main_one = tree(hub.folder / "models" / "someone" / "saes")
+        other = finished(tmp_path, "two", seed=5)
+        taken = client(hub, home, other, "hf://someone/saes", "--revision", "trial", "--id", "a/b")
+        assert taken.returncode == 2 and "holds another SAE under a/b" in taken.stderr
+        done = client(hub, home, other, "hf://someone/saes", "--revision", "trial", "--id", "a/c")
         assert done.returncode == 0, done.stderr
-    assert not (hub.folder / "models" / "someone" / "saes" / "a").exists()
-    assert list((hub.folder / "beside").glob("**/trial/a/b/cfg.json"))
+        public = client(hub, home, other, "hf://someone/saes", "--private", "true", "--id", "a/d")
+        assert public.returncode == 2 and "is public, and publishing does not change that" in public.stderr
+    assert tree(hub.folder / "models" / "someone" / "saes") == main_one
+    (branch,) = (hub.folder / "beside").glob("**/trial")
+    page = (branch / "README.md").read_text()
+    assert "\n## a/b\n" in page and "\n## a/c\n" in page
 
 
 def test_a_notebook_publishes_folders(tmp_path: Path):
@@ -258,7 +299,16 @@ def test_a_notebook_publishes_folders(tmp_path: Path):
         destination(tmp_path / "one" / "cfg.json")
 
 
-def test_what_opens_doors_is_left_out(monkeypatch: pytest.MonkeyPatch):
+def test_what_opens_doors_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("HF_TOKEN", "a-token-of-another-form")
     assert hidden({"a": [{"use_auth_token": 1, "b": "x a-token-of-another-form y"}], "n": 3}) == {"a": [{"b": "x hf_*** y"}], "n": 3}
-    assert os.environ["HF_TOKEN"] not in json.dumps(hidden([os.environ["HF_TOKEN"]]))
+    honest = {"sequence_separator_token": "eos", "training_tokens": 5, "path": "/data/hf_cache/hf_datasets/c4"}
+    assert hidden(honest) == honest
+    assert hidden(dict.fromkeys(("access_token", "hub_token", "Authorization", "api_key", "HF_TOKEN", "my_password"), "x")) == {}
+    sae(model_from_pretrained_kwargs={"token": TOKEN, "revision": "main"}).save_model(tmp_path / "one")
+    (tmp_path / "one" / ".env").write_text(TOKEN)
+    saelens.publish({"one": tmp_path / "one"}, tmp_path / "out")
+    assert set(tree(tmp_path / "out")) == {"one/cfg.json", "one/sae_weights.safetensors"}
+    assert json.loads((tmp_path / "out" / "one" / "cfg.json").read_text())["metadata"]["model_from_pretrained_kwargs"] == {
+        "revision": "main"
+    }

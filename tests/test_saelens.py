@@ -72,6 +72,16 @@ def test_the_folder_does_on_raw_activations_what_training_did(name: str, normali
     torch.testing.assert_close(theirs[same], ours[same], rtol=1e-4, atol=1e-4)
 
 
+# Whoever hooks the SAE in hands it heads apart; training and our own readers have them flat.
+def test_an_sae_of_heads_takes_heads(tmp_path: Path):
+    module = trained("jumprelu")
+    exported(module, tmp_path / "x", metadata={"hook_name": "blocks.1.attn.hook_z"}, samples=[activations(3)])
+    loaded, ours, x = SAE.load_from_disk(tmp_path / "x"), saelens.load_pretrained(tmp_path / "x"), activations(77)
+    heads = x.view(len(x), 4, 4)
+    assert loaded(heads).shape == heads.shape
+    torch.testing.assert_close(loaded(heads).flatten(1), ours(x))
+
+
 def test_leaving_the_normaliser_out_is_noticed(tmp_path: Path):
     module = trained("batchtopk", normalize_activations="expected_average_only_in", offset=2.0)
     learner = module.primary

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metasae_lightning.calibration import global_threshold
 from metasae_lightning.errors import InputError
-from metasae_lightning.normalizers import Normalizer
+from metasae_lightning.normalizers import ExpectedAverage, Normalizer
 
 Weights = dict[str, Tensor]
 # Rows this near to length 1 are unit: to divide by their length would change bits and nothing else.
@@ -47,7 +47,10 @@ def adopt(source: Any, target: Any, normalizer: Normalizer, z: Float[Tensor, "ro
         theirs = 1
     normalizer.unfold(weights)
     subtract(weights, ours - theirs)
-    lost = [*rewritten(weights, *kinds, k=getattr(source.cfg, "k", None), z=z, centred=bool(ours))]
+    lost = [
+        *rewritten(weights, *kinds, k=getattr(source.cfg, "k", None), z=z, centred=bool(ours)),
+        *settings(source.cfg, target.cfg, normalizer),
+    ]
     if unit_rows or getattr(target.cfg, "rescale_acts_by_decoder_norm", False):
         lost += to_unit_rows(weights, ranked=set(kinds) <= {*RANKED, "abstopk"})
     wanted = dict(target.named_parameters())
@@ -56,6 +59,19 @@ def adopt(source: Any, target: Any, normalizer: Normalizer, z: Float[Tensor, "ro
     for name, parameter in wanted.items():
         parameter.copy_(weights[name])
     return lost
+
+
+def settings(source: Any, target: Any, normalizer: Normalizer) -> Sequence[str]:
+    """What both configs have, and an encoder goes by, where it differs."""
+    scale = normalizer.factor.item() if isinstance(normalizer, ExpectedAverage) else 1.0
+    found: list[str] = []
+    for name in ("k", "residual_threshold", "max_iterations", "stop_on_duplicate_support"):
+        theirs, ours = (getattr(cfg, name, None) for cfg in (source, target))
+        if name == "residual_threshold" and theirs is not None:
+            theirs = theirs * scale
+        if hasattr(source, name) and hasattr(target, name) and theirs != ours:
+            found.append(f"{name} is {ours:g}, where the source has {theirs:g}" if theirs and ours else f"{name} is {ours}, not {theirs}")
+    return found
 
 
 def check_normalizers(source: Any, normalizer: Normalizer) -> None:
@@ -99,7 +115,11 @@ def rewritten(weights: Weights, source: str, target: str, *, k: float | None, z:
         ungate(weights)
     if target in RANKED:
         weights.pop("threshold", None)
-        return [] if source in RANKED else [f"{target!r} ranks a batch's activations where {source!r} has thresholds"]
+        theirs = "ranks each token's" if source in RANKED else "has thresholds"
+        return [f"{target!r} ranks {'each token' if target == 'topk' else 'a batch'}'s activations where {source!r} {theirs}"]
+    if target == "standard":
+        held = weights.pop("threshold", None)
+        return [f"'standard' activates what {source!r} held back"] if source in RANKED or (held is not None and held.any()) else []
     lost: list[str] = []
     if source in RANKED:
         assert k is not None
@@ -109,11 +129,9 @@ def rewritten(weights: Weights, source: str, target: str, *, k: float | None, z:
     threshold = weights.pop("threshold", torch.zeros_like(weights["b_enc"])).clamp(min=0)
     if target == "jumprelu":
         weights["threshold"] = threshold
-    elif target == "gated":  # the gate opens where the magnitude exceeds the threshold
+    else:  # gated: the gate opens where the magnitude exceeds the threshold
         bias = weights.pop("b_enc")
         weights |= {"b_mag": bias, "b_gate": bias - threshold, "r_mag": torch.zeros_like(bias)}
-    elif threshold.any():
-        lost.append("'standard' has no thresholds: what they held back is active")
     return lost
 
 

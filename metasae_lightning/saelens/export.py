@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE
 from torch import Tensor
 
 from metasae_lightning.calibration import global_threshold
 from metasae_lightning.errors import InputError
 from metasae_lightning.normalizers import Normalizer
-from metasae_lightning.saelens.inference import measure, pre_activations, put, set_thresholds
+from metasae_lightning.saelens.inference import load_pretrained, measure, pre_activations, put, set_thresholds
 from metasae_lightning.saelens.training import AnySAE
 
 
@@ -81,6 +80,8 @@ def _raw_twin(sae: AnySAE, normalizer: Normalizer, updates: int, metadata: Mappi
     if (lr := getattr(cfg, "topk_threshold_lr", None)) is not None and updates:
         twin.topk_threshold = twin.topk_threshold / (1 - (1 - lr) ** updates)
     copy.deepcopy(normalizer).cpu().fold(twin)
+    if str(metadata.get("hook_name", "")).endswith("hook_z"):  # heads are flattened before training; who hooks the SAE in does not do that
+        twin.cfg.reshape_activations = "hook_z"
     return twin
 
 
@@ -93,12 +94,12 @@ def _target_l0(sae: AnySAE) -> float | None:
 def _checked(folder: Path, samples: Sequence[Tensor], *, target_l0: float | None, tolerance: float) -> ExportRecord:
     if not samples:
         return ExportRecord(str(folder), target_l0=target_l0)
-    inference: Any = SAE.load_from_disk(folder)
+    inference: Any = load_pretrained(folder)
     scores, calibrated = pre_activations(inference), False
     if target_l0 is not None and scores is not None:
         value, l0 = global_threshold(scores, samples, target_l0, now=inference.threshold)
         if calibrated := abs(l0 / target_l0 - 1) > tolerance:
             set_thresholds(folder, torch.full_like(inference.threshold, value), {})
-            inference = SAE.load_from_disk(folder)
+            inference = load_pretrained(folder)
     l0, fvu = measure(inference, samples)
     return ExportRecord(str(folder), l0, fvu, target_l0, calibrated, sum(len(x) for x in samples))

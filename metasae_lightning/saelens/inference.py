@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ import torch
 from jaxtyping import Float
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from metasae_lightning import functional
-from metasae_lightning.destinations import hidden
 from metasae_lightning.errors import InputError
+from metasae_lightning.redaction import hidden
 
 PreActivations = Callable[[Tensor], Float[Tensor, "batch d_sae"]]
 
@@ -32,18 +33,15 @@ def load_pretrained(place: str | Path, *, device: str | torch.device = "cpu") ->
     """A SAELens SAE for inference: from a folder, or by `RELEASE:ID` or `OWNER/REPOSITORY:ID` from the Hub."""
     name = str(place)
     try:
-        if Path(name).is_dir():
-            sae: Any = SAE.load_from_disk(name, device=str(device))
-        else:
-            release, _, sae_id = name.partition(":")
-            if not sae_id:
-                raise InputError(f"{name!r} is no folder, and no SAE on the Hub: that would be RELEASE:ID")
-            sae = SAE.from_pretrained(release, sae_id, device=str(device))
+        with warnings.catch_warnings():
+            # How the model is to be loaded; `subjects.model_of` does so.
+            warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
+            sae: Any = _found(name, str(device))
     except InputError:
         raise
     # SAELens has a loader for every lab's format, and each raises what its libraries do.
     except Exception as error:
-        said = hidden(" ".join(str(error).split())[:300]) or type(error).__name__
+        said = " ".join(hidden(str(error)).split())[:300] or type(error).__name__
         raise InputError(f"{name!r} cannot be loaded as a SAELens SAE: {said}") from error
     if hasattr(sae.cfg, "d_out"):
         raise InputError(f"{name!r} is a transcoder, which does not rebuild what it reads")
@@ -57,6 +55,15 @@ def load_pretrained(place: str | Path, *, device: str | torch.device = "cpu") ->
     return sae.eval().requires_grad_(False)
 
 
+def _found(name: str, device: str) -> SAE[Any]:
+    if Path(name).is_dir():
+        return SAE.load_from_disk(name, device=device)
+    release, _, sae_id = name.partition(":")
+    if not sae_id:
+        raise InputError(f"{name!r} is no folder, and no SAE on the Hub: that would be RELEASE:ID")
+    return SAE.from_pretrained(release, sae_id, device=device)
+
+
 def set_thresholds(folder: str | Path, threshold: Float[Tensor, " d_sae"], metadata: Mapping[str, Any]) -> None:
     """Write thresholds into a SAELens folder, and what is to be said of them into its record; the folder changes whole or not at all."""
     folder = Path(folder)
@@ -65,7 +72,7 @@ def set_thresholds(folder: str | Path, threshold: Float[Tensor, " d_sae"], metad
         shutil.copytree(folder, draft)
         weights = load_file(draft / SAE_WEIGHTS_FILENAME)
         weights["threshold"] = threshold.to(weights["threshold"])
-        save_file(weights, draft / SAE_WEIGHTS_FILENAME)
+        (draft / SAE_WEIGHTS_FILENAME).write_bytes(save(weights))
         record = json.loads((draft / SAE_CFG_FILENAME).read_text())
         record["metadata"] = {**record.get("metadata", {}), **metadata}
         (draft / SAE_CFG_FILENAME).write_text(json.dumps(record))
