@@ -71,7 +71,8 @@ def publish(
         before = dest.read(saelens.README) if saelens.README in there else ""
         repository = dest.place.removeprefix(HUB) if dest.place.startswith(HUB) else None
         text = card.page(sorted([*others, record], key=lambda each: each["id"]), repository, before)
-        return saelens.publish(folders, dest, card=text, replace=replace, remove=[f"{name}-meta"]), record
+        stale = [f"{name}-meta"] if replace else []
+        return saelens.publish(folders, dest, card=text, replace=replace, remove=stale), record
 
 
 def other(dest: Destination, path: str) -> dict[str, Any] | None:
