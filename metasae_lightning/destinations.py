@@ -68,7 +68,7 @@ class Folder(Destination):
                 self._move(moves)
         except OSError as error:
             raise InputError(f"cannot write {error.filename2 or error.filename or self.path}: {error.strerror or error}") from error
-        return str(self.path)
+        return str(self.path.absolute())  # a path that looks like a repository's name is told from one
 
     @staticmethod
     def _move(moves: Sequence[tuple[Path, Path]]) -> None:
