@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metasae_lightning import functional
+from metasae_lightning.arguments import data_of
 from metasae_lightning.cli import main
 from metasae_lightning.cofiring import Firings, Phi
-from metasae_lightning.commands import data_of
 from metasae_lightning.comparison import FIGURES, LOSSES, Matches, best_matches, compare, splits, swapped
 from metasae_lightning.contexts import top_contexts
 from metasae_lightning.evaluation import Settings, evaluate

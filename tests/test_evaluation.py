@@ -12,9 +12,9 @@ from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from metasae_lightning import ActivationsDataModule, functional, observation
+from metasae_lightning.arguments import data_of
 from metasae_lightning.cli import main
 from metasae_lightning.cofiring import Phi, PhiSample
-from metasae_lightning.commands import data_of
 from metasae_lightning.corpora import InMemory
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation import Evaluation, Settings, evaluate, phi_by_group, resampled

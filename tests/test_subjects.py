@@ -150,7 +150,7 @@ def test_a_full_disk_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saelens, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert "No space left on device" in failing(capsys, "calibrate", str(place))
     assert {path: path.read_bytes() for path in (place / "saes").rglob("*") if path.is_file()} == before
 
