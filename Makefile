@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart picture test test-slow check format lint types clean
+.PHONY: help quickstart picture bench test test-slow check format lint types clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ format: $(VENV)/.installed-dev ## rewrite the code in the house's format
 
 picture: $(VENV)/.installed ## the README's picture from a finished run (RUN=folder)
 	$(BIN)/python -c 'from metasae_lightning.callbacks.summary import picture; picture("$(RUN)", "docs/quickstart.svg")'
+
+bench: $(VENV)/.installed ## a step of ours beside SAELens's, in short; docs/performance.md has the long forms
+	$(BIN)/python benchmarks/step.py --sizes laptop --runs 3 --macro-steps 1 $(ARGS)
 
 clean: ## remove .venv and what tools leave behind; runs/ stays
 	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache

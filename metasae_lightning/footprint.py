@@ -19,6 +19,7 @@ from metasae_lightning.joint import JointSAE
 from metasae_lightning.learner import Learner
 from metasae_lightning.lm import LanguageModel
 from metasae_lightning.normalizers import normalizer_of
+from metasae_lightning.rowwise import trial
 from metasae_lightning.step import Batch
 
 aten = torch.ops.aten
@@ -80,6 +81,11 @@ class Live(TorchDispatchMode):
             self._move(scratch, 1)
             self._move(scratch, -1)
         return out
+
+    @property
+    def held(self) -> int:
+        """Bytes that came to be and live still."""
+        return self._now[0]
 
     def _gone(self, key: int) -> None:
         self._move(self._sizes.pop(key), -1)
@@ -178,6 +184,8 @@ class Training:
 
     optimizer: float
     """Bytes of the optimisers' state for each byte of parameters."""
+    kept: int
+    """Bytes that stay between steps beside weights, gradients and optimisers' state."""
     primary: Rise
     """What a primary step adds, the penalties included."""
     meta: Rise
@@ -196,7 +204,12 @@ def training(model: JointSAE, rows: int, *, precision: str = "32-true") -> Train
     widest = max(rows * d_sae, d_sae * d_in, 0 if model.meta is None else d_sae * model.meta.W_dec.shape[0])
     factor = max(1.0, min((widest / TRIAL) ** 0.5, d_in / 8))
     live, found, small_rows = Live(KEPT / factor**2), dict[str, Rise](), max(2, round(rows / factor))
-    with torch.random.fork_rng(), warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision):
+    with (
+        torch.random.fork_rng(),
+        warnings.catch_warnings(),
+        trial(factor),
+        torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision),
+    ):
         warnings.simplefilter("ignore")
         dtype = torch.float64 if precision == "64-true" else model.primary.W_dec.dtype
         small = _smaller(model, factor).to(dtype)
@@ -218,7 +231,8 @@ def training(model: JointSAE, rows: int, *, precision: str = "32-true") -> Train
         for act in (primary, meta, primary, meta, evaluation):
             found[act.__name__] = live.during(act).times(factor**2)
     state = sum(v.nbytes for optimizer in optimizers for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor))
-    return Training(state / parameters(small), **found)
+    kept = max(0, live.held - state - parameters(small))
+    return Training(state / parameters(small), round(kept * factor**2), **found)
 
 
 def _age(learner: Learner) -> None:
@@ -247,6 +261,9 @@ def _smaller(model: JointSAE, factor: float) -> JointSAE:
         meta_optimizer=callables["meta"],
         clip_grad_norm=primary.clip_grad_norm,
         micro_batches=primary.micro_batches,
+        critic_supports=model.critic_supports,
+        meta_rows=None if model.meta_rows is None else _divided(model.meta_rows, factor),
+        kernels=model.kernels,
     )
 
 

@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from metasae_lightning.rowwise import pieces
+
 
 def unit_rows(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
     """Decoder rows as directions, `W_i / ||W_i||`; the gradient flows through the normalisation.
@@ -66,7 +68,11 @@ def fvu(
     (0.0, 1.0)
     """
     centre = x.mean(0) if mean is None else mean
-    return (x - reconstruction).square().sum() / (x - centre).square().sum()
+    error, variance = x.new_zeros(()), x.new_zeros(())
+    for some, rebuilt in pieces(x, reconstruction):
+        error += (some - rebuilt).square().sum()
+        variance += (some - centre).square().sum()
+    return error / variance
 
 
 def phi(

@@ -1,6 +1,7 @@
 """Joint training: a primary SAE on activations, a meta SAE on its decoder, and the penalty that one puts on the other."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -9,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from metasae_lightning import functional
 from metasae_lightning.alternation import meta_steps_after, meta_steps_in
@@ -17,8 +18,9 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.learner import Learner
 from metasae_lightning.origin import Adopted, Origin
 from metasae_lightning.penalties import Critic, Penalty
-from metasae_lightning.saelens import TrainingSAEConfig
-from metasae_lightning.schedules import WarmupDecay, warm_up
+from metasae_lightning.rowwise import order
+from metasae_lightning.saelens import Kernels, TrainingSAEConfig
+from metasae_lightning.schedules import bound, warm_up
 from metasae_lightning.step import Batch, Evaluation, Reading, StepOutput
 
 
@@ -53,6 +55,9 @@ class JointSAE(LightningModule):
         hook: Which of the data's hooks this one reads, where they give several.
         init_from: An SAE whose weights the primary starts from: a run, a SAELens folder, or RELEASE:ID on the Hub.
         meta_init_from: The same for the meta SAE.
+        critic_supports: When the critic ranks its latents: at every step, or, an approximation, at the first after each meta phase.
+        meta_rows: How many rows, drawn anew, a meta step reads; none is all of them, as in the paper.
+        kernels: `sparse` leaves zeros out where the architecture is of the top-k family; `dense` is SAELens's own forward pass.
     """
 
     def __init__(
@@ -77,6 +82,9 @@ class JointSAE(LightningModule):
         hook: str | None = None,
         init_from: Origin | str | None = None,
         meta_init_from: Origin | str | None = None,
+        critic_supports: Literal["exact", "macro_step"] = "exact",
+        meta_rows: int | None = None,
+        kernels: Kernels = "sparse",
     ) -> None:
         super().__init__()
         self.hook = hook
@@ -87,8 +95,12 @@ class JointSAE(LightningModule):
         )
         if clip_grad_norm is not None and clip_grad_norm <= 0:
             raise InputError(f"clip_grad_norm must be more than 0, or none, got {clip_grad_norm}")
-        self.n_p, self.n_m = n_p, n_m
-        shared: dict[str, Any] = {"decoder_rows": decoder_rows, "clip_grad_norm": clip_grad_norm}
+        if meta_rows is not None and not 0 < meta_rows <= primary.d_sae:
+            raise InputError(f"meta_rows must lie between 1 and the decoder's {primary.d_sae} rows, got {meta_rows}")
+        self.n_p, self.n_m, self.meta_rows = n_p, n_m, meta_rows
+        self.critic_supports: Literal["exact", "macro_step"] = critic_supports
+        self.kernels: Kernels = kernels
+        shared: dict[str, Any] = {"decoder_rows": decoder_rows, "clip_grad_norm": clip_grad_norm, "kernels": kernels}
         own: dict[str, Any] = {"b_dec_init": b_dec_init, "micro_batches": micro_batches, "origin": _origin(init_from)}
         self.primary = Learner(primary, role="primary", seed=seed, dead_after=dead_after_tokens, **own, **shared)
         self.meta: Learner | None = None
@@ -110,11 +122,10 @@ class JointSAE(LightningModule):
         if self.meta is not None:  # before it first judges
             _tell(self.meta.initialize(functional.unit_rows(self.primary.W_dec.detach())), "meta")
         penalty, values = self._penalties()
-        seen, reading = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, added=penalty)
+        seen = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, added=penalty)
         self._advance("primary")
-        judged = None
-        for _ in range(meta_steps_after(int(self.primary.steps), n_p=self.n_p, n_m=self.n_m, last=last)):
-            judged = self._meta_step(meta_optimizer)
+        reading = self.primary.reading(batch.activations, seen)
+        judged = self._meta_phase(meta_steps_after(int(self.primary.steps), n_p=self.n_p, n_m=self.n_m, last=last), meta_optimizer)
         if last:  # the run ends on what the last critic makes of the last decoder
             values = self._measure({})
         loss = reading.loss if penalty is None else reading.loss + penalty.detach()
@@ -151,16 +162,21 @@ class JointSAE(LightningModule):
 
     @property
     def _critic(self) -> Critic | None:
-        return None if self.meta is None else self.meta.reconstruct
+        return None if self.meta is None else partial(self.meta.reconstruct, again=self.critic_supports == "macro_step")
 
-    def _meta_step(self, optimizer: Optimizer | None) -> Reading | None:
-        if self.meta is None:
+    def _meta_phase(self, steps: int, optimizer: Optimizer | None) -> Reading | None:
+        """So many meta steps on the decoder as it is now, and what the last of them showed."""
+        if self.meta is None or not steps:
             return None
         assert optimizer is not None
         rows = functional.unit_rows(self.primary.W_dec.detach())
-        _, reading = self.meta.learn(rows, optimizer, backward=self._backward)
-        self._advance("meta")
-        return reading
+        judged = None
+        for left in reversed(range(steps)):
+            some = rows if self.meta_rows is None else rows[order(len(rows), step=int(self.meta.steps))[: self.meta_rows].to(rows.device)]
+            seen = self.meta.learn(some, optimizer, backward=self._backward)
+            self._advance("meta")
+            judged = None if left else self.meta.reading(some, seen)
+        return judged
 
     def _named_penalties(self) -> list[tuple[str, Penalty]]:
         return list(self.penalties.items())  # pyright: ignore[reportReturnType]
@@ -208,7 +224,7 @@ class JointSAE(LightningModule):
             optimizer = self._optimizer_callables[name](learner.parameters())
             optimizers.append(optimizer)
             if (scheduler := self._scheduler_callables[name]) is not None:
-                self._schedules[name] = _bound(scheduler(optimizer), steps if name == "primary" else self._meta_steps(steps), name)
+                self._schedules[name] = bound(scheduler(optimizer), steps if name == "primary" else self._meta_steps(steps), name)
         return optimizers, list(self._schedules.values())
 
     def _meta_steps(self, steps: float) -> float:
@@ -229,6 +245,16 @@ class JointSAE(LightningModule):
         return {"output": self.evaluate(Batch.of(batch).at(self.hook))}
 
     test_step = validation_step
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What a critic holds is of an earlier step's decoder: it cannot be found again."""
+        if self.meta is not None and self.meta.held is not None:
+            checkpoint["critic_supports"] = self.meta.held
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See above."""
+        if self.meta is not None:
+            self.meta.held = checkpoint.get("critic_supports")
 
     def figures(self, output: StepOutput) -> dict[str, Any]:
         """What a step logs."""
@@ -273,14 +299,3 @@ def _check_trainer(trainer: Any) -> None:
         raise InputError(f"trainer.precision must be 32-true, 64-true or bf16-mixed, got {trainer.precision}")
     if trainer.max_steps != -1:
         raise InputError("trainer.max_steps would end a run inside a macro-step: the budget is data.init_args.tokens")
-
-
-def _bound(schedule: Any, steps: float, name: str) -> LRScheduler:
-    if isinstance(schedule, ReduceLROnPlateau):
-        raise InputError(f"{name}_scheduler: ReduceLROnPlateau waits for a figure, and schedules here are functions of the step alone")
-    if isinstance(schedule, WarmupDecay):
-        if steps == float("inf") and schedule.total_steps is None:
-            raise InputError(f"{name}_scheduler needs the length of the run: give WarmupDecay total_steps, or data with a length")
-        if steps != float("inf"):
-            schedule.bind(int(steps))
-    return schedule

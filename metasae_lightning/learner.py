@@ -5,6 +5,7 @@ The primary and the meta SAE are both learners; they differ in what rows they ar
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from metasae_lightning import functional, saelens
 from metasae_lightning.errors import InputError
 from metasae_lightning.normalizers import normalizer_of
 from metasae_lightning.origin import Adopted, Origin
+from metasae_lightning.rowwise import pieces
 from metasae_lightning.saelens import TrainingSAEConfig
 from metasae_lightning.step import Codes, Reading
 
@@ -33,8 +35,15 @@ class Pass:
     """Its parts, detached."""
     codes: Codes
     """The latents' activations."""
-    reconstruction: Tensor
-    """The rows rebuilt, in raw space, detached."""
+    rows: int
+    """How many rows there were."""
+    rebuild: Callable[[], Tensor]
+    """Gives what follows."""
+
+    @cached_property
+    def reconstruction(self) -> Tensor:
+        """The rows rebuilt, in raw space, detached; made when it is first asked for."""
+        return self.rebuild()
 
 
 class Learner(nn.Module):
@@ -65,10 +74,12 @@ class Learner(nn.Module):
         micro_batches: int = 1,
         clip_grad_norm: float | None = None,
         origin: Origin | None = None,
+        kernels: saelens.Kernels = "sparse",
     ) -> None:
         super().__init__()
         self.role, self.origin = role, origin
         self.sae = saelens.build(cfg, role=role, seed=seed)
+        self._passes = saelens.passes_of(self.sae, kernels, recurring=role == "meta")
         self.normalizer = normalizer_of(cfg.normalize_activations, cfg.d_in)
         self.decoder_rows, self.b_dec_init, self.dead_after = decoder_rows, b_dec_init, dead_after
         self.micro_batches, self.clip_grad_norm = micro_batches, clip_grad_norm
@@ -129,61 +140,71 @@ class Learner(nn.Module):
         kinds = source.cfg.architecture(), self.sae.cfg.architecture()
         return Adopted(origin.place, kinds, (l0, codes.l0), (fvu, functional.fvu(x, rebuilt).item()), len(x), lost)
 
-    def learn(
-        self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, added: Tensor | None = None
-    ) -> tuple[Pass, Reading]:
+    def learn(self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, added: Tensor | None = None) -> Pass:
         """One optimiser step on these rows, in micro-batches; `added` joins the loss once.
 
         The order is that of arXiv 2406.04093 but for renormalising last: gradient, its radial part removed, clip, step, unit rows.
         """
+        self.held = None
         optimizer.zero_grad()
-        chunks = x.chunk(self.micro_batches)
         passes: list[Pass] = []
-        for i, rows in enumerate(chunks):
-            passes.append(self._forward(rows))
-            loss = passes[-1].loss * (len(rows) / len(x))
-            backward(loss + added if added is not None and i == len(chunks) - 1 else loss)
+        for i, rows in enumerate(x.chunk(self.micro_batches)):
+            passes.append(self._forward(rows, alone=i == 0))
+            backward(passes[-1].loss * (len(rows) / len(x)))
+        if added is not None:  # on its own: then its gradient is added to the loss's in place
+            backward(added)
         self._constrain_gradient()
         optimizer.step()
         self._renormalize()
         merged = self._merge(passes, len(x))
         self._observe(merged.codes, len(x))
-        return merged, self._reading(x, merged)
+        return merged
+
+    @property
+    def held(self) -> tuple[Tensor, Tensor] | None:
+        """Rows and latents that a critic keeps `again`, where it was asked to; none after it has learnt."""
+        return self._passes.held
+
+    @held.setter
+    def held(self, places: tuple[Tensor, Tensor] | None) -> None:
+        self._passes.held = places
 
     @torch.no_grad()
-    def read(self, x: Float[Tensor, "rows d_in"]) -> tuple[Codes, Float[Tensor, "rows d_in"]]:
-        """Codes and reconstruction by the training rule; no gradient, and no state moves anywhere."""
+    def read(self, x: Float[Tensor, "rows d_in"], *, again: bool = False) -> tuple[Codes, Float[Tensor, "rows d_in"]]:
+        """Codes and reconstruction by the training rule; no gradient, and nothing that training moves.
+
+        With `again` the latents that are kept are those of the first time since the SAE last learnt, for these rows little has moved.
+        """
         z, undo = self.normalizer.normalize(x)
-        acts = self.sae.encode(z)
-        return Codes.from_dense(acts), self.normalizer.restore(self.sae.decode(acts), undo).to(x.dtype)
+        codes, rebuilt = self._passes.read(z, again=again)
+        return codes, self.normalizer.restore(rebuilt, undo).to(x.dtype)
 
-    @torch.no_grad()
-    def reconstruct(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
+    def reconstruct(self, x: Float[Tensor, "rows d_in"], *, again: bool = False) -> Float[Tensor, "rows d_in"]:
         """The reconstruction alone: the learner as a frozen critic."""
-        z, undo = self.normalizer.normalize(x)
-        return self.normalizer.restore(self.sae.decode(self.sae.encode(z)), undo)
+        return self.read(x, again=again)[1]
 
-    def _forward(self, x: Tensor) -> Pass:
+    def _forward(self, x: Tensor, *, alone: bool) -> Pass:
         z, undo = self.normalizer.normalize(x)
-        out = saelens.forward(self.sae, z, dead=self.dead, step=int(self.steps))
-        codes = Codes.from_dense(out.feature_acts)
-        if codes.values.numel():  # SAELens's threshold stays where it is when nothing fires
+        out = self._passes.train(z, dead=self.dead, step=int(self.steps), alone=alone)
+        if out.codes.values.numel():  # SAELens's threshold stays where it is when nothing fires
             self.updates += 1
         losses = {name: value.detach() for name, value in out.losses.items()}
-        return Pass(out.loss, losses, codes, self.normalizer.restore(out.sae_out.detach(), undo))
+        return Pass(out.loss, losses, out.codes, len(x), lambda: self.normalizer.restore(out.reconstruction, undo))
 
     @torch.no_grad()
     def _constrain_gradient(self) -> None:
         gradient = self.W_dec.grad
         if self.decoder_rows == "unit" and gradient is not None:
-            gradient.copy_(functional.without_radial(gradient, self.W_dec))
+            for some, rows in pieces(gradient, self.W_dec):
+                some.copy_(functional.without_radial(some, rows))
         if self.clip_grad_norm is not None:
             clip_grad_norm_(self.sae.parameters(), self.clip_grad_norm)
 
     @torch.no_grad()
     def _renormalize(self) -> None:
         if self.decoder_rows == "unit":
-            self.W_dec.copy_(functional.unit_rows(self.W_dec))
+            for (rows,) in pieces(self.W_dec):
+                rows.copy_(functional.unit_rows(rows))
         # Outside Lightning an autocast around several steps would go on with the weights it cast for the first.
         torch.clear_autocast_cache()
 
@@ -198,14 +219,16 @@ class Learner(nn.Module):
     def _merge(passes: list[Pass], rows: int) -> Pass:
         if len(passes) == 1:
             return passes[0]
-        shares = [len(p.reconstruction) / rows for p in passes]
+        shares = [p.rows / rows for p in passes]
         losses = {
             name: sum((p.losses[name] * s for p, s in zip(passes, shares, strict=True)), torch.zeros(())) for name in passes[0].losses
         }
         loss = sum((p.loss.detach() * s for p, s in zip(passes, shares, strict=True)), torch.zeros(()))
-        return Pass(loss, losses, Codes.concatenate([p.codes for p in passes]), torch.cat([p.reconstruction for p in passes]))
+        codes = Codes.concatenate([p.codes for p in passes])
+        return Pass(loss, losses, codes, rows, lambda: torch.cat([p.reconstruction for p in passes]))
 
-    def _reading(self, x: Tensor, seen: Pass) -> Reading:
+    def reading(self, x: Float[Tensor, "rows d_in"], seen: Pass) -> Reading:
+        """What a step on these rows showed."""
         return Reading(
             loss=seen.loss.detach(),
             losses=seen.losses,

@@ -225,6 +225,8 @@ def _training(model: JointSAE, data: Any, trainer: Any, wide: int) -> Iterator[L
     seen = footprint.training(model, rows, precision=str(trainer.precision))
     state = round(seen.optimizer * footprint.parameters(model) * wide)
     yield Line("optimisers' state", here, state, f"{seen.optimizer:.3g} times the parameters", "another optimiser, or lower primary.d_sae")
+    if model.meta is not None and seen.kept:
+        yield Line("decoder rows as they were", here, round(seen.kept * wide), "what the critic's candidates are from", "kernels: dense")
     split = f" in {model.primary.micro_batches} parts" if model.primary.micro_batches > 1 else ""
     how = f"{rows:,} rows{split} and the penalties, when latents are dead"
     yield _phase("a primary step", here, seen.primary, how, "raise micro_batches or lower batch_size", kind="batch")

@@ -52,6 +52,10 @@ class Identity(Normalizer):
         """See the class."""
         return x, (x.new_ones(()), x.new_zeros(()))
 
+    def restore(self, z: Float[Tensor, "batch d_in"], undo: Undo) -> Float[Tensor, "batch d_in"]:
+        """Nothing to do."""
+        return z
+
     def fold(self, sae: Any) -> None:
         """Nothing to do."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metasae_lightning import functional
 from metasae_lightning.errors import InputError
+from metasae_lightning.rowwise import mean_over_rows, order
 
 Critic = Callable[[Float[Tensor, "d_sae d_in"]], Float[Tensor, "d_sae d_in"]]
 """The frozen meta SAE: unit decoder rows in, their reconstruction out, no gradient, no state moved."""
@@ -41,22 +42,33 @@ class Penalty(nn.Module, ABC):
 
 @final
 class Decomposability(Penalty):
-    """Mean decomposability of the decoder rows by the critic, `mean_i exp(-||W_i - What_i||^2 / sigma_sq)` (arXiv 2604.03436)."""
+    """Mean decomposability of the decoder rows by the critic, `mean_i exp(-||W_i - What_i||^2 / sigma_sq)` (arXiv 2604.03436).
+
+    With `rows` < 1 the mean is over that share of the rows, drawn anew at each step: cheaper, unbiased but for the critic's threshold being
+    that of the rows drawn, and noisy.
+    """
 
     needs_critic = True
 
-    def __init__(self, weight: float, sigma_sq: float = 1.0, warm_up_steps: int = 0) -> None:
+    def __init__(self, weight: float, sigma_sq: float = 1.0, warm_up_steps: int = 0, rows: float = 1.0, seed: int = 0) -> None:
         super().__init__(weight, warm_up_steps)
         if sigma_sq <= 0:
             raise InputError(f"Decomposability: sigma_sq must be positive, got {sigma_sq}")
-        self.sigma_sq = sigma_sq
+        if not 0 < rows <= 1:
+            raise InputError(f"Decomposability: rows is the share of the decoder that a step looks at, above 0 and up to 1, got {rows}")
+        self.sigma_sq, self.rows, self.seed = sigma_sq, rows, seed
 
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """See the class."""
         assert critic is not None
+        if self.rows < 1:
+            some = order(len(W_dec), step=step, seed=self.seed)[: max(1, round(self.rows * len(W_dec)))]
+            W_dec = W_dec.index_select(0, some.to(W_dec.device))
         with torch.no_grad():
             reconstruction = critic(functional.unit_rows(W_dec))
-        return functional.decomposability(W_dec, reconstruction.to(W_dec.dtype), self.sigma_sq).mean()
+        return mean_over_rows(
+            lambda rows, rebuilt: functional.decomposability(rows, rebuilt.to(rows.dtype), self.sigma_sq), W_dec, reconstruction
+        )
 
 
 @final
@@ -76,8 +88,6 @@ class Orthogonality(Penalty):
         """See the class."""
         if step % self.every:
             return W_dec.new_zeros(())
-        # A generator of the step's own: the partition is new each step, the same after a resume, and no random stream moves.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        order = torch.randperm(W_dec.shape[0], generator=generator).to(W_dec.device)
-        chunks = list(order.chunk(-(-len(order) // self.chunk_size)))
+        permuted = order(len(W_dec), step=step, seed=self.seed).to(W_dec.device)
+        chunks = list(permuted.chunk(-(-len(permuted) // self.chunk_size)))
         return self.every * functional.orthogonality(W_dec, chunks).mean()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metasae_lightning.errors import InputError
 
@@ -94,3 +94,15 @@ class WarmupDecay(LRScheduler):
         if self.total_steps is None:
             return 1.0
         return learning_rate_factor(step, self.total_steps, **self.shape)  # pyright: ignore[reportArgumentType]
+
+
+def bound(schedule: Any, steps: float, name: str) -> LRScheduler:
+    """A schedule that knows the length of the run, where it wants to."""
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise InputError(f"{name}_scheduler: ReduceLROnPlateau waits for a figure, and schedules here are functions of the step alone")
+    if isinstance(schedule, WarmupDecay):
+        if steps == float("inf") and schedule.total_steps is None:
+            raise InputError(f"{name}_scheduler needs the length of the run: give WarmupDecay total_steps, or data with a length")
+        if steps != float("inf"):
+            schedule.bind(int(steps))
+    return schedule

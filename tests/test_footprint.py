@@ -135,7 +135,7 @@ def test_micro_batches_take_their_share():
 
 # A matrix of the first is 64 MiB, of the second 4, and 16 where it is sorted: those of the first go back to the system when freed.
 def test_blocks_are_small_by_their_full_size():
-    large, small = (footprint.training(joint(d_in=64, d_sae=4096, meta=False), rows).evaluation for rows in (4096, 256))
+    large, small = (footprint.training(joint(d_in=64, d_sae=4096, meta=False, kernels="dense"), rows).evaluation for rows in (4096, 256))
     assert large.small < large.height / 5
     assert small.small == small.height
 
@@ -171,7 +171,7 @@ def test_a_trial_leaves_no_trace():
 
 @pytest.mark.parametrize(("precision", "times"), [("64-true", 2.0), ("bf16-mixed", 1.0)])
 def test_precision_is_counted(precision: str, times: float):
-    plain, other = (footprint.training(joint(), 512, precision=p) for p in ("32-true", precision))
+    plain, other = (footprint.training(joint(kernels="dense"), 512, precision=p) for p in ("32-true", precision))
     assert other.optimizer == pytest.approx(plain.optimizer, rel=0.01)
     if precision == "64-true":
         assert other.primary.height == pytest.approx(times * plain.primary.height, rel=0.15)

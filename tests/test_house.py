@@ -19,12 +19,15 @@ from metasae_lightning import functional, schedules
 ROOT = Path(__file__).parents[1]
 OURS = "metasae_lightning"
 ANY = "any"
+# Rooms of several modules.
+FOLDERS = ("saelens", "sparse")
 
 # What each room of the package may import of ours: docs/design.md draws it. A new module gets a line here.
 DOWN = {
     "errors": "",
-    "functional": "errors",
-    "sparse": "errors",
+    "functional": "rowwise errors",
+    "sparse": "sparse rowwise errors",
+    "rowwise": "",
     "step": "errors",
     "alternation": "errors",
     "schedules": "errors",
@@ -43,7 +46,7 @@ DOWN = {
     "hub": "documents producer errors",
     "corpora": "hub files documents producer errors",
     "normalizers": "functional errors",
-    "penalties": "functional step errors",
+    "penalties": "rowwise functional step errors",
     "cofiring": "functional step errors",
     "splice": "reader functional errors",
     "critic": "learner saelens functional errors",
@@ -55,7 +58,7 @@ DOWN = {
     "card": "",
     "saelens": "saelens destinations redaction sparse calibration normalizers schedules functional step errors",
     "origin": "saelens errors",
-    "learner": "origin saelens normalizers schedules functional step errors",
+    "learner": "origin rowwise saelens normalizers schedules functional step errors",
     "tokens": "producer batching corpora errors",
     "rows": "tokens batching lm errors",
     "stream": "producer shuffle batching corpora step errors",
@@ -76,9 +79,9 @@ DOWN = {
     "cached": "activations cache stream rows shuffle batching corpora errors",
     "planted": "synthetic corpora",
     "data": "planted cached activations cache stream batching corpora lm step errors",
-    "joint": "penalties alternation schedules learner origin saelens sparse step functional errors",
+    "joint": "penalties alternation schedules learner origin rowwise saelens step functional errors",
     "arms": "joint step",
-    "footprint": "joint learner lm normalizers functional step errors",
+    "footprint": "joint learner rowwise lm normalizers functional step errors",
     "memory": "footprint joint errors",
     "callbacks": "metrics saelens step functional errors",
     "commands": ANY,
@@ -90,7 +93,7 @@ DOORS = {
     "sae_lens": {"saelens", "lm", "synthetic"},
     "lightning": {"joint", "arms", "data", "planted", "callbacks", "arguments", "commands", "cli"},
 }
-PURE = {"functional", "sparse", "step", "alternation", "schedules", "shuffle", "batching"}
+PURE = {"functional", "sparse", "rowwise", "step", "alternation", "schedules", "shuffle", "batching"}
 PURE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "jaxtyping", OURS}
 
 
@@ -100,19 +103,20 @@ def package_files(root: Path) -> Iterator[tuple[str, Path]]:
         yield path.stem, path
     for path in sorted((root / "callbacks").glob("*.py")):
         yield "callbacks", path
-    for path in sorted((root / OURS / "saelens").glob("*.py")):
-        yield "saelens", path
+    for folder in FOLDERS:
+        for path in sorted((root / OURS / folder).glob("*.py")):
+            yield folder, path
 
 
 def python_files(root: Path) -> Iterator[Path]:
-    for folder in (OURS, f"{OURS}/saelens", "callbacks", "tests", "benchmarks"):
+    for folder in (OURS, *(f"{OURS}/{folder}" for folder in FOLDERS), "callbacks", "tests", "benchmarks"):
         yield from sorted((root / folder).glob("*.py"))
     yield from sorted(root.glob("*.py"))
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
     """Line and dotted name of everything a file imports, at any depth; a relative import counts from its own package."""
-    package = f"{OURS}.{path.parent.name}" if path.parent.name in ("callbacks", "saelens") else OURS
+    package = f"{OURS}.{path.parent.name}" if path.parent.name in ("callbacks", *FOLDERS) else OURS
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)

@@ -164,7 +164,7 @@ def test_saelens_layer_norm_aux_loss_would_have_raised():
     assert module.primary.dead.any()
     inside = get_sae_training_class("batchtopk")[0](config("batchtopk", normalize_activations="layer_norm"))
     with pytest.raises(ValueError, match="does not support activation normalization"):
-        saelens.forward(inside, activations(0), dead=torch.ones(48, dtype=torch.bool), step=0)
+        saelens.passes_of(inside, "dense").train(activations(0), dead=torch.ones(48, dtype=torch.bool), step=0, alone=True)
 
 
 def test_no_warning_of_saelens_escapes(tmp_path: Path):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_lens.saes import batchtopk_sae
+from torch import Tensor
 
-from metasae_lightning import saelens, sparse
-from tests.architectures import config
+from metasae_lightning import sparse
+from metasae_lightning.sparse import selection
 
 
 @given(st.integers(1, 3000), st.floats(0, 1.2), st.floats(0, 1), st.integers(0, 10_000))
@@ -25,8 +25,8 @@ def test_largest_is_topk_whatever_the_guess(size: int, share: float, zeros: floa
 # Every value that the guess looks at is large, or none is.
 @pytest.mark.parametrize("seen", [0.0, 100.0])
 def test_a_sample_that_misleads_changes_nothing(seen: float):
-    values = torch.rand(sparse.STRIDE * 100, generator=torch.Generator().manual_seed(0))
-    values[:: sparse.STRIDE] = seen
+    values = torch.rand(selection.STRIDE * 100, generator=torch.Generator().manual_seed(0))
+    values[:: selection.STRIDE] = seen
     kept = sparse.largest(values, 500)
     assert torch.equal(values[kept].sort().values, values.topk(500).values.sort().values)
 
@@ -36,19 +36,158 @@ def test_equal_values_are_kept_as_often_as_asked():
     assert len(set(sparse.largest(values, 77).tolist())) == 77
 
 
-@pytest.mark.parametrize("k", [0.5, 3, 40])
-def test_batchtopk_and_its_gradient_are_saelens_own(k: float):
-    x = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
+@pytest.fixture(params=["one block", "many blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks so small that borders fall everywhere, in rows and in latents."""
+    if request.param == "many blocks":
+        monkeypatch.setattr(selection, "BLOCK", 60)
+        monkeypatch.setattr(selection, "BLOCK_ROWS", 7)
+
+
+def inputs(rows: int = 24, d_in: int = 10, d_sae: int = 40, seed: int = 0) -> tuple[Tensor, ...]:
+    """Rows, encoder, its bias, the origin and a decoder, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (rows, d_in), (d_in, d_sae), (d_sae,), (d_in,), (d_sae, d_in)
+    return tuple(torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes)
+
+
+def reference(given: tuple[Tensor, ...], k: float, *, each_row: bool, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The formula on dense matrices: what is kept and what it decodes to."""
+    x, W_enc, b_enc, origin, W_dec = given
+    raw = (x - origin) @ W_enc + b_enc
+    ranked = raw.detach() if scale is None else raw.detach() * scale
+    if each_row:
+        keep = torch.zeros_like(raw, dtype=torch.bool).scatter(1, ranked.topk(int(k), dim=1).indices, True)
+    else:
+        keep = torch.zeros(raw.numel(), dtype=torch.bool)
+        keep[ranked.relu().flatten().topk(int(k * len(x))).indices] = True
+        keep = keep.view(raw.shape)
+    acts = torch.where(keep & (raw > 0), raw, 0.0)
+    return acts, acts @ W_dec
+
+
+APART = torch.tensor([3, 7, 39])
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("near", [None, 100.0, 1e-3, 1.5])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("each_row", [False, True])
+def test_encode_and_decode_are_the_dense_formula_and_so_are_all_gradients(each_row: bool, scaled: bool, near: float | None):
+    given_tensors = inputs()
+    x, W_enc, b_enc, origin, W_dec = given_tensors
+    scale = torch.rand(40, dtype=torch.float64) + 0.5 if scaled else None
+
+    def ours(x: Tensor, W_enc: Tensor, b_enc: Tensor, origin: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rule = sparse.Rule(3, each_row, near)
+        found = sparse.encode(x, W_enc, b_enc, rule, origin=origin, scale=scale, apart=APART)
+        rebuilt, rows = sparse.decode(found.values, found.pattern, W_dec, APART)
+        return rebuilt, found.apart, rows
+
+    acts, expected = reference(given_tensors, 3, each_row=each_row, scale=scale)
+    found = ours(*given_tensors)
+    torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[1], ((x - origin) @ W_enc + b_enc)[:, APART], rtol=1e-12, atol=1e-12)
+    weights = [torch.randn_like(piece) for piece in found]
+    dense = (expected, ((x - origin) @ W_enc + b_enc)[:, APART], W_dec[APART])
+    gradients = torch.autograd.grad(sum((piece * w).sum() for piece, w in zip(found, weights, strict=True)), given_tensors)  # type: ignore[arg-type]
+    wanted = torch.autograd.grad(sum((piece * w).sum() for piece, w in zip(dense, weights, strict=True)), given_tensors)  # type: ignore[arg-type]
+    for ours_, theirs in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-9, atol=1e-12)
+    assert torch.autograd.gradcheck(ours, given_tensors)
+    assert (acts != 0).sum() > 40  # control: something was kept
+
+
+@pytest.mark.usefixtures("blocks")
+def test_squared_error_is_its_formula_and_so_are_its_gradients():
+    x, W_enc, b_enc, origin, W_dec = inputs()
+    acts, rebuilt = reference((x, W_enc, b_enc, origin, W_dec), 3, each_row=False, scale=None)
+    rows, columns = acts.nonzero(as_tuple=True)
+    pattern, values, b_dec = sparse.Pattern(rows, columns, (24, 40)), acts[rows, columns].detach().requires_grad_(), origin
+    error, off, apart = sparse.squared_error(values, pattern, W_dec, b_dec, x, APART)
+    torch.testing.assert_close(error, (rebuilt + b_dec - x).square().sum(1).mean())
+    torch.testing.assert_close(off, (rebuilt + b_dec - x).detach())
+    assert torch.equal(apart, W_dec[APART]) and not off.requires_grad
+
+    def checked(values: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        error, _, rows = sparse.squared_error(values, pattern, W_dec, b_dec, x, APART)
+        return error, rows
+
+    assert torch.autograd.gradcheck(checked, (values, W_dec, b_dec, x))
+
+
+@pytest.mark.usefixtures("blocks")
+@given(
+    st.integers(1, 40), st.integers(1, 30), st.floats(0, 12), st.integers(0, 10_000), st.sampled_from(["plain", "ties", "one row", "none"])
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_what_is_kept_is_the_largest_of_the_batch(rows: int, latents: int, k: float, seed: int, kind: str):
+    """Rows that keep far more than k, ties across the cut, and batches with nothing positive."""
+    generator = torch.Generator().manual_seed(seed)
+    pre = torch.randn(rows, latents, generator=generator, dtype=torch.float64)
+    if kind == "ties":
+        pre = (2 * pre).round()
+    elif kind == "one row":
+        pre[seed % rows] += 100
+    elif kind == "none":
+        pre = -pre.abs()
+    count = min(int(k * rows), rows * latents)
+    rule = sparse.Rule(count / rows + 1e-9, each_row=False)
+    found = sparse.encode(pre, torch.eye(latents, dtype=torch.float64), torch.zeros(latents, dtype=torch.float64), rule)
+    expected = pre.relu().flatten().topk(count).values
+    expected = expected[expected > 0]
+    assert torch.equal(found.values.sort(descending=True).values, expected)
+    places = found.pattern.rows * latents + found.pattern.columns
+    assert torch.equal(places, places.unique())  # each once, in order
+    assert torch.equal(pre.flatten()[places], found.values)
+
+
+def test_a_cut_that_was_right_before_changes_nothing():
+    x, W_enc, b_enc, _, _ = (piece.detach() for piece in inputs(rows=200))
+    plain = sparse.encode(x, W_enc, b_enc, sparse.Rule(3, each_row=False))
+    for near in (plain.edge, 2 * plain.edge, 0.01 * plain.edge):  # type: ignore[operator]
+        again = sparse.encode(x, W_enc, b_enc, sparse.Rule(3, False, near))
+        assert torch.equal(again.values, plain.values) and torch.equal(again.pattern.columns, plain.pattern.columns)
+        assert again.edge == plain.edge
+
+
+def test_gradients_in_lent_memory_are_those_in_new_memory():
     found = []
-    for rule in (sparse.BatchTopK(k), batchtopk_sae.BatchTopK(k)):
-        given_x = x.clone().requires_grad_()
-        acts = rule(given_x)
-        (acts * torch.arange(48)).sum().backward()
-        found.append((acts.detach(), given_x.grad))
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
+    for memory in (None, sparse.Memory()):
+        for _ in range(2):  # the second time the memory holds the first's
+            x, W_enc, b_enc, origin, W_dec = inputs()
+            kept = sparse.encode(x, W_enc, b_enc, sparse.Rule(3, False), origin=origin, gradients=memory, rows=memory)
+            error, _, _ = sparse.squared_error(kept.values, kept.pattern, W_dec, origin, x, gradients=memory, rows=memory)
+            error.backward()
+            found.append((W_enc.grad.clone(), W_dec.grad.clone(), origin.grad.clone()))  # type: ignore[union-attr]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
-def test_training_saes_use_it(architecture: str):
-    assert isinstance(saelens.build(config(architecture), role="primary", seed=0).activation_fn, sparse.BatchTopK)
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_lent_memory_held_does_not_matter(turned: bool):
+    x, W_enc, b_enc, *_ = (piece.detach() for piece in inputs(d_sae=600))
+    kept = sparse.encode(x, W_enc, b_enc, sparse.Rule(3, False))
+    if turned:
+        plain = kept.pattern.left_product(x, kept.values)
+        found = kept.pattern.left_product(x, kept.values, torch.full_like(plain, torch.nan))
+        dense = x.T @ torch.zeros(24, 600, dtype=x.dtype).index_put((kept.pattern.rows, kept.pattern.columns), kept.values)
+    else:
+        plain = kept.pattern.transposed_product(kept.values, x)
+        found = kept.pattern.transposed_product(kept.values, x, torch.full_like(plain, torch.nan))
+        dense = torch.zeros(24, 600, dtype=x.dtype).index_put((kept.pattern.rows, kept.pattern.columns), kept.values).T @ x
+    assert torch.equal(found, plain)
+    torch.testing.assert_close(found, dense)
+
+
+def test_under_autocast_the_encoder_alone_is_in_the_lower_type():
+    x, W_enc, b_enc, origin, W_dec = (piece.detach().float().requires_grad_() for piece in inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = sparse.encode(x, W_enc, b_enc, sparse.Rule(3, False), origin=origin)
+        error, _, _ = sparse.squared_error(kept.values, kept.pattern, W_dec, origin, x)
+        error.backward()
+    lower = ((x - origin).bfloat16() @ W_enc.bfloat16()).float() + b_enc
+    assert torch.equal(kept.values, lower[kept.pattern.rows, kept.pattern.columns])
+    assert error.dtype == W_dec.grad.dtype == W_enc.grad.dtype == torch.float32  # type: ignore[union-attr]
+    rebuilt = kept.pattern.product(kept.values.detach(), W_dec.detach()) + origin - x
+    torch.testing.assert_close(error, rebuilt.square().sum(1).mean())

@@ -1,4 +1,4 @@
-"""SAELens's training SAEs: built from a config, and run as its own trainer runs them."""
+"""SAELens's training SAEs, built from a config."""
 
 import copy
 from typing import Any
@@ -7,12 +7,8 @@ import torch
 from sae_lens import TrainingSAE, TrainingSAEConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.batchtopk_sae import BatchTopK
-from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
-from torch import Tensor
 
-from metasae_lightning import sparse
 from metasae_lightning.errors import InputError
-from metasae_lightning.schedules import warm_up
 
 AnySAE = TrainingSAE[Any]
 
@@ -27,9 +23,6 @@ def build(cfg: TrainingSAEConfig, *, role: str, seed: int) -> AnySAE:
         sae = get_sae_training_class(cfg.architecture())[0](cfg)
     if not isinstance(getattr(sae, "W_dec", None), torch.nn.Parameter):
         raise InputError(f"{role}: architecture {cfg.architecture()!r} has no decoder matrix W_dec, which joint training is about")
-    rule: Any = sae.activation_fn
-    if type(rule) is BatchTopK:  # the same function, sooner
-        sae.activation_fn = sparse.BatchTopK(rule.k)
     return sae
 
 
@@ -47,20 +40,9 @@ def _check(cfg: TrainingSAEConfig, role: str) -> None:
         )
 
 
-def forward(sae: AnySAE, z: Tensor, *, dead: Tensor, step: int) -> TrainStepOutput:
-    """One training forward pass of SAELens's own, with its coefficients warmed up as SAELens's trainer does."""
-    coefficients: dict[str, float] = {}
-    for name, given in sae.get_coefficients().items():
-        value, steps = given if isinstance(given, TrainCoefficientConfig) else (given, 0)
-        coefficients[name] = value * warm_up(step, steps)
-    return sae.training_forward_pass(
-        TrainStepInput(sae_in=z, coefficients=coefficients, dead_neuron_mask=dead, n_training_steps=step, is_logging_step=False)
-    )
-
-
 def set_k(sae: AnySAE, k: float) -> None:
     """Have a top-k SAE keep another number of latents, whole where it ranks each token apart."""
     rule: Any = sae.activation_fn
     if not hasattr(rule, "k"):
         raise InputError(f"measured_k: a {sae.cfg.architecture()!r} SAE has no k")
-    sae.cfg.k = rule.k = k if isinstance(rule, BatchTopK | sparse.BatchTopK) else max(1, round(k))
+    sae.cfg.k = rule.k = k if isinstance(rule, BatchTopK) else max(1, round(k))

@@ -1,0 +1,194 @@
+"""A training SAE run forwards: by SAELens's own code, or for the top-k family by kernels that leave the zeros out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, final
+
+import torch
+from jaxtyping import Bool, Float
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
+from sae_lens.saes.topk_sae import TopKTrainingSAE
+from torch import Tensor
+
+from metasae_lightning import sparse
+from metasae_lightning.saelens.training import AnySAE
+from metasae_lightning.schedules import warm_up
+from metasae_lightning.step import Codes
+
+Kernels = Literal["sparse", "dense"]
+# SAELens's own classes alone: what a class made from one of them does instead is not known here.
+FAMILY = (TopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a training forward pass gives, in the SAE's own space."""
+
+    loss: Tensor
+    """The architecture's loss."""
+    losses: dict[str, Tensor]
+    """Its parts by SAELens's names."""
+    codes: Codes
+    """The latents' activations."""
+    rebuild: Callable[[], Tensor]
+    """Gives what follows."""
+
+    @cached_property
+    def reconstruction(self) -> Float[Tensor, "row d_in"]:
+        """The rows rebuilt, detached; made when it is first asked for."""
+        return self.rebuild()
+
+
+class Passes(ABC):
+    """How one SAE is run."""
+
+    def __init__(self, sae: AnySAE) -> None:
+        self.sae: Any = sae
+        self.held: tuple[Tensor, Tensor] | None = None
+        """Rows and latents that `read` keeps `again`."""
+
+    @abstractmethod
+    def train(self, z: Float[Tensor, "row d_in"], *, dead: Bool[Tensor, " d_sae"], step: int, alone: bool) -> Forward:
+        """The loss on these rows; what the architecture counts moves. `alone`: no gradient from before is wanted any more."""
+
+    @abstractmethod
+    def read(self, z: Float[Tensor, "row d_in"], *, again: bool = False) -> tuple[Codes, Float[Tensor, "row d_in"]]:
+        """Codes and reconstruction by the training rule; nothing moves. `again`: what is held is kept, nothing ranked."""
+
+
+def passes_of(sae: AnySAE, kernels: Kernels, *, recurring: bool = False) -> Passes:
+    """The kernels that were asked for, where the architecture has them; `recurring` rows are those of the last batch, moved a little."""
+    return Sparse(sae, sparse.Screen() if recurring else None) if kernels == "sparse" and type(sae) in FAMILY else Dense(sae)
+
+
+@final
+class Dense(Passes):
+    """SAELens's own forward pass."""
+
+    def train(self, z: Tensor, *, dead: Tensor, step: int, alone: bool) -> Forward:
+        """See the class; coefficients are warmed up as SAELens's trainer does."""
+        coefficients: dict[str, float] = {}
+        for name, given in self.sae.get_coefficients().items():
+            value, steps = given if isinstance(given, TrainCoefficientConfig) else (given, 0)
+            coefficients[name] = value * warm_up(step, steps)
+        out = self.sae.training_forward_pass(
+            TrainStepInput(sae_in=z, coefficients=coefficients, dead_neuron_mask=dead, n_training_steps=step, is_logging_step=False)
+        )
+        return Forward(out.loss, out.losses, Codes.from_dense(out.feature_acts), lambda: out.sae_out.detach())
+
+    def read(self, z: Tensor, *, again: bool = False) -> tuple[Codes, Tensor]:
+        """See the class; SAELens's own code knows no `again`."""
+        acts = self.sae.encode(z)
+        return Codes.from_dense(acts), self.sae.decode(acts)
+
+
+@final
+class Sparse(Passes):
+    """The same function for SAELens's top-k, batch top-k and matryoshka SAEs, and the same gradients.
+
+    A decoder that is rescaled by its rows' norms has them in what is kept and nowhere else: what multiplies an activation divides it again
+    before it is decoded.
+    """
+
+    def __init__(self, sae: AnySAE, screen: sparse.Screen | None = None) -> None:
+        super().__init__(sae)
+        self.screen = screen
+        self._near: float | None = None
+        self._gradients = sparse.Memory()
+        # Rows that come again are many; a batch's may still be looked at when the next one is there.
+        self._rows = sparse.Memory() if screen is not None else None
+
+    def train(self, z: Tensor, *, dead: Tensor, step: int, alone: bool) -> Forward:
+        """See the class."""
+        apart = dead.nonzero().flatten()
+        found = self._encode(z, apart, alone)
+        memory = self._gradients if alone else None
+        if len(self._widths) == 1:
+            error, off, rows = sparse.squared_error(
+                found.values, found.pattern, self.sae.W_dec, self.sae.b_dec, z, apart, memory, self._rows if alone else None
+            )
+            losses, left = {"mse_loss": error}, [off.neg()] if len(apart) else []
+        else:
+            parts, rows = self._levels(found, apart, memory)
+            losses, left = {"mse_loss": _error(parts[-1], z)}, list(z - parts.detach())
+            off = parts[-1].detach() - z
+            losses |= {f"inner_mse_loss_{width}": _error(part, z) for width, part in zip(self._widths[:-1], parts, strict=False)}
+        losses["auxiliary_reconstruction_loss"] = self._auxiliary(left, apart, found.apart, rows) if len(apart) else z.new_zeros(())
+        codes = self._codes(found)
+        if hasattr(self.sae, "update_topk_threshold"):
+            self.sae.update_topk_threshold(codes.values)
+        return Forward(sum(losses.values(), z.new_zeros(())), losses, codes, lambda: z + off)
+
+    @torch.no_grad()
+    def read(self, z: Tensor, *, again: bool = False) -> tuple[Codes, Tensor]:
+        """See the class."""
+        found = self._held(z, *self.held) if again and self.held is not None else self._encode(z, None, alone=True)
+        if again:
+            self.held = found.pattern.rows, found.pattern.columns
+        return self._codes(found), sparse.decode(found.values, found.pattern, self.sae.W_dec)[0].add_(self.sae.b_dec)
+
+    def _encode(self, z: Tensor, apart: Tensor | None, alone: bool) -> sparse.Encoded:
+        sae = self.sae
+        each_row = not isinstance(sae, BatchTopKTrainingSAE)
+        rule = sparse.Rule(sae.cfg.k, each_row, self._near, self.screen)
+        origin = sae.b_dec if sae.cfg.apply_b_dec_to_input else None
+        memory: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if alone else {}
+        found = sparse.encode(z, sae.W_enc, sae.b_enc, rule, origin=origin, scale=self._norms, apart=apart, **memory)
+        self._near = found.edge
+        return found
+
+    def _levels(self, found: sparse.Encoded, apart: Tensor, memory: sparse.Memory | None) -> tuple[Tensor, Tensor]:
+        """What the latents up to each width rebuild, the last all of them, and the decoder's rows apart."""
+        pattern, order = _by_level(found.pattern, self._widths)
+        rebuilt, rows = sparse.decode(found.values[order], pattern, self.sae.W_dec, apart, memory)
+        return rebuilt.view(len(self._widths), -1, rebuilt.shape[1]).cumsum(0) + self.sae.b_dec, rows
+
+    def _held(self, z: Tensor, rows: Tensor, columns: Tensor) -> sparse.Encoded:
+        sae, pattern = self.sae, sparse.Pattern(rows, columns, (len(z), self.sae.cfg.d_sae))
+        z = z - sae.b_dec if sae.cfg.apply_b_dec_to_input else z
+        values = pattern.sampled(z, sae.W_enc.T.contiguous()) + sae.b_enc[columns]
+        return sparse.Encoded(values.relu(), pattern, z.new_empty(len(z), 0), None)
+
+    @property
+    def _norms(self) -> Tensor | None:
+        return self.sae.W_dec.detach().norm(dim=-1) if self.sae.cfg.rescale_acts_by_decoder_norm else None
+
+    @property
+    def _widths(self) -> list[int]:
+        return getattr(self.sae.cfg, "matryoshka_widths", [self.sae.cfg.d_sae])
+
+    def _codes(self, found: sparse.Encoded) -> Codes:
+        values, norms = found.values.detach(), self._norms
+        scaled = values if norms is None else values * norms[found.pattern.columns]
+        return Codes(found.pattern.rows, found.pattern.columns, scaled, found.pattern.shape)
+
+    def _auxiliary(self, left: list[Tensor], apart: Tensor, acts: Tensor, rows: Tensor) -> Tensor:
+        """What the dead make of what the living `left`, as SAELens has it; level by level where that is asked for."""
+        widths = self._widths if getattr(self.sae.cfg, "use_matryoshka_aux_loss", False) else self._widths[-1:]
+        borders = [0, *torch.searchsorted(apart, apart.new_tensor(widths)).tolist()]
+        norms, wanted, total = self._norms, rows.shape[1] // 2, rows.new_zeros(())
+        for first, last, error in zip(borders[:-1], borders[1:], left[-len(widths) :], strict=True):
+            if last == first:
+                continue
+            of_level = acts[:, first:last]
+            if last - first > wanted:
+                ranked = of_level if norms is None else of_level * norms[apart[first:last]]
+                chosen = ranked.detach().topk(wanted, sorted=False).indices
+                of_level = torch.zeros_like(of_level).scatter(1, chosen, of_level.gather(1, chosen))
+            total = total + min((last - first) / wanted, 1.0) * _error(of_level @ rows[first:last], error)
+        return self.sae.cfg.aux_loss_coefficient * total
+
+
+def _by_level(pattern: sparse.Pattern, widths: list[int]) -> tuple[sparse.Pattern, Tensor]:
+    """The latents of each level as a batch of its own, one below the other, and the order that the nonzeros are in then."""
+    level = torch.bucketize(pattern.columns, pattern.columns.new_tensor(widths), right=True)
+    rows, order = (level * pattern.shape[0] + pattern.rows).sort(stable=True)
+    return sparse.Pattern(rows, pattern.columns[order], (len(widths) * pattern.shape[0], pattern.shape[1])), order
+
+
+def _error(rebuilt: Tensor, z: Tensor) -> Tensor:
+    return (rebuilt - z).square().sum(-1).mean()

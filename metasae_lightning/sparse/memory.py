@@ -1,0 +1,35 @@
+"""Room for the large matrices of a step, kept from one step to the next."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+
+class Memory:
+    """Matrices by name. On a CPU a large one that is new comes from the system page by page, for more than the sums in it cost.
+
+    What is taken holds what was last written to it, and is only lent: the next to ask for that name writes over it. A GPU's memory torch
+    keeps itself, so there is none of it here.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_held": {}}
+
+    def take(self, name: str, shape: Iterable[int], like: Tensor) -> Tensor | None:
+        """A matrix of that shape; none where there is nothing to be gained."""
+        if like.device.type != "cpu":
+            return None
+        shape, held = tuple(shape), self._held.get(name)
+        if held is None or held.shape != shape or held.dtype != like.dtype:
+            held = self._held[name] = like.new_empty(shape)
+        return held
+
+
+def room(memory: Memory | None, name: str, shape: Iterable[int], like: Tensor) -> Tensor:
+    """A matrix to write to: of that memory, or new."""
+    taken = None if memory is None else memory.take(name, shape, like)
+    return like.new_empty(tuple(shape)) if taken is None else taken

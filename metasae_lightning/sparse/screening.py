@@ -1,0 +1,95 @@
+"""Which latents are kept of rows that come again, moved a little: found among the few that could be."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metasae_lightning.rowwise import pieces
+from metasae_lightning.sparse.pattern import Pattern
+from metasae_lightning.sparse.selection import SLACK, Encoder, Kept, of_largest
+
+# Candidates, times what is kept: more last for more steps, and each costs a product of two rows at every one of them.
+SPARE = 4
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The rows and the encoder that the candidates were found with."""
+
+    x: Float[Tensor, "row d_in"]
+    W_enc: Float[Tensor, "d_in d_sae"]
+    b_enc: Float[Tensor, " d_sae"]
+    pattern: Pattern
+    """The candidates."""
+    floor: float
+    """No other place had more."""
+    longest: float
+    """The largest norm of a row."""
+
+
+class Screen:
+    """What a decoder's rows said to a meta SAE when it last read all of them.
+
+    `r . e + b` moves by at most `|r - r0| |e| + |r0| |e - e0| + |b - b0|`. As long as the smallest of the kept is larger than anything
+    that was not a candidate can have become, the kept are the ones that a search through everything would have kept; as soon as it is
+    not, everything is searched. Values come from the same products of two rows in either case, so when that was leaves no trace.
+    """
+
+    def __init__(self) -> None:
+        self._reference: Reference | None = None
+        self.searches = 0
+        """How often everything was searched."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_reference": None}
+
+    @staticmethod
+    def suits(encoder: Encoder) -> bool:
+        """On a CPU, in full precision and without a scale; elsewhere a search is not what takes the time."""
+        return encoder.x.device.type == "cpu" and encoder.x.dtype == encoder.b_enc.dtype and encoder.scale is None
+
+    def keep(self, encoder: Encoder, count: int) -> Kept:
+        """The `count` largest activations of the batch, of positive ones alone."""
+        reference = self._reference
+        if reference is not None and reference.x.shape == encoder.x.shape and reference.x.dtype == encoder.x.dtype:
+            encoder.set_apart()
+            kept = _among(reference.pattern, encoder, count)
+            if (
+                kept.edge is not None
+                and len(kept.values) == count
+                and kept.edge * (1 - SLACK) >= reference.floor + _moved(reference, encoder)
+            ):
+                return kept
+        self._reference = reference = self._search(encoder, count)
+        return _among(reference.pattern, encoder, count)
+
+    def _search(self, encoder: Encoder, count: int) -> Reference:
+        self.searches += 1
+        wanted = SPARE * count
+        values, _, places = encoder.top(wanted)
+        rows = places // encoder.latents
+        old = self._reference
+        x = (
+            old.x.copy_(encoder.x)
+            if old is not None and old.x.shape == encoder.x.shape and old.x.dtype == encoder.x.dtype
+            else encoder.x.clone()
+        )
+        floor = values.min().item() if len(values) == wanted and wanted else 0.0
+        pattern = Pattern(rows, places - rows * encoder.latents, (len(x), encoder.latents))
+        return Reference(x, encoder.W_enc.clone(), encoder.b_enc.clone(), pattern, floor, x.norm(dim=1).max().item())
+
+
+def _among(pattern: Pattern, encoder: Encoder, count: int) -> Kept:
+    values = pattern.sampled(encoder.x, encoder.W_enc.T.contiguous()) + encoder.b_enc[pattern.columns]
+    places = torch.arange(len(values), device=values.device)
+    kept, _, at = of_largest([(values, values, places)], count)
+    return Kept(kept, pattern.rows[at], pattern.columns[at], kept.min().item() if len(kept) else None)
+
+
+def _moved(reference: Reference, encoder: Encoder) -> float:
+    """No pre-activation has moved by more than this."""
+    rows = max((now - then).norm(dim=1).max().item() for now, then in pieces(encoder.x, reference.x))
+    lengths, turned = encoder.W_enc.norm(dim=0).max().item(), (encoder.W_enc - reference.W_enc).norm(dim=0).max().item()
+    return rows * lengths + reference.longest * turned + (encoder.b_enc - reference.b_enc).abs().max().item()
