@@ -82,18 +82,21 @@ class Live(TorchDispatchMode):
             self._move(scratch, -1)
         return out
 
-    @property
-    def held(self) -> int:
-        """Bytes that came to be and live still."""
-        return self._now[0]
-
     def _gone(self, key: int) -> None:
         self._move(self._sizes.pop(key), -1)
 
     def _move(self, size: int, sign: int) -> None:
-        for i, counts in enumerate((True, size < self.kept)):
-            self._now[i] += sign * size * counts
-            self._top[i] = max(self._top[i], self._now[i])
+        small = size < self.kept
+        self._now[0] += sign * size
+        self._now[1] += sign * size * small
+        self._top[1] = max(self._top[1], self._now[1])
+        # A small block that was freed stays with malloc, below whatever large ones come then.
+        self._top[0] = max(self._top[0], self._now[0] - self._now[1] + self._top[1])
+
+    @property
+    def held(self) -> int:
+        """Bytes that came to be and live still."""
+        return self._now[0]
 
     def during(self, act: Callable[[], Any]) -> Rise:
         """How far an act rises above what is live before it."""

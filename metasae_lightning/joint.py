@@ -248,8 +248,7 @@ class JointSAE(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What a critic holds is of an earlier step's decoder: it cannot be found again."""
-        if self.meta is not None and self.meta.held is not None:
-            checkpoint["critic_supports"] = self.meta.held
+        checkpoint["critic_supports"] = None if self.meta is None else self.meta.held
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See above."""

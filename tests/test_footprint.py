@@ -206,8 +206,9 @@ def resident(*, reset: bool = False) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-# Top-k and its kin agree within 2 %; of JumpReLU's ten arrays one stays unseen, inside a kernel.
-@pytest.mark.parametrize(("name", "rel"), [("batchtopk", 0.05), ("topk", 0.05), ("jumprelu", 0.15)])
+# Top-k agrees within 2 %. Batch top-k's blocks of 16 MiB malloc may keep or use again, and of two runs one held a seventh more than the
+# other: the count is for the worse. Of JumpReLU's ten arrays one stays unseen, inside a kernel.
+@pytest.mark.parametrize(("name", "rel"), [("batchtopk", 0.15), ("topk", 0.05), ("jumprelu", 0.15)])
 def test_what_is_counted_is_what_the_system_sees(name: str, rel: float):
     counted = footprint.training(joint(name, d_in=16, d_sae=4096, meta=False), 4096).primary.height
     root = Path(__file__).parents[1]

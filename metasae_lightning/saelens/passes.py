@@ -148,7 +148,8 @@ class Sparse(Passes):
         return rebuilt.view(len(self._widths), -1, rebuilt.shape[1]).cumsum(0) + self.sae.b_dec, rows
 
     def _held(self, z: Tensor, rows: Tensor, columns: Tensor) -> sparse.Encoded:
-        sae, pattern = self.sae, sparse.Pattern(rows, columns, (len(z), self.sae.cfg.d_sae))
+        sae, columns = self.sae, columns.to(z.device)
+        pattern = sparse.Pattern(rows.to(z.device), columns, (len(z), sae.cfg.d_sae))
         z = z - sae.b_dec if sae.cfg.apply_b_dec_to_input else z
         values = pattern.sampled(z, sae.W_enc.T.contiguous()) + sae.b_enc[columns]
         return sparse.Encoded(values.relu(), pattern, z.new_empty(len(z), 0), None)
