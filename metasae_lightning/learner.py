@@ -149,7 +149,8 @@ class Learner(nn.Module):
         optimizer.zero_grad()
         passes: list[Pass] = []
         for i, rows in enumerate(x.chunk(self.micro_batches)):
-            passes.append(self._forward(rows, alone=i == 0))
+            # Not every optimiser's zero_grad lets go: a gradient that is still there lies in the memory that the next would be made in.
+            passes.append(self._forward(rows, alone=i == 0 and self.W_dec.grad is None))
             backward(passes[-1].loss * (len(rows) / len(x)))
         if added is not None:  # on its own: then its gradient is added to the loss's in place
             backward(added)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metasae_lightning import saelens
+from metasae_lightning.joint import JointSAE
 from metasae_lightning.saelens.passes import Dense, Forward, Sparse
-from tests.architectures import D_IN, config
+from tests.architectures import D_IN, activations, config
 
 FAMILY = ("topk", "batchtopk", "matryoshka_batchtopk")
 
@@ -130,6 +131,19 @@ def test_a_subclass_goes_through_saelens():
     sae = saelens.build(config("batchtopk"), role="primary", seed=0)
     child = type("Child", (type(sae),), {})(sae.cfg)
     assert isinstance(saelens.passes_of(child, "sparse"), Dense)
+
+
+def test_gradients_that_zero_grad_keeps_are_not_added_twice():
+    found = []
+    for keep in (False, True):
+        learner = JointSAE(config("batchtopk")).primary
+        optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
+        plain = optimizer.zero_grad
+        optimizer.zero_grad = lambda keep=keep, plain=plain: plain(set_to_none=not keep)  # type: ignore[method-assign]
+        for i in range(5):
+            learner.learn(activations(i), optimizer, backward=torch.Tensor.backward)
+        found.append(learner.W_dec.detach().clone())
+    assert torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("name", FAMILY)
