@@ -1,5 +1,6 @@
 """Counted bytes are the bytes that are held: of a block, of a language model's forward pass, of a training step."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -206,12 +207,14 @@ def resident(*, reset: bool = False) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-# Top-k agrees within 2 %. Batch top-k's blocks of 16 MiB malloc may keep or use again, and of two runs one held a seventh more than the
-# other: the count is for the worse. Of JumpReLU's ten arrays one stays unseen, inside a kernel.
-@pytest.mark.parametrize(("name", "rel"), [("batchtopk", 0.15), ("topk", 0.05), ("jumprelu", 0.15)])
-def test_what_is_counted_is_what_the_system_sees(name: str, rel: float):
+# Top-k and its kin agree within 2 %; of JumpReLU's ten arrays one stays unseen, inside a kernel. Blocks of 64 KiB go back to the system
+# here: whether malloc uses one of 16 MiB again is up to chance, a seventh of batch top-k's step.
+@pytest.mark.parametrize(("name", "rel"), [("batchtopk", 0.05), ("topk", 0.05), ("jumprelu", 0.15)])
+def test_what_is_counted_is_what_the_system_sees(name: str, rel: float, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(footprint, "KEPT", 2**16)
     counted = footprint.training(joint(name, d_in=16, d_sae=4096, meta=False), 4096).primary.height
     root = Path(__file__).parents[1]
     command = [sys.executable, "-W", "ignore", "-c", RESIDENT.format(name=name)]
-    seen = int(subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout)
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0"}
+    seen = int(subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True).stdout)
     assert counted == pytest.approx(seen, rel=rel)
