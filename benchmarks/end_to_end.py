@@ -3,8 +3,9 @@
     python benchmarks/end_to_end.py                      # d_sae 4608 and 18432, solo, a process each in turn
     python benchmarks/end_to_end.py --widths 4608 --runs 1 --tokens 40960
 
-Time is counted between a run's third step and its last: not what is loaded before or saved after, and the same for both. The parts are the
-language model's forward pass and the SAE's step; the rest is text, shuffling and the loop.
+Time is counted between two moments when the buffer has just been filled, the first after five steps and the last of the run: as many tokens
+went through the language model as were trained on, and nothing of what is loaded before or saved after counts. The parts are the language
+model's forward pass, which ends at the hook in both, and the SAE's step; the rest is text, shuffling and the loop.
 """
 
 import argparse
@@ -16,14 +17,14 @@ import sys
 import tempfile
 import time
 import warnings
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 from machine import described, draw
 
 HOOK, LAYER, CONTEXT, BATCH, K, BUFFER = "blocks.15.hook_resid_post", 15, 128, 1024, 32, 16384
-FIRST = 3
+FIRST = 5
 
 
 class Watch:
@@ -46,11 +47,16 @@ class Watch:
         setattr(owner, name, noted)
 
     def figures(self, batch: int) -> dict[str, float]:
-        """Tokens per second and shares."""
-        begin, end = self.steps[FIRST - 1][1], self.steps[-1][1]
+        """Tokens per second and shares, between the first and the last moment at which a full buffer goes back to training."""
+        events = sorted([(end, "step") for _, end in self.steps] + [(end, "model") for _, end in self.model])
+        pairs = list(pairwise(events))[FIRST:]
+        filled = [
+            end for (end, kind), (_, following) in pairs if kind == "model" and following == "step" and end > self.steps[FIRST - 1][1]
+        ]
+        begin, end = filled[0], filled[-1]
+        step, model = ([b - a for a, b in calls if a >= begin and b <= end] for calls in (self.steps, self.model))
         whole = end - begin
-        step, model = (sum(b - a for a, b in calls if a >= begin and b <= end) for calls in (self.steps, self.model))
-        return {"tokens_per_second": (len(self.steps) - FIRST) * batch / whole, "model": model / whole, "step": step / whole}
+        return {"tokens_per_second": len(step) * batch / whole, "model": sum(model) / whole, "step": sum(step) / whole}
 
 
 def ours(width: int, tokens: int, folder: str) -> Watch:
@@ -117,7 +123,7 @@ def main() -> None:
     """Run, print and keep the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[4608, 18432])
-    parser.add_argument("--tokens", type=int, default=61_440)
+    parser.add_argument("--tokens", type=int, default=40_960)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/end_to_end.csv"))
