@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from metasae_lightning import functional, saelens
+from metasae_lightning.observers import Observer
 from metasae_lightning.saelens import ExportRecord
 from metasae_lightning.step import Batch
 
 
-class Export(Callback):
+class Export(Observer):
     """Write `saes/primary` and `saes/meta` under the run's directory, for use on raw activations.
 
     The primary is checked, and where needed calibrated, on the activations of the last validation: held out, and already computed.
@@ -29,9 +30,9 @@ class Export(Callback):
         self._samples: list[Tensor] = []
         self._exported_at = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """A resumed run counts from where it stands."""
-        self._exported_at = int(pl_module.primary.rows_seen)  # pyright: ignore
+        self._exported_at = pl_module.rows_seen
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last validation's activations."""
@@ -44,15 +45,15 @@ class Export(Callback):
         if sum(len(x) for x in self._samples) < self.calibration_tokens:
             self._samples.append(outputs["output"].activations.detach().cpu())
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A save point, where one is due."""
-        tokens = int(pl_module.primary.rows_seen)  # pyright: ignore
+        tokens = pl_module.rows_seen
         if self.every_tokens is not None and tokens - self._exported_at >= self.every_tokens:
             self._export(trainer, pl_module, tokens)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The trained SAEs."""
-        self._export(trainer, pl_module, int(pl_module.primary.rows_seen))  # pyright: ignore
+        self._export(trainer, pl_module, pl_module.rows_seen)
 
     def _export(self, trainer: Trainer, pl_module: Any, tokens: int) -> None:
         self._exported_at = tokens

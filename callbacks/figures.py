@@ -4,15 +4,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from metasae_lightning import functional
 from metasae_lightning.metrics import PhiSample
+from metasae_lightning.observers import Observer
 
 
-class Figures(Callback):
+class Figures(Observer):
     """Write histograms and curves to every logger that takes them, as TensorBoard's does; others are left alone.
 
     `val/log10_density` of the latents that fired, `decoder/nearest_cosine` of each decoder row, `val/phi_tail`, the share of random

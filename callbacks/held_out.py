@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from metasae_lightning.metrics import DeadLatents, FeatureRecovery, Reconstruction
+from metasae_lightning.observers import Observer
 from metasae_lightning.step import Batch, Evaluation
 
 
-class HeldOut(Callback):
+class HeldOut(Observer):
     """Update on each held-out batch, compute at the end, log under `val/` or `test/`, start anew.
 
     Where the data know their true features: `mcc` and `uniqueness`, and `f1` where they know on which tokens those fired.

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from metasae_lightning.metrics import Phi, PhiSample
+from metasae_lightning.observers import Observer
 
 
-class PhiMonitor(Callback):
+class PhiMonitor(Observer):
     """Log `phi/...` of training tokens from random pairs, and `test/phi/...` of all pairs on test tokens.
 
     Args:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -69,10 +70,15 @@ class TokenProgress(ProgressBar):
 
     @staticmethod
     def _tokens(trainer: Trainer, pl_module: Any) -> int:
-        return int(pl_module.primary.rows_seen) * trainer.world_size
+        return pl_module.rows_seen * trainer.world_size
 
 
-def describe(output: StepOutput) -> str:
-    """The figures of a step in one line."""
+def describe(output: StepOutput | Mapping[str, StepOutput]) -> str:
+    """The figures of a step in one line; of several arms what is explained alone."""
+    if isinstance(output, Mapping):
+        found = {name: float(own.primary.fvu) for name, own in output.items()}
+        if len(found) > 4:  # a line holds no more
+            return f"fvu {min(found.values()):.3f} to {max(found.values()):.3f} of {len(found)} arms"
+        return "fvu " + ", ".join(f"{name} {fvu:.3f}" for name, fvu in found.items())
     parts = [f"loss {output.loss:.4g}", f"fvu {output.primary.fvu:.3f}", f"l0 {output.primary.l0:.1f}", f"dead {output.primary.dead:.1%}"]
     return ", ".join(parts + [f"{name} {value:.4f}" for name, value in output.penalties.items()])

@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from metasae_lightning.errors import InputError
+from metasae_lightning.observers import NotFinite, Observer
 from metasae_lightning.step import Batch, StepOutput
 
 
-class StopOnNaN(Callback):
+class StopOnNaN(Observer):
     """Stop with one line where a loss, a penalty or a parameter is no longer finite, and let no checkpoint be made of it.
 
     It stands before the callbacks that write: each is called in turn.
@@ -48,9 +49,9 @@ class StopOnNaN(Callback):
         advice = "a lower learning rate or clip_grad_norm may help"
         if activations is not None and not activations.isfinite().all():
             advice = "the activations of this batch are not finite either: look at the data and the language model's dtype"
-        tokens, last = int(pl_module.primary.rows_seen) * trainer.world_size, last_checkpoint(trainer)
+        tokens, last = pl_module.rows_seen * trainer.world_size, last_checkpoint(trainer)
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
-        raise InputError(
+        raise NotFinite(
             f"{broken or 'a tensor on another rank'} is not finite after {tokens:,} tokens; no checkpoint or SAE was written over, {kept}; "
             f"{advice}"
         )

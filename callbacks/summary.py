@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME as TERMINAL
 
 from metasae_lightning.errors import InputError
+from metasae_lightning.observers import sides
 from metasae_lightning.saelens import ExportRecord
 
 MEASURES = {
@@ -28,58 +29,69 @@ MEASURES = {
 
 
 class Summary(Callback):
-    """Print what a run came to, and keep it in the run's directory under the split it was measured on."""
+    """Print what a run came to, and keep it in the run's directory under the split it was measured on, each arm under its name."""
 
     def __init__(self) -> None:
         self._began = 0.0
         self._rows_before = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clock."""
-        self._began, self._rows_before = time.monotonic(), int(pl_module.primary.rows_seen)  # pyright: ignore
+        self._began, self._rows_before = time.monotonic(), pl_module.rows_seen
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The table of the run, on validation tokens."""
-        module: Any = pl_module
-        seconds = time.monotonic() - self._began
-        rows = int(module.primary.rows_seen)
+        seconds, rows = time.monotonic() - self._began, pl_module.rows_seen
         speed = (rows - self._rows_before) * trainer.world_size / max(seconds, 1e-9)
         run = {"tokens": rows * trainer.world_size, "seconds": round(seconds, 1), "tokens_per_second": round(speed, 1)}
-        self._finish(trainer, "validation", "val", {**run, "exported": exported(trainer)})
+        self._finish(trainer, pl_module, "validation", "val", run)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The table on test tokens."""
-        self._finish(trainer, "test", "test", {})
+        self._finish(trainer, pl_module, "test", "test", {})
 
-    def _finish(self, trainer: Trainer, split: str, prefix: str, more: dict[str, Any]) -> None:
+    def _finish(self, trainer: Trainer, pl_module: Any, split: str, prefix: str, run: dict[str, Any]) -> None:
         if not trainer.is_global_zero:
             return
-        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        kept = {name.split("/", 1)[1]: value for name, value in figures.items() if name.startswith(f"{prefix}/")}
-        meta = {name.split("/", 1)[1]: value for name, value in figures.items() if name.startswith("meta/")}
-        penalties = {name.split("/", 1)[1]: value for name, value in figures.items() if name.startswith("penalty/")}
-        entry = {"primary": kept, "meta": meta, "penalties": penalties, **more}
-        path = Path(trainer.default_root_dir) / "evaluation.json"
-        keep(path, split, entry)
-        Console().print(table(split, entry, str(trainer.default_root_dir)))
+        path, console = Path(trainer.default_root_dir) / "evaluation.json", Console()
+        found: dict[str, dict[str, Any]] = {}
+        for name, (own, _) in sides(trainer, pl_module).items():
+            found[name] = {**grouped(own.callback_metrics, prefix), **run}
+            if split == "validation":
+                found[name]["exported"] = exported(own)
+            keep(path, split, found[name], arm=name)
+        for name, why in getattr(pl_module, "stopped", {}).items():
+            keep(path, split, {"stopped": why, **run}, arm=name)
+            console.print(f"{name} has stopped: {why}", markup=False)
+        root = str(trainer.default_root_dir)
+        console.print(table(split, found[""], root) if "" in found else arms_table(split, found, root))
 
 
-def exported(trainer: Trainer) -> dict[str, Any]:
+def grouped(metrics: Mapping[str, Any], prefix: str) -> dict[str, dict[str, float]]:
+    """The figures of a split, of the meta SAE and of the penalties, without what tells them apart."""
+    kinds = {"primary": f"{prefix}/", "meta": "meta/", "penalties": "penalty/"}
+    return {
+        kind: {name.removeprefix(start): float(value) for name, value in metrics.items() if name.startswith(start)}
+        for kind, start in kinds.items()
+    }
+
+
+def exported(trainer: Any) -> dict[str, Any]:
     """What the exported folders were found to do, where something exported."""
     found: dict[str, Any] = {}
-    for callback in trainer.callbacks:  # pyright: ignore
+    for callback in trainer.callbacks:
         records: Mapping[str, ExportRecord] = getattr(callback, "records", {})
         found |= {role: asdict(record) for role, record in records.items()}
     return found
 
 
-def keep(path: Path, split: str, entry: dict[str, Any]) -> None:
-    """Add an entry to the run's record without losing the others."""
+def keep(path: Path, split: str, entry: dict[str, Any], *, arm: str = "") -> None:
+    """Add an entry to the run's record, or to an arm's part of it, without losing the others."""
     try:
         record = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise InputError(f"{path} cannot be read, and would be written over: move it away ({error})") from error
-    record[split] = entry
+    (record.setdefault("arms", {}).setdefault(arm, {}) if arm else record)[split] = entry
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.parent.mkdir(parents=True, exist_ok=True)
     draft.write_text(json.dumps(finite(record), indent=2) + "\n")
@@ -120,6 +132,24 @@ def table(split: str, entry: Mapping[str, Any], run: str) -> Table:
         blank = [""] * (len(columns) - 1)
         shown.add_row("tokens trained on", f"{entry['tokens']:,}", *blank)
         shown.add_row("tokens per second", f"{entry['tokens_per_second']:,.0f}", *blank)
+    return shown
+
+
+def arms_table(split: str, entries: Mapping[str, Mapping[str, Any]], run: str) -> Table:
+    """Arms side by side: a line each, what is exported where that is done."""
+    first = next(iter(entries.values()))
+    pace = f"; {first['tokens']:,} trained on, {first['tokens_per_second']:,.0f} a second" if "tokens" in first else ""
+    shown = Table(title=f"{run}, {split} tokens{pace}", title_justify="left", show_edge=False, pad_edge=False)
+    measures = {key: words for key, words in MEASURES.items() if any(key in entry["primary"] for entry in entries.values())}
+    penalties = list(dict.fromkeys(name for entry in entries.values() for name in entry["penalties"]))
+    whole = any("primary" in entry.get("exported", {}) for entry in entries.values())
+    for column in ("", *measures.values(), *(f"penalty {name}" for name in penalties), *(("exported, active per row",) if whole else ())):
+        shown.add_column(column, justify="right" if column else "left")
+    for name, entry in entries.items():
+        cells = [said(key, entry["primary"].get(key)) for key in measures]
+        cells += [said("penalty", entry["penalties"].get(penalty)) for penalty in penalties]
+        cells += [said("l0", entry.get("exported", {}).get("primary", {}).get("l0"))] if whole else []
+        shown.add_row(name, *cells)
     return shown
 
 

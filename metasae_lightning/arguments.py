@@ -14,7 +14,7 @@ from metasae_lightning.complaints import complaint
 from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation import Settings
-from metasae_lightning.subjects import Subject, check_same_activations, corpus_of, model_of, subject
+from metasae_lightning.subjects import Subject, arms_in, check_same_activations, corpus_of, model_of, subject
 
 PLACES = "Runs, SAELens folders, or SAEs on the Hub as RELEASE:ID."
 
@@ -60,10 +60,15 @@ def opened(places: Sequence[str], out: str | None) -> list[Subject]:
     return subjects
 
 
+def all_arms(places: Sequence[str]) -> list[str]:
+    """Places with a run of several arms replaced by its arms."""
+    return [arm for place in places for arm in ([str(Path(place) / "arms" / name) for name in arms_in(Path(place))] or [place])]
+
+
 def data_for(one: Subject, given: Namespace) -> Any:
     """The data that a recipe names, or a run was made on, or an SAE says it was."""
-    if given.data is not None or one.run:
-        data = data_of(Path(given.data) if given.data is not None else Path(one.place) / "config.yaml")
+    if given.data is not None or one.run is not None:
+        data = data_of(Path(given.data) if given.data is not None else one.run / "config.yaml")
     else:
         told = one.metadata
         skip = (told.get("seqpos_slice") or [0])[0] or 0
@@ -77,10 +82,10 @@ def data_for(one: Subject, given: Namespace) -> Any:
 
 def check_same_data(subjects: Sequence[Subject], given: Namespace) -> None:
     """What one run holds out another may have been trained on."""
-    runs = [one for one in subjects if one.run]
+    runs = [one for one in subjects if one.run is not None]
     if given.data is not None or len(runs) < 2:
         return
-    first, *others = (tree_of(Path(one.place) / "config.yaml")["data"].get("init_args", {}) for one in runs)
+    first, *others = (tree_of(one.run / "config.yaml")["data"].get("init_args", {}) for one in runs if one.run is not None)
     for one, other in zip(runs[1:], others, strict=True):
         for key in ("corpus", "held_out", "skip_positions", "max_norm_ratio", "context_size", "prepend_bos", "cross_document_attention"):
             if first.get(key) != other.get(key):
@@ -104,6 +109,13 @@ def data_of(path: Path) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
     return parser.instantiate_classes(parser.parse_object({"data": tree_of(path)["data"]}))["data"]
+
+
+def recipe_of(one: Subject) -> dict[str, Any]:
+    """The recipe of a run; of an arm, the recipe that trains it alone."""
+    assert one.run is not None
+    tree = tree_of(one.run / "config.yaml")
+    return {**tree, "model": tree["model"]["init_args"]["arms"][one.arm]} if one.arm else tree
 
 
 def tree_of(path: Path) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
+import yaml
 from jsonargparse import ArgumentError
 from jsonargparse.typing import register_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,11 +21,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from metasae_lightning import callbacks, commands, memory
+from metasae_lightning.boards import ArmBoards
 from metasae_lightning.complaints import complaint
 from metasae_lightning.corpora import Corpus
 from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.errors import InputError
-from metasae_lightning.joint import JointSAE
+from metasae_lightning.grid import expanded
 from metasae_lightning.lm import LanguageModel
 from metasae_lightning.penalties import Penalty
 from metasae_lightning.saelens import SAEMetadata
@@ -94,7 +96,11 @@ class MetasaeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run's directory, and its limit of memory."""
         parser.add_argument("--run", type=str, default="runs/unnamed", help="Directory of the run: config, metrics, checkpoints and SAEs.")
-
+        what = "Arms to train side by side on the same batches, each a name and what it changes of the model's arguments."
+        parser.add_argument("--arms", type=dict[str, dict[str, Any] | None] | None, default=None, help=what)
+        what = "Values of arguments: an arm for each combination; `seed` makes one of every arm."
+        parser.add_argument("--grid", type=dict[str, list[Any]] | None, default=None, help=what)
+        parser.add_argument("--only", type=list[str] | None, default=None, help="Of all arms, those that are trained in this run.")
         what = "GiB that the run may take on each device, null for what is free; one that needs more is refused before it loads anything."
         parser.add_argument("--memory_gib", type=float | None, default=None, help=what)
 
@@ -102,10 +108,22 @@ class MetasaeCLI(LightningCLI):
         """One line for what the parser refuses."""
         try:
             super().parse_arguments(parser, args)
+            if (chosen := self.config.get("subcommand")) in ("fit", "validate", "test"):
+                self._expand(chosen)
         except ArgumentError as error:
             keys = {key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys(branches=True)}
             keys |= {name for base in PLUGS for cls in descendants(base) if ours(cls) for name in inspect.signature(cls).parameters}
             raise InputError(complaint(error, keys, names_of(PLUGS) | set(callbacks.__all__))) from error
+
+    def _expand(self, subcommand: str) -> None:
+        """The recipe's arms written out: the config that is kept is that of the model that is trained."""
+        given, parser = self.config[subcommand], self._subcommand_parsers[subcommand]
+        tree = yaml.safe_load(parser.dump(given, skip_none=False))
+        arms, grid, only = (tree.pop(key) for key in ("arms", "grid", "only"))
+        if not (arms or grid):
+            return
+        tree["model"] = expanded(tree["model"], arms or {}, grid or {}, only or ())
+        self.config[subcommand] = parser.parse_object(tree)
 
     @property
     def run_directory(self) -> Path:
@@ -152,7 +170,8 @@ class MetasaeCLI(LightningCLI):
         run = str(self.run_directory)
         kwargs.setdefault("default_root_dir", run)
         if given.get("logger") in (None, True):
-            kwargs["logger"] = loggers(run) if self.subcommand == "fit" and not given.get("fast_dev_run") else False
+            arms = list(getattr(self.model, "arms", ()))
+            kwargs["logger"] = loggers(run, arms) if self.subcommand == "fit" and not given.get("fast_dev_run") else False
         return super().instantiate_trainer(**kwargs)
 
     def test(self, **kwargs: Any) -> None:
@@ -192,7 +211,7 @@ def lightning(arguments: list[str]) -> None:
     more = "metasae calibrate, compare, publish, and test with runs or SAEs in the place of options, have a --help of their own."
     with quiet(), patch.object(sys, "argv", sys.argv[:1]):  # LightningCLI warns where arguments come from both
         MetasaeCLI(
-            JointSAE,
+            LightningModule,
             LightningDataModule,
             trainer_class=MetasaeTrainer,
             subclass_mode_model=True,
@@ -222,14 +241,14 @@ def recipe(word: str, before: str) -> str:
     return str(shipped) if shipped.exists() else word
 
 
-def loggers(run: str) -> list[Any]:
-    """The default loggers, which need no account."""
+def loggers(run: str, arms: Sequence[str] = ()) -> list[Any]:
+    """The default loggers, which need no account; TensorBoard's has a run for each arm."""
     # Lightning's CSV logger deletes the file that is there: a resumed run keeps the earlier part beside it.
     earlier = Path(run) / "metrics.csv"
     if earlier.exists():
         part = next(i for i in range(1, 10_000) if not earlier.with_name(f"metrics.{i}.csv").exists())
         earlier.rename(earlier.with_name(f"metrics.{part}.csv"))
-    return [CSVLogger(run, name="", version=""), TensorBoardLogger(run, name="tensorboard", version="")]
+    return [CSVLogger(run, name="", version=""), ArmBoards(run, arms) if arms else TensorBoardLogger(run, name="tensorboard", version="")]
 
 
 def names_of(bases: tuple[type, ...]) -> set[str]:

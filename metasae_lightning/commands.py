@@ -13,7 +13,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from metasae_lightning import report, saelens
-from metasae_lightning.arguments import PLACES, check_same_data, data_for, opened, parsed, parser_of, plain_parser, settings_of, tree_of
+from metasae_lightning.arguments import (
+    PLACES,
+    all_arms,
+    check_same_data,
+    data_for,
+    opened,
+    parsed,
+    parser_of,
+    plain_parser,
+    recipe_of,
+    settings_of,
+)
 from metasae_lightning.calibration import calibrate as thresholds
 from metasae_lightning.callbacks.summary import finite, keep
 from metasae_lightning.comparison import compare as compared
@@ -39,7 +50,7 @@ def test(args: Sequence[str]) -> int:
     parser.add_argument("places", nargs="*", type=str, help=PLACES)
     parser.add_argument("--sae", nargs="+", type=str, default=[], help="More of them.")
     given = parsed(parser, args)
-    places = [*given.places, *given.sae]
+    places = all_arms([*given.places, *given.sae])
     if not places:
         raise InputError("test: name a run, a SAELens folder or RELEASE:ID, or a checkpoint by -c RECIPE --ckpt_path CHECKPOINT")
     subjects = opened(places, given.out)
@@ -103,7 +114,7 @@ def calibrate(args: Sequence[str]) -> int:
     found = thresholds(scores, samples, l0, rule)
     told = {"rule": rule, "target_l0": l0, "l0_before": before, "l0": found.l0, "few_firings": found.few, "tokens": found.tokens}
     saelens.set_thresholds(folder, found.threshold, {"threshold_rule": told})
-    keep(one.folder / "evaluation.json", "calibration", told)
+    keep(one.record, "calibration", told, arm=one.arm)
     few = f", {found.few:,} latents that fired too rarely share one threshold" if rule == "rate" else ""
     Console().print(f"{folder}: L0 {before:.2f} -> {found.l0:.2f} by the rule {rule!r} on {found.tokens:,} validation tokens{few}")
     return 0
@@ -130,13 +141,13 @@ def publish(args: Sequence[str]) -> int:
     given.data = None
     dest = destination(given.dest, private=given.private, revision=given.revision)
     (one,) = opened([given.run], None)
-    if not one.run:
+    if one.run is None:
         raise InputError(f"{given.run} is no run: its recipe and what it was measured on are published along")
     named = {key: given[key] for key in ("model_name", "dataset_path") if given[key]}
     for key in ("model_name", "dataset_path"):
         if (value := one.metadata.get(key)) and Path(str(value)).exists() and key not in named:
             log.warning("%s is %s, which others do not have: say what it is to them, --%s NAME", key, value, key)
-    recipe, about = tree_of(Path(one.place) / "config.yaml"), {"name": given.id, "tokens": given.tokens, "replace": given.replace}
+    recipe, about = recipe_of(one), {"name": given.id, "tokens": given.tokens, "replace": given.replace}
     place, record = published(one, data_for(one, given), dest, recipe, overrides=named, **about)
     found = record["measured"]
     Console().print(f"{record['id']}: FVU {found['fvu']:.4f}, L0 {found['l0']:.2f} on {found['tokens']:,} validation tokens")
@@ -181,14 +192,14 @@ def active(one: Subject, samples: Sequence[Any]) -> float:
 def record(one: Evaluation) -> None:
     """Keep an evaluation beside its SAE, and log its figures where a run logs."""
     place = one.seen.subject
-    keep(place.folder / "evaluation.json", "evaluation", one.entry)
+    keep(place.record, "evaluation", one.entry, arm=place.arm)
     flat = {
         f"evaluation/{group}/{name}": value
         for group, figures in one.entry["figures"].items()
         for name, value in figures.items()
         if isinstance(value, float)
     }
-    logger = TensorBoardLogger(str(place.folder), name="tensorboard", version="")
+    logger = TensorBoardLogger(str(place.record.parent), name="tensorboard", version=place.arm)
     logger.log_metrics(flat, step=int(place.metadata.get("training_tokens") or 0))
     logger.finalize("success")
 

@@ -7,13 +7,14 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from metasae_lightning import functional
 from metasae_lightning.alternation import meta_steps_after, meta_steps_in
+from metasae_lightning.demands import check_roles, check_trainer
 from metasae_lightning.errors import InputError
 from metasae_lightning.learner import Learner
 from metasae_lightning.origin import Adopted, Origin
@@ -90,7 +91,7 @@ class JointSAE(LightningModule):
         self.hook = hook
         self.automatic_optimization = False
         self.penalties = torch.nn.ModuleDict(penalties or {})
-        _check_roles(
+        check_roles(
             primary, meta, self.penalties, {"n_p": n_p, "n_m": n_m, "micro_batches": micro_batches, "dead_after_tokens": dead_after_tokens}
         )
         if clip_grad_norm is not None and clip_grad_norm <= 0:
@@ -161,6 +162,11 @@ class JointSAE(LightningModule):
         return known
 
     @property
+    def rows_seen(self) -> int:
+        """Tokens that this rank has trained on."""
+        return int(self.primary.rows_seen)
+
+    @property
     def _critic(self) -> Critic | None:
         return None if self.meta is None else partial(self.meta.reconstruct, again=self.critic_supports == "macro_step")
 
@@ -195,7 +201,7 @@ class JointSAE(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the data against the SAEs, and let penalties look at the trainer."""
         if stage == "fit":
-            _check_trainer(self.trainer)
+            check_trainer(self.trainer)
         widths: dict[str, int] = getattr(getattr(self.trainer, "datamodule", None), "widths", {})
         if (self.hook is None and len(widths) > 1) or (self.hook is not None and self.hook not in widths):
             raise InputError(f"hook: the data give {', '.join(widths) or 'none that has a name'}: name one of them, got {self.hook}")
@@ -230,14 +236,17 @@ class JointSAE(LightningModule):
     def _meta_steps(self, steps: float) -> float:
         return meta_steps_in(int(steps), n_p=self.n_p, n_m=self.n_m) if steps != float("inf") else steps
 
+    def advance(self, batch: Batch, optimizers: Any) -> StepOutput:
+        """A step under a trainer, which knows whether it is the last."""
+        primary, meta = optimizers if self.meta is not None else (*optimizers, None)
+        last = self.trainer.is_last_batch and self.trainer.current_epoch + 1 == self.trainer.max_epochs
+        return self.step(batch.at(self.hook), primary, meta, last=last)
+
     def training_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:
         """Fetch the optimisers, step, log; callbacks find the StepOutput under `output`."""
-        batch = Batch.of(batch).at(self.hook)
         optimizers: Any = self.optimizers()
-        primary, meta = optimizers if self.meta is not None else (optimizers, None)
-        last = self.trainer.is_last_batch and self.trainer.current_epoch + 1 == self.trainer.max_epochs
-        output = self.step(batch, primary, meta, last=last)
-        self.log_dict(self.figures(output), batch_size=len(batch))
+        output = self.advance(Batch.of(batch), optimizers if isinstance(optimizers, list) else [optimizers])
+        self.log_dict(self.figures(output), batch_size=len(output.reconstruction))
         return {"loss": output.loss, "output": output}
 
     def validation_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:
@@ -265,23 +274,6 @@ class JointSAE(LightningModule):
         return figures | {f"penalty/{name}": value for name, value in output.penalties.items()}
 
 
-def _check_roles(
-    primary: TrainingSAEConfig, meta: TrainingSAEConfig | None, penalties: torch.nn.ModuleDict, counts: dict[str, int]
-) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-    for name, penalty in penalties.items():
-        if not isinstance(penalty, Penalty):
-            raise InputError(f"penalties.{name} must be a Penalty, got {type(penalty).__name__}")
-        if penalty.needs_critic and meta is None:
-            raise InputError(f"penalties.{name} ({type(penalty).__name__}) is judged by a meta SAE, and there is none: set model.meta")
-    if meta is not None and meta.d_in != primary.d_in:
-        raise InputError(f"meta.d_in must be the primary's d_in, since it reads decoder rows: got {meta.d_in}, set d_in: {primary.d_in}")
-    if meta is not None and not penalties:
-        rank_zero_warn("a meta SAE without penalties trains along and changes nothing: set model.penalties, or meta: null for a solo SAE")
-
-
 def _origin(given: Origin | str | None) -> Origin | None:
     return Origin(given) if isinstance(given, str) else given
 
@@ -289,12 +281,3 @@ def _origin(given: Origin | str | None) -> Origin | None:
 def _tell(adopted: Adopted | None, role: str) -> None:
     if adopted is not None:
         rank_zero_info(f"{role} {adopted}")
-
-
-def _check_trainer(trainer: Any) -> None:
-    if trainer.world_size > 1:
-        raise InputError(f"trainer: training on several ranks is not there yet, got {trainer.world_size}: set devices: 1")
-    if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
-        raise InputError(f"trainer.precision must be 32-true, 64-true or bf16-mixed, got {trainer.precision}")
-    if trainer.max_steps != -1:
-        raise InputError("trainer.max_steps would end a run inside a macro-step: the budget is data.init_args.tokens")

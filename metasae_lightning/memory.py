@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metasae_lightning import footprint
+from metasae_lightning.arms import SideBySide
 from metasae_lightning.errors import InputError
 from metasae_lightning.footprint import Rise
 from metasae_lightning.joint import JointSAE
@@ -39,6 +41,13 @@ class Line:
     """Of what is there for a while only: what its blocks are as large as, which is what they are rows of."""
     small: int = 0
     """Of that, what lies in blocks that malloc keeps for itself when they are freed."""
+    shared: bool = False
+    """Whether several arms hold it once."""
+
+    def __add__(self, other: "Line") -> "Line":
+        """Of two arms: what stays adds up, what passes takes turns."""
+        add = max if self.phase or self.shared else int.__add__
+        return replace(self, bytes=add(self.bytes, other.bytes), small=max(self.small, other.small))
 
 
 @dataclass(frozen=True)
@@ -138,14 +147,15 @@ def may_be_had(device: str) -> int:
     return free
 
 
-def plan(model: JointSAE, data: Any, trainer: Any) -> Plan:
+def plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> Plan:
     """What a run of this model on these data will hold; nothing is loaded, and what cannot be known is named."""
     here, wide = trainer.strategy.root_device, 2 if trainer.precision == "64-true" else 1
+    arms = [model] if isinstance(model, JointSAE) else list(model.arms.values())
     parts = {
         "language model": _language_model(data),
-        "shuffle buffer": _buffer(model, data),
-        "SAEs": _saes(model, str(here), wide),
-        "training": _training(model, data, trainer, wide),
+        "shuffle buffer": _buffer(arms[0], data),
+        "SAEs": _together([_saes(arm, str(here), wide) for arm in arms]),
+        "training": _together([_training(arm, data, trainer, wide) for arm in arms]),
     }
     lines, unknown = list[Line](), list[str]()
     for what, part in parts.items():
@@ -159,6 +169,19 @@ def plan(model: JointSAE, data: Any, trainer: Any) -> Plan:
     # Last, because planning imports what the run will import anyway.
     held = psutil.Process().memory_info().rss - (footprint.size(model) if here.type == "cpu" else 0)
     return Plan((Line("this process", "cpu", held, "Python, its libraries and what is there already"), *lines), tuple(unknown))
+
+
+def _together(arms: list[Iterator[Line]]) -> Iterator[Line]:
+    """The lines of one arm as they are; those of several, one for all."""
+    if len(arms) == 1:
+        yield from arms[0]
+        return
+    found: dict[tuple[str, str], list[Line]] = {}
+    for line in chain(*arms):
+        found.setdefault((line.what, line.device), []).append(line)
+    for lines in found.values():
+        hows = list(dict.fromkeys(line.how for line in lines))
+        yield replace(sum(lines[1:], lines[0]), how=f"{len(lines)} arms: {hows[0]}" + (", and others" if len(hows) > 1 else ""))
 
 
 def _setting(data: Any, name: str, default: Any = None) -> Any:
@@ -240,12 +263,14 @@ def _training(model: JointSAE, data: Any, trainer: Any, wide: int) -> Iterator[L
         yield _phase("a checkpoint", "cpu", footprint.blocks([sum(saes) + state]), "written to memory before the disk", kind="file")
     for callback in trainer.callbacks:
         if (kept := getattr(callback, "calibration_tokens", None)) is not None:
-            yield from _export(model, rows, min(-(-kept // rows) * rows, data.validation_tokens), saes)
+            kept = min(-(-kept // rows) * rows, data.validation_tokens)
+            yield from _export(model, rows, kept, saes, shared=trainer.strategy.root_device.type == "cpu")
 
 
-def _export(model: JointSAE, rows: int, kept: int, saes: list[int]) -> Iterator[Line]:
+def _export(model: JointSAE, rows: int, kept: int, saes: list[int], *, shared: bool) -> Iterator[Line]:
     d_sae, d_in = model.primary.W_dec.shape
-    yield Line("held-out rows", "cpu", kept * d_in * 4, f"{kept:,}, kept to check exports on", "lower calibration_tokens")
+    how = f"{kept:,}, kept to check exports on"
+    yield Line("held-out rows", "cpu", kept * d_in * 4, how, "lower calibration_tokens", shared=shared)
     # One SAE after the other: its twin and what is read back, and calibration.global_threshold on a batch, or on all decoder rows: the
     # positive pre-activations and torch.topk's 16 bytes for each.
     latents = max(rows * d_sae, 0 if model.meta is None else d_sae * len(model.meta.W_dec))

@@ -36,10 +36,17 @@ class Subject:
     """Where its record is: a run's own folder."""
     sae: Any
     """The SAE."""
-    run: bool = False
-    """Whether it is a run of ours."""
+    run: Path | None = None
+    """The run of ours that it is of."""
+    arm: str = ""
+    """Which of the run's arms it is, where there are several."""
     rule: dict[str, Any] = field(default_factory=dict)
     """How its thresholds were set anew, if they were."""
+
+    @property
+    def record(self) -> Path:
+        """The file that its figures go into, an arm's into its part of the run's."""
+        return (self.folder.parents[1] if self.arm and self.folder.parent.name == "arms" else self.folder) / "evaluation.json"
 
     @property
     def ledger(self) -> Ledger:
@@ -98,19 +105,41 @@ class Subject:
 def subject(place: str, *, out: str | Path | None = None, device: str | torch.device = "cpu") -> Subject:
     """The SAE of a run's folder, of a SAELens folder, or of `RELEASE:ID`."""
     path = Path(place)
-    if path.resolve().parent.name == "saes" and path.resolve().name == "primary" and (path.resolve().parents[1] / "config.yaml").exists():
-        return subject(str(path.resolve().parents[1]), out=out, device=device)  # a run's own, with the run's data
-    if (path / "config.yaml").exists() or (path / "saes").exists():
+    above = path.resolve().parents
+    if path.resolve().name == "primary" and above[0].name == "saes" and run_of(above[1]):
+        return subject(str(above[1]), out=out, device=device)  # a run's own, with the run's data
+    if names := arms_in(path):
+        raise InputError(f"{place} holds the arms {', '.join(names)}: name one, such as {path / 'arms' / names[0]}")
+    if run_of(path) or (path / "saes").exists():
         if not (path / "saes" / "primary" / "cfg.json").exists():
             raise InputError(f"{place}: the run holds no SAE under saes/primary: it did not end, or it had no Export among its callbacks")
         sae = saelens.load_pretrained(path / "saes" / "primary", device=device)
-        return Subject(path.resolve().name, place, Path(out) if out else path, sae, run=True)
+        root = run_of(path) or path
+        arm = "" if root == path else path.resolve().name
+        return Subject(path.resolve().name, place, Path(out) if out else path, sae, run=root, arm="" if out else arm)
     if path.is_dir() and not (path / "cfg.json").exists():
         raise InputError(f"{place} is neither a run, which has saes/primary, nor a SAELens folder, which has cfg.json")
     sae = saelens.load_pretrained(place, device=device)
     name = path.resolve().name if path.is_dir() else place.replace("/", "-").replace(":", "-")
     short = digest({"place": str(path.resolve()) if path.is_dir() else place})[:6]
     return Subject(name, place, Path(out) if out else Path("runs") / f"evaluation-{name}-{short}", sae)
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that a folder is, or is an arm of."""
+    if (path / "config.yaml").exists():
+        return path
+    resolved = path.resolve()
+    return resolved.parents[1] if resolved.parent.name == "arms" and (resolved.parents[1] / "config.yaml").exists() else None
+
+
+def arms_in(path: Path) -> list[str]:
+    """The arms of a run that has several, in the order of its config, but for those that stopped before they had an SAE."""
+    if not (path / "config.yaml").exists() or not (path / "arms").is_dir():
+        return []
+    there = sorted(folder.name for folder in (path / "arms").iterdir() if (folder / "saes" / "primary" / "cfg.json").exists())
+    text = (path / "config.yaml").read_text()
+    return sorted(there, key=lambda name: text.find(f" {name}:"))
 
 
 def check_same_activations(subjects: Sequence[Subject]) -> None:

@@ -79,11 +79,15 @@ DOWN = {
     "cached": "activations cache stream rows shuffle batching corpora errors",
     "planted": "synthetic corpora",
     "data": "planted cached activations cache stream batching corpora lm step errors",
-    "joint": "penalties alternation schedules learner origin rowwise saelens step functional errors",
-    "arms": "joint step",
+    "demands": "penalties saelens errors",
+    "joint": "demands penalties alternation schedules learner origin rowwise saelens step functional errors",
+    "observers": "step errors",
+    "arms": "joint observers step errors",
+    "grid": "errors",
+    "boards": "",
     "footprint": "joint learner rowwise lm normalizers functional step errors",
-    "memory": "footprint joint errors",
-    "callbacks": "metrics saelens step functional errors",
+    "memory": "footprint arms joint errors",
+    "callbacks": "observers metrics saelens step functional errors",
     "commands": ANY,
     "cli": ANY,
     "__init__": ANY,
@@ -91,7 +95,7 @@ DOWN = {
 # The only rooms that may name these libraries.
 DOORS = {
     "sae_lens": {"saelens", "lm", "synthetic"},
-    "lightning": {"joint", "arms", "data", "planted", "callbacks", "arguments", "commands", "cli"},
+    "lightning": {"demands", "joint", "observers", "arms", "boards", "data", "planted", "callbacks", "arguments", "commands", "cli"},
 }
 PURE = {"functional", "sparse", "rowwise", "step", "alternation", "schedules", "shuffle", "batching"}
 PURE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "jaxtyping", OURS}

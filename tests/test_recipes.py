@@ -86,6 +86,17 @@ OVERLAYS: dict[str, tuple[dict[str, tuple[str, float]], bool, tuple[int, int] | 
     "sequential": ({"decomposability": (DECOMPOSABILITY, 0.0)}, True, (10**9, 1500)),
     "orthogonality": ({"orthogonality": (ORTHOGONALITY, 0.25)}, False, None),
 }
+WEIGHTS, SIGMAS = (0.1, 0.3, 1.0), (0.3, 1.0, 3.0)
+PAPER_ARMS = {"solo", "control", "sequential"} | {f"weight{w}-sigma_sq{s}" for w in WEIGHTS for s in SIGMAS}
+# The arms that a grid makes of a recipe.
+GRIDS: dict[str, tuple[str, set[str]]] = {
+    "paper_grid": ("gpt2_large_l20", PAPER_ARMS),
+    "quickstart_grid": ("quickstart", {f"{name}-seed{seed}" for name in PAPER_ARMS for seed in range(3)}),
+    "synthetic_grid": (
+        "synthetic",
+        {f"{name}-seed{seed}" for name in ("solo", "orthogonality", "weight0.015", "weight0.05", "weight0.15") for seed in range(5)},
+    ),
+}
 
 
 def parsed(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, Any]:
@@ -113,7 +124,7 @@ def found(config: dict[str, Any], paths: Any) -> dict[str, Any]:
 
 
 def test_every_shipped_yaml_is_tested_here():
-    assert {path.stem for path in RECIPES.iterdir() if path.suffix in (".yaml", ".yml")} == set(NUMBERS) | set(OVERLAYS)
+    assert {path.stem for path in RECIPES.iterdir() if path.suffix in (".yaml", ".yml")} == set(NUMBERS) | set(OVERLAYS) | set(GRIDS)
 
 
 @pytest.mark.parametrize("recipe", NUMBERS)
@@ -161,6 +172,22 @@ def test_an_overlay_does_what_it_says_to_every_recipe_and_nothing_else(recipe: s
     assert {k: v for k, v in laid.items() if k not in ("model", "config")} == {
         k: v for k, v in plain.items() if k not in ("model", "config")
     }
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_grid_is_the_recipe_with_one_thing_changed_in_each_arm(grid: str, monkeypatch: pytest.MonkeyPatch):
+    recipe, names = GRIDS[grid]
+    plain = parsed(monkeypatch, recipe, "control")["model"]["init_args"]
+    laid = parsed(monkeypatch, recipe, grid)["model"]
+    assert laid["class_path"].endswith("SideBySide") and laid["init_args"]["arms"].keys() == names
+    for name, arm in laid["init_args"]["arms"].items():
+        own = arm["init_args"]
+        touched = {"penalties", "meta", "n_p", "n_m", "seed"}
+        assert {k: v for k, v in own.items() if k not in touched} == {k: v for k, v in plain.items() if k not in touched}, name
+        for key, value in own["penalties"].get("decomposability", {"init_args": {}})["init_args"].items():
+            if f"{key}" in name:
+                assert f"{key}{value}" in name
+        assert own["seed"] == int(name.rpartition("seed")[2] or 0 if "seed" in name else 0)
 
 
 def fit(run: Path, *names: str, **overrides: Any) -> dict[str, Any]:

@@ -1,0 +1,39 @@
+"""What joint training demands of its parts and of its trainer, each in one line."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from metasae_lightning.errors import InputError
+from metasae_lightning.penalties import Penalty
+from metasae_lightning.saelens import TrainingSAEConfig
+
+
+def check_roles(
+    primary: TrainingSAEConfig, meta: TrainingSAEConfig | None, penalties: torch.nn.ModuleDict, counts: Mapping[str, int]
+) -> None:
+    """Penalties need what they are judged by, and counts are counts."""
+    for name, value in counts.items():
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    for name, penalty in penalties.items():
+        if not isinstance(penalty, Penalty):
+            raise InputError(f"penalties.{name} must be a Penalty, got {type(penalty).__name__}")
+        if penalty.needs_critic and meta is None:
+            raise InputError(f"penalties.{name} ({type(penalty).__name__}) is judged by a meta SAE, and there is none: set model.meta")
+    if meta is not None and meta.d_in != primary.d_in:
+        raise InputError(f"meta.d_in must be the primary's d_in, since it reads decoder rows: got {meta.d_in}, set d_in: {primary.d_in}")
+    if meta is not None and not penalties:
+        rank_zero_warn("a meta SAE without penalties trains along and changes nothing: set model.penalties, or meta: null for a solo SAE")
+
+
+def check_trainer(trainer: Any) -> None:
+    """What a trainer may be asked for is what training can do."""
+    if trainer.world_size > 1:
+        raise InputError(f"trainer: training on several ranks is not there yet, got {trainer.world_size}: set devices: 1")
+    if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
+        raise InputError(f"trainer.precision must be 32-true, 64-true or bf16-mixed, got {trainer.precision}")
+    if trainer.max_steps != -1:
+        raise InputError("trainer.max_steps would end a run inside a macro-step: the budget is data.init_args.tokens")
