@@ -67,8 +67,9 @@ def all_arms(places: Sequence[str]) -> list[str]:
 
 def data_for(one: Subject, given: Namespace) -> Any:
     """The data that a recipe names, or a run was made on, or an SAE says it was."""
-    if given.data is not None or one.run is not None:
-        data = data_of(Path(given.data) if given.data is not None else one.run / "config.yaml")
+    recipe = given.data or (None if one.run is None else one.run / "config.yaml")
+    if recipe is not None:
+        data = data_of(Path(recipe))
     else:
         told = one.metadata
         skip = (told.get("seqpos_slice") or [0])[0] or 0

@@ -57,7 +57,7 @@ class StandIn:
         return getattr(self._whole, key)
 
     @property
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What annotations and isinstance see."""
         return type(self._whole)
 

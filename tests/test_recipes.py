@@ -181,13 +181,21 @@ def test_a_grid_is_the_recipe_with_one_thing_changed_in_each_arm(grid: str, monk
     laid = parsed(monkeypatch, recipe, grid)["model"]
     assert laid["class_path"].endswith("SideBySide") and laid["init_args"]["arms"].keys() == names
     for name, arm in laid["init_args"]["arms"].items():
-        own = arm["init_args"]
-        touched = {"penalties", "meta", "n_p", "n_m", "seed"}
-        assert {k: v for k, v in own.items() if k not in touched} == {k: v for k, v in plain.items() if k not in touched}, name
-        for key, value in own["penalties"].get("decomposability", {"init_args": {}})["init_args"].items():
-            if f"{key}" in name:
-                assert f"{key}{value}" in name
-        assert own["seed"] == int(name.rpartition("seed")[2] or 0 if "seed" in name else 0)
+        own, of_penalty = arm["init_args"], arm["init_args"]["penalties"].get("decomposability", {}).get("init_args", {})
+        assert {k: v for k, v in told(own).items() if k not in TOUCHED} == {k: v for k, v in told(plain).items() if k not in TOUCHED}, name
+        assert own["seed"] == int(name.rpartition("seed")[2] if "seed" in name else 0)
+        for part in name.split("-"):
+            key, value = re.fullmatch(r"([a-z_]+)([\d.]*)", part).groups()  # type: ignore[union-attr]
+            assert key in ("solo", "control", "sequential", "orthogonality") or {**of_penalty, "seed": own["seed"]}[key] == float(value)
+
+
+TOUCHED = {"penalties", "meta", "n_p", "n_m", "seed"}
+
+
+def told(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A model's arguments without what SAELens writes into a config's record by itself."""
+    primary = arguments["primary"]
+    return {**arguments, "primary": {**primary, "init_args": {**primary["init_args"], "metadata": None}}}
 
 
 def fit(run: Path, *names: str, **overrides: Any) -> dict[str, Any]:
