@@ -3,9 +3,9 @@
     python benchmarks/curve.py                   # 500 joint steps of 512 tokens at the quickstart's widths and the paper's learning rate
     python benchmarks/curve.py --steps 100 --lr 2e-3
 
-Three modules begin from one seed and see the same batches. Two differ in `kernels` alone; the third is the dense one with each encoder weight
-moved to the next number that float32 has, which tells how far apart runs come by rounding. Every tenth step the gradient of the penalty is
-also made with supports from the beginning of the macro-step, and from an eighth of the rows, and compared with the exact one.
+Three modules begin from one seed and see the same batches. Two differ in `kernels` alone; the third is the dense one with each encoder
+weight moved to the next number that float32 has, which tells how far apart runs come by rounding. Every tenth step the gradient of the
+penalty is also made with supports from the beginning of the macro-step, and from an eighth of the rows, and compared with the exact one.
 """
 
 import argparse

@@ -72,7 +72,8 @@ def ours(width: int, tokens: int, folder: str) -> Watch:
     settings = [f"--data.init_args.{name}={value}" for name, value in data.items()]
     settings += [
         f"--model.init_args.primary.init_args.d_sae={width}",
-        "--data.init_args.skip_positions=1",
+        "--data.init_args.skip_positions=0",
+        "--arms=null",
         "--data.init_args.max_norm_ratio=null",
     ]
     main(["fit", "-c", "quickstart", "-c", "solo", "--run", f"{folder}/run", *settings])
@@ -98,6 +99,7 @@ def saelens(width: int, tokens: int, folder: str) -> Watch:
     cfg: Any = LanguageModelSAERunnerConfig(
         sae=BatchTopKTrainingSAEConfig(d_in=576, d_sae=width, k=K, decoder_init_norm=1.0, rescale_acts_by_decoder_norm=False),
         model_name=str(embedded_folder()), model_class_name="AutoModelForCausalLM", hook_name=f"model.layers.{LAYER}",
+        exclude_special_tokens=True,  # as ours: BOS and EOS go through the model and are not trained on
         dataset_path="given", streaming=False, context_size=CONTEXT, training_tokens=tokens, train_batch_size_tokens=BATCH,
         store_batch_size_prompts=32, n_batches_in_buffer=BUFFER // CONTEXT, lr=2e-3, device="cpu", n_checkpoints=0,
         checkpoint_path=None, output_path=None, save_final_checkpoint=False, logger=LoggingConfig(log_to_wandb=False),
