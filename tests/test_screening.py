@@ -54,6 +54,20 @@ def test_one_row_that_jumps_is_seen():
     assert torch.equal(fast.pattern.columns, slow.pattern.columns) and screen.searches == 2
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_latent_that_jumps_is_seen(bias: bool):
+    """The rows stay where they are; one latent's encoder or bias moves until it is every row's."""
+    screen, (x, W_enc, b_enc) = sparse.Screen(), moving(1, 0)[0]
+    sparse.encode(x, W_enc, b_enc, sparse.Rule(4, False, screen=screen))
+    W_enc, b_enc = W_enc.clone(), b_enc.clone()
+    if bias:
+        b_enc[31] = 5.0
+    else:
+        W_enc[:, 31] = 5 * x[17]
+    fast, slow = (sparse.encode(x, W_enc, b_enc, sparse.Rule(4, False, screen=s)) for s in (screen, None))
+    assert torch.equal(fast.pattern.columns, slow.pattern.columns) and screen.searches == 2
+
+
 def test_when_everything_was_searched_leaves_no_trace():
     """A run that goes on from a checkpoint has no candidates from before."""
     screen = sparse.Screen()

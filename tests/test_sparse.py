@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metasae_lightning import sparse
+from metasae_lightning import rowwise, sparse
+from metasae_lightning.sparse import pattern as patterns
 from metasae_lightning.sparse import selection
 
 
@@ -42,6 +43,8 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param == "many blocks":
         monkeypatch.setattr(selection, "BLOCK", 60)
         monkeypatch.setattr(selection, "BLOCK_ROWS", 7)
+        monkeypatch.setattr(patterns, "TURNED", 70)
+        monkeypatch.setattr(rowwise, "PIECE", 50)
 
 
 def inputs(rows: int = 24, d_in: int = 10, d_sae: int = 40, seed: int = 0) -> tuple[Tensor, ...]:
@@ -140,6 +143,15 @@ def test_what_is_kept_is_the_largest_of_the_batch(rows: int, latents: int, k: fl
     places = found.pattern.rows * latents + found.pattern.columns
     assert torch.equal(places, places.unique())  # each once, in order
     assert torch.equal(pre.flatten()[places], found.values)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("near", [None, 1e-3, 1.09])
+def test_a_cut_that_rises_on_the_way_loses_nothing_that_lies_close(near: float | None):
+    """All activations within a tenth of each other: candidates are thinned out again and again, and the cut is as near as any."""
+    pre = 1 + torch.rand(64, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 10
+    found = sparse.encode(pre, torch.eye(500, dtype=torch.float64), torch.zeros(500, dtype=torch.float64), sparse.Rule(0.8, False, near))
+    assert torch.equal(found.values.sort(descending=True).values, pre.flatten().topk(51).values)
 
 
 def test_a_cut_that_was_right_before_changes_nothing():
