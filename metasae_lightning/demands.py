@@ -12,9 +12,18 @@ from metasae_lightning.saelens import TrainingSAEConfig
 
 
 def check_roles(
-    primary: TrainingSAEConfig, meta: TrainingSAEConfig | None, penalties: torch.nn.ModuleDict, counts: Mapping[str, int]
+    primary: TrainingSAEConfig,
+    meta: TrainingSAEConfig | None,
+    penalties: torch.nn.ModuleDict,
+    counts: Mapping[str, int],
+    *,
+    kernels: str,
+    critic_supports: str,
 ) -> None:
-    """Penalties need what they are judged by, and counts are counts."""
+    """Penalties need what they are judged by, counts are counts, and names are among those there are."""
+    for name, value, known in (("kernels", kernels, ("sparse", "dense")), ("critic_supports", critic_supports, ("exact", "macro_step"))):
+        if value not in known:
+            raise InputError(f"{name} must be {' or '.join(known)}, got {value!r}")
     for name, value in counts.items():
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
@@ -23,6 +32,10 @@ def check_roles(
             raise InputError(f"penalties.{name} must be a Penalty, got {type(penalty).__name__}")
         if penalty.needs_critic and meta is None:
             raise InputError(f"penalties.{name} ({type(penalty).__name__}) is judged by a meta SAE, and there is none: set model.meta")
+        if critic_supports == "macro_step" and (share := getattr(penalty, "rows", 1.0)) < 1:
+            raise InputError(
+                f"critic_supports: macro_step is of every row, and penalties.{name} has others at each step (rows: {share})"
+            )
     if meta is not None and meta.d_in != primary.d_in:
         raise InputError(f"meta.d_in must be the primary's d_in, since it reads decoder rows: got {meta.d_in}, set d_in: {primary.d_in}")
     if meta is not None and not penalties:

@@ -51,7 +51,7 @@ class JointSAE(LightningModule):
         clip_grad_norm: Largest gradient norm of each SAE, or none.
         micro_batches: Into how many parts a batch is split, their gradients accumulated before the one step.
         dead_after_tokens: A primary latent silent for so many tokens is dead.
-        meta_dead_after_steps: A meta latent silent for so many meta steps, times the decoder's rows, is dead.
+        meta_dead_after_steps: A meta latent silent for so many meta steps, times the rows that each reads, is dead.
         seed: Seed of both SAEs' initial weights.
         hook: Which of the data's hooks this one reads, where they give several.
         init_from: An SAE whose weights the primary starts from: a run, a SAELens folder, or RELEASE:ID on the Hub.
@@ -91,14 +91,13 @@ class JointSAE(LightningModule):
         self.hook = hook
         self.automatic_optimization = False
         self.penalties = torch.nn.ModuleDict(penalties or {})
-        check_roles(
-            primary, meta, self.penalties, {"n_p": n_p, "n_m": n_m, "micro_batches": micro_batches, "dead_after_tokens": dead_after_tokens}
-        )
+        counts = {"n_p": n_p, "n_m": n_m, "micro_batches": micro_batches, "dead_after_tokens": dead_after_tokens}
+        check_roles(primary, meta, self.penalties, counts, kernels=kernels, critic_supports=critic_supports)
         if clip_grad_norm is not None and clip_grad_norm <= 0:
             raise InputError(f"clip_grad_norm must be more than 0, or none, got {clip_grad_norm}")
         if meta_rows is not None and not 0 < meta_rows <= primary.d_sae:
             raise InputError(f"meta_rows must lie between 1 and the decoder's {primary.d_sae} rows, got {meta_rows}")
-        self.n_p, self.n_m, self.meta_rows = n_p, n_m, meta_rows
+        self.n_p, self.n_m, self.meta_rows, self.seed = n_p, n_m, meta_rows, seed
         self.critic_supports: Literal["exact", "macro_step"] = critic_supports
         self.kernels: Kernels = kernels
         shared: dict[str, Any] = {"decoder_rows": decoder_rows, "clip_grad_norm": clip_grad_norm, "kernels": kernels}
@@ -108,7 +107,7 @@ class JointSAE(LightningModule):
         if meta is None and meta_init_from is not None:
             raise InputError("meta_init_from: there is no meta SAE: set model.meta")
         if meta is not None:
-            window = meta_dead_after_steps * primary.d_sae
+            window = meta_dead_after_steps * (meta_rows or primary.d_sae)
             more: dict[str, Any] = {"b_dec_init": "zeros", "origin": _origin(meta_init_from)}
             self.meta = Learner(meta, role="meta", seed=seed + 1, dead_after=window, **more, **shared)
         self._optimizer_callables = {"primary": primary_optimizer, "meta": meta_optimizer}
@@ -178,7 +177,9 @@ class JointSAE(LightningModule):
         rows = functional.unit_rows(self.primary.W_dec.detach())
         judged = None
         for left in reversed(range(steps)):
-            some = rows if self.meta_rows is None else rows[order(len(rows), step=int(self.meta.steps))[: self.meta_rows].to(rows.device)]
+            some = rows
+            if self.meta_rows is not None:  # not in the order that a penalty of the same seed draws
+                some = rows[order(len(rows), step=int(self.meta.steps), seed=self.seed + 1)[: self.meta_rows].to(rows.device)]
             seen = self.meta.learn(some, optimizer, backward=self._backward)
             self._advance("meta")
             judged = None if left else self.meta.reading(some, seen)

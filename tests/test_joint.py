@@ -259,6 +259,11 @@ def test_a_step_is_the_algorithm_written_out():
         (lambda: JointSAE(config("topk"), config("topk", d_in=8), {}), f"set d_in: {D_IN}"),
         (lambda: JointSAE(config("batchtopk", d_sae=3)), "primary.k must lie between 1 and d_sae=3, got 4"),
         (lambda: JointSAE(config("topk"), n_p=0), "n_p must be at least 1"),
+        (lambda: JointSAE(config("topk"), kernels="Sparse"), "kernels must be sparse or dense, got 'Sparse'"),
+        (
+            lambda: JointSAE(config("topk"), config("topk"), {"d": Decomposability(0.3, rows=0.5)}, critic_supports="macro_step"),
+            "critic_supports: macro_step is of every row, and penalties.d",
+        ),
         (lambda: JointSAE(config("topk"), clip_grad_norm=0.0), "clip_grad_norm must be more than 0"),
         (lambda: JointSAE(config("topk", dtype="bfloat16")), "primary.dtype must be float32"),
         (lambda: JointSAE(config("topk", reshape_activations="hook_z")), "reshape_activations must be none"),

@@ -155,3 +155,14 @@ def test_micro_batches_add_up_in_memory_of_their_own(name: str):
             passes.train(part, dead=dead, step=0, alone=i == 0).loss.backward()
     for (what, own), (_, other) in zip(fast.sae.named_parameters(), slow.sae.named_parameters(), strict=True):
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-9, atol=1e-12, msg=what)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILY)
+def test_activations_of_another_type_are_cast_as_saelens_casts_them(name: str, dtype: torch.dtype):
+    fast, slow = pair(name, dtype=torch.float32)
+    z, dead = activations(0).to(dtype), torch.zeros(48, dtype=torch.bool)
+    assert_same(fast, slow, z, dead, rtol=1e-5)
+    torch.testing.assert_close(fast.read(z)[1], slow.read(z)[1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(AssertionError):  # control: other activations are something else
+        torch.testing.assert_close(fast.read(z)[1], slow.read(activations(1))[1], rtol=1e-5, atol=1e-5)

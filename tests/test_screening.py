@@ -70,11 +70,22 @@ def test_a_latent_that_jumps_is_seen(bias: bool):
 
 def test_when_everything_was_searched_leaves_no_trace():
     """A run that goes on from a checkpoint has no candidates from before."""
-    screen = sparse.Screen()
-    found = [sparse.encode(x, W, b, sparse.Rule(4, False, screen=screen)).values for x, W, b in moving(6, 1e-3)]
-    anew = [sparse.encode(x, W, b, sparse.Rule(4, False, screen=sparse.Screen())).values for x, W, b in moving(6, 1e-3)]
+    screen, apart = sparse.Screen(), torch.tensor([3, 40, 77])
+    found = [sparse.encode(x, W, b, sparse.Rule(4, False, screen=screen), apart=apart) for x, W, b in moving(6, 1e-3)]
+    anew = [sparse.encode(x, W, b, sparse.Rule(4, False, screen=sparse.Screen()), apart=apart) for x, W, b in moving(6, 1e-3)]
     assert screen.searches < 6
-    assert all(torch.equal(a, b) for a, b in zip(found, anew, strict=True))
+    assert all(torch.equal(a.values, b.values) and torch.equal(a.apart, b.apart) for a, b in zip(found, anew, strict=True))
+
+
+def test_a_critic_that_was_asked_in_inference_mode_learns_on():
+    module, other = trained(), trained()
+    with torch.inference_mode():  # as a callback may, while Lightning validates
+        module.meta.reconstruct(functional.unit_rows(module.primary.W_dec))  # type: ignore[union-attr]
+    for one in (module, other):
+        both = optimizers(one)
+        for i in range(17, 21):
+            one.step(Batch(activations(i)), *both)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in module.state_dict().items())
 
 
 def test_few_positive_and_none_at_all():

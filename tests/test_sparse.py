@@ -154,6 +154,19 @@ def test_a_cut_that_rises_on_the_way_loses_nothing_that_lies_close(near: float |
     assert torch.equal(found.values.sort(descending=True).values, pre.flatten().topk(51).values)
 
 
+def test_a_bias_far_larger_than_what_is_left_of_it_loses_nothing():
+    """1001.00006 - 1000 rounds to more than 1.00005."""
+    x, W_enc, b_enc = torch.ones(1, 1), torch.tensor([[1001.000061, 1.000055]]), torch.tensor([-1000.0, 0.0])
+    assert sparse.encode(x, W_enc, b_enc, sparse.Rule(1, False)).pattern.columns.tolist() == [0]
+
+
+def test_what_is_wanted_apart_is_there_where_nothing_is_kept():
+    x, W_enc, b_enc, _, _ = (piece.detach() for piece in inputs(rows=1))
+    found = sparse.encode(x, W_enc, b_enc, sparse.Rule(0.5, False), apart=APART)
+    assert not len(found.values)
+    torch.testing.assert_close(found.apart, (x @ W_enc + b_enc)[:, APART])
+
+
 def test_a_cut_that_was_right_before_changes_nothing():
     x, W_enc, b_enc, _, _ = (piece.detach() for piece in inputs(rows=200))
     plain = sparse.encode(x, W_enc, b_enc, sparse.Rule(3, each_row=False))

@@ -104,7 +104,7 @@ class Sparse(Passes):
 
     def train(self, z: Tensor, *, dead: Tensor, step: int, alone: bool) -> Forward:
         """See the class."""
-        apart = dead.nonzero().flatten()
+        z, apart = z.to(self.sae.W_enc.dtype), dead.nonzero().flatten()
         found = self._encode(z, apart, alone)
         memory = self._gradients if alone else None
         if len(self._widths) == 1:
@@ -126,7 +126,10 @@ class Sparse(Passes):
     @torch.no_grad()
     def read(self, z: Tensor, *, again: bool = False) -> tuple[Codes, Tensor]:
         """See the class."""
-        found = self._held(z, *self.held) if again and self.held is not None else self._encode(z, None, alone=True)
+        z, held = z.to(self.sae.W_enc.dtype), self.held if again else None
+        if held is not None and len(held[0]) and held[0][-1] >= len(z):
+            held = None  # of other rows
+        found = self._encode(z, None, alone=True) if held is None else self._held(z, *held)
         if again:
             self.held = found.pattern.rows, found.pattern.columns
         return self._codes(found), sparse.decode(found.values, found.pattern, self.sae.W_dec)[0].add_(self.sae.b_dec)

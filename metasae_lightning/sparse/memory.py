@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -21,7 +22,7 @@ class Memory:
 
     def take(self, name: str, shape: Iterable[int], like: Tensor) -> Tensor | None:
         """A matrix of that shape; none where there is nothing to be gained."""
-        if like.device.type != "cpu":
+        if like.device.type != "cpu" or torch.is_inference_mode_enabled():  # what is made there cannot be written to later
             return None
         shape, held = tuple(shape), self._held.get(name)
         if held is None or held.shape != shape or held.dtype != like.dtype:

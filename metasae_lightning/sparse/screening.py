@@ -47,8 +47,12 @@ class Screen:
 
     @staticmethod
     def suits(encoder: Encoder) -> bool:
-        """On a CPU, in full precision and without a scale; elsewhere a search is not what takes the time."""
-        return encoder.x.device.type == "cpu" and encoder.x.dtype == encoder.b_enc.dtype and encoder.scale is None
+        """On a CPU, in full precision and without a scale; elsewhere a search is not what takes the time.
+
+        Nor where what is made cannot be written to later.
+        """
+        plain = encoder.x.dtype == encoder.b_enc.dtype and encoder.scale is None
+        return plain and encoder.x.device.type == "cpu" and not torch.is_inference_mode_enabled()
 
     def keep(self, encoder: Encoder, count: int) -> Kept:
         """The `count` largest activations of the batch, of positive ones alone."""
@@ -69,6 +73,7 @@ class Screen:
         self.searches += 1
         wanted = SPARE * count
         values, _, places = encoder.top(wanted)
+        encoder.set_apart()  # by the same product as where nothing is searched
         rows = places // encoder.latents
         old = self._reference
         x = (

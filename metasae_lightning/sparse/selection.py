@@ -128,6 +128,7 @@ class Encoder:
     def top(self, count: int, near: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled and raw activations and the places of the `count` largest, of positive ones alone, in the order of their places."""
         if count == 0 or self.rows == 0:
+            self.set_apart()
             return self.b_enc.new_empty(0), *self._nothing()[:2]
         found = None if near is None else self._above_or_not(NEAR * near, count)
         found = found or self._above_or_not(self._guess(count), count) or self._above(0.0, count)
@@ -159,9 +160,10 @@ class Encoder:
         return of_largest(kept, count)
 
     def _floor(self, cut: float, columns: slice) -> Tensor:
-        """What a latent's product must exceed for its activation to exceed the cut."""
+        """What a latent's product must exceed for its activation to exceed the cut; lower by what rounding may take from either."""
         cut *= 1 - SLACK
-        return (cut if self.scale is None else cut / self.scale[columns]) - self.b_enc[columns]
+        bias, above = self.b_enc[columns], torch.finfo(self.b_enc.dtype).eps * 4 if cut > 0 else 0.0
+        return (cut if self.scale is None else cut / self.scale[columns]) - bias - above * bias.abs()
 
     def _guess(self, count: int) -> float:
         """A cut from a few rows."""
