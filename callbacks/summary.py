@@ -64,7 +64,8 @@ class Summary(Callback):
             keep(path, split, {"stopped": why, **run}, arm=name)
             console.print(f"{name} has stopped: {why}", markup=False)
         root = str(trainer.default_root_dir)
-        console.print(table(split, found[""], root) if "" in found else arms_table(split, found, root))
+        if found:
+            console.print(table(split, found[""], root) if "" in found else arms_table(split, found, root))
 
 
 def grouped(metrics: Mapping[str, Any], prefix: str) -> dict[str, dict[str, float]]:

@@ -32,9 +32,11 @@ class SideBySide(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         check_names(list(arms))
-        self._keys = {name: name.replace(".", "_") for name in arms}
+        self._keys = {name: f"arm_{name.replace('.', '_')}" for name in arms}
         self._arms = torch.nn.ModuleDict({self._keys[name]: arm for name, arm in arms.items()})
         self.stopped: dict[str, str] = {}
+        self.stepping: str | None = None
+        """Which arm is in its step just now."""
 
     @property
     def arms(self) -> dict[str, JointSAE]:
@@ -53,11 +55,13 @@ class SideBySide(LightningModule):
 
     def stop(self, name: str, why: str) -> None:
         """Train an arm no further, and let go of its optimisers' state."""
+        if name in self.stopped:
+            return
+        if list(self.running) == [name]:  # the run ends with it: what was saved before stays what it is
+            raise InputError("; ".join(f"{arm}: {reason}" for arm, reason in {**self.stopped, name: why}.items()))
         self.stopped[name] = why
-        for optimizer in self._own_optimizers()[name]:
+        for optimizer in self.own_optimizers()[name] if self.trainer.optimizers else ():
             optimizer.state.clear()
-        if not self.running:
-            raise InputError("; ".join(f"{arm}: {reason}" for arm, reason in self.stopped.items()))
         rank_zero_warn(f"the arm {name} has stopped, and {', '.join(self.running)} go on: {why}")
 
     def configure_callbacks(self) -> list[Any]:
@@ -83,15 +87,19 @@ class SideBySide(LightningModule):
         made = [arm.configure_optimizers() for arm in self.arms.values()]
         return [optimizer for optimizers, _ in made for optimizer in optimizers], [schedule for _, own in made for schedule in own]
 
-    def _own_optimizers(self) -> dict[str, list[Any]]:
+    def own_optimizers(self) -> dict[str, list[Any]]:
+        """Each arm's."""
         optimizers: Any = self.optimizers()
         given = iter(optimizers if isinstance(optimizers, list) else [optimizers])
         return {name: [next(given) for _ in range(1 if arm.meta is None else 2)] for name, arm in self.arms.items()}
 
     def training_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:
         """A step of every arm; callbacks find the StepOutputs by name under `output`."""
-        batch, optimizers = Batch.of(batch), self._own_optimizers()
-        outputs = {name: arm.advance(batch, optimizers[name]) for name, arm in self.running.items()}
+        batch, optimizers, outputs = Batch.of(batch), self.own_optimizers(), dict[str, StepOutput]()
+        for name, arm in self.running.items():
+            self.stepping = name
+            outputs[name] = arm.advance(batch, optimizers[name])
+        self.stepping = None
         self.log_dict(prefixed({name: self.arms[name].figures(output) for name, output in outputs.items()}), batch_size=batch_size(outputs))
         return {"output": outputs}
 
@@ -101,6 +109,11 @@ class SideBySide(LightningModule):
         return {"output": {name: arm.evaluate(batch.at(arm.hook)) for name, arm in self.running.items()}}
 
     test_step = validation_step
+
+    def part(self, state_dict: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """An arm's part of a checkpoint's weights."""
+        start = f"_arms.{self._keys[name]}."
+        return {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the arms keep, and which have stopped."""
@@ -156,7 +169,9 @@ def check_names(names: list[str]) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", name) or name in TAKEN:
             said = f"one of {', '.join(sorted(TAKEN))}" if name in TAKEN else "letters, digits and . _ + = - alone"
             raise InputError(f"arms: a name is a folder's and {'may not be' if name in TAKEN else 'has'} {said}, got {name!r}")
-    keys = [name.replace(".", "_") for name in names]
+        if len(name) > 100:
+            raise InputError(f"arms: a name is a folder's and has 100 letters at most, got {len(name)}")
+    keys = [name.replace(".", "_").casefold() for name in names]
     for name, key in zip(names, keys, strict=True):
         if keys.count(key) > 1:
-            raise InputError(f"arms: {name!r} and another differ in no more than a dot: rename one")
+            raise InputError(f"arms: {name!r} and another differ in no more than a dot or capitals: rename one")

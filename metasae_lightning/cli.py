@@ -26,7 +26,7 @@ from metasae_lightning.complaints import complaint
 from metasae_lightning.corpora import Corpus
 from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.errors import InputError
-from metasae_lightning.grid import expanded
+from metasae_lightning.grid import chosen, expanded
 from metasae_lightning.lm import LanguageModel
 from metasae_lightning.penalties import Penalty
 from metasae_lightning.saelens import SAEMetadata
@@ -108,8 +108,8 @@ class MetasaeCLI(LightningCLI):
         """One line for what the parser refuses."""
         try:
             super().parse_arguments(parser, args)
-            if (chosen := self.config.get("subcommand")) in ("fit", "validate", "test"):
-                self._expand(chosen)
+            if (subcommand := self.config.get("subcommand")) in ("fit", "validate", "test"):
+                self._expand(subcommand)
         except ArgumentError as error:
             keys = {key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys(branches=True)}
             keys |= {name for base in PLUGS for cls in descendants(base) if ours(cls) for name in inspect.signature(cls).parameters}
@@ -120,9 +120,9 @@ class MetasaeCLI(LightningCLI):
         given, parser = self.config[subcommand], self._subcommand_parsers[subcommand]
         tree = yaml.safe_load(parser.dump(given, skip_none=False))
         arms, grid, only = (tree.pop(key) for key in ("arms", "grid", "only"))
-        if not (arms or grid):
+        if not (arms or grid or only):
             return
-        tree["model"] = expanded(tree["model"], arms or {}, grid or {}, only or ())
+        tree["model"] = chosen(tree["model"], only) if not (arms or grid) else expanded(tree["model"], arms or {}, grid or {}, only or ())
         self.config[subcommand] = parser.parse_object(tree)
 
     @property
@@ -147,7 +147,7 @@ class MetasaeCLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_callback = None
             return
-        if not checkpoint and any((run / name).exists() for name in ("checkpoints", "saes")):
+        if not checkpoint and any((run / name).exists() for name in ("checkpoints", "saes", "arms")):
             raise InputError(f"--run {run} holds a run already: name another, or go on with it by --ckpt_path last")
         nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):

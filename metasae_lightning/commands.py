@@ -75,7 +75,7 @@ def compare(args: Sequence[str]) -> int:
     names = (subjects[0].name, subjects[1].name)
     found = compared(a, b, settings)
     found["contexts"] = contexts(found, a, b, data)
-    out = Path(given.out) if given.out else Path("runs") / f"compare-{names[0]}-{names[1]}.json"
+    out = Path(given.out) if given.out else Path("runs") / f"compare-{subjects[0].slug}-{subjects[1].slug}.json"
     write(out, {"a": a.entry, "b": b.entry, **found})
     console = Console()
     for table in tables(found, (a, b), names):

@@ -33,9 +33,7 @@ def check_roles(
         if penalty.needs_critic and meta is None:
             raise InputError(f"penalties.{name} ({type(penalty).__name__}) is judged by a meta SAE, and there is none: set model.meta")
         if critic_supports == "macro_step" and (share := getattr(penalty, "rows", 1.0)) < 1:
-            raise InputError(
-                f"critic_supports: macro_step is of every row, and penalties.{name} has others at each step (rows: {share})"
-            )
+            raise InputError(f"critic_supports: macro_step is of every row, and penalties.{name} has others at each step (rows: {share})")
     if meta is not None and meta.d_in != primary.d_in:
         raise InputError(f"meta.d_in must be the primary's d_in, since it reads decoder rows: got {meta.d_in}, set d_in: {primary.d_in}")
     if meta is not None and not penalties:

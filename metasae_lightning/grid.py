@@ -24,15 +24,17 @@ def expanded(model: Tree, arms: Mapping[str, Tree | None], grid: Mapping[str, An
     >>> list(expanded(model, {"solo": {"penalties": {}}}, {"weight": [0.1, 1]})["init_args"]["arms"])
     ['solo', 'weight0.1', 'weight1']
     """
-    changes = named(arms, grid)
-    unknown = [name for name in only if name not in changes]
-    if unknown:
-        raise InputError(f"only: there is no arm {unknown[0]!r} among {', '.join(changes)}")
-    kept = {name: change for name, change in changes.items() if not only or name in only}
-    return {
-        "class_path": "metasae_lightning.SideBySide",
-        "init_args": {"arms": {name: changed(model, change, name) for name, change in kept.items()}},
-    }
+    arms = {name: changed(model, change, name) for name, change in named(arms, grid).items()}
+    whole: Tree = {"class_path": "metasae_lightning.SideBySide", "init_args": {"arms": arms}}
+    return chosen(whole, only) if only else whole
+
+
+def chosen(model: Tree, only: Sequence[str]) -> Tree:
+    """A model with some of its arms."""
+    arms: Tree = (model.get("init_args") or {}).get("arms") or {}
+    if unknown := [name for name in only if name not in arms]:
+        raise InputError(f"only: there is no arm {unknown[0]!r}" + (f" among {', '.join(arms)}" if arms else ": the model has none"))
+    return {**model, "init_args": {"arms": {name: arm for name, arm in arms.items() if name in only}}}
 
 
 def named(arms: Mapping[str, Tree | None], grid: Mapping[str, Any]) -> dict[str, Tree]:
@@ -51,6 +53,8 @@ def named(arms: Mapping[str, Tree | None], grid: Mapping[str, Any]) -> dict[str,
     if "seed" not in grid:
         return found
     found = found or {"": {}}
+    if len(set(grid["seed"])) < len(grid["seed"]):
+        raise InputError(f"grid.seed: one is there twice in {grid['seed']}")
     return {f"{name}-seed{seed}".removeprefix("-"): {**change, "seed": seed} for name, change in found.items() for seed in grid["seed"]}
 
 
@@ -59,8 +63,9 @@ def changed(model: Tree, change: Tree, arm: str) -> Tree:
     made = copy.deepcopy(model)
     arguments: Tree = made.setdefault("init_args", {})
     # What is replaced whole goes first: a part is of what is there then.
-    for key, value in sorted(change.items(), key=lambda item: "." in item[0]):
-        *path, last = full(key, arguments).split(".")
+    places = {full(key, arguments): key for key in change}
+    for whole, key in sorted(places.items(), key=lambda item: "." in item[0]):
+        value, (*path, last) = change[key], whole.split(".")
         place: Any = arguments
         for step in path:
             place = place.get(step) if isinstance(place, dict) else None

@@ -262,6 +262,8 @@ class JointSAE(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See above."""
+        if "arms" in checkpoint:
+            raise InputError(f"the checkpoint holds the arms {', '.join(checkpoint['arms'])}: go on with the recipe that has them")
         if self.meta is not None:
             self.meta.held = checkpoint.get("critic_supports")
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -41,13 +41,19 @@ class Line:
     """Of what is there for a while only: what its blocks are as large as, which is what they are rows of."""
     small: int = 0
     """Of that, what lies in blocks that malloc keeps for itself when they are freed."""
-    shared: bool = False
-    """Whether several arms hold it once."""
+    arms: Literal["", "each", "once"] = ""
+    """What of several arms is there at once; by default what stays is each's and what passes is one's at a time."""
 
     def __add__(self, other: "Line") -> "Line":
-        """Of two arms: what stays adds up, what passes takes turns."""
-        add = max if self.phase or self.shared else int.__add__
-        return replace(self, bytes=add(self.bytes, other.bytes), small=max(self.small, other.small))
+        """Of two arms.
+
+        >>> (Line("a", "cpu", 100, "", phase="x") + Line("a", "cpu", 50, "", phase="x", small=50)).bytes
+        150
+        """
+        if self.arms == "each" or not (self.arms or self.phase):
+            return replace(self, bytes=self.bytes + other.bytes, small=self.small + other.small)
+        small = max(self.small, other.small)
+        return replace(self, bytes=max(self.bytes - self.small, other.bytes - other.small) + small, small=small)
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,7 @@ def plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> Plan:
         "shuffle buffer": _buffer(arms[0], data),
         "SAEs": _together([_saes(arm, str(here), wide) for arm in arms]),
         "training": _together([_training(arm, data, trainer, wide) for arm in arms]),
+        "outputs": _outputs(arms[1:], data, str(here), wide),
     }
     lines, unknown = list[Line](), list[str]()
     for what, part in parts.items():
@@ -260,17 +267,25 @@ def _training(model: JointSAE, data: Any, trainer: Any, wide: int) -> Iterator[L
     saes = [footprint.size(learner) * wide for learner in footprint.learners(model).values()]
     if trainer.checkpoint_callbacks:
         # lightning.fabric.utilities.cloud_io._atomic_save
-        yield _phase("a checkpoint", "cpu", footprint.blocks([sum(saes) + state]), "written to memory before the disk", kind="file")
+        rise = footprint.blocks([sum(saes) + state])
+        yield replace(_phase("a checkpoint", "cpu", rise, "written to memory before the disk", kind="file"), arms="each")
     for callback in trainer.callbacks:
         if (kept := getattr(callback, "calibration_tokens", None)) is not None:
             kept = min(-(-kept // rows) * rows, data.validation_tokens)
-            yield from _export(model, rows, kept, saes, shared=trainer.strategy.root_device.type == "cpu")
+            yield from _export(model, rows, kept, saes, once=trainer.strategy.root_device.type == "cpu")
 
 
-def _export(model: JointSAE, rows: int, kept: int, saes: list[int], *, shared: bool) -> Iterator[Line]:
+def _outputs(others: list[JointSAE], data: Any, here: str, wide: int) -> Iterator[Line]:
+    """What callbacks will be shown of the arms that have had their step when the last one has its own."""
+    if others:
+        size = sum(_setting(data, "batch_size") * arm.primary.W_dec.shape[1] * 4 * wide for arm in others)
+        yield Line("steps to be shown", here, size, f"reconstructions by {len(others)} other arms", "lower batch_size")
+
+
+def _export(model: JointSAE, rows: int, kept: int, saes: list[int], *, once: bool) -> Iterator[Line]:
     d_sae, d_in = model.primary.W_dec.shape
     how = f"{kept:,}, kept to check exports on"
-    yield Line("held-out rows", "cpu", kept * d_in * 4, how, "lower calibration_tokens", shared=shared)
+    yield Line("held-out rows", "cpu", kept * d_in * 4, how, "lower calibration_tokens", arms="once" if once else "")
     # One SAE after the other: its twin and what is read back, and calibration.global_threshold on a batch, or on all decoder rows: the
     # positive pre-activations and torch.topk's 16 bytes for each.
     latents = max(rows * d_sae, 0 if model.meta is None else d_sae * len(model.meta.W_dec))

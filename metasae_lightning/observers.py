@@ -1,17 +1,23 @@
 """Callbacks that look at one SAE, and how several arms are shown to them, each as if it were alone."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.step import Batch
+from metasae_lightning.step import Batch, StepOutput
 
 # What Lightning calls a callback by.
-HOOKS = sorted(name for name in vars(Callback) if name.startswith("on_") or name in ("setup", "teardown"))
+_hooks = {name for name in vars(Callback) if name.startswith("on_") or name in ("setup", "teardown")}
+HOOKS = _hooks - {"on_save_checkpoint", "on_load_checkpoint"}
+# What happens inside a step is of the arm that steps.
+IN_A_STEP = {"on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"}
+# What Lightning lends a callback.
+LOGGING = ("log", "log_dict")
 
 
 class Observer(Callback):
@@ -34,7 +40,10 @@ class EachArm(Callback):
     """
 
     def __init__(self, observers: Sequence[Callback], names: Sequence[str]) -> None:
-        self.copies = {name: [copy.deepcopy(observer) for observer in observers] for name in names}
+        for observer in observers:  # what Lightning gave them in an earlier run: a whole module hangs on it
+            for key in LOGGING:
+                vars(observer).pop(key, None)
+        self.copies = {name: copy.deepcopy(list(observers)) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """What the copies keep."""
@@ -44,17 +53,50 @@ class EachArm(Callback):
         """See above."""
         for name, copies in self.copies.items():
             for own in copies:
-                own.load_state_dict(state_dict.get(name, {}).get(own.state_key, {}))
+                if state := state_dict.get(name, {}).get(own.state_key):
+                    own.load_state_dict(state)
+
+    def call(self, hook: str, pl_module: Any, name: str, side: tuple[Any, Any], *given: Any, **named: Any) -> None:
+        """Call one arm's observers; one that finds the arm broken stops it."""
+        trainer, module = side
+        try:
+            for observer in self.copies[name]:
+                for key in LOGGING:
+                    setattr(observer, key, getattr(module, key))
+                getattr(observer, hook)(trainer, module, *given, **named)
+        except NotFinite as error:
+            pl_module.stop(name, str(error))
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Each is shown its arm's weights; what it adds is kept for it."""
+        added = checkpoint.setdefault("observers", {})
+        for name, side in sides(trainer, pl_module).items():
+            own = {**checkpoint, "state_dict": side[1].state_dict()}
+            self.call("on_save_checkpoint", pl_module, name, side, own)
+            added[name] = {key: value for key, value in own.items() if key not in checkpoint}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """See above."""
+        for name, side in sides(trainer, pl_module).items():
+            own = {
+                **checkpoint,
+                "state_dict": pl_module.part(checkpoint["state_dict"], name),
+                **checkpoint.get("observers", {}).get(name, {}),
+            }
+            self.call("on_load_checkpoint", pl_module, name, side, own)
 
 
 class StandIn:
     """Something with a few attributes of its own, and for the rest what it stands in for; it passes for one of that kind."""
 
-    def __init__(self, whole: Any) -> None:
-        self._whole = whole
+    def __init__(self, whole: Any, **own: Any) -> None:
+        vars(self).update(own, _whole=whole)
 
     def __getattr__(self, key: str) -> Any:
         return getattr(self._whole, key)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        setattr(self._whole, key, value)
 
     @property
     def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -65,11 +107,10 @@ class StandIn:
 class Seen(StandIn):
     """An arm as a callback sees a module: its figures are logged under its name."""
 
-    def __init__(self, arms: Any, name: str) -> None:
-        super().__init__(arms.arms[name])
-        self._arms, self._name = arms, name
+    def __init__(self, arms: Any, name: str, trainer: Any) -> None:
+        super().__init__(arms.arms[name], _arms=arms, _name=name, trainer=trainer)
 
-    def log_dict(self, figures: dict[str, Any], **how: Any) -> None:
+    def log_dict(self, figures: Mapping[str, Any], **how: Any) -> None:
         """Log under the arm's name."""
         self._arms.log_dict({f"{self._name}/{key}": value for key, value in figures.items()}, **how)
 
@@ -77,13 +118,37 @@ class Seen(StandIn):
         """Log under the arm's name."""
         self._arms.log(f"{self._name}/{name}", value, **how)
 
+    def optimizers(self, **_: Any) -> Any:
+        """The arm's own, as a module gives its own."""
+        own = self._arms.own_optimizers()[self._name]
+        return own if len(own) > 1 else own[0]
+
+
+class Board(StandIn):
+    """A logger that has no part for each arm, as an arm's: tags of what is drawn begin with the arm's name."""
+
+    @property
+    def experiment(self) -> Any:
+        """What it writes with."""
+        return Writer(self._whole.experiment, _name=self._name)
+
+
+class Writer(StandIn):
+    """What a logger writes with."""
+
+    def __getattr__(self, key: str) -> Any:
+        method = getattr(self._whole, key)
+        return partial(self._tagged, method) if key.startswith("add_") else method
+
+    def _tagged(self, method: Any, tag: str, *given: Any, **named: Any) -> Any:
+        return method(f"{self._name}/{tag}", *given, **named)
+
 
 class Trained(StandIn):
-    """The trainer of an arm: a directory, loggers, callbacks and figures of its own, and for the rest the trainer of all."""
+    """The trainer of an arm: a directory, loggers, callbacks, figures and an end of its own, and for the rest the trainer of all."""
 
-    def __init__(self, trainer: Trainer, name: str) -> None:
-        super().__init__(trainer)
-        self._name = name
+    def __init__(self, trainer: Trainer, arms: Any, name: str) -> None:
+        super().__init__(trainer, _arms=arms, _name=name)
 
     @property
     def default_root_dir(self) -> str:
@@ -92,13 +157,39 @@ class Trained(StandIn):
 
     @property
     def loggers(self) -> list[Any]:
-        """Those that have a part for each arm."""
-        return [logger.of(self._name) for logger in self._whole.loggers if hasattr(logger, "of")]
+        """The arm's part of each."""
+        return [logger.of(self._name) if hasattr(logger, "of") else Board(logger, _name=self._name) for logger in self._whole.loggers]
+
+    @property
+    def logger(self) -> Any:
+        """The first of them."""
+        return next(iter(self.loggers), None)
+
+    @property
+    def lightning_module(self) -> Any:
+        """The arm."""
+        return Seen(self._arms, self._name, self)
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The arm's."""
+        return [own.optimizer for own in self._arms.own_optimizers()[self._name]]
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the arm, or all of them, should."""
+        return self._whole.should_stop or self._name in self._arms.stopped
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "should_stop" and value:
+            self._arms.stop(self._name, "an observer asked for it")
+        else:
+            super().__setattr__(key, value)
 
     @property
     def callbacks(self) -> list[Callback]:
         """The arm's copies."""
-        every: list[Any] = self._whole.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        every: list[Any] = self._whole.callbacks
         return [own for each in every if isinstance(each, EachArm) for own in each.copies[self._name]]
 
     @property
@@ -113,11 +204,15 @@ def sides(trainer: Any, pl_module: Any) -> dict[str, tuple[Any, Any]]:
     running = getattr(pl_module, "running", None)
     if running is None:
         return {"": (trainer, pl_module)}
-    return {name: (Trained(trainer, name), Seen(pl_module, name)) for name in running}
+    own = {name: Trained(trainer, pl_module, name) for name in running}
+    return {name: (trained, trained.lightning_module) for name, trained in own.items()}
 
 
 def per_arm(callbacks: Sequence[Callback], names: Sequence[str]) -> list[Callback]:
     """The callbacks with all observers among them in one place, a copy for each arm."""
+    for each in callbacks:
+        if isinstance(each, EachArm) and list(each.copies) != list(names):
+            raise InputError(f"the trainer's callbacks are of the arms {', '.join(each.copies)}: take a new trainer")
     observers = [callback for callback in callbacks if isinstance(callback, Observer)]
     if not observers:
         return list(callbacks)
@@ -127,23 +222,19 @@ def per_arm(callbacks: Sequence[Callback], names: Sequence[str]) -> list[Callbac
 
 
 def _own(given: Any, name: str, module: Any) -> Any:
-    """What of a hook's arguments is of an arm: its outputs, its hook's columns, its weights in a checkpoint."""
+    """What of a hook's arguments is of an arm: its outputs, its hook's columns."""
     if isinstance(given, dict) and isinstance(given.get("output"), dict):
-        return {"output": given["output"][name]}
-    if isinstance(given, dict) and "state_dict" in given:
-        return {**given, "state_dict": module.state_dict()}
+        own = given["output"][name]
+        return {"output": own, **({"loss": own.loss} if isinstance(own, StepOutput) else {})}
     return given.at(module.hook) if isinstance(given, Batch) else given
 
 
 def _forwarded(hook: str) -> Callable[..., None]:
     def called(self: EachArm, trainer: Any, pl_module: Any, *given: Any, **named: Any) -> None:
-        for name, (own_trainer, module) in sides(trainer, pl_module).items():
-            try:
-                for observer in self.copies[name]:
-                    own = [_own(one, name, module) for one in given]
-                    getattr(observer, hook)(own_trainer, module, *own, **{key: _own(one, name, module) for key, one in named.items()})
-            except NotFinite as error:
-                pl_module.stop(name, str(error))
+        for name, side in sides(trainer, pl_module).items():
+            if name in self.copies and (hook not in IN_A_STEP or name == pl_module.stepping):
+                own = [_own(one, name, side[1]) for one in given]
+                self.call(hook, pl_module, name, side, *own, **{key: _own(one, name, side[1]) for key, one in named.items()})
 
     called.__name__, called.__doc__ = hook, "To each arm's observers."
     return called

@@ -46,7 +46,12 @@ class Subject:
     @property
     def record(self) -> Path:
         """The file that its figures go into, an arm's into its part of the run's."""
-        return (self.folder.parents[1] if self.arm and self.folder.parent.name == "arms" else self.folder) / "evaluation.json"
+        return (self.run if self.arm and self.run else self.folder) / "evaluation.json"
+
+    @property
+    def slug(self) -> str:
+        """Its name in that of a file: an arm's with its run's."""
+        return f"{self.run.resolve().name}-{self.arm}" if self.arm and self.run else Path(self.name).name
 
     @property
     def ledger(self) -> Ledger:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Adam
 
-from metasae_lightning import JointSAE, SideBySide
+from metasae_lightning import JointSAE, SideBySide, SyntheticDataModule, memory
 from metasae_lightning.callbacks import Export, HeldOut, StopOnNaN, Summary
 from metasae_lightning.cli import main
 from metasae_lightning.errors import InputError
 from metasae_lightning.grid import expanded
 from metasae_lightning.observers import EachArm, Observer
 from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
-from tests.architectures import Batches, config
+from metasae_lightning.synthetic import SyntheticModelConfig
+from tests.architectures import D_IN, Batches, config
 
 pytestmark = [
     # lightning 2.6 advises on checkpoints under manual optimisation, for which a joint step has no use: callbacks/model_checkpoint.py
@@ -127,6 +129,59 @@ def test_a_callback_sees_an_arm_as_if_it_were_alone(tmp_path: Path):
     assert len(each) == 1 and [type(own) for own in each[0].copies["a"]] == [Noted, HeldOut]
 
 
+class Curious(Observer):
+    """Does what observers may do beside looking."""
+
+    loaded: list[Any]
+
+    def __init__(self) -> None:
+        self.gradients = 0
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        self.gradients += 1
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert torch.equal(outputs["loss"], outputs["output"].loss)
+        assert pl_module.trainer is trainer and trainer.lightning_module.primary is pl_module.primary
+        assert len(trainer.optimizers) == (1 if pl_module.meta is None else 2)
+        self.log("gradients", float(self.gradients))
+        pl_module.n_m = 3
+        if pl_module.meta is None and batch_idx == 1:
+            trainer.should_stop = True
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = min(checkpoint["state_dict"]), pl_module.primary.W_dec.shape[0]
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        Curious.loaded.append((checkpoint["mine"], len(checkpoint["state_dict"])))
+
+
+def test_what_a_callback_does_it_does_to_its_arm(tmp_path: Path):
+    Curious.loaded, Noted.seen = [], []
+
+    def arms() -> SideBySide:
+        return SideBySide({"a": joint(), "b": joint("topk", d_sae=96), "c": solo()})
+
+    module = arms()
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[Curious()], enable_checkpointing=False)
+    with pytest.warns(UserWarning, match="the arm c has stopped, and a, b go on: an observer asked for it"):
+        trainer.fit(module, Batches(4), Batches(1, 1000))
+    # Four primary steps, each a backward of the loss and of the penalty, and at the end as many meta steps as the observer set.
+    assert [trainer.callback_metrics[f"{name}/gradients"] for name in "abc"] == [11, 11, 2]
+    assert [arm.n_m for arm in module.arms.values()] == [3, 3, 3]
+    assert int(module.arms["c"].primary.steps) == 2 and module.arms["c"].trainer is trainer
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[Curious(), Noted()], enable_checkpointing=False)
+    trainer.fit(arms(), Batches(4), Batches(1, 1000), ckpt_path=tmp_path / "kept.ckpt", weights_only=False)
+    first = min(joint().state_dict())
+    # Of c, which had stopped, there is nothing: its observers were not asked.
+    assert [mine for mine, _ in Curious.loaded[:2]] == [(first, 48), (first, 96)]
+    with pytest.raises(InputError, match="the trainer's callbacks are of the arms a, b, c: take a new trainer"):
+        trainer.fit(SideBySide({"d": joint()}), Batches(4), Batches(1, 1000))
+    with pytest.raises(InputError, match=r"the checkpoint holds the arms a, b, c: go on with the recipe that has them"):
+        fitted(joint(), tmp_path, checkpoint=tmp_path / "kept.ckpt")
+
+
 class Burst(Penalty):
     """Becomes NaN at a step, and is nothing before."""
 
@@ -205,6 +260,8 @@ class Later(Batches):
         (["a/b"], "has letters, digits"),
         (["train"], "may not be one of"),
         (["a.b", "a_b"], "differ in no more than a dot"),
+        (["solo", "Solo"], "or capitals"),
+        (["a" * 101], "100 letters at most"),
     ],
 )
 def test_names_that_cannot_be(names: list[str], says: str):
@@ -234,6 +291,9 @@ def test_a_grid_is_its_combinations_and_a_seed_is_every_arms():
     assert found["wide-seed0"]["init_args"]["primary"]["init_args"] == {"d_sae": 16, "k": 2}
     assert MODEL["init_args"]["primary"]["init_args"]["d_sae"] == 8
     assert list(expanded(MODEL, arms, {}, only=["wide"])["init_args"]["arms"]) == ["wide"]
+    # What is replaced whole is replaced first, also where a part is named in short.
+    own = {"weight": 0.5, "penalties": {"d": {"init_args": {"weight": 0.25}}}}
+    assert expanded(MODEL, {"a": own}, {})["init_args"]["arms"]["a"]["init_args"]["penalties"]["d"]["init_args"]["weight"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -243,6 +303,7 @@ def test_a_grid_is_its_combinations_and_a_seed_is_every_arms():
         ({"a": {}}, {}, ("b",), "there is no arm 'b' among a"),
         ({"a": {"primry.k": 1}}, {}, (), "arms.a: primry.k is a part of nothing"),
         ({"weight0.1": {}}, {"weight": [0.1]}, (), "'weight0.1' is there twice"),
+        ({"a": {}}, {"seed": [0, 0]}, (), "one is there twice"),
     ],
 )
 def test_a_grid_that_cannot_be(arms: Any, grid: Any, only: Any, says: str):
@@ -299,6 +360,55 @@ def test_the_config_of_a_run_with_arms_names_every_arm_and_re_reads(run: Path, t
     for name in NAMES:
         one, two = (load_file(folder / "arms" / name / "saes/primary/sae_weights.safetensors") for folder in (run, tmp_path / "again"))
         assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_run_with_arms_is_not_written_over_and_some_of_its_arms_can_be_had(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    there = run.with_name("there")
+    shutil.copytree(run, there)
+    shutil.rmtree(there / "checkpoints")
+    config = str(there / "config.yaml")
+    assert main(["fit", "-c", config, "--run", str(there)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main(["fit", "-c", config, "--only", "[solo]", "--run", str(tmp_path / "one")]) == 0
+    assert [folder.name for folder in (tmp_path / "one" / "arms").iterdir()] == ["solo"]
+    assert main(["fit", "-c", config, "--only", "[sole]", "--run", str(tmp_path / "none")]) == 2
+    assert "there is no arm 'sole' among solo, control, weight0.05" in capsys.readouterr().err
+    assert main(["fit", "-c", "synthetic", "--run", str(run), "--ckpt_path", "last", *SMALL]) == 2
+    assert "the checkpoint holds the arms solo, control, weight0.05" in capsys.readouterr().err
+
+
+def test_arms_are_measured_where_they_lie(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    fast = ["--critic_seeds", "0", "--tokens", "2048", "--calibration_tokens", "2048", "--resamples", "20"]
+    assert main(["test", str(run), *fast]) == 0
+    assert "mean |phi|" in capsys.readouterr().out
+    record = json.loads((run / "evaluation.json").read_text())["arms"]
+    assert [name for name in record if "evaluation" in record[name]] == NAMES
+    solo, control, weighted = (run / "arms" / name for name in NAMES)
+    assert main(["compare", str(solo), str(control), *fast, "--out", str(tmp_path / "found.json")]) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["matching"]["mean_cosine"] == pytest.approx(1, abs=1e-5)  # control is solo
+    assert main(["publish", str(weighted), str(tmp_path / "out")]) == 0
+    written = json.loads(next((tmp_path / "out").glob("*/metasae.json")).read_text())
+    assert written["recipe"]["model"]["class_path"].endswith("JointSAE")
+    assert main(["calibrate", str(run)]) == 2
+    assert "holds the arms solo, control, weight0.05: name one" in capsys.readouterr().err
+    monkeypatch.chdir(solo)  # by a path that does not say where it leads
+    assert main(["calibrate", ".", "--calibration_tokens", "2048"]) == 0
+    assert "calibration" in json.loads((run / "evaluation.json").read_text())["arms"]["solo"]
+    assert not Path("evaluation.json").exists()
+
+
+def test_a_plan_counts_every_arm_and_their_one_checkpoint(tmp_path: Path):
+    data = SyntheticDataModule(SyntheticModelConfig(num_features=32, hidden_dim=D_IN), tokens=4096, batch_size=64)
+
+    def planned(module: Any) -> dict[str, int]:
+        trainer = Trainer(**QUIET, default_root_dir=tmp_path)
+        return {line.what: line.bytes for line in memory.plan(module, data, trainer).lines}
+
+    one, three = planned(joint()), planned(SideBySide({name: joint() for name in "abc"}))
+    for what in ("primary SAE", "meta gradients", "optimisers' state", "a checkpoint"):
+        assert three[what] == pytest.approx(3 * one[what], rel=0.01), what
+    assert three["a primary step"] == pytest.approx(one["a primary step"], rel=0.05)
+    assert three["steps to be shown"] == 2 * 64 * D_IN * 4
 
 
 def test_a_mistake_in_an_arm_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

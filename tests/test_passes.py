@@ -50,7 +50,7 @@ def assert_same(fast: Sparse, slow: Dense, z: Tensor, dead: Tensor, *, rtol: flo
     def close(a: Tensor | None, b: Tensor | None, what: str) -> None:
         a, b = (torch.zeros(()) if piece is None else piece.detach() for piece in (a, b))
         largest = b.abs().max().item() if b.numel() else 0.0
-        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * largest, msg=lambda text: f"{what}: {text}")
+        torch.testing.assert_close(a.to(b), b, rtol=rtol, atol=rtol * largest, msg=lambda text: f"{what}: {text}")
 
     for name, value in theirs.losses.items():
         close(ours.losses[name], value, name)
