@@ -97,9 +97,10 @@ def main() -> None:
                 print(f"step {step + 1}: loss {losses['sparse']:.4f}, from dense at most: {far}; {searches} searches", flush=True)
     stream.close()
     for name, found in apart.items():
-        mean, last = statistics.mean(found), statistics.mean(found[-100:])
-        told = f"at most {max(map(abs, found)):.2e} of the loss at a step, {mean:+.1e} on average, {last:+.1e} over the last 100"
-        print(f"{name} from dense: {told}")
+        means = [abs(statistics.mean(found[start : start + 50])) for start in range(0, len(found), 50)]
+        beyond = sum(abs(each) > 1e-3 for each in found) / len(found)
+        told = f"at most {max(map(abs, found)):.2e} of the loss at a step, more than 1e-3 at {beyond:.1%} of them"
+        print(f"{name} from dense: {told}; the mean over 50 steps at most {max(means):.1e}")
     for name, found in errors.items():
         print(f"relative error of the penalty's gradient, {name}: median {statistics.median(found):.4f}, largest {max(found):.4f}")
 

@@ -62,9 +62,11 @@ class Watch:
 def ours(width: int, tokens: int, folder: str) -> Watch:
     """`metasae fit` of the quickstart recipe, solo, without what is done before and after training."""
     from metasae_lightning.cli import main
+    from metasae_lightning.heap import keep_freed
     from metasae_lightning.joint import JointSAE
     from metasae_lightning.lm import HuggingFaceLM
 
+    keep_freed()  # as the command does for a process of its own
     watch = Watch()
     watch.over(JointSAE, "step", watch.steps)
     watch.over(HuggingFaceLM, "activations", watch.model)

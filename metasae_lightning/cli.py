@@ -27,6 +27,7 @@ from metasae_lightning.corpora import Corpus
 from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.grid import chosen, expanded
+from metasae_lightning.heap import keep_freed
 from metasae_lightning.lm import LanguageModel
 from metasae_lightning.penalties import Penalty
 from metasae_lightning.saelens import SAEMetadata
@@ -185,6 +186,7 @@ def main(args: list[str] | None = None) -> int:
     given = sys.argv[1:] if args is None else args
     if args is None:  # a process of its own: what is imported stays, and parsing the corpus need not wait for passes over it
         gc.freeze()
+        keep_freed()
     arguments = [recipe(word, before) for before, word in zip(["", *given], given, strict=False)]
     try:
         if commands.is_ours(arguments):

@@ -84,6 +84,7 @@ DOWN = {
     "observers": "step errors",
     "arms": "joint observers step errors",
     "grid": "errors",
+    "heap": "",
     "boards": "",
     "footprint": "joint learner rowwise lm normalizers functional step errors",
     "memory": "footprint arms joint errors",
