@@ -15,7 +15,8 @@ def work():
     b, c = a + 1, a * 2
     del b
     d = c + a
-work(), work()
+for _ in range(5):
+    work()  # until every block has its place
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
     work()
@@ -34,8 +35,7 @@ def faults(how: str, **environment: str) -> tuple[str, int]:
 def test_freed_blocks_are_used_again():
     kept, few = faults("kept")
     _, many = faults("as it is", MALLOC_TRIM_THRESHOLD_="0", MALLOC_MMAP_THRESHOLD_="65536")
-    # 4 blocks of 6,144 pages, five times; with huge pages a fault is for more than one.
-    assert kept == "True" and few < 100 < many
+    assert kept == "True" and 10 * few < many
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc")
