@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
+from metasae_lightning import heap
+
 FAULTS = """
-import resource, sys, torch
-from metasae_lightning.heap import keep_freed
-kept = keep_freed() if sys.argv[1] == "kept" else None
+import resource, runpy, sys, torch
+kept = runpy.run_path(sys.argv[2])["keep_freed"]() if sys.argv[1] == "kept" else None
 def work():
     a = torch.ones(6 * 2**20)  # 24 MiB each, as a forward pass's
     b, c = a + 1, a * 2
@@ -26,7 +27,9 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def faults(how: str, **environment: str) -> tuple[str, int]:
     env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    done = subprocess.run([sys.executable, "-c", FAULTS, how], env={**env, **environment}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, how, heap.__file__], env={**env, **environment}, capture_output=True, text=True, check=True
+    )
     kept, count = done.stdout.split()
     return kept, int(count)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from metasae_lightning.demands import check_roles
 from metasae_lightning.errors import InputError
 from metasae_lightning.joint import JointSAE
 from metasae_lightning.penalties import Decomposability, Orthogonality
@@ -259,7 +260,10 @@ def test_a_step_is_the_algorithm_written_out():
         (lambda: JointSAE(config("topk"), config("topk", d_in=8), {}), f"set d_in: {D_IN}"),
         (lambda: JointSAE(config("batchtopk", d_sae=3)), "primary.k must lie between 1 and d_sae=3, got 4"),
         (lambda: JointSAE(config("topk"), n_p=0), "n_p must be at least 1"),
-        (lambda: JointSAE(config("topk"), kernels="Sparse"), "kernels must be sparse or dense, got 'Sparse'"),
+        (  # annotations refuse it first where they are checked
+            lambda: check_roles(config("topk"), None, torch.nn.ModuleDict(), {}, kernels="Sparse", critic_supports="exact"),
+            "kernels must be sparse or dense, got 'Sparse'",
+        ),
         (
             lambda: JointSAE(config("topk"), config("topk"), {"d": Decomposability(0.3, rows=0.5)}, critic_supports="macro_step"),
             "critic_supports: macro_step is of every row, and penalties.d",
