@@ -1,7 +1,8 @@
 """Several arms on one stream: each batch is made once and given to every arm, which learns from it as it would alone."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -132,19 +133,13 @@ class SideBySide(LightningModule):
             arm.on_load_checkpoint(kept[name])
 
 
-class named:
+@contextmanager
+def named(name: str) -> Generator[None, None, None]:
     """Say which arm it is that an error is about."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        """Nothing yet."""
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Name the arm."""
-        if isinstance(error, InputError):
-            raise InputError(f"arms.{self.name}: {error}") from error
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"arms.{name}: {error}") from error
 
 
 def prefixed(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

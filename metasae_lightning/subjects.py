@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jaxtyping import Float
 from torch import Tensor
 
@@ -140,11 +141,13 @@ def run_of(path: Path) -> Path | None:
 
 def arms_in(path: Path) -> list[str]:
     """The arms of a run that has several, in the order of its config, but for those that stopped before they had an SAE."""
-    if not (path / "config.yaml").exists() or not (path / "arms").is_dir():
+    if not (path / "arms").is_dir() or not (path / "config.yaml").exists():
         return []
-    there = sorted(folder.name for folder in (path / "arms").iterdir() if (folder / "saes" / "primary" / "cfg.json").exists())
-    text = (path / "config.yaml").read_text()
-    return sorted(there, key=lambda name: text.find(f" {name}:"))
+    try:
+        names = yaml.safe_load((path / "config.yaml").read_text())["model"]["init_args"]["arms"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(f"{path / 'config.yaml'} does not name the arms in {path / 'arms'}") from error
+    return [name for name in names if (path / "arms" / name / "saes" / "primary" / "cfg.json").exists()]
 
 
 def check_same_activations(subjects: Sequence[Subject]) -> None:

@@ -391,6 +391,11 @@ def test_arms_are_measured_where_they_lie(run: Path, tmp_path: Path, monkeypatch
     assert written["recipe"]["model"]["class_path"].endswith("JointSAE")
     assert main(["calibrate", str(run)]) == 2
     assert "holds the arms solo, control, weight0.05: name one" in capsys.readouterr().err
+    broken = tmp_path / "broken"
+    (broken / "arms").mkdir(parents=True)
+    (broken / "config.yaml").write_text("model: {}\n")
+    assert main(["test", str(broken)]) == 2
+    assert "does not name the arms in" in capsys.readouterr().err
     monkeypatch.chdir(solo)  # by a path that does not say where it leads
     assert main(["calibrate", ".", "--calibration_tokens", "2048"]) == 0
     assert "calibration" in json.loads((run / "evaluation.json").read_text())["arms"]["solo"]
