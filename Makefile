@@ -15,8 +15,10 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PYTHON=$(PYTHON) makes VENV=$(VENV); name an environment of your own with VENV=..., more arguments with ARGS=\"...\""
 
-quickstart: $(VENV)/.installed ## joint training on a small real language model, in minutes on a CPU (RUN=folder)
+quickstart: $(VENV)/.installed ## solo, joint and control on a small real language model, measured, as a page: minutes on a CPU (RUN=folder)
 	$(BIN)/metasae fit -c configs/quickstart.yaml --run $(RUN) $(ARGS)
+	$(BIN)/metasae test $(RUN) --critic_seeds 1 --critic_steps 500
+	$(BIN)/metasae report $(RUN)
 
 # Tests are many and small: a process a core, each with one thread, is several times as fast as one process with all of them.
 test: $(VENV)/.installed-test ## every test but the slow ones

@@ -1,9 +1,6 @@
 """The table at the end of training or testing, and the same figures in `evaluation.json`."""
 
 import io
-import json
-import math
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -16,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME as TERMINAL
 
-from metasae_lightning.errors import InputError
 from metasae_lightning.observers import sides
+from metasae_lightning.records import keep, of_arm, read
 from metasae_lightning.saelens import ExportRecord
 
 MEASURES = {
@@ -86,32 +83,6 @@ def exported(trainer: Any) -> dict[str, Any]:
     return found
 
 
-def keep(path: Path, split: str, entry: dict[str, Any], *, arm: str = "") -> None:
-    """Add an entry to the run's record, or to an arm's part of it, without losing the others."""
-    try:
-        record = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read, and would be written over: move it away ({error})") from error
-    (record.setdefault("arms", {}).setdefault(arm, {}) if arm else record)[split] = entry
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    draft.write_text(json.dumps(finite(record), indent=2) + "\n")
-    draft.replace(path)
-
-
-def finite(entry: Any) -> Any:
-    """With null for what is no number: JSON has none.
-
-    >>> finite({"a": [1.0, float("nan")]})
-    {'a': [1.0, None]}
-    """
-    if isinstance(entry, Mapping):
-        return {key: finite(value) for key, value in entry.items()}
-    if isinstance(entry, list | tuple):
-        return [finite(value) for value in entry]
-    return None if isinstance(entry, float) and not math.isfinite(entry) else entry
-
-
 def table(split: str, entry: Mapping[str, Any], run: str) -> Table:
     """An entry as people read it."""
     shown = Table(title=f"{run}, {split} tokens", title_justify="left", show_edge=False, pad_edge=False)
@@ -156,9 +127,11 @@ def arms_table(split: str, entries: Mapping[str, Mapping[str, Any]], run: str) -
 
 def picture(run: str | Path, svg: str | Path, split: str = "validation") -> None:
     """The table of a finished run as an SVG that needs nothing from elsewhere."""
-    entry = json.loads((Path(run) / "evaluation.json").read_text())[split]
+    record = read(Path(run) / "evaluation.json")
+    arms = {name: own for name in record.get("arms", {}) if "primary" in (own := of_arm(record, name).get(split, {}))}
+    entry = next(iter(arms.values())) if arms else record[split]
     console = Console(record=True, width=110, file=io.StringIO())
-    console.print(table(split, entry, Path(run).name))
+    console.print(arms_table(split, arms, Path(run).name) if arms else table(split, entry, Path(run).name))
     drawn = console.export_svg(title=f"metasae fit: {entry['seconds']:.0f} s of training", theme=TERMINAL)
     # rich would have the font fetched from a server.
     Path(svg).write_text(re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL))

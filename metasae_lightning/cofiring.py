@@ -58,6 +58,24 @@ class Firings:
             yield start, torch.from_numpy((by_latent[start : start + rows] @ other.matrix).toarray()).double()
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Phi of every pair, summed up."""
+
+    total: float
+    """Sum of |phi|."""
+    positive: int
+    """Pairs whose phi is positive."""
+    bins: Float[Tensor, " bin"]
+    """How many pairs have a |phi| in each bin: equal steps of its square root from 0 to 1."""
+
+    def by_decade(self, edges: Float[Tensor, " edge"]) -> Float[Tensor, " bin"]:
+        """How many pairs lie between edges of log10 |phi|, those below the first counted in the first bin."""
+        middles = ((torch.arange(len(self.bins), dtype=torch.float64) + 0.5) / len(self.bins)).square().log10()
+        places = (torch.bucketize(middles, edges) - 1).clamp(0, len(edges) - 2)
+        return torch.zeros(len(edges) - 1, dtype=torch.float64).index_add(0, places, self.bins)
+
+
 class Phi(Metric):
     """Phi of every pair of latents, of one SAE or between two on the same tokens, from exact integer counts.
 
@@ -143,9 +161,13 @@ class Phi(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """See the class."""
+        return self.figures(self.count())
+
+    def count(self) -> "Pairs":
+        """Phi of all pairs of live latents, in sums."""
         own, other = self.firings()
         n, n_i, n_j = float(own.tokens), own.counts, other.counts
-        live_i, live_j = ((counts > 0) & (counts < n) for counts in (n_i, n_j))
+        live_i, live_j = self._live(n_i, n), self._live(n_j, n)
         bins, total, positive = torch.zeros(BINS, dtype=torch.float64), 0.0, 0
         for start, phi in self._tiles(own, other, n_i, n_j):
             kept = live_i[start : start + len(phi), None] & live_j[None]
@@ -155,13 +177,21 @@ class Phi(Metric):
             positive += int((values > 0).count_nonzero())
             total += values.abs_().sum().item()
             bins += torch.histc(values.sqrt_().clamp_(max=1), BINS, 0.0, 1.0)
-        return self._figures(n, n_i[live_i], n_j[live_j], total, positive, bins)
+        return Pairs(total, positive, bins)
 
-    def _figures(self, n: float, n_i: Tensor, n_j: Tensor, total: float, positive: int, bins: Tensor) -> dict[str, Tensor]:
+    @staticmethod
+    def _live(counts: Tensor, n: float) -> Tensor:
+        return (counts > 0) & (counts < n)
+
+    def figures(self, counted: "Pairs") -> dict[str, Tensor]:
+        """What `compute` gives, of what `count` has."""
+        own, other = self.firings()
+        n = float(own.tokens)
+        n_i, n_j = (counts[self._live(counts, n)] for counts in (own.counts, other.counts))
         pairs = len(n_i) * (len(n_i) - 1) // 2 if self.other is None else len(n_i) * len(n_j)
         floor, error = by_chance(n_i, n_j, n, within=self.other is None)
-        mean = total / max(pairs, 1)
-        figures = {"mean_abs": mean, "floor": floor, "excess": mean - floor, "standard_error": error, "positive": positive / max(pairs, 1)}
+        mean, positive, bins = counted.total / max(pairs, 1), counted.positive / max(pairs, 1), counted.bins
+        figures = {"mean_abs": mean, "floor": floor, "excess": mean - floor, "standard_error": error, "positive": positive}
         upper = bins.cumsum(0) / max(pairs, 1)
         figures |= {f"q{100 * q:g}": quantile(upper, q) for q in QUANTILES}
         figures |= {f"above_{tail:g}": (bins[round(BINS * tail**0.5) :].sum() / max(pairs, 1)).item() for tail in TAILS}

@@ -1,8 +1,8 @@
-"""The commands on what is there: `test` on runs and SAEs, `calibrate`, `compare`, `publish`."""
+"""The commands on what is there: `test` on runs and SAEs, `calibrate`, `compare`, `report`, `publish`."""
 
+import gzip
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
-from metasae_lightning import report, saelens
+from metasae_lightning import records, report, saelens
 from metasae_lightning.arguments import (
     PLACES,
     all_arms,
@@ -26,9 +26,9 @@ from metasae_lightning.arguments import (
     settings_of,
 )
 from metasae_lightning.calibration import calibrate as thresholds
-from metasae_lightning.callbacks.summary import finite, keep
 from metasae_lightning.comparison import compare as compared
-from metasae_lightning.contexts import top_contexts
+from metasae_lightning.comparison import differences
+from metasae_lightning.contexts import latents_record, top_contexts
 from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.destinations import HUB, destination
 from metasae_lightning.errors import InputError
@@ -55,10 +55,36 @@ def test(args: Sequence[str]) -> int:
         raise InputError("test: name a run, a SAELens folder or RELEASE:ID, or a checkpoint by -c RECIPE --ckpt_path CHECKPOINT")
     subjects = opened(places, given.out)
     check_same_data(subjects, given)
-    found = evaluate(subjects, data_for(subjects[0], given), settings_of(given))
+    settings, data = settings_of(given), data_for(subjects[0], given)
+    found = evaluate(subjects, data, settings)
+    for one in found[1:]:
+        one.entry["against"] = {"weights": found[0].entry["weights"], "differences": differences(found[0], one, settings)}
+    tokenizer = data.language_model.tokenizer if isinstance(data, ActivationsDataModule) else None
     for one in found:
         record(one)
+        browse(one, tokenizer, settings.contexts)
     Console().print(report.evaluations({one.seen.subject.name: one.entry for one in found}))
+    return 0
+
+
+def pages(args: Sequence[str]) -> int:
+    """Write what runs come to."""
+    parser = plain_parser("report", "What was found out about runs, as a page that needs no network, figures and tables; measures nothing.")
+    parser.add_argument("runs", nargs="+", type=str, help="Runs, with all their arms, or single arms.")
+    parser.add_argument("--out", type=str | None, default=None, help="Where the page goes; none is the run, of several the first.")
+    parser.add_argument("--title", type=str | None, default=None, help="What the page is called; none is the runs' names.")
+    given = parsed(parser, args)
+    found = report.study(given.runs, given.title)
+    place = report.write(found, Path(given.out or given.runs[0]))
+    console = Console()
+    console.print(report.overview(found))
+    for arm in found.arms:
+        for what in arm.missing:
+            console.print(f"{arm.name}: {what}", markup=False, highlight=False)
+    console.print(found.verdict.sentence, markup=False, highlight=False)
+    for line in found.verdict.beside:
+        console.print(line, markup=False, highlight=False)
+    console.print(f"the page: {place}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -76,7 +102,7 @@ def compare(args: Sequence[str]) -> int:
     found = compared(a, b, settings)
     found["contexts"] = contexts(found, a, b, data)
     out = Path(given.out) if given.out else Path("runs") / f"compare-{subjects[0].slug}-{subjects[1].slug}.json"
-    write(out, {"a": a.entry, "b": b.entry, **found})
+    records.write(out, {"a": a.entry, "b": b.entry, **found})
     console = Console()
     for table in tables(found, (a, b), names):
         console.print(table)
@@ -114,7 +140,7 @@ def calibrate(args: Sequence[str]) -> int:
     found = thresholds(scores, samples, l0, rule)
     told = {"rule": rule, "target_l0": l0, "l0_before": before, "l0": found.l0, "few_firings": found.few, "tokens": found.tokens}
     saelens.set_thresholds(folder, found.threshold, {"threshold_rule": told})
-    keep(one.record, "calibration", told, arm=one.arm)
+    records.keep(one.record, "calibration", told, arm=one.arm)
     few = f", {found.few:,} latents that fired too rarely share one threshold" if rule == "rate" else ""
     Console().print(f"{folder}: L0 {before:.2f} -> {found.l0:.2f} by the rule {rule!r} on {found.tokens:,} validation tokens{few}")
     return 0
@@ -155,7 +181,9 @@ def publish(args: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"test": test, "calibrate": calibrate, "compare": compare, "publish": publish}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    **{"test": test, "calibrate": calibrate, "compare": compare, "report": pages, "publish": publish}
+}
 
 
 def run(args: Sequence[str]) -> int:
@@ -192,7 +220,7 @@ def active(one: Subject, samples: Sequence[Any]) -> float:
 def record(one: Evaluation) -> None:
     """Keep an evaluation beside its SAE, and log its figures where a run logs."""
     place = one.seen.subject
-    keep(place.record, "evaluation", one.entry, arm=place.arm)
+    records.keep(place.record, "evaluation", one.entry, arm=place.arm)
     flat = {
         f"evaluation/{group}/{name}": value
         for group, figures in one.entry["figures"].items()
@@ -202,6 +230,13 @@ def record(one: Evaluation) -> None:
     logger = TensorBoardLogger(str(place.record.parent), name="tensorboard", version=place.arm)
     logger.log_metrics(flat, step=int(place.metadata.get("training_tokens") or 0))
     logger.finalize("success")
+
+
+def browse(one: Evaluation, tokenizer: Any | None, count: int) -> None:
+    """Keep what its latents fire on."""
+    path = one.seen.subject.folder / "latents.json.gz"
+    text = json.dumps(records.finite(latents_record(one.seen, tokenizer, count=count)), ensure_ascii=False)
+    records.put(path, gzip.compress(text.encode(errors="replace"), mtime=0))
 
 
 def contexts(found: Mapping[str, Any], a: Evaluation, b: Evaluation, data: Any) -> dict[str, dict[str, Any]]:
@@ -215,7 +250,11 @@ def contexts(found: Mapping[str, Any], a: Evaluation, b: Evaluation, data: Any) 
             wanted[other].update(split["into"])
     tokenizer = data.language_model.tokenizer
     sides = (("a", a), ("b", b))
-    return {side: {str(latent): hits for latent, hits in top_contexts(one.seen, wanted[side], tokenizer).items()} for side, one in sides}
+    found = {side: top_contexts(one.seen, wanted[side], tokenizer) for side, one in sides}
+    return {
+        side: {str(latent): [{"value": hit.values[hit.at], "text": hit.marked} for hit in hits] for latent, hits in of.items()}
+        for side, of in found.items()
+    }
 
 
 def tables(found: Mapping[str, Any], both: tuple[Evaluation, Evaluation], names: tuple[str, str]) -> list[Any]:
@@ -229,14 +268,3 @@ def tables(found: Mapping[str, Any], both: tuple[Evaluation, Evaluation], names:
         *report.shared(found["splits"], forth, f"{names[0]} splits:"),
         *report.shared(found["merges"], back, f"{names[1]} merges:"),
     ]
-
-
-def write(path: Path, entry: Mapping[str, Any]) -> None:
-    """A file that is whole or not there."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(finite(entry), indent=1) + "\n")
-        draft.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 GROUPS = 64
 # log10 of the share of tokens that a latent fires on, a quarter of a decade a bin.
 DENSITIES = torch.arange(-7, 0.01, 0.25, dtype=torch.float64)
+# Of a decoder row with its nearest.
+COSINES = torch.linspace(0, 1, 51, dtype=torch.float64)
+# log10 of |phi|.
+CORRELATIONS = torch.arange(-5, 0.01, 0.125, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Settings:
         splice_tokens: Predicted tokens with the reconstruction in the model; 0 leaves that out.
         critic_seeds: Fresh critics on the decoder and on each null; 0 leaves them out.
         critic_steps: Steps of each.
+        contexts: Documents kept of each latent, those in which it fires most; 0 leaves them out.
         resamples: Resamples of documents that intervals come from.
         memory_gib: What counting pairs may take beside the firings.
         seed: Seed of the resamples.
@@ -54,14 +59,16 @@ class Settings:
     splice_tokens: int = 8_192
     critic_seeds: int = 3
     critic_steps: int = 1500
+    contexts: int = 3
     resamples: int = 1000
     memory_gib: float = 2.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("calibration_tokens", 1), ("splice_tokens", 0), ("critic_seeds", 0), ("critic_steps", 1), ("resamples", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        least = {"calibration_tokens": 1, "splice_tokens": 0, "critic_seeds": 0, "critic_steps": 1, "contexts": 0, "resamples": 1}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise InputError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
         if self.tokens is not None and self.tokens < 1:
             raise InputError(f"tokens must be at least 1, got {self.tokens}")
         for name in ("l0", "memory_gib"):
@@ -147,10 +154,15 @@ def latents(seen: Observation, settings: Settings) -> dict[str, Any]:
 
     def pairs() -> dict[str, Tensor]:
         log.info(phi.plan())
-        return phi.compute()
+        counted = phi.count()
+        return {**phi.figures(counted), "log10_abs": counted.by_decade(CORRELATIONS)}
 
-    found = seen.subject.ledger.piece("phi", {**seen.identity, "all": seen.digests}, pairs)
-    return {"latents": {**floats(dead.compute()), "log10_density": {"edges": DENSITIES.tolist(), "latents": counts}}, "phi": floats(found)}
+    found = seen.subject.ledger.piece("phi-pairs", {**seen.identity, "all": seen.digests, "edges": CORRELATIONS.tolist()}, pairs)
+    histogram = {"edges": CORRELATIONS.tolist(), "pairs": found.pop("log10_abs").long().tolist()}
+    return {
+        "latents": {**floats(dead.compute()), "log10_density": {"edges": DENSITIES.tolist(), "latents": counts}},
+        "phi": {**floats(found), "log10_abs": histogram},
+    }
 
 
 def recovery(seen: Observation, features: Tensor, stream: Any) -> dict[str, float]:
@@ -161,11 +173,12 @@ def recovery(seen: Observation, features: Tensor, stream: Any) -> dict[str, floa
     return floats(metric.compute())
 
 
-def decoder(subject: Subject) -> dict[str, float]:
+def decoder(subject: Subject) -> dict[str, Any]:
     """How decoder rows lie to each other."""
     metric = DecoderGeometry()
     metric.update(subject.W_dec.cpu())
-    return floats(metric.compute())
+    rows = torch.histogram(metric.nearest[0].double().clamp(0, 1), COSINES).hist.int().tolist()
+    return {**floats(metric.compute()), "nearest": {"edges": COSINES.tolist(), "rows": rows}}
 
 
 def critic(subject: Subject, settings: Settings) -> dict[str, float]:

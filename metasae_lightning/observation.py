@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -108,7 +108,8 @@ def observe(subjects: Sequence[Subject], stream: Any, tokens: int) -> list[Obser
             read = passage.read() if missing else None
             for one in missing:
                 assert read is not None
-                one.subject.ledger.keep(name, one.of(digest), look(one.subject, passage, *read))
+                # Two arms of a run may be one SAE: what the first left is there for the second.
+                one.subject.ledger.piece(name, one.of(digest), partial(look, one.subject, passage, *read))
             for one in seen:
                 one.digests.append(digest)
             bar.update(int(passage.tokens.numel()) if read is None else len(read[0]))
@@ -148,7 +149,8 @@ def spliced(seen: Sequence[Observation], stream: Any, tokens: int, complete: Any
             # Ablation by the mean makes losses a function of all of the text.
             of = {"all": seen[0].digests, "contexts": min(contexts, len(counted))}
             name = f"splice-{passage.number:05d}"
-            missing = [place for place, one in enumerate(seen) if not one.subject.ledger.has(name, {**one.identity, **of})]
+            lacking = {one.subject.ledger.path(name, {**one.identity, **of}): place for place, one in enumerate(seen)}
+            missing = [place for path, place in lacking.items() if not path.exists()]
             if missing:
                 model = model or complete()
                 found = _splice(model, passage, counted[:contexts], {str(place): seen[place].subject.rebuild for place in missing}, mean)

@@ -52,7 +52,7 @@ def publish(
     """Publish a run's SAEs under `name` and `name-meta`, measured on the run's own data; returns where they are and what was recorded."""
     name = name or str(one.metadata.get("hook_name") or one.name)
     found = measured(one, data, tokens)
-    kept = recorded(one)
+    kept = of_arm(read(one.record), one.arm)
     check(one, found, kept)
     density, probe = found.pop("density"), found.pop("probe")
     record = record_of(one, recipe, kept, found, overrides or {}, name, tested(one, data, kept))
@@ -121,15 +121,6 @@ def measured(one: Subject, data: Any, tokens: int | None) -> dict[str, Any]:
     fvu = functional.fvu_of_sums(sums).item()  # pyright: ignore[reportArgumentType]
     figures = {"tokens": count, "fvu": fvu, "l0": int(fired.sum()) / count, "dead": (fired == 0).float().mean().item()}
     return {**figures, "density": fired / count, "probe": samples[0][:64].cpu()}
-
-
-def recorded(one: Subject) -> dict[str, Any]:
-    """What the run says of itself, or of its arm."""
-    try:
-        record = json.loads(one.record.read_text()) if one.record.exists() else {}
-    except ValueError as error:
-        raise InputError(f"{one.record} cannot be read ({error})") from error
-    return record.get("arms", {}).get(one.arm, {}) if one.arm else record
 
 
 def check(one: Subject, found: Mapping[str, Any], kept: Mapping[str, Any]) -> None:

@@ -56,8 +56,8 @@ class Subject:
 
     @property
     def ledger(self) -> Ledger:
-        """Pieces of its evaluation."""
-        return Ledger(self.folder / "evaluation")
+        """Pieces of its evaluation, which a run's arms share."""
+        return Ledger(self.record.parent / "evaluation")
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -391,6 +391,9 @@ def test_arms_are_measured_where_they_lie(run: Path, tmp_path: Path, monkeypatch
     assert written["recipe"]["model"]["class_path"].endswith("JointSAE")
     assert main(["calibrate", str(run)]) == 2
     assert "holds the arms solo, control, weight0.05: name one" in capsys.readouterr().err
+    # Control is solo's primary: what was seen of the one is there for the other.
+    pieces = {name: len(list((run / "evaluation").glob(f"{name}-*"))) for name in ("passage", "phi-pairs", "thresholds")}
+    assert pieces["passage"] % 2 == 0 and pieces["phi-pairs"] == pieces["thresholds"] == 2 and not (solo / "evaluation").exists()
     broken = tmp_path / "broken"
     (broken / "arms").mkdir(parents=True)
     (broken / "config.yaml").write_text("model: {}\n")

@@ -13,7 +13,6 @@ from metasae_lightning.arguments import data_of
 from metasae_lightning.cli import main
 from metasae_lightning.cofiring import Firings, Phi
 from metasae_lightning.comparison import FIGURES, LOSSES, Matches, best_matches, compare, splits, swapped
-from metasae_lightning.contexts import top_contexts
 from metasae_lightning.evaluation import Settings, evaluate
 from metasae_lightning.matching import matched
 from metasae_lightning.resampling import PhiByGroup, jackknifed
@@ -180,26 +179,6 @@ def test_the_command_shows_everything(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "two less one" in out and "one splits:" in out and "«" in out and "by chance" in out
     # What `metasae test` said of each alone is not written over.
     assert not (one / "evaluation.json").exists() and not (two / "evaluation.json").exists()
-
-
-def test_contexts_mark_the_token_that_fires_most(tmp_path: Path):
-    place = run(tmp_path, "one")
-    data = data_of(place / "config.yaml")
-    (found,) = evaluate([subject(str(place))], data, Settings(**QUICK))
-    tokenizer = data.language_model.tokenizer
-    told = top_contexts(found.seen, [3, 7], tokenizer, count=2)
-    for latent, hits in told.items():
-        largest, token = 0.0, -1
-        for codes, piece in found.seen.codes():
-            own = (codes.latents == latent).nonzero().flatten()
-            for at in own.tolist():
-                if codes.values[at] > largest:
-                    largest = codes.values[at].item()
-                    context, position = piece["counted"].nonzero()[codes.rows[at]].tolist()
-                    token = int(piece["tokens"][context, position])
-        assert hits[0]["value"] == pytest.approx(largest, abs=1e-4) and hits[0]["value"] >= hits[1]["value"]
-        assert f"«{tokenizer.decode([token])}»" in hits[0]["text"] or ("«" in hits[0]["text"] and tokenizer.decode([token]).strip() == "")
-        assert len(hits) == 2
 
 
 def test_matches_of_nothing_that_lives_are_none():

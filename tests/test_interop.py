@@ -104,7 +104,7 @@ def test_a_published_quickstart_in_saelens_own_hands(tmp_path: Path, monkeypatch
     given = os.environ.get("QUICKSTART_RUN")  # a finished run, to save the minutes
     place = Path(given) if given else tmp_path / "run"
     if not given:
-        assert main(["fit", "-c", "quickstart", "--run", str(place), "--data.init_args.tokens", "61440"]) == 0
+        assert main(["fit", "-c", "quickstart", "-c", "joint", "--run", str(place), "--data.init_args.tokens", "61440"]) == 0
     capsys.readouterr()
     assert main(["publish", str(place), "out", "--tokens", "16384"]) == 0
     fvu, l0 = map(float, re.search(r"FVU ([\d.]+), L0 ([\d.]+)", capsys.readouterr().out).groups())  # pyright: ignore

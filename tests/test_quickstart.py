@@ -1,6 +1,5 @@
 """The embedded default on its real language model."""
 
-import json
 import os
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from metasae_lightning import ActivationsDataModule, functional
+from metasae_lightning import ActivationsDataModule, functional, records
 from metasae_lightning.cli import main
 from metasae_lightning.corpora import PythonDocs
 from metasae_lightning.lm import HuggingFaceLM
@@ -33,9 +32,9 @@ def measured(folder: Path, x: torch.Tensor) -> tuple[float, float]:
         return (codes > 0).sum(-1).float().mean().item(), functional.fvu(x, sae.decode(codes)).item()
 
 
-def checked(run: Path, x: torch.Tensor) -> dict[str, float]:
-    reported = json.loads((run / "evaluation.json").read_text())["validation"]
-    l0, fvu = measured(run / "saes" / "primary", x)
+def checked(run: Path, x: torch.Tensor, arm: str = "") -> dict[str, float]:
+    reported = records.of_arm(records.read(run / "evaluation.json"), arm)["validation"]
+    l0, fvu = measured((run / "arms" / arm if arm else run) / "saes" / "primary", x)
     print(f"{run.name}: on {len(x)} fresh raw tokens L0 {l0:.2f}, FVU {fvu:.4f}; the run reports FVU {reported['primary']['fvu']:.4f}")
     assert abs(l0 / 32 - 1) <= 0.02
     assert abs(fvu - reported["primary"]["fvu"]) <= 0.01
@@ -43,7 +42,7 @@ def checked(run: Path, x: torch.Tensor) -> dict[str, float]:
 
 
 def test_after_only_fifty_steps_the_folder_is_right(held_out: torch.Tensor, tmp_path: Path):
-    assert main(["fit", "-c", "quickstart", "--run", str(tmp_path / "fifty"), "--data.init_args.tokens", "51200"]) == 0
+    assert main(["fit", "-c", "quickstart", "-c", "joint", "--run", str(tmp_path / "fifty"), "--data.init_args.tokens", "51200"]) == 0
     checked(tmp_path / "fifty", held_out)
 
 
@@ -51,7 +50,8 @@ def test_the_quickstart_holds_what_it_promises(held_out: torch.Tensor, tmp_path:
     run = Path(os.environ.get("QUICKSTART_RUN", tmp_path / "quickstart"))  # a finished run, to save the minutes
     if not run.exists():
         assert main(["fit", "-c", "quickstart", "--run", str(run)]) == 0
-    found = checked(run, held_out)
+    found = checked(run, held_out, "joint")
     assert found["tokens"] >= 200_000 and found["fvu"] < 0.3 and found["dead"] < 0.05
     for name in ("primary", "meta"):
-        assert all(torch.isfinite(tensor).all() for tensor in SAE.load_from_disk(run / "saes" / name).state_dict().values())
+        weights = SAE.load_from_disk(run / "arms" / "joint" / "saes" / name).state_dict()
+        assert all(torch.isfinite(tensor).all() for tensor in weights.values())

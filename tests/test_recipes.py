@@ -124,12 +124,14 @@ def found(config: dict[str, Any], paths: Any) -> dict[str, Any]:
 
 
 def test_every_shipped_yaml_is_tested_here():
-    assert {path.stem for path in RECIPES.iterdir() if path.suffix in (".yaml", ".yml")} == set(NUMBERS) | set(OVERLAYS) | set(GRIDS)
+    assert {path.stem for path in RECIPES.iterdir() if path.suffix in (".yaml", ".yml")} == set(NUMBERS) | set(OVERLAYS) | set(GRIDS) | {
+        "joint"
+    }
 
 
 @pytest.mark.parametrize("recipe", NUMBERS)
 def test_a_recipe_has_its_numbers(recipe: str, monkeypatch: pytest.MonkeyPatch):
-    config = parsed(monkeypatch, recipe)
+    config = parsed(monkeypatch, recipe, "joint")
     assert found(config, NUMBERS[recipe]) == NUMBERS[recipe]
     assert {config["model"]["init_args"][sae]["class_path"] for sae in ("primary", "meta")} == {BATCHTOPK}
     assert {config["model"]["init_args"][f"{sae}_optimizer"]["class_path"] for sae in ("primary", "meta")} == {ADAM}
@@ -159,7 +161,7 @@ def test_every_number_of_the_paper_runs_names_its_source(recipe: str):
 @pytest.mark.parametrize("overlay", OVERLAYS)
 @pytest.mark.parametrize("recipe", NUMBERS)
 def test_an_overlay_does_what_it_says_to_every_recipe_and_nothing_else(recipe: str, overlay: str, monkeypatch: pytest.MonkeyPatch):
-    plain, laid = parsed(monkeypatch, recipe), parsed(monkeypatch, recipe, overlay)
+    plain, laid = parsed(monkeypatch, recipe, "joint"), parsed(monkeypatch, recipe, overlay)
     penalties, has_meta, phases = OVERLAYS[overlay]
     before, after = plain["model"]["init_args"], laid["model"]["init_args"]
     # The second file replaces the dict: a penalty of the recipe that it does not name is gone.
@@ -172,6 +174,14 @@ def test_an_overlay_does_what_it_says_to_every_recipe_and_nothing_else(recipe: s
     assert {k: v for k, v in laid.items() if k not in ("model", "config")} == {
         k: v for k, v in plain.items() if k not in ("model", "config")
     }
+
+
+# What the quickstart trains side by side is what the overlays of the same names train alone.
+def test_the_quickstart_has_three_arms(monkeypatch: pytest.MonkeyPatch):
+    arms = parsed(monkeypatch, "quickstart")["model"]["init_args"]["arms"]
+    assert list(arms) == ["solo", "joint", "control"]
+    for name, arm in arms.items():
+        assert told(arm["init_args"]) == told(parsed(monkeypatch, "quickstart", name)["model"]["init_args"])
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -244,6 +254,7 @@ def test_recipes_run_on_tiny_models_of_their_architecture(recipe: str, architect
     end = fit(
         tmp_path / "run",
         recipe,
+        "joint",
         **short(12, 256, validation=256),
         model__primary__d_in=32,
         model__primary__d_sae=256,

@@ -109,6 +109,24 @@ def test_a_decoder_alone_has_directions_and_another_one_begins_anew():
     assert figures(metric) == figures(alone)
 
 
+# Feature 1 never comes without feature 0. A latent for both takes its place; with a latent for 1 alone nothing is taken in.
+def test_a_feature_that_anothers_latent_has_taken_in_is_absorbed():
+    truth = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    taken, apart = torch.eye(3), torch.eye(3)
+    taken[1] = torch.tensor([0.6, 0.8, 0.0])
+    fired = truth.clone()
+    fired[0, 0] = 0.0
+    for decoder, codes, expected in ((taken, fired, (1 / 3 + 0 + 0) / 3), (taken, truth, 0.0), (apart, fired, 0.0), (-taken, fired, 1 / 9)):
+        metric = FeatureRecovery(torch.eye(3))
+        metric.update(decoder, Codes.from_dense(codes), Codes.from_dense(truth))
+        assert figures(metric)["absorbed"] == pytest.approx(expected)
+    # What two features share, a latent of the one holds of the other by right.
+    shared = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]]), dim=1)
+    metric = FeatureRecovery(shared)
+    metric.update(shared, Codes.from_dense(fired), Codes.from_dense(truth))
+    assert figures(metric)["absorbed"] == 0.0
+
+
 def test_tokens_of_both_must_be_the_same():
     metric = FeatureRecovery(torch.eye(3))
     with pytest.raises(InputError, match="of the same tokens, got 4 and 5"):

@@ -34,8 +34,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_as_the_tree_shows_it(wheel: Path):
     tree = {
         path.relative_to(ROOT).as_posix()
-        for folder in (OURS, f"{OURS}/saelens", f"{OURS}/sparse", f"{OURS}/callbacks", f"{OURS}/configs")
-        for pattern in ("*.py", "*.yaml")
+        for folder in (OURS, f"{OURS}/report", f"{OURS}/saelens", f"{OURS}/sparse", f"{OURS}/callbacks", f"{OURS}/configs")
+        for pattern in ("*.py", "*.yaml", "page.*")
         for path in (ROOT / folder).glob(pattern)
     }
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

@@ -6,6 +6,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from metasae_lightning.report.groups import baseline, difference
+from metasae_lightning.report.verdicts import FIGURES, percent
+
 # What a table shows of an evaluation: words, the figure, its digits, and which interval or spread stands beside it.
 ROWS: Sequence[tuple[str, str, str, str]] = (
     ("variance unexplained", "reconstruction/fvu", ".4f", "fvu"),
@@ -30,6 +33,7 @@ ROWS: Sequence[tuple[str, str, str, str]] = (
     ("features recovered (MCC)", "recovery/mcc", ".4f", ""),
     ("  unique", "recovery/uniqueness", ".4f", ""),
     ("  firings, F1", "recovery/f1", ".4f", ""),
+    ("  absorbed", "recovery/absorbed", ".2%", ""),
     ("loss of the model alone", "splice/ce_clean", ".4f", ""),
     ("  with the SAE in it", "splice/ce_sae", ".4f", "ce_sae"),
     ("  recovered against zero", "splice/recovered_zero", ".4f", "recovered_zero"),
@@ -52,6 +56,25 @@ def evaluations(entries: Mapping[str, Mapping[str, Any]]) -> Table:
         cells = [cell(entry, path, digits, beside) for entry in entries.values()]
         if any(cells):
             shown.add_row(words, *cells)
+    return shown
+
+
+def overview(found: Any) -> Table:
+    """Groups of arms: means over their seeds, and changes against the baseline."""
+    base = baseline(found.groups)
+    shown = Table(title=escape(found.title), title_justify="left", show_edge=False, pad_edge=False)
+    shown.add_column("")
+    columns = [one for one in FIGURES if any(group.values(one[1]) for group in found.groups)]
+    for words, *_ in columns:
+        shown.add_column(words.strip(), justify="right")
+    for group in found.groups:
+        cells: list[str] = []
+        for _, path, name, digits, _ in columns:
+            values = group.values(path)
+            change = None if base is None or group is base else difference(group, base, path, name)
+            mean = f"{sum(values) / len(values):{digits}}" if values else ""
+            cells.append(f"{mean}\n{percent(change)}" if change is not None and change.base else mean)
+        shown.add_row(escape(group.name) + (f"\n{len(group.arms)} seeds" if len(group.arms) > 1 else ""), *cells)
     return shown
 
 
