@@ -174,20 +174,34 @@ JOINT = [name for name in ARMS if name.startswith("joint")]
 
 
 def run(size: str, runs: int, macro_steps: int, only: list[str]) -> dict[str, list[Parts]]:
-    """Seconds of every arm's steps, in turn; two of each first, that pay for pages and for optimisers' states."""
+    """Seconds of every arm's steps, in turn; first some that pay for pages and for optimisers' states.
+
+    Joint arms' are means over macro-steps, in which they and the solo arm make every step in turn: what is compared was measured in the
+    same seconds. `beside` is what the solo arm took then.
+    """
     arms = {name: make(size) for name, make in ARMS.items() if name in only}
     d_in, _, tokens, *_ = SIZES[size]
     generator = torch.Generator().manual_seed(0)
     found: dict[str, list[Parts]] = {name: [] for name in arms}
-    for turn in range(-2, max(runs, macro_steps)):
-        for name, arm in arms.items():
-            steps = MACRO if name in JOINT else 1
-            if turn >= (macro_steps if name in JOINT else runs) or (turn == -2 and name in JOINT):
-                continue
-            times = [arm.step(torch.randn(tokens, d_in, generator=generator)) for _ in range(steps)]
-            if turn >= 0:
-                found[name].append({part: sum(one.get(part, 0.0) for one in times) / steps for part in times[0]})
-        print(f"{size}: turn {turn + 1}", file=sys.stderr, flush=True)
+
+    def turn(names: list[str], steps: int) -> dict[str, Parts]:
+        times: dict[str, list[Parts]] = {name: [] for name in names}
+        for _ in range(steps):
+            x = torch.randn(tokens, d_in, generator=generator)
+            for name in names:
+                times[name].append(arms[name].step(x))
+        means = {name: {part: sum(one.get(part, 0.0) for one in of) / steps for part in of[0]} for name, of in times.items()}
+        beside = means["ours"]["whole"] if "ours" in means else float("nan")
+        return {name: {**parts, "beside": beside} for name, parts in means.items()}
+
+    single, joint = [name for name in arms if name not in JOINT], [name for name in arms if name in JOINT]
+    beside = [name for name in single if name == "ours" and joint]
+    for kind, names, steps, turns in (("step", single, 1, runs), ("macro-step", [*beside, *joint], MACRO, macro_steps)):
+        for number in range(-2 if steps == 1 else -1, turns if names else -2):
+            for name, parts in turn(names, steps).items():
+                if number >= 0 and (name in joint) == (steps > 1):
+                    found[name].append(parts)
+            print(f"{size}: {kind} {number + 1}", file=sys.stderr, flush=True)
     return found
 
 
@@ -203,14 +217,16 @@ def alone(arm: str, size: str) -> float:
 
 def report(size: str, found: dict[str, list[Parts]], peaks: dict[str, float], table: Any) -> None:
     """One size's rows, on the terminal and as CSV."""
-    ours = statistics.median(one["whole"] for one in found["ours"]) if "ours" in found else float("nan")
     for name, times in found.items():
         middle = {part: statistics.median(one.get(part, 0.0) for one in times) for part in ("whole", "forward", "backward", "rest")}
-        row = [size, name, *(round(seconds, 4) for seconds in middle.values()), round(middle["whole"] / ours, 3), round(peaks.get(name, 0))]
-        table.writerow(row)
+        ratios = [one["whole"] / one["beside"] for one in times]
+        ratio, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        row = [size, name, *(round(seconds, 4) for seconds in middle.values()), *(round(x, 3) for x in (ratio, low, high))]
+        table.writerow([*row, round(peaks.get(name, 0))])
         parts = ", ".join(f"{part} {middle[part]:.3f}" for part in ("forward", "backward", "rest"))
         peak = f", peak {peaks[name]:,.0f} MiB" if name in peaks else ""
-        print(f"{size:11} {name:34} {middle['whole']:8.3f} s ({parts})  {middle['whole'] / ours:6.2f} of ours{peak}", flush=True)
+        told = f"{ratio:6.2f} of ours ({low:.2f} to {high:.2f})"
+        print(f"{size:11} {name:34} {middle['whole']:8.3f} s ({parts})  {told}{peak}", flush=True)
     if {"floor", "ours"} <= set(found):
         done = statistics.median(one["forward"] + one["backward"] for one in found["ours"])
         floor = statistics.median(one["whole"] for one in found["floor"])
@@ -241,7 +257,7 @@ def main() -> None:
     print(f"{described()}, fp32: medians of {given.runs} alternating steps, joint ones of {given.macro_steps} macro-steps")
     with given.out.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["size", "arm", "whole", "forward", "backward", "rest", "of_ours", "peak_mib"])
+        table.writerow(["size", "arm", "whole", "forward", "backward", "rest", "of_ours", "least", "most", "peak_mib"])
         for size in given.sizes:
             found = run(size, given.runs, given.macro_steps, given.arms)
             peaks = {} if given.no_memory else {name: alone(name, size) for name in given.arms if name != "floor"}

@@ -95,6 +95,8 @@ def top_contexts(seen: Observation, latents: Sequence[int] | set[int], tokenizer
     made: dict[int, Context] = {}
     for number, (codes, piece) in enumerate(seen.codes() if len(hits.values) else ()):
         own = np.flatnonzero(hits.places[:, 2] == number)
+        if not len(own):
+            continue
         owner, tokens = piece["owner"].flatten().numpy(), piece["tokens"].flatten().numpy()
         window = hits.places[own, 3, None] + np.arange(-BEFORE, AFTER + 1)
         inside = (window >= 0) & (window < len(owner))

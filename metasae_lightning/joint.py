@@ -119,7 +119,7 @@ class JointSAE(LightningModule):
     ) -> StepOutput:
         """One primary step and, where it ends a macro-step, the meta phase: the algorithm."""
         _tell(self.primary.initialize(batch.activations), "primary")
-        if self.meta is not None:  # before it first judges
+        if self.meta is not None and not self.meta.initialized:  # before it first judges
             _tell(self.meta.initialize(functional.unit_rows(self.primary.W_dec.detach())), "meta")
         penalty, values = self._penalties()
         seen = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, added=penalty)

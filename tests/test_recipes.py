@@ -92,6 +92,10 @@ PAPER_ARMS = {"solo", "control", "sequential"} | {f"weight{w}-sigma_sq{s}" for w
 GRIDS: dict[str, tuple[str, set[str]]] = {
     "paper_grid": ("gpt2_large_l20", PAPER_ARMS),
     "quickstart_grid": ("quickstart", {f"{name}-seed{seed}" for name in PAPER_ARMS for seed in range(3)}),
+    "quickstart_seeds": (
+        "quickstart",
+        {f"{name}-seed{seed}" for name in ("solo", "joint", "control", "orthogonality") for seed in range(3)},
+    ),
     "synthetic_grid": (
         "synthetic",
         {f"{name}-seed{seed}" for name in ("solo", "orthogonality", "weight0.015", "weight0.05", "weight0.15") for seed in range(5)},
@@ -196,7 +200,7 @@ def test_a_grid_is_the_recipe_with_one_thing_changed_in_each_arm(grid: str, monk
         assert own["seed"] == int(name.rpartition("seed")[2] if "seed" in name else 0)
         for part in name.split("-"):
             key, value = re.fullmatch(r"([a-z_]+)([\d.]*)", part).groups()  # type: ignore[union-attr]
-            assert key in ("solo", "control", "sequential", "orthogonality") or {**of_penalty, "seed": own["seed"]}[key] == float(value)
+            assert key in {*OVERLAYS, "joint"} or {**of_penalty, "seed": own["seed"]}[key] == float(value)
 
 
 TOUCHED = {"penalties", "meta", "n_p", "n_m", "seed"}

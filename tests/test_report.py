@@ -18,11 +18,12 @@ from scipy import stats
 
 from metasae_lightning import functional, report
 from metasae_lightning.cli import main
-from metasae_lightning.report import study
+from metasae_lightning.report import study, writing
 from metasae_lightning.report.gathering import Arm, gather, metrics
 from metasae_lightning.report.groups import Group, baseline, difference, grouped, headline
 from metasae_lightning.report.latents import browsed
 from metasae_lightning.report.paper import ROWS
+from metasae_lightning.report.writing import fitting
 from tests.judged import HOOK, recipe, sae
 from tests.test_evaluation import QUICK
 
@@ -40,7 +41,13 @@ def model(weight: float | None, seed: int) -> dict[str, Any]:
     """An arm's part of a config: no penalty, or one."""
     penalty = copy.deepcopy(PENALTY)
     penalty["init_args"]["weight"] = weight
-    return {"init_args": {"seed": seed, "meta": None if weight is None else {}, "penalties": {} if weight is None else {"d": penalty}}}
+    return {
+        "init_args": {
+            "seed": seed,
+            "meta": None if weight is None else {"class_path": "x"},
+            "penalties": {} if weight is None else {"d": penalty},
+        }
+    }
 
 
 def arms_run(folder: Path, name: str, arms: dict[str, tuple[float | None, int]], **data: Any) -> Path:
@@ -48,7 +55,9 @@ def arms_run(folder: Path, name: str, arms: dict[str, tuple[float | None, int]],
     place = folder / name
     place.mkdir(parents=True)
     models = {arm: model(*of) for arm, of in arms.items()}
-    (place / "config.yaml").write_text(yaml.safe_dump({"data": recipe(folder, **data), "model": {"init_args": {"arms": models}}}))
+    (place / "config.yaml").write_text(
+        yaml.safe_dump({"data": recipe(folder, **data), "model": {"init_args": {"arms": models}}}, sort_keys=False)
+    )
     told = {"model_name": str(folder / "model"), "hook_name": HOOK, "training_architecture_details": {"k": 8.0}, "training_tokens": 2048}
     lines = [["step", "epoch", *(f"{arm}/{key}" for arm in arms for key in ("train/tokens", "train/fvu", "val/fvu"))]]
     for step in range(1, 5):
@@ -75,6 +84,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, *hostile]))
     place = arms_run(folder, "run <i>&amp;", FOUR)
     assert main(["test", str(place), *(f"--{name}={value}" for name, value in QUICK.items())]) == 0
+    # Whole, whatever contexts and tokens cut it into.
+    latents = place / "arms" / "solo-seed0" / "latents.json.gz"
+    told = json.loads(gzip.decompress(latents.read_bytes()))
+    first = next(iter(told["contexts"]))
+    told["contexts"][first] = [{"document": 0, "at": 0, "tokens": [text, " end"], "values": [1.0, 0.5]} for text in HOSTILE]
+    latents.write_bytes(gzip.compress(json.dumps(told).encode()))
     return place
 
 
@@ -240,8 +255,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_holds_text_as_text(measured: 
     assert any("run <i>&amp;" in part for part in read.texts)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e\u200b\ufeff]", text)
     shown = "".join("".join(context[1]) for arm in latents_of(text) for row in arm["rows"] for context in row[6])
-    for word in ("<script>", "onerror=", "\u202e\u05e9\u05dc\u05d5\u05dd", "\x1b[31m", "\u2028"):
-        assert word in shown or word.replace(" ", "") in shown.replace(" ", "")
+    assert all(text in shown for text in HOSTILE)
 
 
 def test_the_latents_are_those_of_two_arms_with_what_lies_near(measured: Path, page: Path):
@@ -259,23 +273,23 @@ def test_the_latents_are_those_of_two_arms_with_what_lies_near(measured: Path, p
         assert [place for place, _ in metas] == parts.topk(4).indices[parts.topk(4).values > 0].tolist()
         assert firings > 0 and largest > 0 and 1 <= len(contexts) <= 3
     shares = meta.encode(rows["joint"]).detach()
-    assert joint["metas"][5][0] == [int(shares[:, 5].argmax()), pytest.approx(shares[:, 5].max().item(), abs=1e-3)]
+    largest = int(shares.amax(0).argmax())
+    assert joint["metas"][largest][0] == [int(shares[:, largest].argmax()), pytest.approx(shares[:, largest].max().item(), abs=1e-3)]
     assert solo["metas"] == [] and all(row[5] == [] for row in solo["rows"])
 
 
-def test_a_page_that_would_be_too_large_shows_fewer_latents_from_rare_to_common(
-    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_page_that_would_be_too_large_shows_fewer_latents_from_rare_to_common(measured: Path, monkeypatch: pytest.MonkeyPatch):
     found = study([str(measured)])
     whole = browsed(found.browsed, 1000)
     few = browsed(found.browsed, 5)
     firings = sorted(row[1] for row in whole[0]["rows"])
     assert len(few[0]["rows"]) == 5 and few[0]["live"] == len(whole[0]["rows"])
     assert {firings[0], firings[-1]} <= {row[1] for row in few[0]["rows"]}
-    size = len(report.write(found, tmp_path).read_bytes())
-    monkeypatch.setattr(report.writing, "LARGEST", size - 1000)
-    assert len(report.write(found, tmp_path).read_bytes()) <= size - 1000
-    kept = [len(one["rows"]) for one in latents_of((tmp_path / "report.html").read_text())]
+    size = len(fitting(found, {}).encode())
+    monkeypatch.setattr(writing, "LARGEST", size - 1000)
+    smaller = fitting(found, {})
+    assert len(smaller.encode()) <= size - 1000
+    kept = [len(one["rows"]) for one in latents_of(smaller)]
     assert 0 < min(kept) < len(firings)
 
 
@@ -333,7 +347,7 @@ def test_the_terminal_has_the_table_and_the_answer(measured: Path, tmp_path: Pat
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["report", str(measured), "--out", str(tmp_path), "--title", "[red]Two seeds"]) == 0
     out = capsys.readouterr().out
-    assert "[red]Two seeds" in out and "2 seeds" in out and "excess of mean |phi|" in " ".join(out.split())
+    assert "[red]Two seeds" in out and "2 seeds" in out and "excess |phi|" in out
     assert study([str(measured)]).verdict.sentence in " ".join(out.split())
     assert "[red]Two seeds" in (tmp_path / "report.html").read_text()
 
@@ -356,6 +370,8 @@ def test_mistakes_are_a_line_and_the_page_before_stays(measured: Path, tmp_path:
     (run / "evaluation.json").write_text("{")
     assert "evaluation.json cannot be read" in refused(str(run))
     assert (run / "report.html").read_text() == "the page before" and not list(run.glob(".report*"))
+    (tmp_path / "mine" / "report").mkdir(parents=True)
+    assert "no report of ours" in refused(str(measured), "--out", str(tmp_path / "mine"))
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused(str(measured), "--out", str(tmp_path / "file"))
 

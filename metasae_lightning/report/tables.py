@@ -1,5 +1,6 @@
 """Tables for the terminal, from what was measured; measures nothing itself."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from metasae_lightning.report.groups import baseline, difference
-from metasae_lightning.report.verdicts import FIGURES, percent
+from metasae_lightning.report.verdicts import FIGURES
 
 # What a table shows of an evaluation: words, the figure, its digits, and which interval or spread stands beside it.
 ROWS: Sequence[tuple[str, str, str, str]] = (
@@ -40,6 +41,11 @@ ROWS: Sequence[tuple[str, str, str, str]] = (
     ("  recovered against the mean", "splice/recovered_mean", ".4f", "recovered_mean"),
     ("  KL from the model alone", "splice/kl", ".4f", "kl"),
 )
+# What the overview of a study has of a page's figures, in few words.
+COLUMNS = {
+    **{"phi/excess": "excess |phi|", "reconstruction/fvu": "unexplained", "splice/ce_sae": "loss", "latents/dead": "dead"},
+    **{"critic/fve": "fresh critic", "recovery/mcc": "MCC", "recovery/uniqueness": "unique", "recovery/absorbed": "absorbed"},
+}
 DIFFERENCES = {"fvu": ".4f", "l0": ".2f", "cosine": ".4f", "phi_excess": ".3e", "ce_sae": ".4f", "kl": ".4f"}
 
 
@@ -60,20 +66,23 @@ def evaluations(entries: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def overview(found: Any) -> Table:
-    """Groups of arms: means over their seeds, and changes against the baseline."""
+    """Groups of arms: means over their seeds, and changes against the baseline in percent with where they lie; a line each."""
     base = baseline(found.groups)
     shown = Table(title=escape(found.title), title_justify="left", show_edge=False, pad_edge=False)
     shown.add_column("")
-    columns = [one for one in FIGURES if any(group.values(one[1]) for group in found.groups)]
-    for words, *_ in columns:
-        shown.add_column(words.strip(), justify="right")
+    columns = [one for one in FIGURES if one[1] in COLUMNS and any(group.values(one[1]) for group in found.groups)]
+    for _, path, *_ in columns:
+        shown.add_column(COLUMNS[path], justify="right")
     for group in found.groups:
         cells: list[str] = []
         for _, path, name, digits, _ in columns:
             values = group.values(path)
+            lines = [f"{sum(values) / len(values):{digits}}"] if values else []
             change = None if base is None or group is base else difference(group, base, path, name)
-            mean = f"{sum(values) / len(values):{digits}}" if values else ""
-            cells.append(f"{mean}\n{percent(change)}" if change is not None and change.base else mean)
+            if change is not None and change.base:
+                value, low, high = change.percent
+                lines += [f"{value:+.1f} %"] + ([] if math.isnan(low) else [f"{low:+.1f} to {high:+.1f}"])
+            cells.append("\n".join(lines))
         shown.add_row(escape(group.name) + (f"\n{len(group.arms)} seeds" if len(group.arms) > 1 else ""), *cells)
     return shown
 

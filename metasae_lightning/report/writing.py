@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def study(places: Sequence[str], title: str | None = None) -> Study:
 
 def write(found: Study, out: Path) -> Path:
     """`report.html` and `report/` with figures and tables, each whole or not there; the page's path."""
-    draft, page_draft = out / f".report.{os.getpid()}", out / f".report.html.{os.getpid()}"
+    draft, page_draft, old = (out / f".report{part}.{os.getpid()}" for part in ("", ".html", ".old"))
+    if (out / "report").exists() and not (out / "report" / "table.json").exists():
+        raise InputError(f"{out / 'report'} is there and no report of ours: move it away, or name another place, --out")
     try:
         draft.mkdir(parents=True)
         with warnings.catch_warnings():
@@ -95,14 +98,19 @@ def write(found: Study, out: Path) -> Path:
             text = fitting(found, drawn)
         tables(found, draft)
         page_draft.write_text(text, encoding="utf-8", errors="replace")
-        shutil.rmtree(out / "report", ignore_errors=True)
+        if (out / "report").exists():
+            (out / "report").replace(old)
         draft.replace(out / "report")
         page_draft.replace(out / "report.html")
     except OSError as error:
         raise InputError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        page_draft.unlink(missing_ok=True)
+        if old.exists() and not (out / "report").exists():  # it could not be replaced
+            old.replace(out / "report")
+        for folder in (draft, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            page_draft.unlink()
     return out / "report.html"
 
 
