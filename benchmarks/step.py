@@ -169,6 +169,7 @@ ARMS: dict[str, Callable[[str], Any]] = {
     "joint": lambda size: Ours(size, meta=True),
     "joint, supports of the macro-step": lambda size: Ours(size, meta=True, supports="macro_step"),
     "joint, an eighth of the rows": lambda size: Ours(size, meta=True, rows=0.125),
+    "joint, a sixteenth of the rows": lambda size: Ours(size, meta=True, rows=0.0625),
 }
 JOINT = [name for name in ARMS if name.startswith("joint")]
 

@@ -11,19 +11,25 @@ from torch.nn.functional import normalize
 
 from metasae_lightning.rowwise import pieces
 
+Rows = Float[Tensor, "d_sae d_in"]
+Counts = Float[Tensor, "*shape"]
+Alike = Float[Tensor, "*#shape"]
 
-def unit_rows(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
-    """Decoder rows as directions, `W_i / ||W_i||`; the gradient flows through the normalisation.
+
+def unit_rows(W_dec: Rows, into: Rows | None = None) -> Rows:
+    """Decoder rows as directions, `W_i / ||W_i||`; the gradient flows through the normalisation, but not `into` memory that is there.
 
     >>> unit_rows(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])
     """
-    return normalize(W_dec, dim=-1)
+    if into is None:
+        return normalize(W_dec, dim=-1)
+    for rows, unit in pieces(W_dec.detach(), into):
+        torch.div(rows, rows.norm(dim=-1, keepdim=True).clamp(min=1e-12), out=unit)
+    return into
 
 
-def decomposability(
-    W_dec: Float[Tensor, "d_sae d_in"], reconstruction: Float[Tensor, "d_sae d_in"], sigma_sq: float
-) -> Float[Tensor, " d_sae"]:
+def decomposability(W_dec: Rows, reconstruction: Rows, sigma_sq: float) -> Float[Tensor, " d_sae"]:
     """How well a frozen critic rebuilds each decoder direction: `p_i = exp(-||W_i/||W_i|| - What_i||^2 / sigma_sq)`.
 
     `reconstruction` is the critic's answer to `unit_rows(W_dec)` and takes no gradient. 1 is wholly decomposable; for a critic that
@@ -37,6 +43,25 @@ def decomposability(
     """
     error = (unit_rows(W_dec) - reconstruction.detach()).square().sum(-1)
     return torch.exp(-error / sigma_sq)
+
+
+def decomposability_with_slope(W_dec: Rows, reconstruction: Rows, sigma_sq: float) -> tuple[Float[Tensor, " d_sae"], Rows]:
+    """The same, with each `p_i`'s gradient in `W_i`, from three products of rows instead of as many passes as there are operations.
+
+    With `u = W_i / ||W_i||` and `r = What_i` the error is `u.u + r.r - 2 u.r`, and its gradient in u, less what lies along u and divided
+    by the length, is `2 ((1 - u.u + u.r) u - r) / ||W_i||`.
+
+    >>> decomposability_with_slope(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.0]]), sigma_sq=2.0)
+    (tensor([0.3679]), tensor([[0.1839, 0.0000]]))
+    """
+    rebuilt = reconstruction.detach()
+    norm = W_dec.norm(dim=-1)
+    length = norm.clamp(min=1e-12)
+    own, across = (norm / length).square(), torch.linalg.vecdot(W_dec, rebuilt) / length
+    p = torch.exp(-(own + torch.linalg.vecdot(rebuilt, rebuilt) - 2 * across) / sigma_sq)
+    scale = -2 * p / (sigma_sq * length)
+    along = scale * (1 - own + across) / length
+    return p, (W_dec * along[:, None]).addcmul_(rebuilt, -scale[:, None])
 
 
 def orthogonality(W_dec: Float[Tensor, "d_sae d_in"], chunks: list[Tensor]) -> Float[Tensor, " d_sae"]:
@@ -75,9 +100,7 @@ def fvu(
     return error / variance
 
 
-def phi(
-    n11: Float[Tensor, "*shape"], n_i: Float[Tensor, "*#shape"], n_j: Float[Tensor, "*#shape"], n: Float[Tensor, "*#shape"] | float
-) -> Float[Tensor, "*shape"]:
+def phi(n11: Counts, n_i: Alike, n_j: Alike, n: Alike | float) -> Counts:
     """Correlation of two binary events from counts, `(n11 n - n_i n_j) / sqrt(n_i (n - n_i) n_j (n - n_j))`; broadcasts.
 
     An event that always or never happens correlates with nothing: 0. Counts are float64, exact to 2^53.
@@ -90,9 +113,7 @@ def phi(
     return torch.where(spread > 0, (n11 * n - n_i * n_j) / spread.clamp(min=1e-300), 0.0)
 
 
-def phi_by_chance(
-    n_i: Float[Tensor, "*#shape"], n_j: Float[Tensor, "*#shape"], n: Float[Tensor, "*#shape"] | float
-) -> Float[Tensor, "*shape"]:
+def phi_by_chance(n_i: Alike, n_j: Alike, n: Alike | float) -> Counts:
     """Expected `|phi|` of two independent events that happened `n_i` and `n_j` times in n: the floor that a mean of `|phi|` stands on.
 
     Given the counts, n11 is hypergeometric, and its mean absolute deviation has a closed form: with `m = n_i n_j / n` and v the least
@@ -245,9 +266,7 @@ def equal_error_bin(hits: Float[Tensor, "latent bin"], others: Float[Tensor, "la
     return (missed - false).abs().argmin(1).to(hits.dtype)
 
 
-def detection(
-    both: Float[Tensor, "*shape"], fired: Float[Tensor, "*shape"], true: Float[Tensor, "*shape"]
-) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+def detection(both: Counts, fired: Counts, true: Counts) -> tuple[Counts, Counts, Counts]:
     """Precision `both / fired`, recall `both / true` and F1 `2 both / (fired + true)` of a detector, from counts; 0 for 0 / 0.
 
     >>> fired, true = torch.tensor([4.0, 0.0]), torch.tensor([2.0, 3.0])

@@ -108,7 +108,7 @@ class JointSAE(LightningModule):
             raise InputError("meta_init_from: there is no meta SAE: set model.meta")
         if meta is not None:
             window = meta_dead_after_steps * (meta_rows or primary.d_sae)
-            more: dict[str, Any] = {"b_dec_init": "zeros", "origin": _origin(meta_init_from)}
+            more: dict[str, Any] = {"b_dec_init": "zeros", "origin": _origin(meta_init_from), "recurring": primary.d_sae}
             self.meta = Learner(meta, role="meta", seed=seed + 1, dead_after=window, **more, **shared)
         self._optimizer_callables = {"primary": primary_optimizer, "meta": meta_optimizer}
         self._scheduler_callables = {"primary": primary_scheduler, "meta": meta_scheduler}
@@ -167,7 +167,7 @@ class JointSAE(LightningModule):
 
     @property
     def _critic(self) -> Critic | None:
-        return None if self.meta is None else partial(self.meta.reconstruct, again=self.critic_supports == "macro_step")
+        return None if self.meta is None else partial(self.meta.reconstruct, again=self.critic_supports == "macro_step", lent=True)
 
     def _meta_phase(self, steps: int, optimizer: Optimizer | None) -> Reading | None:
         """So many meta steps on the decoder as it is now, and what the last of them showed."""

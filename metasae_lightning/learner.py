@@ -75,11 +75,12 @@ class Learner(nn.Module):
         clip_grad_norm: float | None = None,
         origin: Origin | None = None,
         kernels: saelens.Kernels = "sparse",
+        recurring: int = 0,
     ) -> None:
         super().__init__()
         self.role, self.origin = role, origin
         self.sae = saelens.build(cfg, role=role, seed=seed)
-        self._passes = saelens.passes_of(self.sae, kernels, recurring=role == "meta")
+        self._passes = saelens.passes_of(self.sae, kernels, recurring=recurring)
         self.normalizer = normalizer_of(cfg.normalize_activations, cfg.d_in)
         self.decoder_rows, self.b_dec_init, self.dead_after = decoder_rows, b_dec_init, dead_after
         self.micro_batches, self.clip_grad_norm = micro_batches, clip_grad_norm
@@ -171,18 +172,19 @@ class Learner(nn.Module):
         self._passes.held = places
 
     @torch.no_grad()
-    def read(self, x: Float[Tensor, "rows d_in"], *, again: bool = False) -> tuple[Codes, Float[Tensor, "rows d_in"]]:
+    def read(self, x: Float[Tensor, "rows d_in"], *, again: bool = False, lent: bool = False) -> tuple[Codes, Float[Tensor, "rows d_in"]]:
         """Codes and reconstruction by the training rule; no gradient, and nothing that training moves.
 
-        With `again` the latents that are kept are those of the first time since the SAE last learnt, for these rows little has moved.
+        With `again` the latents that are kept are those of the first time since the SAE last learnt, for these rows little has moved. With
+        `lent` the next such reading may write over the reconstruction.
         """
         z, undo = self.normalizer.normalize(x)
-        codes, rebuilt = self._passes.read(z, again=again)
+        codes, rebuilt = self._passes.read(z, again=again, lent=lent)
         return codes, self.normalizer.restore(rebuilt, undo).to(x.dtype)
 
-    def reconstruct(self, x: Float[Tensor, "rows d_in"], *, again: bool = False) -> Float[Tensor, "rows d_in"]:
+    def reconstruct(self, x: Float[Tensor, "rows d_in"], *, again: bool = False, lent: bool = False) -> Float[Tensor, "rows d_in"]:
         """The reconstruction alone: the learner as a frozen critic."""
-        return self.read(x, again=again)[1]
+        return self.read(x, again=again, lent=lent)[1]
 
     def _forward(self, x: Tensor, *, alone: bool) -> Pass:
         z, undo = self.normalizer.normalize(x)

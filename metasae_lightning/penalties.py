@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from metasae_lightning import functional
 from metasae_lightning.errors import InputError
 from metasae_lightning.rowwise import mean_over_rows, order
+from metasae_lightning.sparse import LENT
 
 Critic = Callable[[Float[Tensor, "d_sae d_in"]], Float[Tensor, "d_sae d_in"]]
-"""The frozen meta SAE: unit decoder rows in, their reconstruction out, no gradient, no state moved."""
+"""The frozen meta SAE: unit decoder rows in, their reconstruction out, no gradient, no state moved. Both are lent: the next use of
+the critic may write over them."""
 
 
 class Penalty(nn.Module, ABC):
@@ -61,14 +63,18 @@ class Decomposability(Penalty):
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """See the class."""
         assert critic is not None
+        chosen = None
         if self.rows < 1:
-            some = order(len(W_dec), step=step, seed=self.seed)[: max(1, round(self.rows * len(W_dec)))]
-            W_dec = W_dec.index_select(0, some.to(W_dec.device))
+            count = max(1, round(self.rows * len(W_dec)))
+            chosen = order(len(W_dec), step=step, seed=self.seed)[:count].to(W_dec.device)
         with torch.no_grad():
-            reconstruction = critic(functional.unit_rows(W_dec))
-        return mean_over_rows(
-            lambda rows, rebuilt: functional.decomposability(rows, rebuilt.to(rows.dtype), self.sigma_sq), W_dec, reconstruction
-        )
+            some = W_dec if chosen is None else W_dec.index_select(0, chosen)
+            reconstruction = critic(functional.unit_rows(some, LENT.take("unit", some.shape, some)))
+
+        def of_rows(rows: Tensor, rebuilt: Tensor) -> tuple[Tensor, Tensor]:
+            return functional.decomposability_with_slope(rows, rebuilt.to(rows.dtype), self.sigma_sq)
+
+        return mean_over_rows(of_rows, W_dec, reconstruction, chosen)
 
 
 @final

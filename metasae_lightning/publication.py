@@ -15,6 +15,7 @@ from metasae_lightning.destinations import HUB, Destination
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation import as_record, versions
 from metasae_lightning.passages import held_out, identity
+from metasae_lightning.records import of_arm, read
 from metasae_lightning.redaction import hidden
 from metasae_lightning.subjects import Subject, device_of, only_hook
 from metasae_lightning.thresholds import sample

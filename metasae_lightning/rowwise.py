@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 PIECE = 640 * 2**10
 # By how much everything is smaller just now, in each direction.
 _factor = 1.0
-OfRows = Callable[[Tensor, Tensor], Tensor]
+OfRows = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def some(size: int) -> int:
@@ -42,15 +42,20 @@ def pieces(*matrices: Float[Tensor, "row _"]) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
 
-def mean_over_rows(of_rows: OfRows, W: Float[Tensor, "row d"], beside: Float[Tensor, "row e"]) -> Float[Tensor, ""]:
-    """The mean of `of_rows(W_i, beside_i)`, which gives a number a row; its gradient in `W` is made on the way.
+def mean_over_rows(
+    of_rows: OfRows, W: Float[Tensor, "row d"], beside: Float[Tensor, "some e"], chosen: Int[Tensor, " some"] | None = None
+) -> Float[Tensor, ""]:
+    """The mean of `of_rows(W_i, beside_i)`, which gives a number a row and its gradient in that; nothing goes through `beside`.
+
+    With `chosen` it is over those rows, each named once, which `beside` is of: what the others' gradient is is not written out where a
+    gradient is there to be added to.
 
     >>> W = torch.tensor([[1.0], [3.0]], requires_grad=True)
-    >>> mean_over_rows(lambda rows, beside: (rows * beside).sum(1), W, torch.tensor([[2.0], [4.0]])).backward()
+    >>> mean_over_rows(lambda rows, beside: ((rows * beside).sum(1), beside), W, torch.tensor([[2.0], [4.0]])).backward()
     >>> W.grad.tolist()
     [[1.0], [2.0]]
     """
-    return _MeanOverRows.apply(W, beside, of_rows)  # type: ignore[return-value]
+    return _MeanOverRows.apply(W, beside, of_rows, chosen)  # type: ignore[return-value]
 
 
 def order(rows: int, *, step: int, seed: int = 0) -> Int[Tensor, " row"]:
@@ -60,22 +65,27 @@ def order(rows: int, *, step: int, seed: int = 0) -> Int[Tensor, " row"]:
 
 class _MeanOverRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, W: Tensor, beside: Tensor, of_rows: OfRows) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(W) if wanted else W
-        ctx.gradient = gradient
+    def forward(ctx: Any, W: Tensor, beside: Tensor, of_rows: OfRows, chosen: Tensor | None) -> Tensor:
+        wanted, given = ctx.needs_input_grad[0], W if chosen is None else W.index_select(0, chosen)
+        gradient = torch.empty_like(given) if wanted else given
+        ctx.gradient, ctx.chosen = gradient, chosen
+        ctx.save_for_backward(*([] if chosen is None else [W]))
         total = W.new_zeros(())
-        for rows, others, into in pieces(W, beside, gradient):
-            rows = rows.detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
-                value = of_rows(rows, others).sum() / len(W)
+        for rows, others, into in pieces(given, beside, gradient):
+            values, slope = of_rows(rows, others)
             if wanted:
-                into.copy_(torch.autograd.grad(value, rows)[0])
-            total += value.detach()
+                torch.div(slope, len(given), out=into)
+            total += values.sum() / len(given)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient, ctx.gradient = ctx.gradient, None  # handed on, not copied: there is no second time
-        return gradient.mul_(gradients[0]), None, None
+        gradient, ctx.gradient = ctx.gradient.mul_(gradients[0]), None  # handed on, not copied: there is no second time
+        if ctx.chosen is not None:
+            (W,) = ctx.saved_tensors
+            if W.is_leaf and W.grad is not None:
+                gradient = torch.sparse_coo_tensor(ctx.chosen[None], gradient, W.shape, check_invariants=False)
+            else:
+                gradient = torch.zeros_like(W).index_copy_(0, ctx.chosen, gradient)
+        return gradient, None, None, None

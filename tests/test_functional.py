@@ -203,3 +203,28 @@ def test_nearest_cosines_in_chunks_are_those_of_the_whole():
     cosines = functional.unit_rows(rows) @ functional.unit_rows(rows).T
     expected = cosines.fill_diagonal_(-2).amax(1)
     torch.testing.assert_close(functional.nearest_cosines(rows, rows=8), expected, rtol=0, atol=1e-12)
+
+
+# By autograd of the formula itself, rows of any length, one of none, and a critic that is the decoder.
+@given(shapes, st.sampled_from([0.3, 1.0, 3.0]))
+@settings(max_examples=50, deadline=None)
+def test_the_slope_of_decomposability_is_autograds(shape: tuple[int, int, int], sigma_sq: float):
+    n, d, seed = shape
+    rows = (random_rows(n, d, seed) * torch.linspace(0.1, 3, n, dtype=torch.float64)[:, None]).requires_grad_()
+    for critic in (random_rows(n, d, seed + 1), functional.unit_rows(rows).detach(), torch.zeros(n, d, dtype=torch.float64)):
+        p = functional.decomposability(rows, critic, sigma_sq)
+        (gradient,) = torch.autograd.grad(p.sum(), rows)
+        found, slope = functional.decomposability_with_slope(rows.detach(), critic, sigma_sq)
+        torch.testing.assert_close(found, p.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(slope, gradient, rtol=0, atol=1e-10)
+    single = functional.decomposability_with_slope(rows.detach().float(), critic.float(), sigma_sq)
+    torch.testing.assert_close(single[1].double(), slope, rtol=0, atol=1e-5 * float(slope.abs().max()) + 1e-7)
+    nothing = torch.zeros(1, 3, dtype=torch.float64)
+    assert functional.decomposability_with_slope(nothing, nothing, sigma_sq)[0].item() == 1.0
+
+
+def test_directions_can_be_made_in_memory_that_is_there():
+    rows = torch.randn(3000, 300, generator=torch.Generator().manual_seed(0))
+    rows[7] = 0
+    into = torch.full_like(rows, torch.nan)
+    assert functional.unit_rows(rows, into) is into and torch.equal(into, functional.unit_rows(rows))

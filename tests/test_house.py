@@ -46,7 +46,7 @@ DOWN = {
     "hub": "documents producer errors",
     "corpora": "hub files documents producer errors",
     "normalizers": "functional errors",
-    "penalties": "rowwise functional step errors",
+    "penalties": "sparse rowwise functional step errors",
     "cofiring": "functional step errors",
     "splice": "reader functional errors",
     "critic": "learner saelens functional errors",

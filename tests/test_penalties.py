@@ -51,3 +51,26 @@ def test_descending_orthogonality_lowers_the_nearest_cosine():
         penalty(W, None, step).backward()
         optimizer.step()
     assert penalty(W, None, 0).item() < 0.3 * start
+
+
+# Onto a gradient that is there, and where there is none; against autograd through the rows that were drawn.
+@pytest.mark.parametrize("before", [False, True])
+def test_the_gradient_of_a_share_of_the_rows_is_autograds(before: bool):
+    W = functional.unit_rows(torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    penalty, drawn = Decomposability(0.3, 0.7, rows=0.25, seed=3), []
+
+    def critic(rows: torch.Tensor) -> torch.Tensor:
+        drawn.append(rows.clone())
+        return 0.5 * rows.roll(1, 0)
+
+    start = torch.ones_like(W) if before else torch.zeros_like(W)
+    W.grad = start.clone() if before else None
+    (2 * penalty(W, critic, 5)).backward()
+    (chosen,) = drawn
+    places = (chosen @ W.detach().T).argmax(1)
+    assert len(places) == 10 == len(places.unique())
+    other = W.detach().clone().requires_grad_()
+    (2 * functional.decomposability(other[places], 0.5 * chosen.roll(1, 0), 0.7).mean()).backward()
+    assert W.grad is not None and not W.grad.is_sparse
+    torch.testing.assert_close(W.grad - start, other.grad, rtol=0, atol=1e-12)
+    assert (other.grad != 0).any(1).sum() == 10

@@ -27,7 +27,7 @@ def moving(steps: int, size: float, seed: int = 0) -> list[tuple[Tensor, Tensor,
 # Rows moved by 0.001 need few searches; by 1, one at every step; and what is kept is right at any speed.
 @pytest.mark.parametrize(("size", "searches"), [(1e-4, 1), (1.0, 12)])
 def test_what_is_kept_is_what_a_search_keeps(size: float, searches: int):
-    screen = sparse.Screen()
+    screen = sparse.Screen(300)
     for x, W_enc, b_enc in moving(12, size):
         fast = sparse.encode(x, W_enc, b_enc, sparse.Rule(4, False, screen=screen))
         slow = sparse.encode(x, W_enc, b_enc, sparse.Rule(4, False))
@@ -46,7 +46,7 @@ def test_candidates_alone_would_have_been_wrong():
 
 
 def test_one_row_that_jumps_is_seen():
-    screen, (x, W_enc, b_enc) = sparse.Screen(), moving(1, 0)[0]
+    screen, (x, W_enc, b_enc) = sparse.Screen(300), moving(1, 0)[0]
     sparse.encode(x, W_enc, b_enc, sparse.Rule(4, False, screen=screen))
     x = x.clone()
     x[17] = functional.unit_rows(W_enc.T[:1])[0]
@@ -57,7 +57,7 @@ def test_one_row_that_jumps_is_seen():
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_latent_that_jumps_is_seen(bias: bool):
     """The rows stay where they are; one latent's encoder or bias moves until it is every row's."""
-    screen, (x, W_enc, b_enc) = sparse.Screen(), moving(1, 0)[0]
+    screen, (x, W_enc, b_enc) = sparse.Screen(300), moving(1, 0)[0]
     sparse.encode(x, W_enc, b_enc, sparse.Rule(4, False, screen=screen))
     W_enc, b_enc = W_enc.clone(), b_enc.clone()
     if bias:
@@ -70,9 +70,9 @@ def test_a_latent_that_jumps_is_seen(bias: bool):
 
 def test_when_everything_was_searched_leaves_no_trace():
     """A run that goes on from a checkpoint has no candidates from before."""
-    screen, apart = sparse.Screen(), torch.tensor([3, 40, 77])
+    screen, apart = sparse.Screen(300), torch.tensor([3, 40, 77])
     found = [sparse.encode(x, W, b, sparse.Rule(4, False, screen=screen), apart=apart) for x, W, b in moving(6, 1e-3)]
-    anew = [sparse.encode(x, W, b, sparse.Rule(4, False, screen=sparse.Screen()), apart=apart) for x, W, b in moving(6, 1e-3)]
+    anew = [sparse.encode(x, W, b, sparse.Rule(4, False, screen=sparse.Screen(300)), apart=apart) for x, W, b in moving(6, 1e-3)]
     assert screen.searches < 6
     assert all(torch.equal(a.values, b.values) and torch.equal(a.apart, b.apart) for a, b in zip(found, anew, strict=True))
 
@@ -89,7 +89,7 @@ def test_a_critic_that_was_asked_in_inference_mode_learns_on():
 
 
 def test_few_positive_and_none_at_all():
-    screen, x, W_enc = sparse.Screen(), functional.unit_rows(torch.randn(30, 8)), torch.randn(8, 10)
+    screen, x, W_enc = sparse.Screen(30), functional.unit_rows(torch.randn(30, 8)), torch.randn(8, 10)
     none = sparse.encode(x, W_enc, torch.full((10,), -1e3), sparse.Rule(2, False, screen=screen))
     few = sparse.encode(x, W_enc, -(x @ W_enc).flatten().topk(5).values[-1].expand(10), sparse.Rule(2, False, screen=screen))
     assert len(none.values) == 0 and len(few.values) in (4, 5)
@@ -174,3 +174,11 @@ def test_a_meta_step_may_read_some_rows():
     assert not torch.equal(module.meta.W_dec, trained().meta.W_dec)  # type: ignore[union-attr]
     again = trained(meta_rows=16)
     assert torch.equal(again.meta.W_dec, module.meta.W_dec)  # type: ignore[union-attr]
+
+
+def test_a_draw_of_the_rows_is_searched_and_leaves_what_is_known_of_all():
+    screen, (x, W_enc, b_enc) = sparse.Screen(300), moving(1, 0)[0]
+    for rows in (x, x[:40], x):
+        fast, slow = (sparse.encode(rows, W_enc, b_enc, sparse.Rule(4, False, screen=s)) for s in (screen, None))
+        assert torch.equal(fast.pattern.columns, slow.pattern.columns)
+    assert screen.searches == 1

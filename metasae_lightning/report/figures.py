@@ -18,7 +18,7 @@ COLOURS = ("#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#5
 MARKERS = "osD^vP*X<>"
 # Stands for the text's colour until the figure is written.
 INK = "#010203"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor"), INK),
     **{"font.size": 11, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.25, "grid.color": INK, "svg.fonttype": "none"},
     **{"legend.frameon": False, "legend.fontsize": 9.5, "figure.facecolor": "none", "axes.facecolor": "none", "svg.hashsalt": "metasae"},

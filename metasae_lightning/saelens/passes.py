@@ -56,13 +56,14 @@ class Passes(ABC):
         """The loss on these rows; what the architecture counts moves. `alone`: no gradient from before is wanted any more."""
 
     @abstractmethod
-    def read(self, z: Float[Tensor, "row d_in"], *, again: bool = False) -> tuple[Codes, Float[Tensor, "row d_in"]]:
-        """Codes and reconstruction by the training rule; nothing moves. `again`: what is held is kept, nothing ranked."""
+    def read(self, z: Float[Tensor, "row d_in"], *, again: bool = False, lent: bool = False) -> tuple[Codes, Float[Tensor, "row d_in"]]:
+        """Codes and reconstruction by the training rule; nothing moves. `again`: what is held is kept, nothing ranked. `lent`: the next
+        reading may write over the reconstruction."""
 
 
-def passes_of(sae: AnySAE, kernels: Kernels, *, recurring: bool = False) -> Passes:
+def passes_of(sae: AnySAE, kernels: Kernels, *, recurring: int = 0) -> Passes:
     """The kernels that were asked for, where the architecture has them; `recurring` rows are those of the last batch, moved a little."""
-    return Sparse(sae, sparse.Screen() if recurring else None) if kernels == "sparse" and type(sae) in FAMILY else Dense(sae)
+    return Sparse(sae, sparse.Screen(recurring) if recurring else None) if kernels == "sparse" and type(sae) in FAMILY else Dense(sae)
 
 
 @final
@@ -80,8 +81,8 @@ class Dense(Passes):
         )
         return Forward(out.loss, out.losses, Codes.from_dense(out.feature_acts), lambda: out.sae_out.detach())
 
-    def read(self, z: Tensor, *, again: bool = False) -> tuple[Codes, Tensor]:
-        """See the class; SAELens's own code knows no `again`."""
+    def read(self, z: Tensor, *, again: bool = False, lent: bool = False) -> tuple[Codes, Tensor]:
+        """See the class; SAELens's own code knows neither."""
         acts = self.sae.encode(z)
         return Codes.from_dense(acts), self.sae.decode(acts)
 
@@ -124,7 +125,7 @@ class Sparse(Passes):
         return Forward(sum(losses.values(), z.new_zeros(())), losses, codes, lambda: z + off)
 
     @torch.no_grad()
-    def read(self, z: Tensor, *, again: bool = False) -> tuple[Codes, Tensor]:
+    def read(self, z: Tensor, *, again: bool = False, lent: bool = False) -> tuple[Codes, Tensor]:
         """See the class."""
         z, held = z.to(self.sae.W_enc.dtype), self.held if again else None
         if held is not None and len(held[0]) and held[0][-1] >= len(z):
@@ -132,7 +133,10 @@ class Sparse(Passes):
         found = self._encode(z, None, alone=True) if held is None else self._held(z, *held)
         if again:
             self.held = found.pattern.rows, found.pattern.columns
-        return self._codes(found), sparse.decode(found.values, found.pattern, self.sae.W_dec)[0].add_(self.sae.b_dec)
+        with torch.autocast(z.device.type, enabled=False):
+            into = sparse.LENT.take("rebuilt", z.shape, found.values) if lent else None
+            rebuilt = found.pattern.product(found.values, self.sae.W_dec, into)
+            return self._codes(found), rebuilt.add_(self.sae.b_dec)
 
     def _encode(self, z: Tensor, apart: Tensor | None, alone: bool) -> sparse.Encoded:
         sae = self.sae

@@ -30,6 +30,10 @@ class Memory:
         return held
 
 
+# For what is used up before anybody else can ask: one room for all SAEs of a process, which take their steps one after the other.
+LENT = Memory()
+
+
 def room(memory: Memory | None, name: str, shape: Iterable[int], like: Tensor) -> Tensor:
     """A matrix to write to: of that memory, or new."""
     taken = None if memory is None else memory.take(name, shape, like)

@@ -35,9 +35,13 @@ class Screen:
     `r . e + b` moves by at most `|r - r0| |e| + |r0| |e - e0| + |b - b0|`. As long as the smallest of the kept is larger than anything
     that was not a candidate can have become, the kept are the ones that a search through everything would have kept; as soon as it is
     not, everything is searched. Values come from the same products of two rows in either case, so when that was leaves no trace.
+
+    Args:
+        rows: So many rows are those that come again; others, as a draw from them, are not for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
         self._reference: Reference | None = None
         self.searches = 0
         """How often everything was searched."""
@@ -45,14 +49,13 @@ class Screen:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_reference": None}
 
-    @staticmethod
-    def suits(encoder: Encoder) -> bool:
+    def suits(self, encoder: Encoder) -> bool:
         """On a CPU, in full precision and without a scale; elsewhere a search is not what takes the time.
 
         Nor where what is made cannot be written to later.
         """
         plain = encoder.x.dtype == encoder.b_enc.dtype and encoder.scale is None
-        return plain and encoder.x.device.type == "cpu" and not torch.is_inference_mode_enabled()
+        return plain and encoder.rows == self.rows and encoder.x.device.type == "cpu" and not torch.is_inference_mode_enabled()
 
     def keep(self, encoder: Encoder, count: int) -> Kept:
         """The `count` largest activations of the batch, of positive ones alone."""
