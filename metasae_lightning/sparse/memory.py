@@ -12,26 +12,32 @@ class Memory:
 
     What is taken holds what was last written to it, and is only lent: the next to ask for that name writes over it. A GPU's memory torch
     keeps itself, so there is none of it here.
+
+    Args:
+        shapes: Whether a name has a matrix of each shape that it was asked for, or the last one's.
     """
 
-    def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
+    def __init__(self, *, shapes: bool = False) -> None:
+        self._shapes = shapes
+        self._held: dict[Any, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_held": {}}
+        return {"_held": {}, "_shapes": self._shapes}
 
     def take(self, name: str, shape: Iterable[int], like: Tensor) -> Tensor | None:
         """A matrix of that shape; none where there is nothing to be gained."""
         if like.device.type != "cpu" or torch.is_inference_mode_enabled():  # what is made there cannot be written to later
             return None
-        shape, held = tuple(shape), self._held.get(name)
+        shape = tuple(shape)
+        key = (name, shape) if self._shapes else name
+        held = self._held.get(key)
         if held is None or held.shape != shape or held.dtype != like.dtype:
-            held = self._held[name] = like.new_empty(shape)
+            held = self._held[key] = like.new_empty(shape)
         return held
 
 
 # For what is used up before anybody else can ask: one room for all SAEs of a process, which take their steps one after the other.
-LENT = Memory()
+LENT = Memory(shapes=True)
 
 
 def room(memory: Memory | None, name: str, shape: Iterable[int], like: Tensor) -> Tensor:
