@@ -12,6 +12,8 @@ from metasae_lightning.sparse.selection import SLACK, Encoder, Kept, of_largest
 
 # Candidates, times what is kept: more last for more steps, and each costs a product of two rows at every one of them.
 SPARE = 4
+# From one reading to the next the smallest of the kept changes by less: beyond it a search is certain, and nothing need be looked at first.
+STEADY = 1.05
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,12 @@ class Screen:
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self._reference: Reference | None = None
+        self._edge = 0.0
         self.searches = 0
         """How often everything was searched."""
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_reference": None}
+        return {**self.__dict__, "_reference": None, "_edge": 0.0}
 
     def suits(self, encoder: Encoder) -> bool:
         """On a CPU, in full precision and without a scale; elsewhere a search is not what takes the time.
@@ -61,16 +64,17 @@ class Screen:
         """The `count` largest activations of the batch, of positive ones alone."""
         reference = self._reference
         if reference is not None and reference.x.shape == encoder.x.shape and reference.x.dtype == encoder.x.dtype:
-            encoder.set_apart()
-            kept = _among(reference.pattern, encoder, count)
-            if (
-                kept.edge is not None
-                and len(kept.values) == count
-                and kept.edge * (1 - SLACK) >= reference.floor + _moved(reference, encoder)
-            ):
-                return kept
+            bound = reference.floor + _turned(reference, encoder)
+            if bound <= STEADY * self._edge and (bound := bound + _moved(reference, encoder)) <= STEADY * self._edge:
+                encoder.set_apart()
+                kept = _among(reference.pattern, encoder, count)
+                self._edge = kept.edge or 0.0
+                if kept.edge is not None and len(kept.values) == count and kept.edge * (1 - SLACK) >= bound:
+                    return kept
         self._reference = reference = self._search(encoder, count)
-        return _among(reference.pattern, encoder, count)
+        kept = _among(reference.pattern, encoder, count)
+        self._edge = kept.edge or 0.0
+        return kept
 
     def _search(self, encoder: Encoder, count: int) -> Reference:
         self.searches += 1
@@ -97,7 +101,12 @@ def _among(pattern: Pattern, encoder: Encoder, count: int) -> Kept:
 
 
 def _moved(reference: Reference, encoder: Encoder) -> float:
-    """No pre-activation has moved by more than this."""
+    """By no more than this a pre-activation has moved because its row has."""
     rows = max((now - then).norm(dim=1).max().item() for now, then in pieces(encoder.x, reference.x))
-    lengths, turned = encoder.W_enc.norm(dim=0).max().item(), (encoder.W_enc - reference.W_enc).norm(dim=0).max().item()
-    return rows * lengths + reference.longest * turned + (encoder.b_enc - reference.b_enc).abs().max().item()
+    return rows * encoder.W_enc.norm(dim=0).max().item()
+
+
+def _turned(reference: Reference, encoder: Encoder) -> float:
+    """By no more than this because its latent has."""
+    turned = (encoder.W_enc - reference.W_enc).norm(dim=0).max().item()
+    return reference.longest * turned + (encoder.b_enc - reference.b_enc).abs().max().item()
