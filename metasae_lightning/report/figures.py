@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from metasae_lightning.report.gathering import Arm
 from metasae_lightning.report.groups import Group
@@ -74,6 +75,14 @@ def short(name: str) -> str:
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
+def logarithmic(*of: Any) -> None:
+    """Axes in powers, with numbers that need no mathematics to be set: names may hold a dollar."""
+    for axis in of:
+        getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
 def explain(axes: Any) -> None:
     """A legend, where it can be read."""
     handles, labels = axes.get_legend_handles_labels()
@@ -122,14 +131,16 @@ def phi(groups: Sequence[Group]) -> Figure | None:
     (edges, first), *others = spreads.values()
     for name, (_, share) in spreads.items():
         panels[0].stairs(100 * share, 10.0 ** np.array(edges), label=short(name), color=look(places[name])["color"], linewidth=1.4)
-    panels[0].set(xscale="log", yscale="log", xlabel="|phi|", ylabel="% of pairs")
+    panels[0].set(xlabel="|phi|", ylabel="% of pairs")
+    logarithmic(panels[0].xaxis, panels[0].yaxis)
     explain(panels[0])
     if others:
         for name, (_, share) in list(spreads.items())[1:]:
             colour = look(places[name])["color"]
             panels[1].stairs(100 * (share - first), 10.0 ** np.array(edges), label=short(name), color=colour, linewidth=1.4)
         panels[1].axhline(0, color=INK, linewidth=0.8)
-        panels[1].set(xscale="log", xlabel="|phi|", ylabel=f"% of pairs, less {short(next(iter(spreads)))}")
+        panels[1].set(xlabel="|phi|", ylabel=f"% of pairs, less {short(next(iter(spreads)))}")
+        logarithmic(panels[1].xaxis)
         explain(panels[1])
     return figure
 
@@ -171,6 +182,7 @@ def critic(groups: Sequence[Group]) -> Figure | None:
             label = words if not line else None
             axes.errorbar(means, [line] * len(means), marker=marker, markersize=7, color=look(place)["color"], label=label, **bars)
     axes.set_yticks(range(len(shown)), [short(group.name) for _, group in shown])
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set(xlabel="share of the rows' variance that a fresh critic explains", ylim=(len(shown) - 0.5, -0.5))
     explain(axes)
     return figure
@@ -187,7 +199,8 @@ def latents(groups: Sequence[Group]) -> Figure | None:
         dead = group.values("latents/dead")
         label = f"{short(group.name)}: {sum(dead) / len(dead):.1%} dead" if dead else short(group.name)
         axes.stairs(100 * share, 10.0 ** np.array(edges), label=label, color=look(place)["color"], linewidth=1.4)
-    axes.set(xscale="log", xlabel="share of tokens that a latent fires on", ylabel="% of live latents")
+    axes.set(xlabel="share of tokens that a latent fires on", ylabel="% of live latents")
+    logarithmic(axes.xaxis)
     explain(axes)
     return figure
 
@@ -233,6 +246,6 @@ def training(groups: Sequence[Group]) -> Figure | None:
         axes.set(xlabel="tokens", ylabel=curves[name])
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
         if name.endswith("fvu") and min(axes.get_ylim()) >= 0:
-            axes.set_yscale("log")
+            logarithmic(axes.yaxis)
         explain(axes)
     return figure

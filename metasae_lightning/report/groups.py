@@ -64,7 +64,7 @@ class Estimate:
     @property
     def percent(self) -> tuple[float, float, float]:
         """The same in percent of the baseline."""
-        scale = 100 / self.base if self.base else math.nan
+        scale = 100 / abs(self.base) if self.base else math.nan
         return self.value * scale, *sorted((self.low * scale, self.high * scale))  # pyright: ignore[reportReturnType]
 
     @property

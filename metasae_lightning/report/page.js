@@ -76,7 +76,7 @@
     const made = element("article", undefined, "latent");
     const head = element("h3", `#${number}`);
     const share = (100 * firings) / arm.tokens;
-    head.append(element("small", `fires on ${share.toPrecision(3)} % of tokens, at most ${largest}`));
+    head.append(" ", element("small", `fires on ${share.toPrecision(3)} % of tokens, at most ${largest}`));
     made.append(head);
     for (const [at, tokens, values] of contexts) made.append(stretch(at, tokens, values));
     if (near.length) made.append(line("Decoder neighbours: ", near, arm));

@@ -17,7 +17,7 @@ from metasae_lightning.report import paper
 from metasae_lightning.report.figures import svg
 from metasae_lightning.report.gathering import Arm
 from metasae_lightning.report.groups import Estimate, Group, baseline, difference
-from metasae_lightning.report.verdicts import FIGURES, Beside, Verdict, percent
+from metasae_lightning.report.verdicts import FIGURES, Beside, Verdict
 
 HERE = Path(__file__).parent
 CAPTIONS = {
@@ -119,7 +119,7 @@ def figures_table(groups: Sequence[Group]) -> str:
         cells = "".join(cell(group, base, path, name, digits) for group in measured)
         lines.append(f"<tr><td>{text(words)}</td>{cells}</tr>")
     told = "In small print the spread over seeds or, of one, where it lies with 95 % when documents are drawn again; then the change."
-    return f'<div class="scroll"><table><caption>{told}</caption><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
+    return f'<p class="note">{told}</p><div class="scroll"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
 
 
 def seeds(group: Group) -> str:
@@ -139,14 +139,17 @@ def cell(group: Group, base: Group | None, path: str, name: str, digits: str) ->
         beside = f"± {number(spread, digits)}"
     elif (interval := ((group.first.entry or {}).get("intervals") or {}).get(name)) and None not in interval:
         beside = f"{number(interval[0], digits)} to {number(interval[1], digits)}"
-    change = "" if base is None or group is base else against(difference(group, base, path, name))
-    small = "".join(f"<small>{part}</small>" for part in (beside, change) if part)
+    change = [] if base is None or group is base else against(difference(group, base, path, name))
+    small = "".join(f"<small>{part}</small>" for part in (beside, *change) if part)
     return f"<td>{number(mean, digits)}{small}</td>"
 
 
-def against(found: Estimate | None) -> str:
-    """A change in percent."""
-    return "" if found is None or not found.base else percent(found).replace("-", MINUS)
+def against(found: Estimate | None) -> list[str]:
+    """A change in percent, and where it lies."""
+    if found is None or not found.base:
+        return []
+    value, low, high = found.percent
+    return [f"{number(value, '+.1f')} %"] + ([] if math.isnan(low) else [f"{number(low, '+.1f')} to {number(high, '+.1f')}"])
 
 
 def paper_table(table: Sequence[Beside]) -> str:
@@ -156,9 +159,15 @@ def paper_table(table: Sequence[Beside]) -> str:
     lines: list[str] = []
     for row in table:
         kind = ' class="chosen"' if (row.weight, row.sigma_sq) == paper.CHOSEN else ""
-        cells = [f"{row.phi:+.1f} %", ours(row.own_phi), ours(row.own_excess), f"{row.error:+.1f} %", ours(row.own_error)]
-        cells += [NOTHING if value is None else f"{value:.1f} %" for value in (row.loss, row.own_loss)]
-        told = "".join(f"<td{kind}>{value.replace('-', MINUS)}</td>" for value in cells)
+        cells = [
+            f"{number(row.phi, '+.1f')} %",
+            ours(row.own_phi),
+            ours(row.own_excess),
+            f"{number(row.error, '+.1f')} %",
+            ours(row.own_error),
+        ]
+        cells += [NOTHING if value is None else f"{number(value, '.1f')} %" for value in (row.loss, row.own_loss)]
+        told = "".join(f"<td{kind}>{value}</td>" for value in cells)
         lines.append(f"<tr><td{kind}>{row.weight:g}, {row.sigma_sq:g}</td>{told}</tr>")
     heads = ("weight, sigma²", "mean |phi|, paper", "here", "its excess, here", "error, paper", "here", "loss added, paper", "here")
     head = "".join(f"<th>{words}</th>" for words in heads)
@@ -172,7 +181,8 @@ def paper_table(table: Sequence[Beside]) -> str:
 
 def ours(found: Estimate | None) -> str:
     """Our change, if there is one."""
-    return NOTHING if found is None else percent(found)
+    value, *interval = against(found) or [NOTHING]
+    return value + "".join(f"<small>{part}</small>" for part in interval)
 
 
 def pictures(drawn: Mapping[str, Figure]) -> str:

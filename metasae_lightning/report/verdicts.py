@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from metasae_lightning.report import paper
 from metasae_lightning.report.gathering import Arm
-from metasae_lightning.report.groups import SURE, Estimate, Group, baseline, comparable, difference, headline
+from metasae_lightning.report.groups import Estimate, Group, baseline, comparable, difference, headline
 
 # Of each figure: what the page calls it, where it is, what `metasae test` calls its difference, its digits, and whether less is better.
 FIGURES: tuple[tuple[str, str, str, str, bool | None], ...] = (
@@ -71,7 +71,7 @@ def percent(found: Estimate) -> str:
     value, low, high = found.percent
     if math.isnan(value):
         return f"{found.value:+.3g} from {found.base:.3g}"
-    interval = "" if math.isnan(low) else f" ({SURE:.0%} : {low:+.1f} to {high:+.1f} %)".replace("% :", " %:")
+    interval = "" if math.isnan(low) else f" (95 %: {low:+.1f} to {high:+.1f} %)"
     return f"{value:+.1f} %{interval}"
 
 
@@ -81,17 +81,17 @@ def costs(group: Group, base: Group) -> list[str]:
     if (error := difference(group, base, "reconstruction/fvu", "fvu")) is not None:
         found.append(f"Variance unexplained: {percent(error)}.")
     if (loss := difference(group, base, "splice/ce_sae", "ce_sae")) is not None:
-        interval = "" if math.isnan(loss.low) else f" ({SURE:.0%}: {loss.low:+.4f} to {loss.high:+.4f})"
+        interval = "" if math.isnan(loss.low) else f" (95 %: {loss.low:+.4f} to {loss.high:+.4f})"
         found.append(f"Loss of the model with the SAE in it: {loss.value:+.4f}{interval}, {loss.base:.4f} with {base.name}'s.")
     if (fve := difference(group, base, "critic/fve")) is not None:
         means = [sum(one.values("critic/fve")) / len(one.values("critic/fve")) for one in (group, base)]
-        interval = "" if math.isnan(fve.low) else f", a difference of {fve.value:+.4f} ({SURE:.0%}: {fve.low:+.4f} to {fve.high:+.4f})"
+        interval = "" if math.isnan(fve.low) else f", a difference of {fve.value:+.4f} (95 %: {fve.low:+.4f} to {fve.high:+.4f})"
         found.append(
             f"A fresh critic explains {means[0]:.4f} of {group.name}'s decoder and {means[1]:.4f} of {base.name}'s{interval}. "
             "Less is more atomic."
         )
     if (mcc := difference(group, base, "recovery/mcc")) is not None:
-        interval = "" if math.isnan(mcc.low) else f" ({SURE:.0%}: {mcc.low:+.4f} to {mcc.high:+.4f})"
+        interval = "" if math.isnan(mcc.low) else f" (95 %: {mcc.low:+.4f} to {mcc.high:+.4f})"
         found.append(f"Planted features recovered (MCC): {mcc.value:+.4f}{interval}, {mcc.base:.4f} with {base.name}.")
     return found
 
