@@ -17,7 +17,7 @@ help: ## list the targets
 
 quickstart: $(VENV)/.installed ## solo, joint and control on a small real language model, measured, as a page: minutes on a CPU (RUN=folder)
 	$(BIN)/metasae fit -c configs/quickstart.yaml --run $(RUN) $(ARGS)
-	$(BIN)/metasae test $(RUN) --critic_seeds 1 --critic_steps 500
+	$(BIN)/metasae test $(RUN) --rule stored --tokens 32768 --splice_tokens 2048 --critic_seeds 1 --critic_steps 300
 	$(BIN)/metasae report $(RUN)
 
 # Tests are many and small: a process a core, each with one thread, is several times as fast as one process with all of them.
