@@ -108,6 +108,7 @@ def tradeoff(groups: Sequence[Group]) -> Figure | None:
             bars = {"xerr": np.array(across).T, "yerr": np.array(up).T, "elinewidth": 0.6, "alpha": 0.9, "linestyle": "none"}
             axes.errorbar(x, y, label=short(group.name), markersize=6, **bars, **look(place))
         axes.set(xlabel=words, ylabel="excess of mean |phi|")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
         explain(axes)
     return figure
@@ -245,7 +246,5 @@ def training(groups: Sequence[Group]) -> Figure | None:
                 axes.plot(x, y, label=label, color=look(place)["color"], linewidth=1.3, alpha=1.0 if not number else 0.5)
         axes.set(xlabel="tokens", ylabel=curves[name])
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
-        if name.endswith("fvu") and min(axes.get_ylim()) >= 0:
-            logarithmic(axes.yaxis)
         explain(axes)
     return figure

@@ -139,7 +139,8 @@ def cell(group: Group, base: Group | None, path: str, name: str, digits: str) ->
         beside = f"± {number(spread, digits)}"
     elif (interval := ((group.first.entry or {}).get("intervals") or {}).get(name)) and None not in interval:
         beside = f"{number(interval[0], digits)} to {number(interval[1], digits)}"
-    change = [] if base is None or group is base else against(difference(group, base, path, name))
+    # What is a percentage itself has no change in percent.
+    change = [] if base is None or group is base or digits.endswith("%") else against(difference(group, base, path, name))
     small = "".join(f"<small>{part}</small>" for part in (beside, *change) if part)
     return f"<td>{number(mean, digits)}{small}</td>"
 

@@ -79,7 +79,7 @@ def overview(found: Any) -> Table:
             values = group.values(path)
             lines = [f"{sum(values) / len(values):{digits}}"] if values else []
             change = None if base is None or group is base else difference(group, base, path, name)
-            if change is not None and change.base:
+            if change is not None and change.base and not digits.endswith("%"):
                 value, low, high = change.percent
                 lines += [f"{value:+.1f} %"] + ([] if math.isnan(low) else [f"{low:+.1f} to {high:+.1f}"])
             cells.append("\n".join(lines))
