@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 FIT = re.compile(r"^    (metasae (?:fit|cache) [^#\n]*)", re.MULTILINE)
-MEASURING = re.compile(r"^    (metasae (?:test|calibrate|compare|publish) [^#\n]*)", re.MULTILINE)
+MEASURING = re.compile(r"^    (metasae (?:test|calibrate|compare|report|publish) [^#\n]*)", re.MULTILINE)
 COMMANDS = [line.strip() for text in DOCUMENTS for line in FIT.findall(text.read_text().replace("\\\n", " "))]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -36,10 +36,11 @@ def test_a_command_of_the_documents_parses(command: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("command", [line.strip() for text in DOCUMENTS for line in MEASURING.findall(text.read_text())])
 def test_a_measuring_command_of_the_documents_parses(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def opened(places: list[str], out: str | None) -> None:
+    def opened(places: list[str], out: str | None = None) -> None:
         raise InputError(f"opens {len(places)}")
 
     monkeypatch.setattr(commands, "opened", opened)
+    monkeypatch.setattr(commands.report, "study", opened)
     words = shlex.split(command)[1:]
     if "--ckpt_path" in words:
         assert not commands.is_ours(words)
