@@ -233,7 +233,7 @@ def test_no_folder_and_an_unfinished_one_are_told(place: Path, tmp_path: Path):
 
 
 def recipe(place: Path, folder: Path) -> Path:
-    written = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    written = {**yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text()), "arms": None}
     lm = {"class_path": "metasae_lightning.lm.HuggingFaceLM", "init_args": {"name": str(place / "tiny"), "hook": HOOK, "device": "cpu"}}
     corpus = {"class_path": "metasae_lightning.corpora.TextFiles", "init_args": {"paths": str(place / "text.txt")}}
     written["data"]["init_args"] = {"language_model": lm, "corpus": corpus, **SIZES, "cache": str(folder)}

@@ -101,7 +101,15 @@ def test_figures_are_those_of_all_rows_at_once(tmp_path: Path):
     assert sum(figures["latents"]["log10_density"]["latents"]) == int((acts > 0).any(0).sum())
     phi = Phi(48)
     phi.update(Codes.from_dense(acts))
+    pairs = figures["phi"].pop("log10_abs")
     assert figures["phi"] == pytest.approx({name: value.item() for name, value in phi.compute().items()}, rel=1e-9)
+    assert sum(pairs["pairs"]) == figures["phi"]["pairs"] and len(pairs["edges"]) == len(pairs["pairs"]) + 1
+    # Every pair in its bin; where the two kinds of bin do not meet, a pair may be in the next.
+    (whole,) = [tile for _, tile in phi.tiles()]
+    upper = whole.triu(1)[torch.triu(torch.ones(48, 48), 1).bool() & (phi.firings()[0].counts > 0).outer(phi.firings()[0].counts > 0)].abs()
+    above = [int((upper >= 10.0**edge).sum()) for edge in pairs["edges"][1:-1]]
+    counted = [sum(pairs["pairs"][place:]) for place in range(1, len(pairs["pairs"]))]
+    assert max(abs(one - other) for one, other in zip(above, counted, strict=True)) <= 3
     low, high = found.entry["intervals"]["fvu"]
     assert low < figures["reconstruction"]["fvu"] < high
     low, high = found.entry["intervals"]["phi_excess"]

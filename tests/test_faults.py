@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(place: Path, **data: Any) -> Path:
-    written = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    written = {**yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text()), "arms": None}
     lm = {"class_path": "metasae_lightning.lm.HuggingFaceLM", "init_args": {"name": str(place / "tiny"), "hook": HOOK, "device": "cpu"}}
     corpus = {"class_path": "metasae_lightning.corpora.HubText", "init_args": {"path": "org/texts", "shuffle_window": 50, "retries": 1}}
     sizes = {"tokens": 64_000, "batch_size": 64, "context_size": 12, "buffer_size": 640, "held_out": 0.1}

@@ -208,8 +208,8 @@ TOUCHED = {"penalties", "meta", "n_p", "n_m", "seed"}
 
 def told(arguments: dict[str, Any]) -> dict[str, Any]:
     """A model's arguments without what SAELens writes into a config's record by itself."""
-    primary = arguments["primary"]
-    return {**arguments, "primary": {**primary, "init_args": {**primary["init_args"], "metadata": None}}}
+    both = {role: arguments[role] for role in ("primary", "meta") if arguments[role] is not None}
+    return {**arguments, **{role: {**one, "init_args": {**one["init_args"], "metadata": None}} for role, one in both.items()}}
 
 
 def fit(run: Path, *names: str, **overrides: Any) -> dict[str, Any]:
