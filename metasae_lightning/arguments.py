@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning import LightningDataModule
 
@@ -14,7 +13,7 @@ from metasae_lightning.complaints import complaint
 from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation import Settings
-from metasae_lightning.subjects import Subject, arms_in, check_same_activations, corpus_of, model_of, subject
+from metasae_lightning.subjects import Subject, arms_in, check_same_activations, config_of, corpus_of, model_of, subject
 
 PLACES = "Runs, SAELens folders, or SAEs on the Hub as RELEASE:ID."
 
@@ -120,11 +119,8 @@ def recipe_of(one: Subject) -> dict[str, Any]:
 
 
 def tree_of(path: Path) -> dict[str, Any]:
-    """A recipe as it is written."""
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict) or not isinstance(tree.get("data"), dict):
+    """A recipe that has data."""
+    tree = config_of(path)
+    if not isinstance(tree.get("data"), dict):
         raise InputError(f"{path} is no recipe: it has no data")
     return tree

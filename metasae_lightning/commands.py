@@ -33,6 +33,7 @@ from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.destinations import HUB, destination
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation import Evaluation, evaluate
+from metasae_lightning.ledger import digest
 from metasae_lightning.publication import publish as published
 from metasae_lightning.subjects import Subject, device_of, only_hook
 from metasae_lightning.thresholds import goal_of, sample
@@ -60,9 +61,12 @@ def test(args: Sequence[str]) -> int:
     for one in found[1:]:
         one.entry["against"] = {"weights": found[0].entry["weights"], "differences": differences(found[0], one, settings)}
     tokenizer = data.language_model.tokenizer if isinstance(data, ActivationsDataModule) else None
+    told: dict[str, bytes] = {}
     for one in found:
         record(one)
-        browse(one, tokenizer, settings.contexts)
+        key = digest(one.seen.identity)  # arms may be one SAE
+        told[key] = told.get(key) or browsable(one, tokenizer, settings.contexts)
+        records.put(one.seen.subject.folder / "latents.json.gz", told[key])
     Console().print(report.evaluations({one.seen.subject.name: one.entry for one in found}))
     return 0
 
@@ -232,11 +236,10 @@ def record(one: Evaluation) -> None:
     logger.finalize("success")
 
 
-def browse(one: Evaluation, tokenizer: Any | None, count: int) -> None:
-    """Keep what its latents fire on."""
-    path = one.seen.subject.folder / "latents.json.gz"
+def browsable(one: Evaluation, tokenizer: Any | None, count: int) -> bytes:
+    """What its latents fire on, as it is kept."""
     text = json.dumps(records.finite(latents_record(one.seen, tokenizer, count=count)), ensure_ascii=False)
-    records.put(path, gzip.compress(text.encode(errors="replace"), mtime=0))
+    return gzip.compress(text.encode(errors="replace"), mtime=0)
 
 
 def contexts(found: Mapping[str, Any], a: Evaluation, b: Evaluation, data: Any) -> dict[str, dict[str, Any]]:

@@ -139,14 +139,29 @@ def run_of(path: Path) -> Path | None:
     return resolved.parents[1] if resolved.parent.name == "arms" and (resolved.parents[1] / "config.yaml").exists() else None
 
 
+def config_of(path: Path) -> dict[str, Any]:
+    """A recipe, or a run's config, as it is written."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} is no recipe")
+    return tree
+
+
+def model_in(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a config's model, of which several arms are one."""
+    return (config.get("model") or {}).get("init_args") or {}
+
+
 def arms_in(path: Path) -> list[str]:
     """The arms of a run that has several, in the order of its config, but for those that stopped before they had an SAE."""
     if not (path / "arms").is_dir() or not (path / "config.yaml").exists():
         return []
-    try:
-        names = yaml.safe_load((path / "config.yaml").read_text())["model"]["init_args"]["arms"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise InputError(f"{path / 'config.yaml'} does not name the arms in {path / 'arms'}") from error
+    names = model_in(config_of(path / "config.yaml")).get("arms")
+    if not names:
+        raise InputError(f"{path / 'config.yaml'} does not name the arms in {path / 'arms'}")
     return [name for name in names if (path / "arms" / name / "saes" / "primary" / "cfg.json").exists()]
 
 

@@ -73,7 +73,7 @@ DOWN = {
     "evaluation": "thresholds observation subjects passages resampling critic metrics splice errors",
     "comparison": "evaluation observation matching resampling cofiring functional errors",
     "contexts": "observation",
-    "report": "report saelens records functional errors",
+    "report": "report subjects saelens records functional errors",
     "publication": "card destinations redaction records passages evaluation subjects thresholds saelens functional errors",
     "arguments": "evaluation subjects data complaints errors",
     "cache": "batching corpora errors",

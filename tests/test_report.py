@@ -18,10 +18,10 @@ from scipy import stats
 
 from metasae_lightning import functional, report
 from metasae_lightning.cli import main
-from metasae_lightning.report import study, writing
+from metasae_lightning.report import latents, study, writing
 from metasae_lightning.report.gathering import Arm, gather, metrics
 from metasae_lightning.report.groups import Group, baseline, difference, grouped, headline
-from metasae_lightning.report.latents import browsed
+from metasae_lightning.report.latents import browsed, decoder
 from metasae_lightning.report.paper import ROWS
 from metasae_lightning.report.writing import fitting
 from tests.judged import HOOK, recipe, sae
@@ -182,8 +182,8 @@ def test_of_one_seed_the_interval_is_of_documents(measured: Path):
     assert other is not None and other.low != other.low
 
 
-def entry(excess: float, fvu: float = 0.2, **more: Any) -> dict[str, Any]:
-    figures = {"phi": {"excess": excess, "mean_abs": excess + 1e-4}, "reconstruction": {"fvu": fvu, "l0": 8.0}}
+def entry(excess: float, fvu: float = 0.2, l0: float = 8.0, **more: Any) -> dict[str, Any]:
+    figures = {"phi": {"excess": excess, "mean_abs": excess + 1e-4}, "reconstruction": {"fvu": fvu, "l0": l0}}
     return {"evaluation": {"figures": figures, "tokens": 9, "data": {}, "rule": {"rule": "rate", "l0": 8}, "intervals": {}, **more}}
 
 
@@ -213,7 +213,8 @@ def test_what_was_measured_otherwise_is_not_compared():
     for other, says in (
         (entry(5e-5, tokens=10), "not on as many tokens"),
         (entry(5e-5, data={"corpus": "another"}), "not on the same text"),
-        (entry(5e-5, rule={"rule": "rate", "l0": 9}), "not at the same L0"),
+        (entry(5e-5, rule={"rule": "rate", "l0": 9}), "by other thresholds"),
+        (entry(5e-5, l0=8.6), "not at the same L0"),
     ):
         said = report.verdict(grouped([one, arm("joint", 0.3, 0, other)]))
         assert not said.sure and says in said.sentence and "metasae test" in said.beside[0]
@@ -280,8 +281,10 @@ def test_the_latents_are_those_of_two_arms_with_what_lies_near(measured: Path, p
 
 def test_a_page_that_would_be_too_large_shows_fewer_latents_from_rare_to_common(measured: Path, monkeypatch: pytest.MonkeyPatch):
     found = study([str(measured)])
-    whole = browsed(found.browsed, 1000)
-    few = browsed(found.browsed, 5)
+    decoders = [decoder(arm) for arm in found.browsed]
+    whole, few = (browsed(found.browsed, decoders, most) for most in (1000, 5))
+    monkeypatch.setattr(latents, "ROWS", 7)
+    assert browsed(found.browsed, decoders, 1000) == whole
     firings = sorted(row[1] for row in whole[0]["rows"])
     assert len(few[0]["rows"]) == 5 and few[0]["live"] == len(whole[0]["rows"])
     assert {firings[0], firings[-1]} <= {row[1] for row in few[0]["rows"]}

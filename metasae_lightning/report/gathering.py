@@ -10,10 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from metasae_lightning.errors import InputError
 from metasae_lightning.records import of_arm, read
+from metasae_lightning.subjects import config_of, model_in, run_of
 
 Curve = list[tuple[float, float]]
 
@@ -85,7 +84,7 @@ def gather(places: Sequence[str]) -> list[Arm]:
     for run in runs:
         if not run.is_dir():
             raise InputError(f"{run}: there is no such run")
-        if not (run / "config.yaml").exists() and not (run / "evaluation.json").exists() and not of_arms(run):
+        if run_of(run) is None and not (run / "evaluation.json").exists():
             raise InputError(f"{run} is no run: it has neither config.yaml nor evaluation.json")
     found = [arm for run in runs for arm in arms_of(run)]
     names = [arm.name for arm in found]
@@ -94,17 +93,12 @@ def gather(places: Sequence[str]) -> list[Arm]:
     return found
 
 
-def of_arms(path: Path) -> bool:
-    """Whether a folder is an arm of a run."""
-    return path.resolve().parent.name == "arms" and (path.resolve().parents[1] / "config.yaml").exists()
-
-
 def arms_of(path: Path, prefix: str = "") -> list[Arm]:
     """The arms of a run, itself where it has but one, or the arm that the folder is."""
-    whole = path.resolve()
-    run, only = (whole.parents[1], whole.name) if of_arms(path) else (path, None)
-    config, record, curves = tree(run / "config.yaml"), read(run / "evaluation.json"), metrics(run)
-    model: dict[str, Any] = (config.get("model") or {}).get("init_args") or {}
+    whole, run = path.resolve(), run_of(path) or path
+    only = None if run == path else whole.name
+    model = model_in(config_of(run / "config.yaml")) if (run / "config.yaml").exists() else {}
+    record, curves = read(run / "evaluation.json"), metrics(run)
     arms: dict[str, Any] = model.get("arms") or {}
     if not arms:
         name = prefix.rstrip("/") or whole.name
@@ -134,17 +128,6 @@ def arm_of(name: str, place: Path, recipe: dict[str, Any], record: dict[str, Any
     if not curves:
         missing.append("no metrics.csv with training curves")
     return Arm(name, place, recipe, record, curves, missing)
-
-
-def tree(path: Path) -> dict[str, Any]:
-    """A run's config; of a run without one, nothing."""
-    if not path.exists():
-        return {}
-    try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    return found if isinstance(found, dict) else {}
 
 
 def metrics(run: Path) -> dict[str, Curve]:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from scipy import stats
 from metasae_lightning.report.gathering import Arm
 
 SURE = 0.95
+# SAEs whose L0 differ by more than so much do not do the same work.
+APART = 1.05
 
 
 @dataclass(frozen=True)
@@ -168,14 +170,15 @@ def comparable(arms: Sequence[Arm]) -> list[str]:
     for words, told in {
         "not on the same text": [json.dumps(entry.get("data"), sort_keys=True) for entry in entries],
         "not on as many tokens": [entry.get("tokens") for entry in entries],
-        "not at the same L0": [thresholds(entry) for entry in entries],
+        "by other thresholds": [rule(entry) for entry in entries],
     }.items():
         if len(set(told)) > 1:
             found.append(words)
-    return found
+    l0 = [value for arm in arms if (value := arm.figure("reconstruction/l0"))]
+    return found + (["not at the same L0"] if l0 and max(l0) > APART * min(l0) else [])
 
 
-def thresholds(entry: dict[str, Any]) -> str:
-    """The rule that thresholds were set by, and what it aimed at."""
-    rule = entry.get("rule") or {}
-    return f"{rule.get('rule')} {rule.get('l0')}"
+def rule(entry: Mapping[str, Any]) -> str:
+    """How thresholds were set."""
+    told = entry.get("rule") or {}
+    return f"{told['rule']}, L0 {told['l0']:g}" if "l0" in told else "stored"

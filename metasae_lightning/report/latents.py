@@ -13,6 +13,8 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.report.gathering import Arm
 
 NEIGHBOURS, METAS, SHARING = 4, 4, 6
+# Decoder rows whose cosines with all others are there at once.
+ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,8 @@ def decoder(arm: Arm) -> Decoder | None:
         return Decoder(rows, meta.encode(rows).float())
 
 
-def browsed(arms: Sequence[Arm], most: int) -> list[dict[str, Any]]:
+def browsed(arms: Sequence[Arm], decoders: Sequence[Decoder | None], most: int) -> list[dict[str, Any]]:
     """Of each arm up to `most` latents, those that fired, spread evenly over how often they do."""
-    decoders = [decoder(arm) for arm in arms]
     found: list[dict[str, Any]] = []
     for place, (arm, own) in enumerate(zip(arms, decoders, strict=True)):
         told = arm.latents
@@ -73,23 +74,24 @@ def chosen(firings: Tensor, most: int) -> list[int]:
 
 def described(own: Decoder, kept: list[int], told: dict[str, Any], other: Tensor | None) -> list[list[Any]]:
     """Of each kept latent its number, firings, largest value, neighbours, match, meta latents and contexts."""
-    cosines = own.rows[kept] @ own.rows.T
-    cosines[torch.arange(len(kept)), torch.tensor(kept, dtype=torch.long)] = -torch.inf
-    near = cosines.topk(min(NEIGHBOURS, len(own.rows) - 1), dim=1)
-    match = None if other is None else (own.rows[kept] @ other.T).max(1)
-    metas = None if own.metas is None else own.metas[kept].topk(min(METAS, own.metas.shape[1]), dim=1)
     found: list[list[Any]] = []
-    for line, latent in enumerate(kept):
-        parts = [] if metas is None else pairs(metas.indices[line], metas.values[line])
-        found.append(
-            [
-                *(latent, told["firings"][latent], told["maximum"][latent]),
-                pairs(near.indices[line], near.values[line]),
-                [] if match is None else [int(match.indices[line]), round(match.values[line].item(), 3)],
-                [part for part in parts if part[1] > 0],
-                [[context["at"], context["tokens"], context["values"]] for context in told["contexts"].get(str(latent), [])],
-            ]
-        )
+    for some in torch.tensor(kept, dtype=torch.long).split(ROWS):
+        cosines = own.rows[some] @ own.rows.T
+        cosines[torch.arange(len(some)), some] = -torch.inf
+        near = cosines.topk(min(NEIGHBOURS, len(own.rows) - 1), dim=1)
+        match = None if other is None else (own.rows[some] @ other.T).max(1)
+        metas = None if own.metas is None else own.metas[some].topk(min(METAS, own.metas.shape[1]), dim=1)
+        for line, latent in enumerate(some.tolist()):
+            parts = [] if metas is None else pairs(metas.indices[line], metas.values[line])
+            found.append(
+                [
+                    *(latent, told["firings"][latent], told["maximum"][latent]),
+                    pairs(near.indices[line], near.values[line]),
+                    [] if match is None else [int(match.indices[line]), round(match.values[line].item(), 3)],
+                    [part for part in parts if part[1] > 0],
+                    [[context["at"], context["tokens"], context["values"]] for context in told["contexts"].get(str(latent), [])],
+                ]
+            )
     return found
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from metasae_lightning.report import paper
 from metasae_lightning.report.figures import svg
 from metasae_lightning.report.gathering import Arm
-from metasae_lightning.report.groups import Estimate, Group, baseline, difference
+from metasae_lightning.report.groups import Estimate, Group, baseline, difference, rule
 from metasae_lightning.report.verdicts import FIGURES, Beside, Verdict
 
 HERE = Path(__file__).parent
@@ -230,11 +230,3 @@ def measured(arms: Sequence[Arm]) -> str:
     trained = [f"{arm.name} on {arm.record['validation']['tokens']:,}" for arm in arms if "tokens" in arm.record.get("validation", {})]
     lines += [f"Tokens trained on: {', '.join(trained)}."] if trained else []
     return items(lines)
-
-
-def rule(entry: Mapping[str, Any]) -> str:
-    """How thresholds were set, in words."""
-    told = entry.get("rule") or {}
-    if "l0" not in told:
-        return "as the SAE has them"
-    return f"{told['rule']}, for {told['l0']:g} latents active on each of {told.get('tokens', 0):,} validation tokens"

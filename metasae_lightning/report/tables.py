@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from metasae_lightning.report.groups import baseline, difference
+from metasae_lightning.report.groups import baseline, difference, rule
 from metasae_lightning.report.verdicts import FIGURES
 
 # What a table shows of an evaluation: words, the figure, its digits, and which interval or spread stands beside it.
@@ -85,12 +85,6 @@ def overview(found: Any) -> Table:
             cells.append("\n".join(lines))
         shown.add_row(escape(group.name) + (f"\n{len(group.arms)} seeds" if len(group.arms) > 1 else ""), *cells)
     return shown
-
-
-def rule(entry: Mapping[str, Any]) -> str:
-    """How thresholds were set."""
-    told = entry["rule"]
-    return told["rule"] if told["rule"] == "stored" else f"{told['rule']}, L0 {told['l0']:g}"
 
 
 def cell(entry: Mapping[str, Any], path: str, digits: str, beside: str) -> str:

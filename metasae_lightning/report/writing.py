@@ -16,12 +16,14 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.report import figures
 from metasae_lightning.report.gathering import Arm, gather
 from metasae_lightning.report.groups import Group, baseline, difference, grouped, headline
-from metasae_lightning.report.latents import browsed
+from metasae_lightning.report.latents import browsed, decoder
 from metasae_lightning.report.page import page
 from metasae_lightning.report.verdicts import FIGURES, Beside, Verdict, beside_the_paper, verdict
 
 # A page that opens on a phone, in bytes.
 LARGEST = 4_900_000
+# Latents of an arm that are tried first.
+MOST = 10_000
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,9 @@ def write(found: Study, out: Path) -> Path:
 
 def fitting(found: Study, drawn: dict[str, Any]) -> str:
     """The page, with as many latents as it can hold."""
-    most = 100_000
+    most, decoders = MOST, [decoder(arm) for arm in found.browsed]
     while True:
-        latents = browsed(found.browsed, most)
+        latents = browsed(found.browsed, decoders, most)
         text = page(found.title, found.groups, found.verdict, found.table, drawn, latents)
         size, held = len(text.encode(errors="replace")), max((len(one["rows"]) for one in latents), default=0)
         if size <= LARGEST or held <= 1:
