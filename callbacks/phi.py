@@ -21,10 +21,14 @@ class PhiMonitor(Observer):
     def __init__(self, every_tokens: int | None = 100_000, matchings: int = 8, memory_gib: float = 2.0) -> None:
         self.every_tokens, self.matchings, self.memory_gib = every_tokens, matchings, memory_gib
         self._sample: PhiSample | None = None
-        self._seen = 0
+        self._since = 0
         self._exact: Phi | None = None
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Count from where the run stands."""
+        self._since = pl_module.rows_seen
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add a batch; log where one is due."""
         if self.every_tokens is None:
             return
@@ -32,11 +36,11 @@ class PhiMonitor(Observer):
         if self._sample is None:
             self._sample = PhiSample(codes.shape[1], matchings=self.matchings).to(pl_module.device)
         self._sample.update(codes)
-        self._seen += codes.shape[0] * trainer.world_size  # counted here too: a metric's own count lies on the device
-        if self._seen >= self.every_tokens:
+        # The module's count is that of all ranks, which compute together.
+        if pl_module.rows_seen - self._since >= self.every_tokens:
             pl_module.log_dict({f"phi/{name}": value.float() for name, value in self._sample.compute().items()})
             self._sample.reset()
-            self._seen = 0
+            self._since = pl_module.rows_seen
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew."""

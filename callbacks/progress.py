@@ -70,7 +70,7 @@ class TokenProgress(ProgressBar):
 
     @staticmethod
     def _tokens(trainer: Trainer, pl_module: Any) -> int:
-        return pl_module.rows_seen * trainer.world_size
+        return pl_module.rows_seen
 
 
 def describe(output: StepOutput | Mapping[str, StepOutput]) -> str:

@@ -49,7 +49,7 @@ class StopOnNaN(Observer):
         advice = "a lower learning rate or clip_grad_norm may help"
         if activations is not None and not activations.isfinite().all():
             advice = "the activations of this batch are not finite either: look at the data and the language model's dtype"
-        tokens, last = pl_module.rows_seen * trainer.world_size, last_checkpoint(trainer)
+        tokens, last = pl_module.rows_seen, last_checkpoint(trainer)
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
         raise NotFinite(
             f"{broken or 'a tensor on another rank'} is not finite after {tokens:,} tokens; no checkpoint or SAE was written over, {kept}; "

@@ -39,8 +39,8 @@ class Summary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The table of the run, on validation tokens."""
         seconds, rows = time.monotonic() - self._began, pl_module.rows_seen
-        speed = (rows - self._rows_before) * trainer.world_size / max(seconds, 1e-9)
-        run = {"tokens": rows * trainer.world_size, "seconds": round(seconds, 1), "tokens_per_second": round(speed, 1)}
+        speed = (rows - self._rows_before) / max(seconds, 1e-9)
+        run = {"tokens": rows, "seconds": round(seconds, 1), "tokens_per_second": round(speed, 1)}
         self._finish(trainer, pl_module, "validation", "val", run)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

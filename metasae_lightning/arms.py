@@ -51,7 +51,7 @@ class SideBySide(LightningModule):
 
     @property
     def rows_seen(self) -> int:
-        """Tokens that this rank has trained on."""
+        """Tokens trained on, over all ranks."""
         return max(arm.rows_seen for arm in self.arms.values())
 
     def stop(self, name: str, why: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from metasae_lightning.errors import InputError
@@ -40,10 +41,22 @@ def check_roles(
         rank_zero_warn("a meta SAE without penalties trains along and changes nothing: set model.penalties, or meta: null for a solo SAE")
 
 
+def check_data(data: Any, hook: str | None, d_in: int) -> None:
+    """Data that have hooks have this one, and it is as wide as the SAE."""
+    widths: dict[str, int] = getattr(data, "widths", {})
+    if (hook is None and len(widths) > 1) or (hook is not None and hook not in widths):
+        raise InputError(f"hook: the data give {', '.join(widths) or 'none that has a name'}: name one of them, got {hook}")
+    width = widths.get(hook) if hook else next(iter(widths.values()), None)
+    if width is not None and width != d_in:
+        raise InputError(f"primary.d_in is {d_in}, but the activations are {width} wide: set d_in: {width}")
+
+
 def check_trainer(trainer: Any) -> None:
     """What a trainer may be asked for is what training can do."""
-    if trainer.world_size > 1:
-        raise InputError(f"trainer: training on several ranks is not there yet, got {trainer.world_size}: set devices: 1")
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+        raise InputError(
+            f"trainer.strategy must be ddp, or one made from it, on {trainer.world_size} ranks, got {type(trainer.strategy).__name__}"
+        )
     if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
         raise InputError(f"trainer.precision must be 32-true, 64-true or bf16-mixed, got {trainer.precision}")
     if trainer.max_steps != -1:

@@ -11,6 +11,8 @@ from torch.nn.functional import normalize
 
 from metasae_lightning.rowwise import pieces
 
+# Rows whose cosines with all others are there at once.
+PAIRED = 1024
 Rows = Float[Tensor, "d_sae d_in"]
 Counts = Float[Tensor, "*shape"]
 Alike = Float[Tensor, "*#shape"]
@@ -64,10 +66,10 @@ def decomposability_with_slope(W_dec: Rows, reconstruction: Rows, sigma_sq: floa
     return p, (W_dec * along[:, None]).addcmul_(rebuilt, -scale[:, None])
 
 
-def orthogonality(W_dec: Float[Tensor, "d_sae d_in"], chunks: list[Tensor]) -> Float[Tensor, " d_sae"]:
+def orthogonality(W_dec: Float[Tensor, "d_sae d_in"], chunks: list[Tensor], own: list[slice] | None = None) -> Float[Tensor, " d_sae"]:
     """Squared cosine of each row to its nearest other row in its chunk, `(max_{j != i in chunk} cos(W_i, W_j))^2` (arXiv 2509.22033).
 
-    `chunks` partitions the row indices. A row alone in its chunk has no neighbour and scores 0.
+    `chunks` partitions the row indices. A row alone in its chunk has no neighbour and scores 0, as do those outside their chunk's `own`.
 
     >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
     >>> orthogonality(rows, [torch.arange(3)])
@@ -75,11 +77,16 @@ def orthogonality(W_dec: Float[Tensor, "d_sae d_in"], chunks: list[Tensor]) -> F
     """
     rows = unit_rows(W_dec)
     scores = W_dec.new_zeros(W_dec.shape[0])
-    for chunk in chunks:
+    for chunk, part in zip(chunks, own or [slice(None)] * len(chunks), strict=True):
         if len(chunk) > 1:
-            cosines = rows[chunk] @ rows[chunk].T
-            nearest = cosines.masked_fill(torch.eye(len(chunk), dtype=torch.bool, device=rows.device), -torch.inf).amax(1)
-            scores = scores.index_put((chunk,), nearest.square().to(scores.dtype))
+            scored = chunk[part]
+            with torch.no_grad():  # the largest's gradient is its own pair's alone: a matrix of all pairs is looked at and let go
+                others = rows[chunk]
+                nearest = [
+                    (rows[some] @ others.T).masked_fill_(some[:, None] == chunk, -torch.inf).argmax(1) for some in scored.split(PAIRED)
+                ]
+            near = torch.linalg.vecdot(rows[scored], rows[chunk[torch.cat(nearest)]])
+            scores = scores.index_put((scored,), near.square().to(scores.dtype))
     return scores
 
 

@@ -1,12 +1,14 @@
 """Joint training: a primary SAE on activations, a meta SAE on its decoder, and the penalty that one puts on the other."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Adam, Optimizer
@@ -14,13 +16,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metasae_lightning import functional
 from metasae_lightning.alternation import meta_steps_after, meta_steps_in
-from metasae_lightning.demands import check_roles, check_trainer
+from metasae_lightning.demands import check_data, check_roles, check_trainer
 from metasae_lightning.errors import InputError
 from metasae_lightning.learner import Learner
 from metasae_lightning.origin import Adopted, Origin
 from metasae_lightning.penalties import Critic, Penalty
+from metasae_lightning.ranks import ALONE, Ranks
 from metasae_lightning.rowwise import order
-from metasae_lightning.saelens import Kernels, TrainingSAEConfig
+from metasae_lightning.saelens import BatchCut, Kernels, TrainingSAEConfig
 from metasae_lightning.schedules import bound, warm_up
 from metasae_lightning.step import Batch, Evaluation, Reading, StepOutput
 
@@ -59,6 +62,7 @@ class JointSAE(LightningModule):
         critic_supports: When the critic ranks its latents: at every step, or, an approximation, at the first after each meta phase.
         meta_rows: How many rows, drawn anew, a meta step reads; none is all of them, as in the paper.
         kernels: `sparse` leaves zeros out where the architecture is of the top-k family; `dense` is SAELens's own forward pass.
+        batch_cut: Whether a batch top-k SAE keeps the largest activations of all ranks' batches together, `global`, or of each, `local`.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class JointSAE(LightningModule):
         critic_supports: Literal["exact", "macro_step"] = "exact",
         meta_rows: int | None = None,
         kernels: Kernels = "sparse",
+        batch_cut: BatchCut = "global",
     ) -> None:
         super().__init__()
         self.hook = hook
@@ -100,6 +105,8 @@ class JointSAE(LightningModule):
         self.n_p, self.n_m, self.meta_rows, self.seed = n_p, n_m, meta_rows, seed
         self.critic_supports: Literal["exact", "macro_step"] = critic_supports
         self.kernels: Kernels = kernels
+        self.batch_cut: BatchCut = batch_cut
+        self.ranks = ALONE
         shared: dict[str, Any] = {"decoder_rows": decoder_rows, "clip_grad_norm": clip_grad_norm, "kernels": kernels}
         own: dict[str, Any] = {"b_dec_init": b_dec_init, "micro_batches": micro_batches, "origin": _origin(init_from)}
         self.primary = Learner(primary, role="primary", seed=seed, dead_after=dead_after_tokens, **own, **shared)
@@ -118,7 +125,8 @@ class JointSAE(LightningModule):
         self, batch: Batch, primary_optimizer: Optimizer, meta_optimizer: Optimizer | None = None, *, last: bool = False
     ) -> StepOutput:
         """One primary step and, where it ends a macro-step, the meta phase: the algorithm."""
-        _tell(self.primary.initialize(batch.activations), "primary")
+        if not self.primary.initialized:  # by what all ranks' first batches say
+            _tell(self.primary.initialize(self.ranks.together(batch.activations)), "primary")
         if self.meta is not None and not self.meta.initialized:  # before it first judges
             _tell(self.meta.initialize(functional.unit_rows(self.primary.W_dec.detach())), "meta")
         penalty, values = self._penalties()
@@ -128,7 +136,7 @@ class JointSAE(LightningModule):
         judged = self._meta_phase(meta_steps_after(int(self.primary.steps), n_p=self.n_p, n_m=self.n_m, last=last), meta_optimizer)
         if last:  # the run ends on what the last critic makes of the last decoder
             values = self._measure({})
-        loss = reading.loss if penalty is None else reading.loss + penalty.detach()
+        loss = reading.loss if penalty is None else reading.loss + self.ranks.summed(penalty)
         return StepOutput(loss, reading, seen.codes, seen.reconstruction, penalties=values, meta=judged)
 
     def evaluate(self, batch: Batch) -> Evaluation:
@@ -146,9 +154,10 @@ class JointSAE(LightningModule):
             weight = d_in * penalty.weight * warm_up(step, penalty.warm_up_steps)
             if weight == 0:
                 continue
-            value = penalty(self.primary.W_dec, self._critic, step)
-            values[name] = value.detach()
-            total = weight * value if total is None else total + weight * value
+            value = penalty.part(self.primary.W_dec, self._critic, step, self.ranks)
+            values[name] = self.ranks.summed(value)
+            if value.requires_grad:  # one that acts now and then alone is a plain zero in between
+                total = weight * value if total is None else total + weight * value
         return total, self._measure(values)
 
     @torch.no_grad()
@@ -157,12 +166,18 @@ class JointSAE(LightningModule):
         step, unlearnt = int(self.primary.steps), self.meta is not None and not self.meta.steps
         for name, penalty in self._named_penalties():
             if name not in known and not (penalty.needs_critic and unlearnt):
-                known = {**known, name: penalty(self.primary.W_dec, self._critic, step)}
+                known = {**known, name: self.ranks.summed(penalty.part(self.primary.W_dec, self._critic, step, self.ranks))}
         return known
+
+    def join(self, ranks: Ranks) -> None:
+        """Train beside other ranks: batches are parts of one, and the penalty's and the meta SAE's rows are divided."""
+        self.ranks = ranks
+        for learner in filter(None, (self.primary, self.meta)):
+            learner.join(ranks, self.batch_cut)
 
     @property
     def rows_seen(self) -> int:
-        """Tokens that this rank has trained on."""
+        """Tokens trained on, over all ranks."""
         return int(self.primary.rows_seen)
 
     @property
@@ -175,11 +190,12 @@ class JointSAE(LightningModule):
             return None
         assert optimizer is not None
         rows = functional.unit_rows(self.primary.W_dec.detach())
-        judged = None
+        judged, count = None, self.meta_rows or len(rows)
         for left in reversed(range(steps)):
-            some = rows
+            some = rows[self.ranks.share(count)]
             if self.meta_rows is not None:  # not in the order that a penalty of the same seed draws
-                some = rows[order(len(rows), step=int(self.meta.steps), seed=self.seed + 1)[: self.meta_rows].to(rows.device)]
+                drawn = order(len(rows), step=int(self.meta.steps), seed=self.seed + 1)[:count]
+                some = rows[drawn[self.ranks.share(count)].to(rows.device)]
             seen = self.meta.learn(some, optimizer, backward=self._backward)
             self._advance("meta")
             judged = None if left else self.meta.reading(some, seen)
@@ -192,7 +208,10 @@ class JointSAE(LightningModule):
         # Without a trainer (a notebook, a test) there is no strategy and no scaler to go through.
         if self._trainer is None:
             loss.backward()
-        else:
+            return
+        # Gradients are summed once, before the step that takes them: not by each of its passes.
+        strategy = self.trainer.strategy
+        with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
             self.manual_backward(loss)
 
     def _advance(self, name: str) -> None:
@@ -203,12 +222,8 @@ class JointSAE(LightningModule):
         """Check the data against the SAEs, and let penalties look at the trainer."""
         if stage == "fit":
             check_trainer(self.trainer)
-        widths: dict[str, int] = getattr(getattr(self.trainer, "datamodule", None), "widths", {})
-        if (self.hook is None and len(widths) > 1) or (self.hook is not None and self.hook not in widths):
-            raise InputError(f"hook: the data give {', '.join(widths) or 'none that has a name'}: name one of them, got {self.hook}")
-        d_in = widths.get(self.hook) if self.hook else next(iter(widths.values()), None)
-        if d_in is not None and d_in != self.primary.sae.cfg.d_in:
-            raise InputError(f"primary.d_in is {self.primary.sae.cfg.d_in}, but the activations are {d_in} wide: set d_in: {d_in}")
+        self.join(Ranks.joined())
+        check_data(getattr(self.trainer, "datamodule", None), self.hook, self.primary.sae.cfg.d_in)
         for _, penalty in self._named_penalties():
             penalty.setup(self.trainer)
 
@@ -269,12 +284,7 @@ class JointSAE(LightningModule):
 
     def figures(self, output: StepOutput) -> dict[str, Any]:
         """What a step logs."""
-        figures: dict[str, Any] = {"train/loss": output.loss, "train/tokens": float(self.primary.rows_seen)}
-        for role, reading in (("train", output.primary), ("meta", output.meta)):
-            if reading is not None:
-                figures |= {f"{role}/fvu": reading.fvu, f"{role}/l0": reading.l0, f"{role}/dead": reading.dead}
-                figures |= {f"{role}/{name}": value for name, value in reading.losses.items()}
-        return figures | {f"penalty/{name}": value for name, value in output.penalties.items()}
+        return {**output.figures(), "train/tokens": float(self.primary.rows_seen)}
 
 
 def _origin(given: Origin | str | None) -> Origin | None:

@@ -18,6 +18,7 @@ from metasae_lightning import functional, saelens
 from metasae_lightning.errors import InputError
 from metasae_lightning.normalizers import normalizer_of
 from metasae_lightning.origin import Adopted, Origin
+from metasae_lightning.ranks import ALONE, Ranks
 from metasae_lightning.rowwise import pieces
 from metasae_lightning.saelens import TrainingSAEConfig
 from metasae_lightning.step import Codes, Reading
@@ -50,13 +51,13 @@ class Learner(nn.Module):
     """A SAELens training SAE and everything about it that training moves."""
 
     silent_for: Tensor
-    """Rows seen since each latent last fired: tokens for a primary, decoder rows for a meta SAE."""
+    """Rows seen by all ranks since each latent last fired: tokens for a primary, decoder rows for a meta SAE."""
     steps: Tensor
     """Optimiser steps taken."""
     updates: Tensor
     """Training forward passes that moved the architecture's running statistics."""
     rows_seen: Tensor
-    """Rows trained on."""
+    """Rows trained on, over all ranks."""
     initialized: Tensor
     """Whether the statistics that come from data are there."""
     measured_k: Tensor
@@ -81,6 +82,7 @@ class Learner(nn.Module):
         self.role, self.origin = role, origin
         self.sae = saelens.build(cfg, role=role, seed=seed)
         self._passes = saelens.passes_of(self.sae, kernels, recurring=recurring)
+        self.ranks = ALONE
         self.normalizer = normalizer_of(cfg.normalize_activations, cfg.d_in)
         self.decoder_rows, self.b_dec_init, self.dead_after = decoder_rows, b_dec_init, dead_after
         self.micro_batches, self.clip_grad_norm = micro_batches, clip_grad_norm
@@ -92,6 +94,11 @@ class Learner(nn.Module):
             self.register_buffer("measured_k", torch.zeros((), dtype=torch.float64))
             self.register_load_state_dict_post_hook(_take_k)
         self._renormalize()
+
+    def join(self, ranks: Ranks, cut: saelens.BatchCut) -> None:
+        """Learn beside other ranks: each has some of a step's rows, and all make the same step."""
+        self.ranks = ranks
+        self._passes.join(ranks, cut)
 
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
@@ -108,9 +115,11 @@ class Learner(nn.Module):
         """Take from the first rows what comes from data: the normaliser's statistics, the decoder bias or another SAE's weights. Once."""
         if self.initialized:
             return None
-        # The first batch is a training step's, and what is made of it stays: in full precision.
+        # The first batch is a training step's, and what is made of it stays: in full precision, and every rank has all of it.
+        ranks, self._passes.ranks = self._passes.ranks, ALONE
         with torch.autocast(x.device.type, enabled=False):
             adopted = self._begin(x)
+        self._passes.ranks = ranks
         self.initialized.fill_(True)
         return adopted
 
@@ -142,24 +151,27 @@ class Learner(nn.Module):
         return Adopted(origin.place, kinds, (l0, codes.l0), (fvu, functional.fvu(x, rebuilt).item()), len(x), lost)
 
     def learn(self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, added: Tensor | None = None) -> Pass:
-        """One optimiser step on these rows, in micro-batches; `added` joins the loss once.
+        """One optimiser step on these rows and those of other ranks, in micro-batches; `added`, a sum over ranks too, joins the loss once.
 
         The order is that of arXiv 2406.04093 but for renormalising last: gradient, its radial part removed, clip, step, unit rows.
         """
         self.held = None
         optimizer.zero_grad()
         passes: list[Pass] = []
-        for i, rows in enumerate(x.chunk(self.micro_batches)):
+        count = int(self.ranks.total(len(x), x))
+        # As many parts on every rank, for they talk to each other about each.
+        for i, rows in enumerate(x.tensor_split(self.micro_batches)):
             # Not every optimiser's zero_grad lets go: a gradient that is still there lies in the memory that the next would be made in.
             passes.append(self._forward(rows, alone=i == 0 and self.W_dec.grad is None))
-            backward(passes[-1].loss * (len(rows) / len(x)))
+            backward(passes[-1].loss * (len(rows) / count))
         if added is not None:  # on its own: then its gradient is added to the loss's in place
             backward(added)
+        self.ranks.sum_(*(parameter.grad for parameter in self.sae.parameters()))
         self._constrain_gradient()
         optimizer.step()
         self._renormalize()
         merged = self._merge(passes, len(x))
-        self._observe(merged.codes, len(x))
+        self._observe(merged.codes, count)
         return merged
 
     @property
@@ -189,7 +201,7 @@ class Learner(nn.Module):
     def _forward(self, x: Tensor, *, alone: bool) -> Pass:
         z, undo = self.normalizer.normalize(x)
         out = self._passes.train(z, dead=self.dead, step=int(self.steps), alone=alone)
-        if out.codes.values.numel():  # SAELens's threshold stays where it is when nothing fires
+        if self.ranks.total(out.codes.values.numel(), z):  # SAELens's threshold stays where it is when nothing fires
             self.updates += 1
         losses = {name: value.detach() for name, value in out.losses.items()}
         return Pass(out.loss, losses, out.codes, len(x), lambda: self.normalizer.restore(out.reconstruction, undo))
@@ -215,8 +227,15 @@ class Learner(nn.Module):
     def _observe(self, codes: Codes, rows: int) -> None:
         self.steps += 1
         self.rows_seen += rows
-        self.silent_for += rows
-        self.silent_for[codes.latents] = 0
+        fired = torch.zeros_like(self.silent_for, dtype=torch.uint8)
+        fired[codes.latents] = 1
+        self.ranks.largest_(fired)
+        self.silent_for.add_(rows).masked_fill_(fired.bool(), 0)
+        if self._passes.ranks.alone and not self.ranks.alone:  # each has cut its own batch: the rule for inference is their mean
+            thresholds = [buffer for buffer in self.sae.buffers() if buffer.is_floating_point()]
+            self.ranks.sum_(*thresholds)
+            for threshold in thresholds:
+                threshold /= self.ranks.world_size
 
     @staticmethod
     def _merge(passes: list[Pass], rows: int) -> Pass:
@@ -231,14 +250,18 @@ class Learner(nn.Module):
         return Pass(loss, losses, codes, rows, lambda: torch.cat([p.reconstruction for p in passes]))
 
     def reading(self, x: Float[Tensor, "rows d_in"], seen: Pass) -> Reading:
-        """What a step on these rows showed."""
-        return Reading(
-            loss=seen.loss.detach(),
-            losses=seen.losses,
-            fvu=functional.fvu(x, seen.reconstruction),
-            l0=seen.codes.l0,
-            dead=self.dead.float().mean().item(),
-        )
+        """What a step on these rows, and those of other ranks, showed."""
+        dead = self.dead.float().mean().item()
+        if self.ranks.alone:
+            return Reading(seen.loss.detach(), seen.losses, functional.fvu(x, seen.reconstruction), seen.codes.l0, dead)
+        n, total, squares, error = functional.reconstruction_sums(x, seen.reconstruction)
+        means = torch.stack([seen.loss.detach(), *seen.losses.values(), x.new_tensor(seen.codes.l0)]).double() * n
+        sums = torch.cat([torch.stack([n, squares, error]), means, total])
+        self.ranks.sum_(sums)
+        (n, squares, error), means, total = sums.split([3, len(means), len(total)])
+        loss, *losses, l0 = (means / n).to(x.dtype)
+        fvu = functional.fvu_of_sums((n, total, squares, error)).to(x.dtype)
+        return Reading(loss, dict(zip(seen.losses, losses, strict=True)), fvu, l0.item(), dead)
 
 
 def _take_k(learner: Learner, _: object = None) -> None:

@@ -70,7 +70,7 @@ class LayerNorm(Normalizer):
         """See the class."""
         mean = x.mean(-1, keepdim=True)
         centred = x - mean
-        std = centred.std(-1, keepdim=True)
+        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5  # torch's std is ten times as slow
         return centred / (std + 1e-5), (std, mean)
 
     def fold(self, sae: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metasae_lightning import functional
 from metasae_lightning.errors import InputError
+from metasae_lightning.ranks import ALONE, Ranks
 from metasae_lightning.rowwise import mean_over_rows, order
 from metasae_lightning.sparse import LENT
 
@@ -41,6 +42,11 @@ class Penalty(nn.Module, ABC):
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """The penalty's value at primary step `step` (from 0): a pure function of its arguments."""
 
+    def part(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, ranks: Ranks) -> Float[Tensor, ""]:
+        """This rank's part: over ranks, parts and their gradients add up to the penalty's. One that cannot be divided is made by each."""
+        value = self(W_dec, critic, step)
+        return value if ranks.alone else value / ranks.world_size
+
 
 @final
 class Decomposability(Penalty):
@@ -62,11 +68,17 @@ class Decomposability(Penalty):
 
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """See the class."""
+        return self.part(W_dec, critic, step, ALONE)
+
+    def part(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, ranks: Ranks) -> Float[Tensor, ""]:
+        """The mean over this rank's share of the rows, by that share."""
         assert critic is not None
-        chosen = None
+        chosen, count = None, len(W_dec)
         if self.rows < 1:
             count = max(1, round(self.rows * len(W_dec)))
             chosen = order(len(W_dec), step=step, seed=self.seed)[:count].to(W_dec.device)
+        if not ranks.alone:
+            chosen = (torch.arange(count, device=W_dec.device) if chosen is None else chosen)[ranks.share(count)]
         with torch.no_grad():
             some = W_dec if chosen is None else W_dec.index_select(0, chosen)
             reconstruction = critic(functional.unit_rows(some, LENT.take("unit", some.shape, some)))
@@ -74,7 +86,8 @@ class Decomposability(Penalty):
         def of_rows(rows: Tensor, rebuilt: Tensor) -> tuple[Tensor, Tensor]:
             return functional.decomposability_with_slope(rows, rebuilt.to(rows.dtype), self.sigma_sq)
 
-        return mean_over_rows(of_rows, W_dec, reconstruction, chosen)
+        mean = mean_over_rows(of_rows, W_dec, reconstruction, chosen)
+        return mean if ranks.alone else mean * (len(reconstruction) / count)
 
 
 @final
@@ -92,8 +105,13 @@ class Orthogonality(Penalty):
 
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """See the class."""
+        return self.part(W_dec, critic, step, ALONE)
+
+    def part(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, ranks: Ranks) -> Float[Tensor, ""]:
+        """Each rank finds the neighbours of its share of every chunk."""
         if step % self.every:
             return W_dec.new_zeros(())
         permuted = order(len(W_dec), step=step, seed=self.seed).to(W_dec.device)
         chunks = list(permuted.chunk(-(-len(permuted) // self.chunk_size)))
-        return self.every * functional.orthogonality(W_dec, chunks).mean()
+        own = [ranks.share(len(chunk)) for chunk in chunks]
+        return self.every * functional.orthogonality(W_dec, chunks, own).sum() / len(W_dec)

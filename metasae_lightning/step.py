@@ -135,6 +135,15 @@ class StepOutput:
     meta: Reading | None = None
     """The meta SAE's last step, where this step ended a macro-step."""
 
+    def figures(self) -> dict[str, Any]:
+        """Everything that is one number, by the names that it is logged under."""
+        found: dict[str, Any] = {"train/loss": self.loss}
+        for role, reading in (("train", self.primary), ("meta", self.meta)):
+            if reading is not None:
+                found |= {f"{role}/fvu": reading.fvu, f"{role}/l0": reading.l0, f"{role}/dead": reading.dead}
+                found |= {f"{role}/{name}": value for name, value in reading.losses.items()}
+        return found | {f"penalty/{name}": value for name, value in self.penalties.items()}
+
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -4,18 +4,21 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from sae_lens import SAE
 from torch.optim import Adam
 
 from metasae_lightning import SyntheticDataModule, functional
 from metasae_lightning.callbacks import Export, HeldOut, Summary, TokenProgress
 from metasae_lightning.cli import main
+from metasae_lightning.demands import check_trainer
 from metasae_lightning.errors import InputError
 from metasae_lightning.joint import JointSAE
 from metasae_lightning.penalties import Decomposability
@@ -307,11 +310,10 @@ def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(tmp_path: Path)
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
-def test_several_ranks_are_refused():
-    module = JointSAE(config("topk"))
-    module.trainer = Trainer(**QUIET, enable_progress_bar=False, devices=2, strategy="ddp")
-    with pytest.raises(InputError, match="several ranks is not there yet, got 2"):
-        module.setup("fit")
+def test_several_ranks_by_another_strategy_are_refused():
+    trainer = SimpleNamespace(world_size=2, strategy=SingleDeviceStrategy(), precision="32-true", max_steps=-1)
+    with pytest.raises(InputError, match="strategy must be ddp, or one made from it, on 2 ranks, got SingleDeviceStrategy"):
+        check_trainer(trainer)
 
 
 @pytest.mark.slow

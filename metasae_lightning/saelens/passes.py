@@ -15,11 +15,15 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
 from metasae_lightning import sparse
+from metasae_lightning.errors import InputError
+from metasae_lightning.ranks import ALONE, Ranks
 from metasae_lightning.saelens.training import AnySAE
 from metasae_lightning.schedules import warm_up
 from metasae_lightning.step import Codes
 
 Kernels = Literal["sparse", "dense"]
+BatchCut = Literal["global", "local"]
+"""Whose activations a batch top-k SAE ranks together: every rank's, or each rank's own."""
 # SAELens's own classes alone: what a class made from one of them does instead is not known here.
 FAMILY = (TopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE)
 
@@ -50,6 +54,12 @@ class Passes(ABC):
         self.sae: Any = sae
         self.held: tuple[Tensor, Tensor] | None = None
         """Rows and latents that `read` keeps `again`."""
+        self.ranks = ALONE
+        """Whose batches one cut is made through."""
+
+    @abstractmethod
+    def join(self, ranks: Ranks, cut: BatchCut) -> None:
+        """Train beside other ranks, whose batches are parts of one."""
 
     @abstractmethod
     def train(self, z: Float[Tensor, "row d_in"], *, dead: Bool[Tensor, " d_sae"], step: int, alone: bool) -> Forward:
@@ -69,6 +79,14 @@ def passes_of(sae: AnySAE, kernels: Kernels, *, recurring: int = 0) -> Passes:
 @final
 class Dense(Passes):
     """SAELens's own forward pass."""
+
+    def join(self, ranks: Ranks, cut: BatchCut) -> None:
+        """See the class; a cut through several ranks' batches is nothing that SAELens knows."""
+        if isinstance(self.sae, BatchTopKTrainingSAE) and cut == "global" and not ranks.alone:
+            raise InputError(
+                f"SAELens's own {type(self.sae).__name__} ranks each process's batch apart: set kernels: sparse where it is one of "
+                f"{', '.join(kind.__name__ for kind in FAMILY)}, or batch_cut: local"
+            )
 
     def train(self, z: Tensor, *, dead: Tensor, step: int, alone: bool) -> Forward:
         """See the class; coefficients are warmed up as SAELens's trainer does."""
@@ -103,6 +121,10 @@ class Sparse(Passes):
         # Rows that come again are many; a batch's may still be looked at when the next one is there.
         self._rows = sparse.Memory() if screen is not None else None
 
+    def join(self, ranks: Ranks, cut: BatchCut) -> None:
+        """See the class."""
+        self.ranks = ranks if cut == "global" else ALONE
+
     def train(self, z: Tensor, *, dead: Tensor, step: int, alone: bool) -> Forward:
         """See the class."""
         z, apart = z.to(self.sae.W_enc.dtype), dead.nonzero().flatten()
@@ -120,8 +142,8 @@ class Sparse(Passes):
             losses |= {f"inner_mse_loss_{width}": _error(part, z) for width, part in zip(self._widths[:-1], parts, strict=False)}
         losses["auxiliary_reconstruction_loss"] = self._auxiliary(left, apart, found.apart, rows) if len(apart) else z.new_zeros(())
         codes = self._codes(found)
-        if hasattr(self.sae, "update_topk_threshold"):
-            self.sae.update_topk_threshold(codes.values)
+        if hasattr(self.sae, "update_topk_threshold") and found.edge is not None:
+            self.sae.update_topk_threshold(codes.values.new_tensor([found.edge]))
         return Forward(sum(losses.values(), z.new_zeros(())), losses, codes, lambda: z + off)
 
     @torch.no_grad()
@@ -141,7 +163,7 @@ class Sparse(Passes):
     def _encode(self, z: Tensor, apart: Tensor | None, alone: bool) -> sparse.Encoded:
         sae = self.sae
         each_row = not isinstance(sae, BatchTopKTrainingSAE)
-        rule = sparse.Rule(sae.cfg.k, each_row, self._near, self.screen)
+        rule = sparse.Rule(sae.cfg.k, each_row, self._near, self.screen, self.ranks)
         origin = sae.b_dec if sae.cfg.apply_b_dec_to_input else None
         memory: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if alone else {}
         found = sparse.encode(z, sae.W_enc, sae.b_enc, rule, origin=origin, scale=self._norms, apart=apart, **memory)

@@ -53,11 +53,11 @@ class Screen:
         return {**self.__dict__, "_reference": None, "_edge": 0.0}
 
     def suits(self, encoder: Encoder) -> bool:
-        """On a CPU, in full precision and without a scale; elsewhere a search is not what takes the time.
+        """On a CPU, in full precision, without a scale and in one process; elsewhere a search is not what takes the time, or is divided.
 
         Nor where what is made cannot be written to later.
         """
-        plain = encoder.x.dtype == encoder.b_enc.dtype and encoder.scale is None
+        plain = encoder.x.dtype == encoder.b_enc.dtype and encoder.scale is None and encoder.ranks.alone
         return plain and encoder.rows == self.rows and encoder.x.device.type == "cpu" and not torch.is_inference_mode_enabled()
 
     def keep(self, encoder: Encoder, count: int) -> Kept:

@@ -7,7 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from metasae_lightning.ranks import ALONE, Ranks
 from metasae_lightning.rowwise import some
+from metasae_lightning.sparse.cut import cut
 
 # Of so many values one is looked at to guess where the cut will be; of so many rows some, where there is nothing else to go by.
 STRIDE, SAMPLED_ROWS = 31, 32
@@ -49,7 +51,7 @@ class Kept(NamedTuple):
     rows: Int[Tensor, " nnz"]
     columns: Int[Tensor, " nnz"]
     edge: float | None
-    """The smallest scaled activation among them."""
+    """The smallest scaled activation among them, of all ranks."""
 
 
 class Encoder:
@@ -61,21 +63,22 @@ class Encoder:
         b_enc: Its bias, whose type is that of everything but the product.
         scale: What has a say in what is kept, and is not in the values that are returned.
         apart: Latents, in order, whose pre-activations are wanted whatever is kept.
+        ranks: Whose batches one cut is made through.
     """
 
-    def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, apart: Tensor):
+    def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, apart: Tensor, ranks: Ranks = ALONE):
         kind = x.device.type
         lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else b_enc.dtype
         self.x, self.W_enc, self.b_enc, self.scale, self.cut_apart = x.to(lower), W_enc.to(lower), b_enc, scale, apart
         self.apart = b_enc.new_zeros(len(x), len(apart))
-        self.rows, self.latents = len(x), W_enc.shape[1]
+        self.rows, self.latents, self.ranks = len(x), W_enc.shape[1], ranks
 
     def keep(self, k: float, *, each_row: bool, near: float | None) -> Kept:
         """The `k` largest of each row, or the `k * rows` largest of the batch; of positive ones alone.
 
         `near` is the edge of a batch like this one. It saves time where it is right, and changes nothing where it is not.
         """
-        return self._each_row(int(k)) if each_row else self._whole(int(k * self.rows), near)
+        return self._each_row(int(k)) if each_row else self._whole(k, near)
 
     def blocks(self, rows: int, latents: int) -> Iterator[tuple[int, int, Tensor]]:
         """Products with the encoder, without bias or scale, and where they begin. Each is overwritten by the next."""
@@ -120,10 +123,30 @@ class Encoder:
             found.append((values[at, which], at + top, columns[at, which]))
         return Kept(*map(torch.cat, zip(*found, strict=True)), edge=None) if found else self._nothing()
 
-    def _whole(self, count: int, near: float | None) -> Kept:
-        scaled, raw, places = self.top(count, near)
+    def _whole(self, k: float, near: float | None) -> Kept:
+        if self.ranks.alone:
+            scaled, raw, places = self.top(int(k * self.rows), near)
+            edge = scaled.min().item() if len(scaled) else None
+        else:
+            raw, places, edge = self._of_all(k, near)
         rows = places // self.latents
-        return Kept(raw, rows, places - rows * self.latents, scaled.min().item() if len(scaled) else None)
+        return Kept(raw, rows, places - rows * self.latents, edge)
+
+    def _of_all(self, k: float, near: float | None) -> tuple[Tensor, Tensor, float | None]:
+        """This rank's part of what is kept of all ranks' batches. No more of a rank's own can be kept than are kept of all."""
+        count = int(k * self.ranks.total(self.rows, self.b_enc))
+        begin = None if near is None else NEAR * near
+        while True:
+            if begin is None:  # one for all: what one rank guessed from its few rows may be too high for another
+                own = self._guess(int(k * self.rows)) if self.rows else torch.inf
+                begin = max(0.0, -self.ranks.most(-own, self.b_enc))
+                near = None
+            scaled, raw, places = self._above(begin, count) if self.rows else (*[self.b_enc.new_empty(0)] * 2, self._nothing().rows)
+            found = cut(scaled, count, self.ranks)
+            if begin == 0 or (found.enough and found.edge is not None and found.edge >= begin):
+                order = places[found.keep].argsort()
+                return raw[found.keep][order], places[found.keep][order], found.edge
+            begin = None if near is not None else 0.0
 
     def top(self, count: int, near: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled and raw activations and the places of the `count` largest, of positive ones alone, in the order of their places."""

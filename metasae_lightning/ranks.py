@@ -1,0 +1,109 @@
+"""What the processes of one run tell each other, and nothing where there is but one."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch import distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train one SAE. Each calls the same methods in the same order."""
+
+    rank: int = 0
+    """Which it is."""
+    world_size: int = 1
+    """How many there are."""
+    sent: list[int] | None = None
+    """Bytes that were given away so far, where somebody counts."""
+
+    @classmethod
+    def joined(cls) -> "Ranks":
+        """All that have joined torch's default group; this one alone where there is none."""
+        there = dist.is_available() and dist.is_initialized()
+        return cls(dist.get_rank(), dist.get_world_size()) if there else ALONE
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to talk to."""
+        return self.world_size == 1
+
+    def share(self, count: int) -> slice:
+        """This rank's of so many things, in the order of ranks, as even as can be.
+
+        >>> [Ranks(rank, 3).share(7) for rank in range(3)]
+        [slice(0, 3, None), slice(3, 5, None), slice(5, 7, None)]
+        """
+        size, more = divmod(count, self.world_size)
+        begin = self.rank * size + min(self.rank, more)
+        return slice(begin, begin + size + (self.rank < more))
+
+    def sum_(self, *tensors: Tensor | None) -> None:
+        """Each tensor the sum over ranks, in place: the same bits on all of them."""
+        self._reduce(tensors, dist.ReduceOp.SUM)
+
+    def summed(self, part: Tensor) -> Tensor:
+        """The sum over ranks; the part stays what it is."""
+        whole = part.detach().clone()
+        self.sum_(whole)
+        return whole
+
+    def largest_(self, *tensors: Tensor) -> None:
+        """Each tensor the largest over ranks, in place."""
+        self._reduce(tensors, dist.ReduceOp.MAX)
+
+    def total(self, value: float, like: Tensor) -> float:
+        """The sum over ranks of a number; `like` lies where messages are made."""
+        return value if self.alone else self._of(value, like, self.sum_)
+
+    def most(self, value: float, like: Tensor) -> float:
+        """The largest over ranks of a number."""
+        return value if self.alone else self._of(value, like, self.largest_)
+
+    def each(self, value: int, like: Tensor) -> list[int]:
+        """A number of every rank, in their order."""
+        if self.alone:
+            return [value]
+        numbers = torch.zeros(self.world_size, dtype=torch.int64, device=like.device)
+        numbers[self.rank] = value
+        self.sum_(numbers)
+        return numbers.tolist()
+
+    def together(self, rows: Float[Tensor, "row d"]) -> Float[Tensor, "all d"]:
+        """The rows of every rank, in their order."""
+        if self.alone:
+            return rows
+        counts = self.each(len(rows), rows)
+        parts = [rows.new_empty(count, *rows.shape[1:]) for count in counts]
+        for rank, part in enumerate(parts):
+            if rank == self.rank:
+                part.copy_(rows)
+            dist.broadcast(part, src=rank)
+            self._count(part if rank == self.rank else part[:0])
+        return torch.cat(parts)
+
+    def _of(self, value: float, like: Tensor, by: Any) -> float:
+        number = torch.tensor(value, dtype=torch.float64, device=like.device)
+        by(number)
+        return number.item()
+
+    def _reduce(self, tensors: Iterable[Tensor | None], op: Any) -> None:
+        if self.alone:
+            return
+        given = [tensor for tensor in tensors if tensor is not None]
+        for work in [dist.all_reduce(tensor, op=op, async_op=True) for tensor in given]:
+            assert work is not None
+            work.wait()
+        self._count(*given)
+
+    def _count(self, *tensors: Tensor) -> None:
+        if self.sent is not None:
+            self.sent.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+
+ALONE = Ranks()
+"""One process."""

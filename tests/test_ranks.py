@@ -1,0 +1,154 @@
+"""Several ranks make the step that one process makes of all their rows."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from metasae_lightning.errors import InputError
+from metasae_lightning.joint import JointSAE
+from metasae_lightning.penalties import Decomposability, Orthogonality
+from metasae_lightning.ranks import ALONE, Ranks
+from metasae_lightning.sparse.cut import cut
+from metasae_lightning.step import Batch
+from tests.architectures import activations, config, optimizers
+from tests.ranks import met
+
+STEPS = 30
+# Of each kind its primary's architecture, its config's arguments and the module's.
+KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "batchtopk": ("batchtopk", {}, {}),
+    "rescaled": ("batchtopk", {"rescale_acts_by_decoder_norm": True}, {"decoder_rows": "free"}),
+    "matryoshka, clipped": ("matryoshka_batchtopk", {}, {"clip_grad_norm": 0.5}),
+    "topk, micro-batches": ("topk", {}, {"micro_batches": 3}),
+    "gated": ("gated", {}, {}),
+    "jumprelu": ("jumprelu", {}, {}),
+    "whitened": ("batchtopk", {"normalize_activations": "covariance_whitening"}, {}),
+    "some rows": ("batchtopk", {}, {"meta_rows": 20, "penalties": {"d": Decomposability(0.3, rows=0.5)}}),
+    "orthogonality": ("batchtopk", {}, {"meta": None, "penalties": {"o": Orthogonality(0.3, chunk_size=20, every=2)}}),
+}
+
+
+def module(kind: str, dtype: torch.dtype) -> JointSAE:
+    architecture, of_config, of_module = KINDS[kind]
+    given: dict[str, Any] = {
+        "meta": config("batchtopk", d_sae=12),
+        "penalties": {"d": Decomposability(0.3)},
+        # So short that some latents are dead now and then, and the auxiliary loss is there.
+        **{"n_p": 3, "n_m": 2, "dead_after_tokens": 64},
+        **of_module,
+    }
+    return JointSAE(config(architecture, **of_config), **given).to(dtype)
+
+
+def trained(kind: str, dtype: torch.dtype, ranks: Ranks, uneven: bool = False) -> dict[str, Any]:
+    """Everything that training on this rank's part of each batch leaves, and what its steps showed."""
+    joint = module(kind, dtype)
+    joint.join(ranks)
+    primary, meta = optimizers(joint)
+    shown: list[list[Tensor]] = []
+    dead: list[Tensor] = []
+    for step in range(STEPS):
+        rows = activations(step).to(dtype)
+        begin, end = (ranks.share(len(rows)).start, ranks.share(len(rows)).stop)
+        if uneven:  # the first rank has half of the rest's besides
+            first = len(rows) - (len(rows) // ranks.world_size // 2) * (ranks.world_size - 1)
+            own = (len(rows) - first) // max(ranks.world_size - 1, 1)
+            begin, end = (0, first) if ranks.rank == 0 else (first + own * (ranks.rank - 1), first + own * ranks.rank)
+        out = joint.step(Batch(rows[begin:end]), primary, meta, last=step == STEPS - 1)
+        dead.append(joint.primary.dead)
+        shown.append([torch.as_tensor(value).double() for value in out.figures().values()])
+    return {"state": joint.state_dict(), "shown": shown, "dead": torch.stack(dead)}
+
+
+def cases() -> Iterator[tuple[str, torch.dtype, bool]]:
+    # SAELens makes its JumpReLU's threshold in float32 whatever the rest is.
+    yield from ((kind, torch.float64, False) for kind in KINDS if kind != "jumprelu")
+    yield from ((kind, torch.float32, False) for kind in ("batchtopk", "jumprelu"))
+    yield "batchtopk", torch.float64, True
+
+
+def on_rank(rank: int, folder: str) -> None:
+    ranks = Ranks.joined()
+    torch.save([trained(kind, dtype, ranks, uneven) for kind, dtype, uneven in cases()], f"{folder}/{rank}.pt")
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.filterwarnings("ignore:decoder_init_norm must be set")
+def test_ranks_train_what_one_process_trains_on_all_their_rows(count: int, tmp_path: Path):
+    met(count, on_rank, tmp_path)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
+    for number, (kind, dtype, _) in enumerate(cases()):
+        alone, told = trained(kind, dtype, ALONE), f"{kind}, {dtype}"
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+        ours = [one[number] for one in found]
+        for name, expected in alone["state"].items():
+            for one in ours:
+                assert (one["state"][name] == ours[0]["state"][name]).all(), f"{told}: {name} differs among ranks"
+            off = (ours[0]["state"][name].double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+            assert off <= tolerance, f"{told}: {name} is {off:.1e} off"
+        assert all((one["dead"] == alone["dead"]).all() for one in ours), told
+        assert alone["dead"].any() or kind in ("gated", "jumprelu"), told
+        for expected, *others in zip(alone["shown"], *(one["shown"] for one in ours), strict=True):
+            for each in others:
+                torch.testing.assert_close(
+                    torch.stack(each), torch.stack(expected), rtol=100 * tolerance, atol=1e-7 if tolerance > 1e-9 else 1e-12
+                )
+
+
+def test_ranks_that_do_not_talk_train_something_else(tmp_path: Path):
+    """The control: without sums over ranks the weights are others."""
+    expected = trained("batchtopk", torch.float64, ALONE)["state"]["primary.sae.W_dec"]
+    joint = module("batchtopk", torch.float64)
+    primary, meta = optimizers(joint)
+    for step in range(STEPS):
+        joint.step(Batch(activations(step).double()[:32]), primary, meta, last=step == STEPS - 1)
+    assert (joint.primary.W_dec - expected).norm() / expected.norm() > 1e-2
+
+
+def values(rank: int, case: int) -> Tensor:
+    """Numbers of a rank: some equal, some negative, of some ranks none at all."""
+    generator = torch.Generator().manual_seed(1000 * case + rank)
+    found = torch.randn(0 if case % 5 == rank else 40 + 30 * rank, generator=generator)
+    return [found, found.mul(4).round() / 4, found.double(), found * 1e-42, found.abs() * 1e30][case % 5]
+
+
+def cut_on_rank(rank: int, folder: str) -> None:
+    ranks = Ranks.joined()
+    torch.save([cut(values(rank, case), count, ranks) for case in range(10) for count in (1, 7, 60, 500)], f"{folder}/{rank}.pt")
+
+
+def test_the_cut_keeps_what_topk_keeps_of_all(tmp_path: Path):
+    met(3, cut_on_rank, tmp_path)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
+    cases = [(case, count) for case in range(10) for count in (1, 7, 60, 500)]
+    for number, (case, count) in enumerate(cases):
+        of_all = torch.cat([values(rank, case) for rank in range(3)])
+        # Of equals the first: a stable sort puts them so.
+        order = of_all.sort(descending=True, stable=True).indices[:count]
+        expected = torch.zeros(len(of_all), dtype=torch.bool)
+        expected[order] = True
+        expected &= of_all > 0
+        kept = torch.cat([found[rank][number].keep for rank in range(3)])
+        assert (kept == expected).all(), (case, count)
+        edges = {found[rank][number].edge for rank in range(3)}
+        assert edges == {of_all[expected].min().item() if expected.any() else None}
+        assert {found[rank][number].enough for rank in range(3)} == {int((of_all > 0).sum()) >= count}
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(7, 3), (2, 4), (0, 2), (8, 4)])
+def test_shares_are_even_and_leave_nothing_out(count: int, ranks: int):
+    shares = [list(range(count))[Ranks(rank, ranks).share(count)] for rank in range(ranks)]
+    assert [*itertools.chain(*shares)] == list(range(count)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_saelens_own_code_does_not_cut_through_ranks():
+    joint = JointSAE(config("batchtopk"), kernels="dense")
+    with pytest.raises(InputError, match="batch_cut: local"):
+        joint.join(Ranks(0, 2))
+    JointSAE(config("batchtopk"), kernels="dense", batch_cut="local").join(Ranks(0, 2))
+    JointSAE(config("gated"), kernels="dense").join(Ranks(0, 2))
