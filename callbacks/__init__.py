@@ -1,5 +1,6 @@
 """What to watch and when: each callback sees only what a step returned, and can be removed in YAML."""
 
+from metasae_lightning.callbacks.checkpoints import Checkpoints
 from metasae_lightning.callbacks.export import Export
 from metasae_lightning.callbacks.figures import Figures
 from metasae_lightning.callbacks.held_out import HeldOut
@@ -8,5 +9,6 @@ from metasae_lightning.callbacks.progress import TokenProgress
 from metasae_lightning.callbacks.stop import StopOnNaN
 from metasae_lightning.callbacks.summary import Summary
 from metasae_lightning.callbacks.throughput import Throughput
+from metasae_lightning.callbacks.watch import Watch
 
-__all__ = ["Export", "Figures", "HeldOut", "PhiMonitor", "StopOnNaN", "Summary", "Throughput", "TokenProgress"]
+__all__ = ["Checkpoints", "Export", "Figures", "HeldOut", "PhiMonitor", "StopOnNaN", "Summary", "Throughput", "TokenProgress", "Watch"]

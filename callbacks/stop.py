@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from metasae_lightning.errors import InputError
@@ -82,7 +81,7 @@ def first_broken(named: Mapping[str, Tensor]) -> str | None:
 def last_checkpoint(trainer: Trainer) -> Path | None:
     """The newest file that the run's checkpoint callbacks have written, or else the one it went on from."""
     # The callbacks' own `best_model_path` and `last_model_path` are set before a checkpoint is written.
-    folders = [Path(saver.dirpath) for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint) and saver.dirpath]
+    folders = [Path(place) for saver in trainer.checkpoint_callbacks if (place := getattr(saver, "dirpath", None))]
     written = [path.resolve() for folder in folders for path in folder.glob("*.ckpt") if path.exists()]
     resumed = [Path(trainer.ckpt_path)] if trainer.ckpt_path and Path(trainer.ckpt_path).exists() else []
     return max(written or resumed, key=lambda path: path.stat().st_mtime, default=None)

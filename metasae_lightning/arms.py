@@ -83,6 +83,10 @@ class SideBySide(LightningModule):
             with named(name):
                 arm.on_fit_start()
 
+    def on_train_start(self) -> None:
+        """See JointSAE."""
+        next(iter(self.arms.values())).on_train_start()
+
     def configure_optimizers(self) -> Any:
         """The optimisers and schedules of all arms, one arm's after the other's."""
         made = [arm.configure_optimizers() for arm in self.arms.values()]

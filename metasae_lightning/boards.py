@@ -1,10 +1,11 @@
-"""TensorBoard with a run for each arm, so that arms lie over each other in one plot."""
+"""Where a run logs to: CSV, and TensorBoard with a run for each arm, so that arms lie over each other in one plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 
 class ArmBoards(TensorBoardLogger):
@@ -38,3 +39,13 @@ class ArmBoards(TensorBoardLogger):
         for board in self._boards.values():
             board.finalize(status)
         super().finalize(status)
+
+
+def loggers(run: str, arms: Sequence[str] = ()) -> list[Any]:
+    """The default loggers, which need no account; TensorBoard's has a run for each arm."""
+    # Lightning's CSV logger deletes the file that is there: a resumed run keeps the earlier part beside it.
+    earlier = Path(run) / "metrics.csv"
+    if earlier.exists() and not rank_zero_only.rank:
+        part = next(i for i in range(1, 10_000) if not earlier.with_name(f"metrics.{i}.csv").exists())
+        earlier.rename(earlier.with_name(f"metrics.{part}.csv"))
+    return [CSVLogger(run, name="", version=""), ArmBoards(run, arms) if arms else TensorBoardLogger(run, name="tensorboard", version="")]

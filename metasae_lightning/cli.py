@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +15,16 @@ from unittest.mock import patch
 import yaml
 from jsonargparse import ArgumentError
 from jsonargparse.typing import register_type
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from metasae_lightning import callbacks, commands, memory
-from metasae_lightning.boards import ArmBoards
-from metasae_lightning.complaints import complaint
+from metasae_lightning.boards import loggers
+from metasae_lightning.checkpoints import WholeFiles, newest
+from metasae_lightning.complaints import complaint, trouble
 from metasae_lightning.corpora import Corpus
 from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.errors import InputError
@@ -108,7 +110,9 @@ class MetasaeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """One line for what the parser refuses."""
         try:
-            super().parse_arguments(parser, args)
+            # LightningCLI warns where arguments come from both; later the launcher of other ranks repeats what the shell was told.
+            with patch.object(sys, "argv", sys.argv[:1]):
+                super().parse_arguments(parser, args)
             if (subcommand := self.config.get("subcommand")) in ("fit", "validate", "test"):
                 self._expand(subcommand)
         except ArgumentError as error:
@@ -137,8 +141,8 @@ class MetasaeCLI(LightningCLI):
             self.save_config_callback = None
             return
         run, checkpoint = self.run_directory, self._get(self.config, "ckpt_path")
-        if checkpoint == "last" and not list((run / "checkpoints").glob("last*.ckpt")):
-            raise InputError(f"--ckpt_path last: there is no last checkpoint in {run / 'checkpoints'}")
+        if checkpoint == "last":
+            checkpoint = self.config[self.subcommand]["ckpt_path"] = last(run)
         if checkpoint not in (None, "last", "best", "hpc") and "://" not in checkpoint and not Path(checkpoint).exists():
             raise InputError(f"--ckpt_path {checkpoint}: there is no such file")
         if self.subcommand != "fit" and checkpoint is None:
@@ -173,6 +177,10 @@ class MetasaeCLI(LightningCLI):
         if given.get("logger") in (None, True):
             arms = list(getattr(self.model, "arms", ()))
             kwargs["logger"] = loggers(run, arms) if self.subcommand == "fit" and not given.get("fast_dev_run") else False
+        plugins = given.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeFiles()]
         return super().instantiate_trainer(**kwargs)
 
     def test(self, **kwargs: Any) -> None:
@@ -197,10 +205,10 @@ def main(args: list[str] | None = None) -> int:
         if os.environ.get("METASAE_DEBUG"):
             raise
         return failed(complaint(error))
-    except OSError as error:
-        if os.environ.get("METASAE_DEBUG") or error.errno is None:
+    except (OSError, RuntimeError) as error:
+        if os.environ.get("METASAE_DEBUG") or not (said := trouble(error)):
             raise
-        return failed(f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split()))
+        return failed(said)
     except KeyboardInterrupt:
         sys.stderr.write("metasae: stopped\n")
         return 130
@@ -211,7 +219,7 @@ def lightning(arguments: list[str]) -> None:
     """LightningCLI's own commands."""
     strict = {"exit_on_error": False, "allow_abbrev": False}
     more = "metasae calibrate, compare, publish, and test with runs or SAEs in the place of options, have a --help of their own."
-    with quiet(), patch.object(sys, "argv", sys.argv[:1]):  # LightningCLI warns where arguments come from both
+    with quiet():
         MetasaeCLI(
             LightningModule,
             LightningDataModule,
@@ -230,9 +238,20 @@ def lightning(arguments: list[str]) -> None:
 
 
 def failed(message: str) -> int:
-    """Say it and fail."""
-    sys.stderr.write(f"metasae: error: {message}\n")
+    """Say it and fail; beside others, say who."""
+    rank = rank_zero_only.rank
+    sys.stderr.write(f"metasae: error: {f'rank {rank}: ' if rank else ''}{message}\n")
     return 2
+
+
+def last(run: Path) -> str:
+    """The newest whole checkpoint of a run; a damaged one is passed over, and that is said."""
+    path, broken = newest([run / "checkpoints", run])
+    for each, why in broken.items():
+        sys.stderr.write(f"metasae: the checkpoint {each} is damaged ({why}): the one before it is tried\n")
+    if path is None:
+        raise InputError(f"--ckpt_path last: there is no {'whole' if broken else 'last'} checkpoint in {run / 'checkpoints'}")
+    return str(path)
 
 
 def recipe(word: str, before: str) -> str:
@@ -241,16 +260,6 @@ def recipe(word: str, before: str) -> str:
         return word
     shipped = RECIPES / f"{word.removesuffix('.yaml')}.yaml"
     return str(shipped) if shipped.exists() else word
-
-
-def loggers(run: str, arms: Sequence[str] = ()) -> list[Any]:
-    """The default loggers, which need no account; TensorBoard's has a run for each arm."""
-    # Lightning's CSV logger deletes the file that is there: a resumed run keeps the earlier part beside it.
-    earlier = Path(run) / "metrics.csv"
-    if earlier.exists():
-        part = next(i for i in range(1, 10_000) if not earlier.with_name(f"metrics.{i}.csv").exists())
-        earlier.rename(earlier.with_name(f"metrics.{part}.csv"))
-    return [CSVLogger(run, name="", version=""), ArmBoards(run, arms) if arms else TensorBoardLogger(run, name="tensorboard", version="")]
 
 
 def names_of(bases: tuple[type, ...]) -> set[str]:

@@ -7,6 +7,25 @@ from collections.abc import Iterable, Iterator
 
 from metasae_lightning.errors import InputError, did_you_mean
 
+# What torch says where a rank that it waits for is gone.
+GONE = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Broken pipe|NCCL.*(?:remote process exited|Timeout)|Timed out waiting"
+)
+
+
+def trouble(error: OSError | RuntimeError) -> str:
+    """The one line of what a machine refuses, or of another rank's end; nothing for an error that is the program's own.
+
+    >>> trouble(FileNotFoundError(2, "No such file", "a.txt")), trouble(RuntimeError("a bug"))
+    ('a.txt: No such file', '')
+    """
+    words = " ".join(str(error).split())
+    if GONE.search(words):
+        return f"another rank has ended, and this one cannot go on without it; --ckpt_path last goes on from the last checkpoint ({words})"
+    if not isinstance(error, OSError) or error.errno is None:
+        return ""
+    return f"{error.filename}: {error.strerror}" if error.filename else words
+
 
 def complaint(error: BaseException, keys: Iterable[str] = (), names: Iterable[str] = ()) -> str:
     """The one line of an error.

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Penalty
+from metasae_lightning.ranks import Ranks
 from metasae_lightning.saelens import TrainingSAEConfig
 
 
@@ -49,6 +50,15 @@ def check_data(data: Any, hook: str | None, d_in: int) -> None:
     width = widths.get(hook) if hook else next(iter(widths.values()), None)
     if width is not None and width != d_in:
         raise InputError(f"primary.d_in is {d_in}, but the activations are {width} wide: set d_in: {width}")
+
+
+def check_batches(trainer: Any, ranks: Ranks) -> None:
+    """Ranks make every step together: one with more batches would wait for the others for ever."""
+    for what, counts in (("training", [trainer.num_training_batches]), ("validation", trainer.num_val_batches)):
+        if all(count != float("inf") for count in counts):
+            each = ranks.each(int(sum(counts)), torch.zeros(0, device=trainer.strategy.root_device))
+            if len(set(each)) > 1:
+                raise InputError(f"data: ranks must have equally many {what} batches, and have {', '.join(map(str, each))}")
 
 
 def check_trainer(trainer: Any) -> None:

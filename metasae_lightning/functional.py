@@ -11,8 +11,6 @@ from torch.nn.functional import normalize
 
 from metasae_lightning.rowwise import pieces
 
-# Rows whose cosines with all others are there at once.
-PAIRED = 1024
 Rows = Float[Tensor, "d_sae d_in"]
 Counts = Float[Tensor, "*shape"]
 Alike = Float[Tensor, "*#shape"]
@@ -79,14 +77,9 @@ def orthogonality(W_dec: Float[Tensor, "d_sae d_in"], chunks: list[Tensor], own:
     scores = W_dec.new_zeros(W_dec.shape[0])
     for chunk, part in zip(chunks, own or [slice(None)] * len(chunks), strict=True):
         if len(chunk) > 1:
-            scored = chunk[part]
-            with torch.no_grad():  # the largest's gradient is its own pair's alone: a matrix of all pairs is looked at and let go
-                others = rows[chunk]
-                nearest = [
-                    (rows[some] @ others.T).masked_fill_(some[:, None] == chunk, -torch.inf).argmax(1) for some in scored.split(PAIRED)
-                ]
-            near = torch.linalg.vecdot(rows[scored], rows[chunk[torch.cat(nearest)]])
-            scores = scores.index_put((scored,), near.square().to(scores.dtype))
+            some = rows[chunk]  # the largest's gradient is its own pair's alone: a matrix of all pairs is looked at and let go
+            near = torch.linalg.vecdot(some[part], some[nearest(some.detach(), part)])
+            scores = scores.index_put((chunk[part],), near.square().to(scores.dtype))
     return scores
 
 
@@ -223,13 +216,14 @@ def nearest_cosines(W_dec: Float[Tensor, "d_sae d_in"], *, rows: int = 1024) -> 
     >>> nearest_cosines(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]))
     tensor([0.6000, 0.8000, 0.8000])
     """
-    directions, found = unit_rows(W_dec), list[Tensor]()
-    for start in range(0, len(directions), rows):
-        cosines = directions[start : start + rows] @ directions.T
-        own = torch.arange(len(cosines), device=W_dec.device)
-        cosines[own, start + own] = -torch.inf
-        found.append(cosines.amax(1))
-    return torch.cat(found)
+    directions = unit_rows(W_dec)
+    return torch.linalg.vecdot(directions, directions[nearest(directions, at_once=rows)])
+
+
+def nearest(rows: Rows, which: slice = slice(None), *, at_once: int = 1024) -> Int[Tensor, " which"]:
+    """Of each of these rows, the other row that it has the largest product with."""
+    every = torch.arange(len(rows), device=rows.device)
+    return torch.cat([(rows[i] @ rows.T).masked_fill_(i[:, None] == every, -torch.inf).argmax(1) for i in every[which].split(at_once)])
 
 
 def spectrum(W_dec: Float[Tensor, "d_sae d_in"], *, rows: int = 4096) -> Float[Tensor, " d_in"]:

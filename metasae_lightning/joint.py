@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metasae_lightning import functional
 from metasae_lightning.alternation import meta_steps_after, meta_steps_in
-from metasae_lightning.demands import check_data, check_roles, check_trainer
+from metasae_lightning.demands import check_batches, check_data, check_roles, check_trainer
 from metasae_lightning.errors import InputError
 from metasae_lightning.learner import Learner
 from metasae_lightning.origin import Adopted, Origin
@@ -65,6 +65,11 @@ class JointSAE(LightningModule):
         batch_cut: Whether a batch top-k SAE keeps the largest activations of all ranks' batches together, `global`, or of each, `local`.
     """
 
+    critic_supports: Literal["exact", "macro_step"]
+    kernels: Kernels
+    batch_cut: BatchCut
+    ranks: Ranks = ALONE
+
     def __init__(
         self,
         primary: TrainingSAEConfig,
@@ -103,10 +108,7 @@ class JointSAE(LightningModule):
         if meta_rows is not None and not 0 < meta_rows <= primary.d_sae:
             raise InputError(f"meta_rows must lie between 1 and the decoder's {primary.d_sae} rows, got {meta_rows}")
         self.n_p, self.n_m, self.meta_rows, self.seed = n_p, n_m, meta_rows, seed
-        self.critic_supports: Literal["exact", "macro_step"] = critic_supports
-        self.kernels: Kernels = kernels
-        self.batch_cut: BatchCut = batch_cut
-        self.ranks = ALONE
+        self.critic_supports, self.kernels, self.batch_cut = critic_supports, kernels, batch_cut
         shared: dict[str, Any] = {"decoder_rows": decoder_rows, "clip_grad_norm": clip_grad_norm, "kernels": kernels}
         own: dict[str, Any] = {"b_dec_init": b_dec_init, "micro_batches": micro_batches, "origin": _origin(init_from)}
         self.primary = Learner(primary, role="primary", seed=seed, dead_after=dead_after_tokens, **own, **shared)
@@ -205,10 +207,8 @@ class JointSAE(LightningModule):
         return list(self.penalties.items())  # pyright: ignore[reportReturnType]
 
     def _backward(self, loss: Tensor) -> None:
-        # Without a trainer (a notebook, a test) there is no strategy and no scaler to go through.
-        if self._trainer is None:
-            loss.backward()
-            return
+        if self._trainer is None:  # a notebook, a test: there is no strategy and no scaler to go through
+            return loss.backward()
         # Gradients are summed once, before the step that takes them: not by each of its passes.
         strategy = self.trainer.strategy
         with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
@@ -235,6 +235,10 @@ class JointSAE(LightningModule):
                 learner.origin.open(learner.role, learner.sae.cfg)
                 if learner is self.primary and tell is not None:
                     learner.origin.check(tell(*([self.hook] if self.hook else [])))
+
+    def on_train_start(self) -> None:
+        """See there."""
+        check_batches(self.trainer, self.ranks)
 
     def configure_optimizers(self) -> Any:
         """One optimiser, and one schedule where given, for each SAE."""

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from metasae_lightning import footprint
 from metasae_lightning.arms import SideBySide
+from metasae_lightning.checkpoints import WholeFiles
 from metasae_lightning.errors import InputError
 from metasae_lightning.footprint import Rise
 from metasae_lightning.joint import JointSAE
@@ -265,7 +266,9 @@ def _training(model: JointSAE, data: Any, trainer: Any, wide: int) -> Iterator[L
         yield _phase("a meta step", here, seen.meta, how, "lower meta.d_sae", kind="decoder")
     yield _phase("a held-out batch", here, seen.evaluation, f"{rows:,} rows", "lower batch_size", kind="batch")
     saes = [footprint.size(learner) * wide for learner in footprint.learners(model).values()]
-    if trainer.checkpoint_callbacks:
+    if trainer.world_size > 1:
+        yield Line("DDP's buckets", here, footprint.parameters(model) * wide, "as large as the gradients, on each rank", "fewer latents")
+    if trainer.checkpoint_callbacks and not isinstance(trainer.strategy.checkpoint_io, WholeFiles):
         # lightning.fabric.utilities.cloud_io._atomic_save
         rise = footprint.blocks([sum(saes) + state])
         yield replace(_phase("a checkpoint", "cpu", rise, "written to memory before the disk", kind="file"), arms="each")

@@ -81,7 +81,7 @@ DOWN = {
     "cached": "activations cache stream rows shuffle batching corpora errors",
     "planted": "synthetic corpora",
     "data": "planted cached activations cache stream batching corpora lm step errors",
-    "demands": "penalties saelens errors",
+    "demands": "penalties ranks saelens errors",
     "joint": "demands penalties ranks alternation schedules learner origin rowwise saelens step functional errors",
     "observers": "step errors",
     "arms": "joint observers step errors",
@@ -89,8 +89,9 @@ DOWN = {
     "heap": "",
     "boards": "",
     "footprint": "joint learner rowwise lm normalizers functional step errors",
-    "memory": "footprint arms joint errors",
-    "callbacks": "observers records metrics saelens step functional errors",
+    "memory": "footprint arms checkpoints joint errors",
+    "checkpoints": "errors",
+    "callbacks": "observers checkpoints ranks records metrics saelens step functional errors",
     "commands": ANY,
     "cli": ANY,
     "__init__": ANY,
@@ -98,7 +99,20 @@ DOWN = {
 # The only rooms that may name these libraries.
 DOORS = {
     "sae_lens": {"saelens", "lm", "synthetic"},
-    "lightning": {"demands", "joint", "observers", "arms", "boards", "data", "planted", "callbacks", "arguments", "commands", "cli"},
+    "lightning": {
+        "demands",
+        "joint",
+        "observers",
+        "arms",
+        "boards",
+        "data",
+        "planted",
+        "callbacks",
+        "checkpoints",
+        "arguments",
+        "commands",
+        "cli",
+    },
 }
 PURE = {"functional", "sparse", "rowwise", "step", "alternation", "schedules", "shuffle", "batching"}
 PURE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "jaxtyping", OURS}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from metasae_lightning.cli import loggers, main
+from metasae_lightning.boards import loggers
+from metasae_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 

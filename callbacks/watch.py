@@ -1,0 +1,102 @@
+"""A rank that no longer answers is named, and the others do not wait for it for ever."""
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import distributed as dist
+
+from metasae_lightning.errors import InputError
+
+
+class Watch(Callback):
+    """End a run of several ranks that has made no step for a while, and say which rank it waits for.
+
+    Ranks wait for each other inside messages, where nothing of Python's can be heard. So each has a thread that tells the others how far it
+    has come, and looks how far they have.
+
+    Args:
+        minutes: How long a step, a validation or a checkpoint may take.
+    """
+
+    def __init__(self, minutes: float = 15.0) -> None:
+        if minutes <= 0:
+            raise InputError(f"Watch: minutes must be more than 0, got {minutes}")
+        self.minutes = minutes
+        self._moves = 0
+        self._over = threading.Event()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin."""
+        if trainer.world_size > 1 and dist.is_initialized():
+            self._over.clear()
+            store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store())
+            threading.Thread(target=self._look, args=(store, trainer.global_rank, trainer.world_size), name="watch", daemon=True).start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A step is made."""
+        self._moves += 1
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """So is one of these."""
+        self._moves += 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What follows is rank zero's."""
+        self._over.set()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The run ends anyway."""
+        self._over.set()
+
+    def _look(self, store: Any, rank: int, world_size: int) -> None:
+        limit = 60 * self.minutes
+        moved, since = -1, time.monotonic()
+        heard: dict[int, tuple[str, float]] = {}
+        while not self._over.wait(limit / 20):
+            now = time.monotonic()
+            if self._moves != moved:
+                moved, since = self._moves, now
+            try:
+                store.set(str(rank), f"{self._moves}/{now}")
+                for other in range(world_size):
+                    said = store.get(str(other)).decode() if store.check([str(other)]) else ""
+                    if heard.get(other, ("", 0.0))[0] != said:
+                        heard[other] = (said, now)
+            except RuntimeError:  # the store went with the rank that kept it
+                if now - since > limit:
+                    self._end("rank 0 has ended", limit)
+                continue
+            if now - since > limit:
+                self._end(
+                    waited_for({other: (int(said.split("/")[0] or -1), now - at) for other, (said, at) in heard.items()}, limit), limit
+                )
+
+    def _end(self, who: str, limit: float) -> None:
+        ends = f"no step was made for {limit:,.0f} s, and this run ends: {who}"
+        sys.stderr.write(f"metasae: error: {ends}; --ckpt_path last goes on from the last checkpoint\n")
+        sys.stderr.flush()
+        os._exit(3)
+
+
+def waited_for(ranks: dict[int, tuple[int, float]], limit: float) -> str:
+    """Who it is, of the steps that each rank has made and the seconds since it was heard of.
+
+    >>> waited_for({0: (7, 0.5), 1: (7, 40.0)}, 30.0)
+    'rank 1 was last heard of 40 s ago'
+    >>> waited_for({0: (7, 0.5), 1: (6, 0.7)}, 30.0)
+    'rank 1 has made 6 steps and others 7'
+    """
+    silent = {rank: quiet for rank, (_, quiet) in ranks.items() if quiet > limit / 4}
+    if silent:
+        return ", ".join(f"rank {rank} was last heard of {quiet:,.0f} s ago" for rank, quiet in silent.items())
+    steps = [made for made, _ in ranks.values()]
+    behind = [str(rank) for rank, (made, _) in ranks.items() if made < max(steps)]
+    if not behind:
+        return f"all ranks stand at step {max(steps)}"
+    return f"rank {', '.join(behind)} has made {min(steps)} steps and others {max(steps)}"

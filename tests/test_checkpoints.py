@@ -1,0 +1,203 @@
+"""Checkpoints: whole or not there, written between steps, found again; a run that is told to stop can be gone on with."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+from safetensors.torch import load_file
+
+from metasae_lightning.callbacks import Checkpoints
+from metasae_lightning.checkpoints import WholeFiles, damage, newest
+from metasae_lightning.cli import main
+from metasae_lightning.errors import InputError
+from metasae_lightning.joint import JointSAE
+from metasae_lightning.penalties import Decomposability
+from metasae_lightning.planted import SyntheticDataModule
+from metasae_lightning.synthetic import SyntheticModelConfig
+from tests.architectures import D_IN, config
+
+ROOT = Path(__file__).parents[1]
+QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+
+
+def write(path: Path, number: float) -> None:
+    WholeFiles().save_checkpoint({"weights": torch.full((1000,), number)}, path)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path / "a.ckpt", 1.0)
+
+    def full(what: Any, file: Any) -> None:
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match=r"a\.ckpt cannot be written, and those before it are as they were .*No space left.* MiB are free"):
+        write(tmp_path / "a.ckpt", 2.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+    assert torch.load(tmp_path / "a.ckpt")["weights"].eq(1.0).all()
+
+
+def test_what_does_not_read_back_is_not_given_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "save", lambda what, file: file.write(b"PK nothing"))
+    with pytest.raises(InputError, match="does not read back"):
+        write(tmp_path / "a.ckpt", 1.0)
+    assert not list(tmp_path.iterdir())
+
+
+def spoil(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flipped":
+        at = data.index(torch.full((4,), 3.0).numpy().tobytes())
+        data[at] ^= 1
+    path.write_bytes(data[: len(data) // 2] if how == "truncated" else b"" if how == "emptied" else data)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "emptied"])
+def test_a_damaged_checkpoint_is_known_and_the_one_before_it_is_found(tmp_path: Path, how: str):
+    for number in (1, 2, 3):
+        write(tmp_path / f"tokens={number}.ckpt", float(number))
+        os.utime(tmp_path / f"tokens={number}.ckpt", ns=(number, number))
+    assert newest([tmp_path]) == (tmp_path / "tokens=3.ckpt", {})
+    spoil(tmp_path / "tokens=3.ckpt", how)
+    os.utime(tmp_path / "tokens=3.ckpt", ns=(3, 3))
+    found, broken = newest([tmp_path])
+    assert found == tmp_path / "tokens=2.ckpt" and list(broken) == [tmp_path / "tokens=3.ckpt"]
+    with pytest.raises(InputError, match=r"tokens=3\.ckpt is damaged .* --ckpt_path last"):
+        WholeFiles().load_checkpoint(tmp_path / "tokens=3.ckpt")
+    assert damage(found) is None
+
+
+class Tell(Callback):
+    """The process is told something after a step."""
+
+    def __init__(self, at: int, number: signal.Signals) -> None:
+        self.at, self.number = at, number
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+def fitted(folder: Path, *callbacks: Callback, checkpoint: Path | None = None) -> JointSAE:
+    module = JointSAE(config("batchtopk"), config("topk", d_sae=8), {"d": Decomposability(0.3)}, n_p=3, n_m=2)
+    data = SyntheticDataModule(SyntheticModelConfig(num_features=32, hidden_dim=D_IN, seed=0), tokens=768, batch_size=64)
+    options: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "limit_val_batches": 0, "plugins": [WholeFiles()], **QUIET}
+    Trainer(default_root_dir=folder, callbacks=list(callbacks), **options).fit(module, datamodule=data, ckpt_path=checkpoint)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_the_last_few_are_kept_and_one_is_the_last(tmp_path: Path):
+    fitted(tmp_path, Checkpoints(every_tokens=128, every_minutes=None, keep=3))
+    kept = sorted(int(path.stem.split("=")[1]) for path in (tmp_path / "checkpoints").glob("tokens=*.ckpt"))
+    assert kept == [512, 640, 768]  # batches of 64: after every second, and at the end
+    assert (tmp_path / "checkpoints" / "last.ckpt").resolve().name == "tokens=768.ckpt"
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, SystemExit)])
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_told_to_stop_it_writes_a_checkpoint_after_the_step_and_goes_on_from_it(
+    number: signal.Signals, raised: type[BaseException], tmp_path: Path
+):
+    whole = fitted(tmp_path / "whole")
+    before = signal.getsignal(number)
+    with pytest.raises(raised):
+        fitted(tmp_path, Checkpoints(), Tell(4, number))
+    signal.signal(number, before)  # Lightning ignores Ctrl-C once it has heard it
+    found, broken = newest([tmp_path / "checkpoints"])
+    assert found is not None and found.name == "tokens=320.ckpt" and not broken
+    resumed = fitted(tmp_path / "resumed", Checkpoints(), checkpoint=found)
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+def command(run: Path, *more: str) -> list[str]:
+    overlay = run.parent / "often.yaml"
+    callbacks = [{"class_path": "Export"}, {"class_path": "Checkpoints", "init_args": {"every_tokens": 4096}}]
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    sizes = ["--data.init_args.tokens", "131072", "--data.init_args.validation_tokens", "4096", "--data.init_args.batch_size", "512"]
+    return [sys.executable, str(ROOT / "cli.py"), "fit", "-c", "synthetic", "-c", str(overlay), "--run", str(run), *sizes, *more]
+
+
+def begun(run: Path, *more: str) -> subprocess.Popen[str]:
+    # One thread: products are then summed in one order whatever else the machine does.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(run, *more), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def ended(run: Path, *more: str) -> None:
+    process = begun(run, *more)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told[-3000:]
+
+
+def same(one: Path, two: Path) -> bool:
+    found = [load_file(run / "saes" / role / "sae_weights.safetensors") for run in (one, two) for role in ("primary", "meta")]
+    return all(torch.equal(a[key], b[key]) for a, b in (found[::2], found[1::2]) for key in a)
+
+
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
+
+@pytest.mark.parametrize("ranks", [(), TWO], ids=["alone", "two ranks"])
+def test_a_run_that_is_killed_or_told_to_stop_ends_as_one_that_never_was(ranks: tuple[str, ...], tmp_path: Path):
+    ended(tmp_path / "whole", *ranks)
+    run = tmp_path / "run"
+    for number, how in enumerate((signal.SIGKILL, signal.SIGTERM)):
+        process = begun(run, *ranks, *(["--ckpt_path", "last"] if number else []))
+        before, deadline = newest([run / "checkpoints"])[0], time.monotonic() + 200
+        while newest([run / "checkpoints"])[0] == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if how == signal.SIGKILL:
+            os.killpg(process.pid, how)
+        else:
+            process.send_signal(how)
+        _, told = process.communicate(timeout=200)
+        assert process.returncode != 0 or how == signal.SIGTERM, told[-3000:]
+        assert not (run / "saes").exists(), "it had ended before"
+    newest_one, _ = newest([run / "checkpoints"])
+    assert newest_one is not None
+    spoil(newest_one, "truncated")
+    ended(run, *ranks, "--ckpt_path", "last")
+    assert same(tmp_path / "whole", run)
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "tokens=1.ckpt").write_bytes(b"PK")
+    assert main([*command(tmp_path / "run", "--ckpt_path", "last")[2:]]) == 2
+    said = capsys.readouterr().err.strip().split("\n")
+    assert "tokens=1.ckpt is damaged" in said[-2] and "there is no whole checkpoint in" in said[-1]
+
+
+def test_a_rank_that_stalls_is_named_and_the_others_end(tmp_path: Path):
+    watch = {"class_path": "Watch", "init_args": {"minutes": 0.1}}
+    (tmp_path / "watched.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [watch, {"class_path": "Checkpoints"}]}}))
+    process = begun(tmp_path / "run", *TWO, "-c", str(tmp_path / "watched.yaml"), "--data.init_args.tokens", "100000000")
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / "config.yaml").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    (second,) = [
+        int(line) for line in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    ]
+    os.kill(second, signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        process.wait(60)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # the one that was stopped holds the pipes
+    _, told = process.communicate()
+    assert process.returncode == 3 and time.monotonic() - began < 30
+    assert "no step was made for 6 s, and this run ends: rank 1 was last heard of" in told
