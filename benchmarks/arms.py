@@ -1,7 +1,7 @@
 """Arms side by side on one stream against a run for each, end to end: `metasae fit` as a process, on the embedded model and text.
 
-    python benchmarks/arms.py                                # the paper's twelve arms at 4,608 latents
-    python benchmarks/arms.py --only solo control --tokens 20480
+    python benchmarks/arms.py                                # the study's twelve arms at 4,608 latents: four kinds, three seeds
+    python benchmarks/arms.py --recipe paper_grid --only solo control --tokens 40960
 
 Both do all that a run does: start, load the model, train, validate, export. The arms' weights are then compared bit for bit.
 """
@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 
 
-def fit(run: Path, tokens: int, only: list[str]) -> float:
+def fit(run: Path, recipe: str, tokens: int, only: list[str]) -> float:
     """Seconds of a process that trains these arms."""
     sizes = {"tokens": tokens, "validation_tokens": tokens // 4, "buffer_size": min(16384, tokens)}
     data = [f"--data.init_args.{name}={value}" for name, value in sizes.items()]
-    command = [sys.executable, str(ROOT / "cli.py"), "fit", "-c", "quickstart", "-c", "paper_grid", "--run", str(run), *data]
+    command = [sys.executable, str(ROOT / "cli.py"), "fit", "-c", "quickstart", "-c", recipe, "--run", str(run), *data]
     began = time.perf_counter()
     done = subprocess.run([*command, f"--only={json.dumps(only)}"], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -34,13 +34,13 @@ def fit(run: Path, tokens: int, only: list[str]) -> float:
     return time.perf_counter() - began
 
 
-def names() -> list[str]:
-    """The arms of the paper's grid."""
+def names(recipe: str) -> list[str]:
+    """The arms of a recipe."""
     import yaml
 
     from metasae_lightning.grid import named
 
-    tree: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "paper_grid.yaml").read_text())
+    tree: dict[str, Any] = yaml.safe_load((ROOT / "configs" / f"{recipe}.yaml").read_text())
     return list(named(tree["arms"], tree["grid"]))
 
 
@@ -53,21 +53,23 @@ def same(one: Path, other: Path, arm: str) -> bool:
 def main() -> None:
     """Run, print and keep the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=names())
-    parser.add_argument("--tokens", type=int, default=40_960)
+    parser.add_argument("--recipe", default="quickstart_seeds")
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--tokens", type=int, default=20_480)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/arms.csv"))
     given = parser.parse_args()
+    arms: list[str] = given.only or names(given.recipe)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{described()}, fp32: {len(given.only)} arms, {given.tokens:,} tokens")
+    print(f"{described()}, fp32: {len(arms)} arms of {given.recipe}, {given.tokens:,} tokens")
     with tempfile.TemporaryDirectory() as folder, given.out.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["run", "seconds", "same_bits"])
-        together = fit(Path(folder) / "together", given.tokens, given.only)
+        together = fit(Path(folder) / "together", given.recipe, given.tokens, arms)
         table.writerow(["together", round(together, 1), ""])
         print(f"together: {together:.1f} s", flush=True)
         alone = dict[str, float]()
-        for arm in given.only:
-            alone[arm] = fit(Path(folder) / arm, given.tokens, [arm])
+        for arm in arms:
+            alone[arm] = fit(Path(folder) / arm, given.recipe, given.tokens, [arm])
             equal = same(Path(folder) / "together", Path(folder) / arm, arm)
             table.writerow([arm, round(alone[arm], 1), equal])
             print(f"{arm} alone: {alone[arm]:.1f} s, {'the same bits' if equal else 'OTHER BITS'}", flush=True)

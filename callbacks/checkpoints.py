@@ -76,6 +76,8 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: Trainer, tokens: int) -> None:
         assert self.dirpath is not None
+        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            return
         self._saved_at, self._when = tokens, time.monotonic()
         path = self.dirpath / f"tokens={tokens}.ckpt"
         trainer.save_checkpoint(path)

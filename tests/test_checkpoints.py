@@ -1,7 +1,9 @@
 """Checkpoints: whole or not there, written between steps, found again; a run that is told to stop can be gone on with."""
 
 import errno
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from metasae_lightning.penalties import Decomposability
 from metasae_lightning.planted import SyntheticDataModule
 from metasae_lightning.synthetic import SyntheticModelConfig
 from tests.architectures import D_IN, config
+from tests.models import documents, save_model
 
 ROOT = Path(__file__).parents[1]
 QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
@@ -150,8 +153,8 @@ def same(one: Path, two: Path) -> bool:
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 
-@pytest.mark.parametrize("ranks", [(), TWO], ids=["alone", "two ranks"])
-def test_a_run_that_is_killed_or_told_to_stop_ends_as_one_that_never_was(ranks: tuple[str, ...], tmp_path: Path):
+def test_two_ranks_that_are_killed_or_told_to_stop_end_as_they_would_have(tmp_path: Path):
+    ranks = TWO
     ended(tmp_path / "whole", *ranks)
     run = tmp_path / "run"
     for number, how in enumerate((signal.SIGKILL, signal.SIGTERM)):
@@ -171,6 +174,70 @@ def test_a_run_that_is_killed_or_told_to_stop_ends_as_one_that_never_was(ranks: 
     spoil(newest_one, "truncated")
     ended(run, *ranks, "--ckpt_path", "last")
     assert same(tmp_path / "whole", run)
+
+
+def quickstart_like(folder: Path) -> Path:
+    """The quickstart's recipe, arms and all, on a tiny model: a language model, text, a shuffle buffer, held-out documents."""
+    save_model(folder / "tiny", "llama", layers=2)
+    (folder / "text.txt").write_text("\n\n".join(documents(400)))
+    tree = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    lm = {
+        "class_path": "metasae_lightning.lm.HuggingFaceLM",
+        "init_args": {"name": str(folder / "tiny"), "hook": "blocks.1.hook_resid_post"},
+    }
+    corpus = {"class_path": "metasae_lightning.corpora.TextFiles", "init_args": {"paths": str(folder / "text.txt")}}
+    sizes = {"tokens": 64_000, "batch_size": 64, "context_size": 12, "buffer_size": 640, "held_out": 0.1, "validation_tokens": 640}
+    tree["data"]["init_args"] = {"language_model": lm, "corpus": corpus, **sizes, "test_tokens": 640}
+    for role, size in (("primary", 64), ("meta", 16)):
+        tree["model"]["init_args"][role]["init_args"] |= {"d_in": 32, "d_sae": size, "k": 4}
+    tree["trainer"]["callbacks"][-1] = {"class_path": "Checkpoints", "init_args": {"every_tokens": 640}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "recipe.yaml"
+
+
+def came_to(run: Path) -> dict[str, Any]:
+    """Weights of every exported SAE, and the figures but for what a clock says."""
+    found: dict[str, Any] = {str(path.relative_to(run)): load_file(path) for path in run.glob("arms/*/saes/*/sae_weights.safetensors")}
+    arms = json.loads((run / "evaluation.json").read_text())["arms"]
+    told = {name: {key: value for key, value in arm["validation"].items() if "second" not in key} for name, arm in arms.items()}
+    return {**found, "figures": told}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [(), TWO], ids=["alone", "two ranks"])
+def test_killed_at_twenty_random_points_it_comes_to_the_same(ranks: tuple[str, ...], tmp_path: Path):
+    recipe, chance = quickstart_like(tmp_path), random.Random(0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def started(run: Path, *more: str) -> subprocess.Popen[str]:
+        words = [sys.executable, str(ROOT / "cli.py"), "fit", "-c", str(recipe), "--run", str(run), *ranks, *more]
+        return subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    process = started(tmp_path / "whole")
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told[-3000:]
+    run, kills = tmp_path / "run", 0
+    while kills < 20:
+        there = (run / "checkpoints" / "last.ckpt").exists()
+        process = started(run, *(["--ckpt_path", "last"] if there else []))
+        wanted, deadline = chance.randrange(1, 4), time.monotonic() + 120
+        seen: set[Path] = set(run.glob("checkpoints/tokens=*.ckpt"))
+        while len(set(run.glob("checkpoints/tokens=*.ckpt")) - seen) < wanted and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.2)
+        assert process.poll() is None, "it had ended: nothing is killed any more"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    process = started(run, "--ckpt_path", "last")
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told[-3000:]
+    expected, found = came_to(tmp_path / "whole"), came_to(run)
+    assert found.keys() == expected.keys() and len(found) == 6  # three arms' primaries, two metas, figures
+    assert found.pop("figures") == expected.pop("figures")
+    assert all(torch.equal(found[name][key], value) for name, weights in expected.items() for key, value in weights.items())
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

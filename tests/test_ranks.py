@@ -3,12 +3,14 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from metasae_lightning.demands import check_batches
 from metasae_lightning.errors import InputError
 from metasae_lightning.joint import JointSAE
 from metasae_lightning.penalties import Decomposability, Orthogonality
@@ -65,16 +67,18 @@ def trained(kind: str, dtype: torch.dtype, ranks: Ranks, uneven: bool = False) -
     return {"state": joint.state_dict(), "shown": shown, "dead": torch.stack(dead)}
 
 
-def cases() -> Iterator[tuple[str, torch.dtype, bool]]:
+def cases(count: int) -> Iterator[tuple[str, torch.dtype, bool]]:
+    """What is trained on so many ranks: on two everything."""
     # SAELens makes its JumpReLU's threshold in float32 whatever the rest is.
-    yield from ((kind, torch.float64, False) for kind in KINDS if kind != "jumprelu")
+    exact = [kind for kind in KINDS if kind != "jumprelu"] if count == 2 else ["batchtopk", "matryoshka, clipped", "some rows"]
+    yield from ((kind, torch.float64, False) for kind in exact)
     yield from ((kind, torch.float32, False) for kind in ("batchtopk", "jumprelu"))
     yield "batchtopk", torch.float64, True
 
 
 def on_rank(rank: int, folder: str) -> None:
     ranks = Ranks.joined()
-    torch.save([trained(kind, dtype, ranks, uneven) for kind, dtype, uneven in cases()], f"{folder}/{rank}.pt")
+    torch.save([trained(kind, dtype, ranks, uneven) for kind, dtype, uneven in cases(ranks.world_size)], f"{folder}/{rank}.pt")
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -82,7 +86,7 @@ def on_rank(rank: int, folder: str) -> None:
 def test_ranks_train_what_one_process_trains_on_all_their_rows(count: int, tmp_path: Path):
     met(count, on_rank, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
-    for number, (kind, dtype, _) in enumerate(cases()):
+    for number, (kind, dtype, _) in enumerate(cases(count)):
         alone, told = trained(kind, dtype, ALONE), f"{kind}, {dtype}"
         tolerance = 1e-5 if dtype == torch.float32 else 1e-12
         ours = [one[number] for one in found]
@@ -117,8 +121,20 @@ def values(rank: int, case: int) -> Tensor:
     return [found, found.mul(4).round() / 4, found.double(), found * 1e-42, found.abs() * 1e30][case % 5]
 
 
+def trainer(batches: float) -> Any:
+    return SimpleNamespace(
+        num_training_batches=batches, num_val_batches=[2], strategy=SimpleNamespace(root_device=torch.device("cpu")), world_size=3
+    )
+
+
 def cut_on_rank(rank: int, folder: str) -> None:
     ranks = Ranks.joined()
+    check_batches(trainer(7), ranks)
+    check_batches(trainer(float("inf")), ranks)
+    with pytest.raises(InputError, match="data: ranks must have equally many training batches, and have 7, 7, 8"):
+        check_batches(trainer(7 + (rank == 2)), ranks)
+    whole = ranks.together(torch.full((rank, 2), float(rank)))  # the first has none
+    assert whole.tolist() == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
     torch.save([cut(values(rank, case), count, ranks) for case in range(10) for count in (1, 7, 60, 500)], f"{folder}/{rank}.pt")
 
 
