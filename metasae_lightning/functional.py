@@ -77,8 +77,8 @@ def orthogonality(W_dec: Float[Tensor, "d_sae d_in"], chunks: list[Tensor], own:
     scores = W_dec.new_zeros(W_dec.shape[0])
     for chunk, part in zip(chunks, own or [slice(None)] * len(chunks), strict=True):
         if len(chunk) > 1:
-            some = rows[chunk]  # the largest's gradient is its own pair's alone: a matrix of all pairs is looked at and let go
-            near = torch.linalg.vecdot(some[part], some[nearest(some.detach(), part)])
+            some = rows[chunk]  # the gradient is the nearest pair's alone; threads would add that of some[...] up in any order
+            near = torch.linalg.vecdot(some[part], some.index_select(0, nearest(some.detach(), part)))
             scores = scores.index_put((chunk[part],), near.square().to(scores.dtype))
     return scores
 

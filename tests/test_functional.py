@@ -198,6 +198,21 @@ def test_dead_is_of_the_window_and_densities_of_everything():
     assert metric.density().tolist() == pytest.approx([1 / 6, 3 / 6, 0, 0])
 
 
+def test_orthogonalitys_gradient_is_the_same_bits_however_many_threads_add_to_it():
+    """Many rows have one nearest: what they add to it must be added in one order."""
+    rows = torch.randn(2000, 128, generator=torch.Generator().manual_seed(0))
+    before, found = torch.get_num_threads(), list[torch.Tensor]()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(10):
+            leaf = rows.clone().requires_grad_()
+            functional.orthogonality(leaf, [torch.arange(len(rows))]).sum().backward()
+            found.append(leaf.grad)  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
 def test_nearest_cosines_in_chunks_are_those_of_the_whole():
     rows = random_rows(37, 5, 0)
     cosines = functional.unit_rows(rows) @ functional.unit_rows(rows).T
