@@ -1,7 +1,7 @@
 """Checkpoints at intervals and when a run is told to stop, between two steps and never inside one."""
 
+import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,8 +23,9 @@ TOLD = [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT] if hasattr(signal, "SIGUS
 class Checkpoints(Checkpoint):
     """Everything that a run needs to go on, in `checkpoints/`: at intervals, at the end, and when it is told to stop.
 
-    SIGTERM, Ctrl-C and a batch system's warning (SIGUSR1, where Lightning heeds it) wait for the end of the step, where all ranks write
-    one checkpoint and end together. A second Ctrl-C ends the run at once.
+    SIGTERM, Ctrl-C and a batch system's warning (SIGUSR1, where Lightning heeds it) wait for the end of the step, or of a validation and
+    the step after it, where all ranks write one checkpoint and end together. After the last step the run ends as it would have. A second
+    Ctrl-C ends it at once.
 
     Args:
         every_tokens: After so many more tokens.
@@ -48,8 +49,7 @@ class Checkpoints(Checkpoint):
         self._saved_at, self._when, self._told = pl_module.rows_seen, time.monotonic(), 0
         if threading.current_thread() is threading.main_thread():
             for number in TOLD:
-                handler = signal.getsignal(number)
-                if number == signal.SIGINT or handler not in (None, signal.SIG_DFL, signal.SIG_IGN):  # only what somebody heeds
+                if signal.getsignal(number) not in (None, signal.SIG_DFL, signal.SIG_IGN):  # only what somebody heeds
                     self._handlers[number] = signal.signal(number, self._hear)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -87,19 +87,20 @@ class Checkpoints(Checkpoint):
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._told == TOLD.index(signal.SIGINT) + 1:
             raise KeyboardInterrupt
-        if number == signal.SIGINT:
-            sys.stderr.write("metasae: stopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
+        if number == signal.SIGINT:  # whatever was being written when it came is not written into
+            os.write(2, b"\nmetasae: stopping after the next step, with a checkpoint; Ctrl-C again stops at once\n")
         self._told = max(self._told, TOLD.index(signal.Signals(number)) + 1)
 
     def _heed(self, trainer: Any, number: signal.Signals) -> None:
         rank_zero_info(f"{number.name}: a checkpoint is written, {self.dirpath}; --ckpt_path last goes on from it")
-        handler = self._handlers.get(number)
-        self._listen_no_more()
+        self._told = 0
         if number == signal.SIGINT:
+            self._listen_no_more()
             raise KeyboardInterrupt
         if number == signal.SIGTERM:  # Lightning ends the loop by it, on every rank
+            self._listen_no_more()
             trainer._signal_connector.received_sigterm = True
-        elif handler is not None:
+        elif handler := self._handlers.get(number):  # the batch system starts the run again, and ends this one by itself
             handler(number, None)
 
     def _listen_no_more(self) -> None:

@@ -16,7 +16,7 @@ class Watch(Callback):
     """End a run of several ranks that has made no step for a while, and say which rank it waits for.
 
     Ranks wait for each other inside messages, where nothing of Python's can be heard. So each has a thread that tells the others how far it
-    has come, and looks how far they have.
+    has come, and one that looks how far they have and how long ago they were heard of.
 
     Args:
         minutes: How long a step, a validation or a checkpoint may take.
@@ -28,13 +28,19 @@ class Watch(Callback):
         self.minutes = minutes
         self._moves = 0
         self._over = threading.Event()
+        self._heard: dict[int, tuple[str, float]] = {}
+        self._answered = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin."""
         if trainer.world_size > 1 and dist.is_initialized():
             self._over.clear()
             store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store())
-            threading.Thread(target=self._look, args=(store, trainer.global_rank, trainer.world_size), name="watch", daemon=True).start()
+            self._answered = time.monotonic()
+            self._heard = dict.fromkeys(range(trainer.world_size), ("0/", self._answered))
+            talk = (store, trainer.global_rank, trainer.world_size)
+            threading.Thread(target=self._talk, args=talk, name="watch: messages", daemon=True).start()
+            threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A step is made."""
@@ -54,28 +60,35 @@ class Watch(Callback):
         """The run ends anyway."""
         self._over.set()
 
-    def _look(self, store: Any, rank: int, world_size: int) -> None:
-        limit = 60 * self.minutes
-        moved, since = -1, time.monotonic()
-        heard: dict[int, tuple[str, float]] = {}
+    def _talk(self, store: Any, rank: int, world_size: int) -> None:
+        """Tell and hear. Rank 0 keeps the messages: where it is gone this waits or fails, and nothing more is heard of anyone."""
+        while not self._over.is_set():
+            try:
+                store.set(str(rank), f"{self._moves}/{time.monotonic()}")
+                said = {other: store.get(str(other)).decode() for other in range(world_size) if store.check([str(other)])}
+            except RuntimeError:
+                return
+            now = time.monotonic()
+            for other, words in said.items():
+                if self._heard[other][0] != words:
+                    self._heard[other] = (words, now)
+            self._answered = now
+            self._over.wait(60 * self.minutes / 20)
+
+    def _look(self) -> None:
+        """End the run where it is due."""
+        limit, moved, since = 60 * self.minutes, -1, time.monotonic()
+        looked = since
         while not self._over.wait(limit / 20):
             now = time.monotonic()
-            if self._moves != moved:
+            if self._moves != moved or now - looked > limit / 4:  # all of this process was suspended: that is no rank's fault
                 moved, since = self._moves, now
-            try:
-                store.set(str(rank), f"{self._moves}/{now}")
-                for other in range(world_size):
-                    said = store.get(str(other)).decode() if store.check([str(other)]) else ""
-                    if heard.get(other, ("", 0.0))[0] != said:
-                        heard[other] = (said, now)
-            except RuntimeError:  # the store went with the rank that kept it
-                if now - since > limit:
-                    self._end("rank 0 has ended", limit)
-                continue
+            looked = now
             if now - since > limit:
-                self._end(
-                    waited_for({other: (int(said.split("/")[0] or -1), now - at) for other, (said, at) in heard.items()}, limit), limit
-                )
+                if now - self._answered > limit / 4:
+                    self._end(f"rank 0, which keeps what ranks tell each other, was last heard of {now - self._answered:,.0f} s ago", limit)
+                heard = {other: (int(words.split("/")[0]), now - at) for other, (words, at) in self._heard.items()}
+                self._end(waited_for(heard, limit), limit)
 
     def _end(self, who: str, limit: float) -> None:
         ends = f"no step was made for {limit:,.0f} s, and this run ends: {who}"

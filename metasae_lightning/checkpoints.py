@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,6 +36,7 @@ class WholeFiles(TorchCheckpointIO):
             if why := damage(draft):
                 raise OSError(f"what was written does not read back: {why}")
             draft.replace(place)
+            _settle(place.parent)
         except (OSError, RuntimeError) as error:  # torch's writer has words of its own for what a disk says
             left = shutil.disk_usage(place.parent).free / 2**20 if place.parent.exists() else 0.0
             raise InputError(
@@ -57,8 +59,8 @@ def damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        return " ".join(str(error).split())
+    except Exception as error:  # whatever a reader makes of bytes that mean something else now
+        return " ".join(str(error).split()) or type(error).__name__
     return None if bad is None else f"its part {bad} is not what was written"
 
 
@@ -74,7 +76,9 @@ def newest(folders: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
 
 
 def keep(path: Path, count: int) -> None:
-    """Point to a checkpoint as the last one, and keep so many of its kind."""
+    """Point to a checkpoint as the last one, keep so many of its kind, and remove what a process left that ended while it wrote one."""
+    for draft in path.parent.glob(".*.ckpt.*"):
+        draft.unlink(missing_ok=True)
     link = path.with_name(f".{LAST}.{os.getpid()}")
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
@@ -83,3 +87,27 @@ def keep(path: Path, count: int) -> None:
     mine = sorted(path.parent.glob(f"{kind}=*.ckpt"), key=lambda one: one.stat().st_mtime_ns, reverse=True)
     for old in mine[count:]:
         old.unlink(missing_ok=True)
+
+
+def last(run: Path) -> str:
+    """The newest whole checkpoint of a run; a damaged one is passed over, and that is said."""
+    path, broken = newest([run / "checkpoints", run])
+    for each, why in broken.items():
+        sys.stderr.write(f"metasae: the checkpoint {each} is damaged ({why}): the one before it is tried\n")
+    if path is None:
+        raise InputError(f"--ckpt_path last: there is no {'whole' if broken else 'last'} checkpoint in {run / 'checkpoints'}")
+    return str(path)
+
+
+def restarted(run: Path) -> bool:
+    """Whether a batch system has begun this job again, after one that left checkpoints: its command is the one that began the run."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0 and newest([run / "checkpoints", run])[0] is not None
+
+
+def _settle(folder: Path) -> None:
+    """Have a name that was given survive a loss of power, before what it replaces is removed."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

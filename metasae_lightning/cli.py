@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from metasae_lightning import callbacks, commands, memory
 from metasae_lightning.boards import loggers
-from metasae_lightning.checkpoints import WholeFiles, newest
+from metasae_lightning.checkpoints import WholeFiles, last, restarted
 from metasae_lightning.complaints import complaint, trouble
 from metasae_lightning.corpora import Corpus
 from metasae_lightning.data import ActivationsDataModule
@@ -141,7 +141,7 @@ class MetasaeCLI(LightningCLI):
             self.save_config_callback = None
             return
         run, checkpoint = self.run_directory, self._get(self.config, "ckpt_path")
-        if checkpoint == "last":
+        if checkpoint == "last" or (checkpoint is None and self.subcommand == "fit" and restarted(run)):
             checkpoint = self.config[self.subcommand]["ckpt_path"] = last(run)
         if checkpoint not in (None, "last", "best", "hpc") and "://" not in checkpoint and not Path(checkpoint).exists():
             raise InputError(f"--ckpt_path {checkpoint}: there is no such file")
@@ -242,16 +242,6 @@ def failed(message: str) -> int:
     rank = rank_zero_only.rank
     sys.stderr.write(f"metasae: error: {f'rank {rank}: ' if rank else ''}{message}\n")
     return 2
-
-
-def last(run: Path) -> str:
-    """The newest whole checkpoint of a run; a damaged one is passed over, and that is said."""
-    path, broken = newest([run / "checkpoints", run])
-    for each, why in broken.items():
-        sys.stderr.write(f"metasae: the checkpoint {each} is damaged ({why}): the one before it is tried\n")
-    if path is None:
-        raise InputError(f"--ckpt_path last: there is no {'whole' if broken else 'last'} checkpoint in {run / 'checkpoints'}")
-    return str(path)
 
 
 def recipe(word: str, before: str) -> str:

@@ -20,7 +20,7 @@ def trouble(error: OSError | RuntimeError) -> str:
     ('a.txt: No such file', '')
     """
     words = " ".join(str(error).split())
-    if GONE.search(words):
+    if not isinstance(error, OSError) and GONE.search(words):
         return f"another rank has ended, and this one cannot go on without it; --ckpt_path last goes on from the last checkpoint ({words})"
     if not isinstance(error, OSError) or error.errno is None:
         return ""

@@ -52,8 +52,17 @@ def check_data(data: Any, hook: str | None, d_in: int) -> None:
         raise InputError(f"primary.d_in is {d_in}, but the activations are {width} wide: set d_in: {width}")
 
 
-def check_batches(trainer: Any, ranks: Ranks) -> None:
-    """Ranks make every step together: one with more batches would wait for the others for ever."""
+def check_ranks(ranks: Ranks, critic_supports: str) -> None:
+    """What a critic holds from step to step is of the rows that one process judges, and no checkpoint has it of every rank."""
+    if critic_supports == "macro_step" and not ranks.alone:
+        raise InputError(f"critic_supports: macro_step is for one process, got {ranks.world_size} ranks: leave it at exact")
+
+
+def check_batches(trainer: Any, ranks: Ranks, rows_seen: int) -> None:
+    """Ranks make every step together, from the same one on: one with more batches would wait for the others for ever."""
+    stand = ranks.each(rows_seen, torch.zeros(0, device=trainer.strategy.root_device))
+    if len(set(stand)) > 1:
+        raise InputError(f"--ckpt_path: ranks went on from different checkpoints, after {', '.join(map(str, stand))} tokens: name a file")
     for what, counts in (("training", [trainer.num_training_batches]), ("validation", trainer.num_val_batches)):
         if all(count != float("inf") for count in counts):
             each = ranks.each(int(sum(counts)), torch.zeros(0, device=trainer.strategy.root_device))

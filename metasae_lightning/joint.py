@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metasae_lightning import functional
 from metasae_lightning.alternation import meta_steps_after, meta_steps_in
-from metasae_lightning.demands import check_batches, check_data, check_roles, check_trainer
+from metasae_lightning.demands import check_batches, check_data, check_ranks, check_roles, check_trainer
 from metasae_lightning.errors import InputError
 from metasae_lightning.learner import Learner
 from metasae_lightning.origin import Adopted, Origin
@@ -173,6 +173,7 @@ class JointSAE(LightningModule):
 
     def join(self, ranks: Ranks) -> None:
         """Train beside other ranks: batches are parts of one, and the penalty's and the meta SAE's rows are divided."""
+        check_ranks(ranks, self.critic_supports)
         self.ranks = ranks
         for learner in filter(None, (self.primary, self.meta)):
             learner.join(ranks, self.batch_cut)
@@ -194,11 +195,10 @@ class JointSAE(LightningModule):
         rows = functional.unit_rows(self.primary.W_dec.detach())
         judged, count = None, self.meta_rows or len(rows)
         for left in reversed(range(steps)):
-            some = rows[self.ranks.share(count)]
+            own: slice | Tensor = self.ranks.share(count)
             if self.meta_rows is not None:  # not in the order that a penalty of the same seed draws
-                drawn = order(len(rows), step=int(self.meta.steps), seed=self.seed + 1)[:count]
-                some = rows[drawn[self.ranks.share(count)].to(rows.device)]
-            seen = self.meta.learn(some, optimizer, backward=self._backward)
+                own = order(len(rows), step=int(self.meta.steps), seed=self.seed + 1)[:count][own].to(rows.device)
+            seen = self.meta.learn(some := rows[own], optimizer, backward=self._backward)
             self._advance("meta")
             judged = None if left else self.meta.reading(some, seen)
         return judged
@@ -238,7 +238,7 @@ class JointSAE(LightningModule):
 
     def on_train_start(self) -> None:
         """See there."""
-        check_batches(self.trainer, self.ranks)
+        check_batches(self.trainer, self.ranks, self.rows_seen)
 
     def configure_optimizers(self) -> Any:
         """One optimiser, and one schedule where given, for each SAE."""

@@ -129,10 +129,12 @@ def trainer(batches: float) -> Any:
 
 def cut_on_rank(rank: int, folder: str) -> None:
     ranks = Ranks.joined()
-    check_batches(trainer(7), ranks)
-    check_batches(trainer(float("inf")), ranks)
+    check_batches(trainer(7), ranks, 640)
+    check_batches(trainer(float("inf")), ranks, 640)
     with pytest.raises(InputError, match="data: ranks must have equally many training batches, and have 7, 7, 8"):
-        check_batches(trainer(7 + (rank == 2)), ranks)
+        check_batches(trainer(7 + (rank == 2)), ranks, 640)
+    with pytest.raises(InputError, match="ranks went on from different checkpoints, after 640, 640, 1280 tokens"):
+        check_batches(trainer(7), ranks, 640 * (1 + (rank == 2)))
     whole = ranks.together(torch.full((rank, 2), float(rank)))  # the first has none
     assert whole.tolist() == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
     torch.save([cut(values(rank, case), count, ranks) for case in range(10) for count in (1, 7, 60, 500)], f"{folder}/{rank}.pt")
@@ -160,6 +162,11 @@ def test_the_cut_keeps_what_topk_keeps_of_all(tmp_path: Path):
 def test_shares_are_even_and_leave_nothing_out(count: int, ranks: int):
     shares = [list(range(count))[Ranks(rank, ranks).share(count)] for rank in range(ranks)]
     assert [*itertools.chain(*shares)] == list(range(count)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_what_is_for_one_process_is_refused():
+    with pytest.raises(InputError, match="critic_supports: macro_step is for one process, got 2 ranks"):
+        JointSAE(config("batchtopk"), critic_supports="macro_step").join(Ranks(0, 2))
 
 
 def test_saelens_own_code_does_not_cut_through_ranks():
