@@ -9,6 +9,6 @@ from metasae_lightning.callbacks.progress import TokenProgress
 from metasae_lightning.callbacks.stop import StopOnNaN
 from metasae_lightning.callbacks.summary import Summary
 from metasae_lightning.callbacks.throughput import Throughput
-from metasae_lightning.callbacks.watch import Watch
+from metasae_lightning.callbacks.watchdog import Watchdog
 
-__all__ = ["Checkpoints", "Export", "Figures", "HeldOut", "PhiMonitor", "StopOnNaN", "Summary", "Throughput", "TokenProgress", "Watch"]
+__all__ = ["Checkpoints", "Export", "Figures", "HeldOut", "PhiMonitor", "StopOnNaN", "Summary", "Throughput", "TokenProgress", "Watchdog"]

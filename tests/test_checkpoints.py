@@ -272,7 +272,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_gone_on_with(tmp_path: Path, ca
 
 @pytest.mark.parametrize("stalled", [0, 1])
 def test_a_rank_that_stalls_is_named_and_the_others_end(stalled: int, tmp_path: Path):
-    watch = {"class_path": "Watch", "init_args": {"minutes": 0.1}}
+    watch = {"class_path": "Watchdog", "init_args": {"minutes": 0.1}}
     (tmp_path / "watched.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [watch, {"class_path": "Checkpoints"}]}}))
     process = begun(tmp_path / "run", *TWO, "-c", str(tmp_path / "watched.yaml"), "--data.init_args.tokens", "100000000")
     deadline = time.monotonic() + 200

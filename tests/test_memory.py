@@ -96,8 +96,8 @@ def test_what_a_run_has_not_has_no_line(tmp_path: Path):
 def test_every_thing_is_on_its_device(tmp_path: Path):
     data = activations(tmp_path, buffer_device="cpu")
     data.language_model._device = "cuda:0"
-    strategy = SimpleNamespace(root_device=torch.device("cuda:0"))
-    there: Any = SimpleNamespace(strategy=strategy, precision="32-true", callbacks=[], checkpoint_callbacks=[1])
+    strategy = SimpleNamespace(root_device=torch.device("cuda:0"), checkpoint_io=None)
+    there: Any = SimpleNamespace(strategy=strategy, precision="32-true", callbacks=[], checkpoint_callbacks=[1], world_size=1)
     plan = memory.plan(JointSAE(config("topk", d_in=32)), data, there)
     on_host = {line.what for line in plan.lines if line.device == "cpu"}
     assert on_host == {"this process", "loading it", "shuffle buffer", "a checkpoint"}
@@ -112,7 +112,11 @@ def test_a_device_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = activations(tmp_path)
     data.language_model._device = "cuda"
     there: Any = SimpleNamespace(
-        strategy=SimpleNamespace(root_device=torch.device("cuda:0")), precision="32-true", callbacks=[], checkpoint_callbacks=[]
+        strategy=SimpleNamespace(root_device=torch.device("cuda:0"), checkpoint_io=None),
+        precision="32-true",
+        callbacks=[],
+        checkpoint_callbacks=[],
+        world_size=1,
     )
     plan = memory.plan(JointSAE(config("topk", d_in=32)), data, there)
     assert {line.device for line in plan.lines} == {"cpu", "cuda:0"}

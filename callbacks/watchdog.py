@@ -12,7 +12,7 @@ from torch import distributed as dist
 from metasae_lightning.errors import InputError
 
 
-class Watch(Callback):
+class Watchdog(Callback):
     """End a run of several ranks that has made no step for a while, and say which rank it waits for.
 
     Ranks wait for each other inside messages, where nothing of Python's can be heard. So each has a thread that tells the others how far it
@@ -24,7 +24,7 @@ class Watch(Callback):
 
     def __init__(self, minutes: float = 15.0) -> None:
         if minutes <= 0:
-            raise InputError(f"Watch: minutes must be more than 0, got {minutes}")
+            raise InputError(f"Watchdog: minutes must be more than 0, got {minutes}")
         self.minutes = minutes
         self._moves = 0
         self._over = threading.Event()
