@@ -35,7 +35,8 @@ class Watchdog(Callback):
         """Begin."""
         if trainer.world_size > 1 and dist.is_initialized():
             self._over.clear()
-            store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store())
+            # torch has no public name for the store that ranks met by.
+            store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store())  # pyright: ignore
             self._answered = time.monotonic()
             self._heard = dict.fromkeys(range(trainer.world_size), ("0/", self._answered))
             talk = (store, trainer.global_rank, trainer.world_size)

@@ -45,7 +45,7 @@ def loggers(run: str, arms: Sequence[str] = ()) -> list[Any]:
     """The default loggers, which need no account; TensorBoard's has a run for each arm."""
     # Lightning's CSV logger deletes the file that is there: a resumed run keeps the earlier part beside it.
     earlier = Path(run) / "metrics.csv"
-    if earlier.exists() and not rank_zero_only.rank:
+    if earlier.exists() and not rank_zero_only.rank:  # pyright: ignore[reportFunctionMemberAccess]
         part = next(i for i in range(1, 10_000) if not earlier.with_name(f"metrics.{i}.csv").exists())
         earlier.rename(earlier.with_name(f"metrics.{part}.csv"))
     return [CSVLogger(run, name="", version=""), ArmBoards(run, arms) if arms else TensorBoardLogger(run, name="tensorboard", version="")]

@@ -142,7 +142,7 @@ class MetasaeCLI(LightningCLI):
             return
         run, checkpoint = self.run_directory, self._get(self.config, "ckpt_path")
         if checkpoint == "last" or (checkpoint is None and self.subcommand == "fit" and restarted(run)):
-            checkpoint = self.config[self.subcommand]["ckpt_path"] = last(run)
+            checkpoint = self.config[str(self.subcommand)]["ckpt_path"] = last(run)
         if checkpoint not in (None, "last", "best", "hpc") and "://" not in checkpoint and not Path(checkpoint).exists():
             raise InputError(f"--ckpt_path {checkpoint}: there is no such file")
         if self.subcommand != "fit" and checkpoint is None:
@@ -239,7 +239,7 @@ def lightning(arguments: list[str]) -> None:
 
 def failed(message: str) -> int:
     """Say it and fail; beside others, say who."""
-    rank = rank_zero_only.rank
+    rank = rank_zero_only.rank  # pyright: ignore[reportFunctionMemberAccess]
     sys.stderr.write(f"metasae: error: {f'rank {rank}: ' if rank else ''}{message}\n")
     return 2
 
