@@ -33,7 +33,7 @@ def table(record: dict[str, Any]) -> str:
             told = "" if percent is None else f"; {percent[0]:+.1f} %" + interval(percent)
             cells.append(mean + (f" ± {spread:{digits}}" if spread is not None else "") + told)
         if any(cells):
-            lines.append(f"| {words.strip()} | " + " | ".join(cells) + " |")
+            lines.append(f"| {words.strip().replace('|', chr(92) + '|')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
