@@ -220,7 +220,7 @@ def quickstart_like(folder: Path) -> Path:
 def came_to(run: Path) -> dict[str, Any]:
     """Weights of every exported SAE, and the figures but for what a clock says."""
     found: dict[str, Any] = {str(path.relative_to(run)): load_file(path) for path in run.glob("arms/*/saes/*/sae_weights.safetensors")}
-    arms = json.loads((run / "evaluation.json").read_text())["arms"]
+    arms = json.loads((run / "evaluation.json").read_text().replace(str(run), ""))["arms"]  # what it exported names its folder
     told = {name: {key: value for key, value in arm["validation"].items() if "second" not in key} for name, arm in arms.items()}
     return {**found, "figures": told}
 
