@@ -57,19 +57,22 @@ class Export(Observer):
 
     def _export(self, trainer: Trainer, pl_module: Any, tokens: int) -> None:
         self._exported_at = tokens
+        learners = {role: learner for role in ("primary", "meta") if (learner := getattr(pl_module, role)) is not None}
+        weights = {role: learner.weights(keep=trainer.is_global_zero) for role, learner in learners.items()}
         if not trainer.is_global_zero:
             return
         hook = getattr(pl_module, "hook", None)
         about = getattr(getattr(trainer, "datamodule", None), "metadata", dict)(*([hook] if hook else []))
         folder = Path(trainer.default_root_dir) / "saes"
         told = {**about, **started(pl_module.primary), "training_tokens": tokens}
-        self._write("primary", pl_module.primary, folder, told, self._samples or self._held_out(trainer, hook))
+        self._write("primary", pl_module.primary, weights["primary"], folder, told, self._samples or self._held_out(trainer, hook))
         if pl_module.meta is not None:
-            rows = functional.unit_rows(pl_module.primary.W_dec.detach()).cpu()
+            rows = functional.unit_rows(weights["primary"]["W_dec"])
             model = {key: about[key] for key in ("model_name",) if key in about}
             self._write(
                 "meta",
                 pl_module.meta,
+                weights["meta"],
                 folder,
                 {**model, **started(pl_module.meta), "reads": "unit decoder rows of ../primary, in the space its normaliser leads to"},
                 [rows],
@@ -84,10 +87,13 @@ class Export(Observer):
             self._samples.append(Batch.of(batch).at(hook).activations.detach().cpu())
         return self._samples
 
-    def _write(self, role: str, learner: Any, folder: Path, about: dict[str, Any], samples: list[Tensor]) -> None:
+    def _write(
+        self, role: str, learner: Any, weights: dict[str, Tensor], folder: Path, about: dict[str, Any], samples: list[Tensor]
+    ) -> None:
         record = saelens.export(
             learner.sae,
             folder / role,
+            weights=weights,
             normalizer=learner.normalizer,
             updates=int(learner.updates),
             metadata=about,

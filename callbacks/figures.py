@@ -11,6 +11,7 @@ from torch import Tensor
 from metasae_lightning import functional
 from metasae_lightning.metrics import PhiSample
 from metasae_lightning.observers import Observer
+from metasae_lightning.shards import whole
 
 
 class Figures(Observer):
@@ -48,9 +49,9 @@ class Figures(Observer):
             tokens, firings = int(self._sample.tokens), self._sample.firings.cpu()
             both, one, other = (count.cpu() for count in pairs(self._sample))
         self._sample = None
+        W_dec, live = whole(pl_module.primary.W_dec.detach()).float(), firings > 0
         if not trainer.is_global_zero:
             return
-        W_dec, live = pl_module.primary.W_dec.detach().float(), firings > 0
         histograms = {"decoder/nearest_cosine": functional.nearest_cosines(W_dec).cpu()}
         drawn = {"decoder/spectrum": spectrum(functional.spectrum(W_dec).cpu())}
         if live.any():

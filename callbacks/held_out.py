@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from metasae_lightning.metrics import DeadLatents, FeatureRecovery, Reconstruction
 from metasae_lightning.observers import Observer
+from metasae_lightning.shards import whole
 from metasae_lightning.step import Batch, Evaluation
 
 
@@ -27,7 +28,7 @@ class HeldOut(Observer):
         features = getattr(getattr(trainer, "datamodule", None), "features", None)
         if features is not None:
             self._recovery = FeatureRecovery(features).to(pl_module.device)
-            self._recovery.update(pl_module.primary.W_dec)
+            self._recovery.update(whole(pl_module.primary.W_dec.detach()))
 
     def _update(self, pl_module: Any, outputs: Any, batch: Any) -> None:
         seen: Evaluation = outputs["output"]
@@ -35,7 +36,7 @@ class HeldOut(Observer):
         self._reconstruction.update(seen.activations, seen.reconstruction, seen.codes)
         self._dead.update(seen.codes)
         if self._recovery is not None:
-            self._recovery.update(pl_module.primary.W_dec, seen.codes, Batch.of(batch).features)
+            self._recovery.update(whole(pl_module.primary.W_dec.detach()), seen.codes, Batch.of(batch).features)
 
     def _log(self, pl_module: Any, prefix: str) -> None:
         assert self._reconstruction is not None and self._dead is not None

@@ -77,6 +77,9 @@ class SideBySide(LightningModule):
             with named(name):
                 arm.setup(stage)
 
+    def configure_model(self) -> None:
+        """See JointSAE."""
+
     def on_fit_start(self) -> None:
         """See JointSAE."""
         for name, arm in self.arms.items():

@@ -1,20 +1,27 @@
 """Checkpoint files: there whole or not at all, and seen to be whole before anything is made of them."""
 
+import json
 import os
+import re
 import shutil
 import sys
+import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from metasae_lightning.errors import InputError
 
 LAST = "last.ckpt"
 """A link to the newest."""
+SEAL = "sums.json"
+"""In a folder of several ranks' parts, what each of them is."""
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -36,26 +43,33 @@ class WholeFiles(TorchCheckpointIO):
             if why := damage(draft):
                 raise OSError(f"what was written does not read back: {why}")
             draft.replace(place)
-            _settle(place.parent)
+            settle(place.parent)
         except (OSError, RuntimeError) as error:  # torch's writer has words of its own for what a disk says
-            left = shutil.disk_usage(place.parent).free / 2**20 if place.parent.exists() else 0.0
-            raise InputError(
-                f"the checkpoint {place} cannot be written, and those before it are as they were "
-                f"({' '.join(str(error).split())}; {left:,.0f} MiB are free there)"
-            ) from error
+            raise refused(place, error) from error
         finally:
             if place.parent.exists():
                 draft.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, *given: Any, **named: Any) -> dict[str, Any]:
-        """A file that is whole."""
+        """A file that is whole, or a folder of several ranks' parts as one."""
         if "://" not in str(path) and (why := damage(Path(path))):
             raise InputError(f"the checkpoint {path} is damaged ({why}): name an earlier one; --ckpt_path last finds the newest whole one")
-        return super().load_checkpoint(path, *given, **named)
+        return assembled(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, *given, **named)
+
+
+def refused(place: Path, error: BaseException) -> InputError:
+    """The one line of a checkpoint that cannot be written."""
+    left = shutil.disk_usage(place.parent).free / 2**20 if place.parent.exists() else 0.0
+    return InputError(
+        f"the checkpoint {place} cannot be written, and those before it are as they were "
+        f"({' '.join(str(error).split())}; {left:,.0f} MiB are free there)"
+    )
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a file that torch wrote; nothing where every part of it has the checksum that it was written with."""
+    """What is wrong with a file that torch wrote, or a folder of them; nothing where each part has the checksum that it was written with."""
+    if path.is_dir():
+        return _torn(path)
     try:
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()
@@ -78,7 +92,7 @@ def newest(folders: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
 def keep(path: Path, count: int) -> None:
     """Point to a checkpoint as the last one, keep so many of its kind, and remove what a process left that ended while it wrote one."""
     for draft in path.parent.glob(".*.ckpt.*"):
-        draft.unlink(missing_ok=True)
+        remove(draft)
     link = path.with_name(f".{LAST}.{os.getpid()}")
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
@@ -86,7 +100,15 @@ def keep(path: Path, count: int) -> None:
     kind = path.name.split("=")[0]
     mine = sorted(path.parent.glob(f"{kind}=*.ckpt"), key=lambda one: one.stat().st_mtime_ns, reverse=True)
     for old in mine[count:]:
-        old.unlink(missing_ok=True)
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """A checkpoint, whichever it is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def last(run: Path) -> str:
@@ -104,7 +126,58 @@ def restarted(run: Path) -> bool:
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0 and newest([run / "checkpoints", run])[0] is not None
 
 
-def _settle(folder: Path) -> None:
+def sums(folder: Path, rank: int) -> dict[str, tuple[int, int]]:
+    """Size and checksum of what a rank wrote into a folder, the first one's with what it wrote for all."""
+    found: dict[str, tuple[int, int]] = {}
+    for path in folder.iterdir():
+        number = re.match(r"__(\d+)_", path.name)
+        if (int(number[1]) if number else 0) == rank:
+            found[path.name] = _sum(path)
+    return found
+
+
+def seal(folder: Path, written: dict[str, tuple[int, int]]) -> None:
+    """Keep what a folder's parts are, so that it is seen whether they still are."""
+    with (folder / SEAL).open("w") as file:
+        json.dump(written, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def assembled(folder: Path) -> dict[str, Any]:
+    """A folder of several ranks' parts as the checkpoint that one process writes: optimisers' state by number in place of name."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as space:
+        dcp_to_torch_save(folder, Path(space) / "whole.ckpt")
+        parts = torch.load(Path(space) / "whole.ckpt", weights_only=False, map_location="cpu")
+    checkpoint: dict[str, Any] = torch.load(folder / "meta.pt", weights_only=False, map_location="cpu")
+    checkpoint["state_dict"], checkpoint["optimizer_states"] = parts["state_dict"], []
+    for number in range(len(parts) - 1):
+        kept = parts[f"optimizer_{number}"]
+        numbers = {name: at for at, name in enumerate(name for group in kept["param_groups"] for name in group["params"])}
+        groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in kept["param_groups"]]
+        checkpoint["optimizer_states"].append({"state": {numbers[name]: one for name, one in kept["state"].items()}, "param_groups": groups})
+    return checkpoint
+
+
+def _torn(folder: Path) -> str | None:
+    try:
+        written = json.loads((folder / SEAL).read_text())
+        bad = [name for name, kept in written.items() if tuple(kept) != _sum(folder / name)]
+    except (OSError, ValueError) as error:
+        return " ".join(str(error).split())
+    return f"its part {bad[0]} is not what was written" if bad else None
+
+
+def _sum(path: Path) -> tuple[int, int]:
+    total, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            total, size = zlib.crc32(block, total), size + len(block)
+        os.fsync(file.fileno())
+    return size, total
+
+
+def settle(folder: Path) -> None:
     """Have a name that was given survive a loss of power, before what it replaces is removed."""
     handle = os.open(folder, os.O_RDONLY)
     try:

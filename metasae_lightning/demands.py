@@ -11,6 +11,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Penalty
 from metasae_lightning.ranks import Ranks
 from metasae_lightning.saelens import TrainingSAEConfig
+from metasae_lightning.sharded import Sharded
 
 
 def check_roles(
@@ -72,9 +73,10 @@ def check_batches(trainer: Any, ranks: Ranks, rows_seen: int) -> None:
 
 def check_trainer(trainer: Any) -> None:
     """What a trainer may be asked for is what training can do."""
-    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy | Sharded):
         raise InputError(
-            f"trainer.strategy must be ddp, or one made from it, on {trainer.world_size} ranks, got {type(trainer.strategy).__name__}"
+            f"trainer.strategy must be ddp, sharded, or one made from them, on {trainer.world_size} ranks, got "
+            f"{type(trainer.strategy).__name__}"
         )
     if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
         raise InputError(f"trainer.precision must be 32-true, 64-true or bf16-mixed, got {trainer.precision}")

@@ -20,11 +20,12 @@ from metasae_lightning.demands import check_batches, check_data, check_ranks, ch
 from metasae_lightning.errors import InputError
 from metasae_lightning.learner import Learner
 from metasae_lightning.origin import Adopted, Origin
-from metasae_lightning.penalties import Critic, Penalty
-from metasae_lightning.ranks import ALONE, Ranks
+from metasae_lightning.penalties import Critic, Penalties, Penalty
+from metasae_lightning.ranks import Crew, Ranks
 from metasae_lightning.rowwise import order
 from metasae_lightning.saelens import BatchCut, Kernels, TrainingSAEConfig
 from metasae_lightning.schedules import bound, warm_up
+from metasae_lightning.shards import own, share, whole
 from metasae_lightning.step import Batch, Evaluation, Reading, StepOutput
 
 
@@ -68,7 +69,7 @@ class JointSAE(LightningModule):
     critic_supports: Literal["exact", "macro_step"]
     kernels: Kernels
     batch_cut: BatchCut
-    ranks: Ranks = ALONE
+    crew: Crew = Crew()
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class JointSAE(LightningModule):
         super().__init__()
         self.hook = hook
         self.automatic_optimization = False
-        self.penalties = torch.nn.ModuleDict(penalties or {})
+        self.penalties = Penalties(penalties or {})
         counts = {"n_p": n_p, "n_m": n_m, "micro_batches": micro_batches, "dead_after_tokens": dead_after_tokens}
         check_roles(primary, meta, self.penalties, counts, kernels=kernels, critic_supports=critic_supports)
         if clip_grad_norm is not None and clip_grad_norm <= 0:
@@ -110,14 +111,14 @@ class JointSAE(LightningModule):
         self.n_p, self.n_m, self.meta_rows, self.seed = n_p, n_m, meta_rows, seed
         self.critic_supports, self.kernels, self.batch_cut = critic_supports, kernels, batch_cut
         shared: dict[str, Any] = {"decoder_rows": decoder_rows, "clip_grad_norm": clip_grad_norm, "kernels": kernels}
-        own: dict[str, Any] = {"b_dec_init": b_dec_init, "micro_batches": micro_batches, "origin": _origin(init_from)}
+        own: dict[str, Any] = {"b_dec_init": b_dec_init, "micro_batches": micro_batches, "origin": Origin.of(init_from)}
         self.primary = Learner(primary, role="primary", seed=seed, dead_after=dead_after_tokens, **own, **shared)
         self.meta: Learner | None = None
         if meta is None and meta_init_from is not None:
             raise InputError("meta_init_from: there is no meta SAE: set model.meta")
         if meta is not None:
             window = meta_dead_after_steps * (meta_rows or primary.d_sae)
-            more: dict[str, Any] = {"b_dec_init": "zeros", "origin": _origin(meta_init_from), "recurring": primary.d_sae}
+            more: dict[str, Any] = {"b_dec_init": "zeros", "origin": Origin.of(meta_init_from), "recurring": primary.d_sae}
             self.meta = Learner(meta, role="meta", seed=seed + 1, dead_after=window, **more, **shared)
         self._optimizer_callables = {"primary": primary_optimizer, "meta": meta_optimizer}
         self._scheduler_callables = {"primary": primary_scheduler, "meta": meta_scheduler}
@@ -128,83 +129,67 @@ class JointSAE(LightningModule):
     ) -> StepOutput:
         """One primary step and, where it ends a macro-step, the meta phase: the algorithm."""
         if not self.primary.initialized:  # by what all ranks' first batches say
-            _tell(self.primary.initialize(self.ranks.together(batch.activations)), "primary")
+            _tell(self.primary.initialize(self.crew.all.together(batch.activations)), "primary")
         if self.meta is not None and not self.meta.initialized:  # before it first judges
-            _tell(self.meta.initialize(functional.unit_rows(self.primary.W_dec.detach())), "meta")
-        penalty, values = self._penalties()
+            _tell(self.meta.initialize(functional.unit_rows(whole(self.primary.W_dec.detach()))), "meta")
+        penalty, values = self.penalties.joined(*self._judged())
+        values = self.penalties.measured(*self._judged(), values, learnt=self._learnt)
         seen = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, added=penalty)
         self._advance("primary")
         reading = self.primary.reading(batch.activations, seen)
         judged = self._meta_phase(meta_steps_after(int(self.primary.steps), n_p=self.n_p, n_m=self.n_m, last=last), meta_optimizer)
         if last:  # the run ends on what the last critic makes of the last decoder
-            values = self._measure({})
-        loss = reading.loss if penalty is None else reading.loss + self.ranks.summed(penalty)
+            values = self.penalties.measured(*self._judged(), {}, learnt=self._learnt)
+        loss = reading.loss if penalty is None else reading.loss + self.crew.all.summed(penalty)
         return StepOutput(loss, reading, seen.codes, seen.reconstruction, penalties=values, meta=judged)
 
     def evaluate(self, batch: Batch) -> Evaluation:
         """Codes and reconstruction of a batch by the training rule; nothing moves."""
         return Evaluation(batch.activations, *self.primary.read(batch.activations))
 
-    def _penalties(self) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The weighted sum that joins the loss, or none where every weight is 0 now, and each penalty's own value.
+    def join(self, ranks: Ranks, mesh: Any = None) -> None:
+        """Train beside other ranks: batches are parts of one, and the penalty's and the meta SAE's rows are divided.
 
-        Weights are the papers', whose squared error is a mean over `d_in`; SAELens's is a sum, hence the factor.
+        On a mesh, as Lightning's `ModelParallelStrategy` makes it, the primary's latents are divided along its second side, rows along both.
         """
-        step, d_in, total = int(self.primary.steps), self.primary.W_dec.shape[1], None
-        values: dict[str, Tensor] = {}
-        for name, penalty in self._named_penalties():
-            weight = d_in * penalty.weight * warm_up(step, penalty.warm_up_steps)
-            if weight == 0:
-                continue
-            value = penalty.part(self.primary.W_dec, self._critic, step, self.ranks)
-            values[name] = self.ranks.summed(value)
-            if value.requires_grad:  # one that acts now and then alone is a plain zero in between
-                total = weight * value if total is None else total + weight * value
-        return total, self._measure(values)
-
-    @torch.no_grad()
-    def _measure(self, known: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Every penalty's value, those that are not known measured; one of weight 0 says nothing before its critic has learnt something."""
-        step, unlearnt = int(self.primary.steps), self.meta is not None and not self.meta.steps
-        for name, penalty in self._named_penalties():
-            if name not in known and not (penalty.needs_critic and unlearnt):
-                known = {**known, name: self.ranks.summed(penalty.part(self.primary.W_dec, self._critic, step, self.ranks))}
-        return known
-
-    def join(self, ranks: Ranks) -> None:
-        """Train beside other ranks: batches are parts of one, and the penalty's and the meta SAE's rows are divided."""
         check_ranks(ranks, self.critic_supports)
-        self.ranks = ranks
-        for learner in filter(None, (self.primary, self.meta)):
-            learner.join(ranks, self.batch_cut)
+        self.crew = Crew.of(ranks, mesh)
+        self.primary.join(self.crew, self.batch_cut)
+        if mesh is not None:
+            self.primary.divide(mesh["tensor_parallel"])
+        if self.meta is not None:  # each has all of it
+            self.meta.join(Crew.of(ranks), self.batch_cut)
 
     @property
     def rows_seen(self) -> int:
         """Tokens trained on, over all ranks."""
         return int(self.primary.rows_seen)
 
+    def _judged(self) -> tuple[Tensor, Critic | None, int, Crew]:
+        """What penalties are made of."""
+        critic = None if self.meta is None else partial(self.meta.reconstruct, again=self.critic_supports == "macro_step", lent=True)
+        return self.primary.W_dec, critic, int(self.primary.steps), self.crew
+
     @property
-    def _critic(self) -> Critic | None:
-        return None if self.meta is None else partial(self.meta.reconstruct, again=self.critic_supports == "macro_step", lent=True)
+    def _learnt(self) -> bool:
+        return self.meta is None or bool(self.meta.steps)
 
     def _meta_phase(self, steps: int, optimizer: Optimizer | None) -> Reading | None:
         """So many meta steps on the decoder as it is now, and what the last of them showed."""
         if self.meta is None or not steps:
             return None
         assert optimizer is not None
-        rows = functional.unit_rows(self.primary.W_dec.detach())
-        judged, count = None, self.meta_rows or len(rows)
+        decoder, judged = self.primary.W_dec.detach(), None
+        rows = functional.unit_rows(own(decoder))
         for left in reversed(range(steps)):
-            own: slice | Tensor = self.ranks.share(count)
+            chosen = None
             if self.meta_rows is not None:  # not in the order that a penalty of the same seed draws
-                own = order(len(rows), step=int(self.meta.steps), seed=self.seed + 1)[:count][own].to(rows.device)
-            seen = self.meta.learn(some := rows[own], optimizer, backward=self._backward)
+                chosen = order(len(decoder), step=int(self.meta.steps), seed=self.seed + 1)[: self.meta_rows]
+            mine = share(decoder, chosen, self.crew)
+            seen = self.meta.learn(some := rows if mine is None else rows[mine], optimizer, backward=self._backward)
             self._advance("meta")
             judged = None if left else self.meta.reading(some, seen)
         return judged
-
-    def _named_penalties(self) -> list[tuple[str, Penalty]]:
-        return list(self.penalties.items())  # pyright: ignore[reportReturnType]
 
     def _backward(self, loss: Tensor) -> None:
         if self._trainer is None:  # a notebook, a test: there is no strategy and no scaler to go through
@@ -222,10 +207,13 @@ class JointSAE(LightningModule):
         """Check the data against the SAEs, and let penalties look at the trainer."""
         if stage == "fit":
             check_trainer(self.trainer)
-        self.join(Ranks.joined())
+        self.join(Ranks.joined(), getattr(self.trainer.strategy, "device_mesh", None))
         check_data(getattr(self.trainer, "datamodule", None), self.hook, self.primary.sae.cfg.d_in)
-        for _, penalty in self._named_penalties():
-            penalty.setup(self.trainer)
+        for penalty in self.penalties.values():
+            penalty.setup(self.trainer)  # pyright: ignore
+
+    def configure_model(self) -> None:
+        """Lightning's place for dividing a module; `setup` has done it."""
 
     def on_fit_start(self) -> None:
         """Have what is wrong with an SAE to start from said before the run begins; one that goes on does not need it."""
@@ -238,7 +226,7 @@ class JointSAE(LightningModule):
 
     def on_train_start(self) -> None:
         """See there."""
-        check_batches(self.trainer, self.ranks, self.rows_seen)
+        check_batches(self.trainer, self.crew.all, self.rows_seen)
 
     def configure_optimizers(self) -> Any:
         """One optimiser, and one schedule where given, for each SAE."""
@@ -289,10 +277,6 @@ class JointSAE(LightningModule):
     def figures(self, output: StepOutput) -> dict[str, Any]:
         """What a step logs."""
         return {**output.figures(), "train/tokens": float(self.primary.rows_seen)}
-
-
-def _origin(given: Origin | str | None) -> Origin | None:
-    return Origin(given) if isinstance(given, str) else given
 
 
 def _tell(adopted: Adopted | None, role: str) -> None:

@@ -3,14 +3,13 @@
 The primary and the meta SAE are both learners; they differ in what rows they are fed.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
@@ -18,33 +17,14 @@ from metasae_lightning import functional, saelens
 from metasae_lightning.errors import InputError
 from metasae_lightning.normalizers import normalizer_of
 from metasae_lightning.origin import Adopted, Origin
-from metasae_lightning.ranks import ALONE, Ranks
+from metasae_lightning.ranks import Crew
 from metasae_lightning.rowwise import pieces
 from metasae_lightning.saelens import TrainingSAEConfig
+from metasae_lightning.seen import Pass, merged
+from metasae_lightning.shards import divide, fill, first, gathered, own
 from metasae_lightning.step import Codes, Reading
 
 Backward = Callable[[Tensor], None]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward pass over some rows."""
-
-    loss: Tensor
-    """The architecture's training loss, with its graph."""
-    losses: Mapping[str, Tensor]
-    """Its parts, detached."""
-    codes: Codes
-    """The latents' activations."""
-    rows: int
-    """How many rows there were."""
-    rebuild: Callable[[], Tensor]
-    """Gives what follows."""
-
-    @cached_property
-    def reconstruction(self) -> Tensor:
-        """The rows rebuilt, in raw space, detached; made when it is first asked for."""
-        return self.rebuild()
 
 
 class Learner(nn.Module):
@@ -82,7 +62,7 @@ class Learner(nn.Module):
         self.role, self.origin = role, origin
         self.sae = saelens.build(cfg, role=role, seed=seed)
         self._passes = saelens.passes_of(self.sae, kernels, recurring=recurring)
-        self.ranks = ALONE
+        self.crew = Crew()
         self.normalizer = normalizer_of(cfg.normalize_activations, cfg.d_in)
         self.decoder_rows, self.b_dec_init, self.dead_after = decoder_rows, b_dec_init, dead_after
         self.micro_batches, self.clip_grad_norm = micro_batches, clip_grad_norm
@@ -95,10 +75,22 @@ class Learner(nn.Module):
             self.register_load_state_dict_post_hook(_take_k)
         self._renormalize()
 
-    def join(self, ranks: Ranks, cut: saelens.BatchCut) -> None:
-        """Learn beside other ranks: each has some of a step's rows, and all make the same step."""
-        self.ranks = ranks
-        self._passes.join(ranks, cut)
+    def join(self, crew: Crew, cut: saelens.BatchCut) -> None:
+        """Learn beside other ranks: each has some of a step's rows, or of the latents, and all make the same step."""
+        self.crew = crew
+        self._passes.join(crew, cut)
+
+    def divide(self, mesh: Any) -> None:
+        """Have each rank of a mesh keep its part of the latents, and of everything that an optimiser keeps of them."""
+        if isinstance(self.W_dec, DTensor):
+            return
+        if self.sae.cfg.d_sae % mesh.size():
+            raise InputError(f"{self.role}.d_sae must be a multiple of the {mesh.size()} ranks that divide it, got {self.sae.cfg.d_sae}")
+        divide(self.sae, mesh, saelens.LATENTS)
+
+    def weights(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """The SAE's state, whole, where it is to be kept; every rank takes part."""
+        return gathered(self.sae.state_dict(), keep=keep)
 
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
@@ -116,10 +108,10 @@ class Learner(nn.Module):
         if self.initialized:
             return None
         # The first batch is a training step's, and what is made of it stays: in full precision, and every rank has all of it.
-        ranks, self._passes.ranks = self._passes.ranks, ALONE
+        crew, self._passes.crew = self._passes.crew, self.crew.within
         with torch.autocast(x.device.type, enabled=False):
             adopted = self._begin(x)
-        self._passes.ranks = ranks
+        self._passes.crew = crew
         self.initialized.fill_(True)
         return adopted
 
@@ -129,9 +121,9 @@ class Learner(nn.Module):
         if self.origin is not None:
             return self._adopt(self.origin, x, z)
         if self.b_dec_init == "mean":
-            self.sae.b_dec.copy_(z.mean(0))
+            fill(self.sae.b_dec, z.mean(0))
         elif self.b_dec_init == "geometric_median":
-            self.sae.b_dec.copy_(functional.geometric_median(z))
+            fill(self.sae.b_dec, functional.geometric_median(z))
         return None
 
     def _adopt(self, origin: Origin, x: Tensor, z: Tensor) -> Adopted:
@@ -146,19 +138,22 @@ class Learner(nn.Module):
                 raise InputError(f"measured_k: no latent of {origin.place} is active on these {len(x):,} rows")
             self.measured_k.fill_(l0)
             _take_k(self)
-        codes, rebuilt = self.read(x)
+        codes, rebuilt = self._read(x)
         kinds = source.cfg.architecture(), self.sae.cfg.architecture()
         return Adopted(origin.place, kinds, (l0, codes.l0), (fvu, functional.fvu(x, rebuilt).item()), len(x), lost)
 
     def learn(self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, added: Tensor | None = None) -> Pass:
         """One optimiser step on these rows and those of other ranks, in micro-batches; `added`, a sum over ranks too, joins the loss once.
 
+        Ranks that divide the latents give each other their rows, and each learns from all of them.
+
         The order is that of arXiv 2406.04093 but for renormalising last: gradient, its radial part removed, clip, step, unit rows.
         """
         self.held = None
         optimizer.zero_grad()
         passes: list[Pass] = []
-        count = int(self.ranks.total(len(x), x))
+        count, some = int(self.crew.all.total(len(x), x)), self._some(x)
+        x = self.crew.latents.together(x)
         # As many parts on every rank, for they talk to each other about each.
         for i, rows in enumerate(x.tensor_split(self.micro_batches)):
             # Not every optimiser's zero_grad lets go: a gradient that is still there lies in the memory that the next would be made in.
@@ -166,13 +161,15 @@ class Learner(nn.Module):
             backward(passes[-1].loss * (len(rows) / count))
         if added is not None:  # on its own: then its gradient is added to the loss's in place
             backward(added)
-        self.ranks.sum_(*(parameter.grad for parameter in self.sae.parameters()))
+        self.crew.rows.sum_(*(own(parameter.grad) for parameter in self.sae.parameters() if parameter.grad is not None))
         self._constrain_gradient()
         optimizer.step()
         self._renormalize()
-        merged = self._merge(passes, len(x))
-        self._observe(merged.codes, count)
-        return merged
+        seen = merged(passes)
+        if not self.crew.latents.alone:
+            seen = seen.of(some, self._of_all(seen.codes))
+        self._observe(seen.codes, count)
+        return seen
 
     @property
     def held(self) -> tuple[Tensor, Tensor] | None:
@@ -190,18 +187,43 @@ class Learner(nn.Module):
         With `again` the latents that are kept are those of the first time since the SAE last learnt, for these rows little has moved. With
         `lent` the next such reading may write over the reconstruction.
         """
-        z, undo = self.normalizer.normalize(x)
-        codes, rebuilt = self._passes.read(z, again=again, lent=lent)
-        return codes, self.normalizer.restore(rebuilt, undo).to(x.dtype)
+        if self.crew.latents.alone:
+            return self._read(x, again=again, lent=lent)
+        some = self._some(x)
+        codes, rebuilt = self._read(self.crew.latents.together(x))
+        return codes.of(some), rebuilt[some]
 
     def reconstruct(self, x: Float[Tensor, "rows d_in"], *, again: bool = False, lent: bool = False) -> Float[Tensor, "rows d_in"]:
         """The reconstruction alone: the learner as a frozen critic."""
         return self.read(x, again=again, lent=lent)[1]
 
+    def _read(self, x: Tensor, *, again: bool = False, lent: bool = False) -> tuple[Codes, Tensor]:
+        """The same of rows that every rank that has other latents has too."""
+        z, undo = self.normalizer.normalize(x)
+        codes, rebuilt = self._passes.read(z, again=again, lent=lent)
+        return self._of_all(codes), self.normalizer.restore(rebuilt, undo).to(x.dtype)
+
+    def _some(self, x: Tensor) -> slice:
+        """Where a rank's rows are among those of all that have other latents."""
+        counts = self.crew.latents.each(len(x), x)
+        begin = sum(counts[: self.crew.latents.rank])
+        return slice(begin, begin + len(x))
+
+    def _of_all(self, codes: Codes) -> Codes:
+        """Codes in all latents, of those in this rank's."""
+        ranks = self.crew.latents
+        if ranks.alone:
+            return codes
+        begin = first(self.W_dec, ranks)
+        # A double holds every index there is.
+        found = ranks.together(torch.stack([codes.rows.double(), (codes.latents + begin).double(), codes.values.double()], 1))
+        rows, latents, values = found[(found[:, 0] * len(self.W_dec) + found[:, 1]).argsort()].unbind(1)
+        return Codes(rows.long(), latents.long(), values.to(codes.values.dtype), (codes.shape[0], len(self.W_dec)))
+
     def _forward(self, x: Tensor, *, alone: bool) -> Pass:
         z, undo = self.normalizer.normalize(x)
         out = self._passes.train(z, dead=self.dead, step=int(self.steps), alone=alone)
-        if self.ranks.total(out.codes.values.numel(), z):  # SAELens's threshold stays where it is when nothing fires
+        if self.crew.all.total(out.codes.values.numel(), z):  # SAELens's threshold stays where it is when nothing fires
             self.updates += 1
         losses = {name: value.detach() for name, value in out.losses.items()}
         return Pass(out.loss, losses, out.codes, len(x), lambda: self.normalizer.restore(out.reconstruction, undo))
@@ -210,7 +232,7 @@ class Learner(nn.Module):
     def _constrain_gradient(self) -> None:
         gradient = self.W_dec.grad
         if self.decoder_rows == "unit" and gradient is not None:
-            for some, rows in pieces(gradient, self.W_dec):
+            for some, rows in pieces(own(gradient), own(self.W_dec)):
                 some.copy_(functional.without_radial(some, rows))
         if self.clip_grad_norm is not None:
             clip_grad_norm_(self.sae.parameters(), self.clip_grad_norm)
@@ -218,7 +240,7 @@ class Learner(nn.Module):
     @torch.no_grad()
     def _renormalize(self) -> None:
         if self.decoder_rows == "unit":
-            for (rows,) in pieces(self.W_dec):
+            for (rows,) in pieces(own(self.W_dec)):
                 rows.copy_(functional.unit_rows(rows))
         # Outside Lightning an autocast around several steps would go on with the weights it cast for the first.
         torch.clear_autocast_cache()
@@ -229,35 +251,23 @@ class Learner(nn.Module):
         self.rows_seen += rows
         fired = torch.zeros_like(self.silent_for, dtype=torch.uint8)
         fired[codes.latents] = 1
-        self.ranks.largest_(fired)
+        self.crew.all.largest_(fired)
         self.silent_for.add_(rows).masked_fill_(fired.bool(), 0)
-        if self._passes.ranks.alone and not self.ranks.alone:  # each has cut its own batch: the rule for inference is their mean
+        if self._passes.crew.rows.alone and not self.crew.rows.alone:  # each has cut its own batch: the rule for inference is their mean
             thresholds = [buffer for buffer in self.sae.buffers() if buffer.is_floating_point()]
-            self.ranks.sum_(*thresholds)
+            self.crew.all.sum_(*thresholds)
             for threshold in thresholds:
-                threshold /= self.ranks.world_size
-
-    @staticmethod
-    def _merge(passes: list[Pass], rows: int) -> Pass:
-        if len(passes) == 1:
-            return passes[0]
-        shares = [p.rows / rows for p in passes]
-        losses = {
-            name: sum((p.losses[name] * s for p, s in zip(passes, shares, strict=True)), torch.zeros(())) for name in passes[0].losses
-        }
-        loss = sum((p.loss.detach() * s for p, s in zip(passes, shares, strict=True)), torch.zeros(()))
-        codes = Codes.concatenate([p.codes for p in passes])
-        return Pass(loss, losses, codes, rows, lambda: torch.cat([p.reconstruction for p in passes]))
+                threshold /= self.crew.all.world_size
 
     def reading(self, x: Float[Tensor, "rows d_in"], seen: Pass) -> Reading:
         """What a step on these rows, and those of other ranks, showed."""
         dead = self.dead.float().mean().item()
-        if self.ranks.alone:
+        if self.crew.all.alone:
             return Reading(seen.loss.detach(), seen.losses, functional.fvu(x, seen.reconstruction), seen.codes.l0, dead)
         n, total, squares, error = functional.reconstruction_sums(x, seen.reconstruction)
         means = torch.stack([seen.loss.detach(), *seen.losses.values(), x.new_tensor(seen.codes.l0)]).double() * n
         sums = torch.cat([torch.stack([n, squares, error]), means, total])
-        self.ranks.sum_(sums)
+        self.crew.all.sum_(sums)
         (n, squares, error), means, total = sums.split([3, len(means), len(total)])
         loss, *losses, l0 = (means / n).to(x.dtype)
         fvu = functional.fvu_of_sums((n, total, squares, error)).to(x.dtype)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from metasae_lightning import functional
 from metasae_lightning.errors import InputError
-from metasae_lightning.ranks import ALONE, Ranks
+from metasae_lightning.ranks import Crew
 from metasae_lightning.rowwise import mean_over_rows, order
+from metasae_lightning.schedules import warm_up
+from metasae_lightning.shards import own, share, whole
 from metasae_lightning.sparse import LENT
 
 Critic = Callable[[Float[Tensor, "d_sae d_in"]], Float[Tensor, "d_sae d_in"]]
@@ -42,10 +44,48 @@ class Penalty(nn.Module, ABC):
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """The penalty's value at primary step `step` (from 0): a pure function of its arguments."""
 
-    def part(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, ranks: Ranks) -> Float[Tensor, ""]:
-        """This rank's part: over ranks, parts and their gradients add up to the penalty's. One that cannot be divided is made by each."""
-        value = self(W_dec, critic, step)
-        return value if ranks.alone else value / ranks.world_size
+    def part(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
+        """This rank's part: over ranks, parts and their gradients add up to the penalty's. One that cannot be divided is made by each.
+
+        The decoder may be a DTensor, of which a rank has its rows alone.
+        """
+        value = self(whole(W_dec), critic, step)
+        return value if crew.all.alone else value / crew.all.world_size
+
+
+class Penalties(nn.ModuleDict):
+    """Penalties by the names that they are logged under."""
+
+    def named(self) -> list[tuple[str, Penalty]]:
+        """Each with its name."""
+        return list(self.items())  # pyright: ignore[reportReturnType]
+
+    def joined(self, W_dec: Tensor, critic: Critic | None, step: int, crew: Crew) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """This rank's part of the weighted sum that joins the loss, or none where every weight is 0 now, and the value of each that does.
+
+        Weights are the papers', whose squared error is a mean over `d_in`; SAELens's is a sum, hence the factor.
+        """
+        total: Tensor | None = None
+        values: dict[str, Tensor] = {}
+        for name, penalty in self.named():
+            weight = W_dec.shape[1] * penalty.weight * warm_up(step, penalty.warm_up_steps)
+            if weight == 0:
+                continue
+            value = penalty.part(W_dec, critic, step, crew)
+            values[name] = crew.all.summed(value)
+            if value.requires_grad:  # one that acts now and then alone is a plain zero in between
+                total = weight * value if total is None else total + weight * value
+        return total, values
+
+    @torch.no_grad()
+    def measured(
+        self, W_dec: Tensor, critic: Critic | None, step: int, crew: Crew, known: dict[str, Tensor], *, learnt: bool
+    ) -> dict[str, Tensor]:
+        """Every penalty's value, those that are not known measured; one of weight 0 says nothing before its critic has `learnt` something."""
+        for name, penalty in self.named():
+            if name not in known and (learnt or not penalty.needs_critic):
+                known = {**known, name: crew.all.summed(penalty.part(W_dec, critic, step, crew))}
+        return known
 
 
 @final
@@ -68,26 +108,25 @@ class Decomposability(Penalty):
 
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """See the class."""
-        return self.part(W_dec, critic, step, ALONE)
+        return self.part(W_dec, critic, step, Crew())
 
-    def part(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, ranks: Ranks) -> Float[Tensor, ""]:
+    def part(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
         """The mean over this rank's share of the rows, by that share."""
         assert critic is not None
-        chosen, count = None, len(W_dec)
+        drawn, count, decoder = None, len(W_dec), own(W_dec)
         if self.rows < 1:
             count = max(1, round(self.rows * len(W_dec)))
-            chosen = order(len(W_dec), step=step, seed=self.seed)[:count].to(W_dec.device)
-        if not ranks.alone:
-            chosen = (torch.arange(count, device=W_dec.device) if chosen is None else chosen)[ranks.share(count)]
+            drawn = order(len(W_dec), step=step, seed=self.seed)[:count]
+        chosen = share(W_dec, drawn, crew)
         with torch.no_grad():
-            some = W_dec if chosen is None else W_dec.index_select(0, chosen)
+            some = decoder if chosen is None else decoder.index_select(0, chosen)
             reconstruction = critic(functional.unit_rows(some, LENT.take("unit", some.shape, some)))
 
         def of_rows(rows: Tensor, rebuilt: Tensor) -> tuple[Tensor, Tensor]:
             return functional.decomposability_with_slope(rows, rebuilt.to(rows.dtype), self.sigma_sq)
 
-        mean = mean_over_rows(of_rows, W_dec, reconstruction, chosen)
-        return mean if ranks.alone else mean * (len(reconstruction) / count)
+        mean = mean_over_rows(of_rows, decoder, reconstruction, chosen)
+        return mean if crew.all.alone else mean * (len(reconstruction) / count)
 
 
 @final
@@ -105,13 +144,14 @@ class Orthogonality(Penalty):
 
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """See the class."""
-        return self.part(W_dec, critic, step, ALONE)
+        return self.part(W_dec, critic, step, Crew())
 
-    def part(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, ranks: Ranks) -> Float[Tensor, ""]:
-        """Each rank finds the neighbours of its share of every chunk."""
+    def part(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
+        """Each rank finds the neighbours of its share of every chunk, which are anywhere in the decoder."""
         if step % self.every:
-            return W_dec.new_zeros(())
+            return own(W_dec).new_zeros(())
+        W_dec = whole(W_dec)
         permuted = order(len(W_dec), step=step, seed=self.seed).to(W_dec.device)
         chunks = list(permuted.chunk(-(-len(permuted) // self.chunk_size)))
-        own = [ranks.share(len(chunk)) for chunk in chunks]
-        return self.every * functional.orthogonality(W_dec, chunks, own).sum() / len(W_dec)
+        shares = [crew.all.share(len(chunk)) for chunk in chunks]
+        return self.every * functional.orthogonality(W_dec, chunks, shares).sum() / len(W_dec)

@@ -20,12 +20,18 @@ class Ranks:
     """How many there are."""
     sent: list[int] | None = None
     """Bytes that were given away so far, where somebody counts."""
+    group: Any = None
+    """Torch's group of them; its default one where none is named."""
 
     @classmethod
     def joined(cls) -> "Ranks":
         """All that have joined torch's default group; this one alone where there is none."""
         there = dist.is_available() and dist.is_initialized()
         return cls(dist.get_rank(), dist.get_world_size()) if there else ALONE
+
+    def within(self, group: Any) -> "Ranks":
+        """Those of these that are in a group of torch's."""
+        return Ranks(dist.get_rank(group), dist.get_world_size(group), self.sent, group)
 
     @property
     def alone(self) -> bool:
@@ -82,9 +88,18 @@ class Ranks:
         for rank, part in enumerate(parts):
             if rank == self.rank:
                 part.copy_(rows)
-            dist.broadcast(part, src=rank)
+            dist.broadcast(part, group=self.group, group_src=rank)
             self._count(part if rank == self.rank else part[:0])
         return torch.cat(parts)
+
+    def beside(self, matrix: Float[Tensor, "row column"]) -> Float[Tensor, "row all"]:
+        """Matrices of one shape, one of each rank, beside each other in their order."""
+        if self.alone:
+            return matrix
+        parts = [torch.empty_like(matrix) for _ in range(self.world_size)]
+        dist.all_gather(parts, matrix.contiguous(), group=self.group)
+        self._count(matrix)
+        return torch.cat(parts, 1)
 
     def _of(self, value: float, like: Tensor, by: Any) -> float:
         number = torch.tensor(value, dtype=torch.float64, device=like.device)
@@ -95,7 +110,7 @@ class Ranks:
         if self.alone:
             return
         given = [tensor for tensor in tensors if tensor is not None]
-        for work in [dist.all_reduce(tensor, op=op, async_op=True) for tensor in given]:
+        for work in [dist.all_reduce(tensor, op=op, group=self.group, async_op=True) for tensor in given]:
             assert work is not None
             work.wait()
         self._count(*given)
@@ -107,3 +122,27 @@ class Ranks:
 
 ALONE = Ranks()
 """One process."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """How the ranks divide the work on one SAE."""
+
+    all: Ranks = ALONE
+    """Every rank."""
+    rows: Ranks = ALONE
+    """Those that have this rank's latents, and other rows."""
+    latents: Ranks = ALONE
+    """Those that have this rank's rows, and other latents."""
+
+    @classmethod
+    def of(cls, ranks: Ranks, mesh: Any = None) -> "Crew":
+        """Each has all latents, or, on a mesh of Lightning's, its part of them."""
+        if mesh is None:
+            return cls(ranks, ranks)
+        return cls(ranks, ranks.within(mesh.get_group("data_parallel")), ranks.within(mesh.get_group("tensor_parallel")))
+
+    @property
+    def within(self) -> "Crew":
+        """Those that have this rank's rows, as if there were no others."""
+        return Crew(self.latents, ALONE, self.latents)

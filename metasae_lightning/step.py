@@ -92,6 +92,16 @@ class Codes:
         """The same on another device."""
         return Codes(self.rows.to(device), self.latents.to(device), self.values.to(device), self.shape)
 
+    def of(self, rows: slice) -> "Codes":
+        """The codes of consecutive tokens.
+
+        >>> codes = Codes.from_dense(torch.eye(3)).of(slice(1, 3))
+        >>> codes.rows.tolist(), codes.latents.tolist(), codes.shape
+        ([0, 1], [1, 2], (2, 3))
+        """
+        at = slice(*torch.searchsorted(self.rows, self.rows.new_tensor([rows.start, rows.stop])).tolist())
+        return Codes(self.rows[at] - rows.start, self.latents[at], self.values[at], (rows.stop - rows.start, self.shape[1]))
+
     def firings(self) -> Int[Tensor, " d_sae"]:
         """How many tokens each latent fired on."""
         return torch.bincount(self.latents, minlength=self.shape[1])

@@ -6,11 +6,12 @@ from sae_lens.saes.sae import SAEMetadata
 from metasae_lightning.saelens.conversion import adopt
 from metasae_lightning.saelens.export import ExportRecord, export
 from metasae_lightning.saelens.inference import load_pretrained, measure, pre_activations, set_thresholds
-from metasae_lightning.saelens.passes import BatchCut, Kernels, passes_of
+from metasae_lightning.saelens.passes import LATENTS, BatchCut, Kernels, passes_of
 from metasae_lightning.saelens.publish import README, RECORD, publish, stage
 from metasae_lightning.saelens.training import build, set_k
 
 __all__ = [
+    "LATENTS",
     "README",
     "RECORD",
     "BatchCut",

@@ -16,6 +16,7 @@ from torch import Tensor
 from metasae_lightning.calibration import global_threshold
 from metasae_lightning.errors import InputError
 from metasae_lightning.normalizers import ExpectedAverage, Normalizer
+from metasae_lightning.shards import fill
 
 Weights = dict[str, Tensor]
 # Rows this near to length 1 are unit: to divide by their length would change bits and nothing else.
@@ -57,7 +58,7 @@ def adopt(source: Any, target: Any, normalizer: Normalizer, z: Float[Tensor, "ro
     if wanted.keys() != weights.keys():
         raise InputError(f"init_from: {kinds[0]!r} has {', '.join(sorted(weights))}, and {kinds[1]!r} wants {', '.join(sorted(wanted))}")
     for name, parameter in wanted.items():
-        parameter.copy_(weights[name])
+        fill(parameter, weights[name])
     return lost
 
 

@@ -40,6 +40,7 @@ def export(
     sae: AnySAE,
     folder: str | Path,
     *,
+    weights: Mapping[str, Tensor] | None = None,
     normalizer: Normalizer,
     updates: int,
     metadata: Mapping[str, Any] | None = None,
@@ -48,12 +49,14 @@ def export(
 ) -> ExportRecord:
     """Save a SAELens inference folder that works on raw activations, checked on `samples` of them.
 
+    `weights` are the SAE's state, where it has no more than a part of it.
+
     `updates` is how often the SAE's running threshold was updated: SAELens starts that mean at 0, so after few updates it is too low
     by the factor `1 - (1 - lr)^updates`. Where the exported L0 still misses the training L0 by more than `tolerance`, the threshold is
     set from the samples and the record says so. The folder appears whole or not at all, and an older one stays until then.
     """
     folder = Path(folder)
-    twin = _raw_twin(sae, normalizer, updates, metadata or {})
+    twin = _raw_twin(sae, weights or sae.state_dict(), normalizer, updates, metadata or {})
     draft = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -68,7 +71,9 @@ def export(
     return replace(record, folder=str(folder))
 
 
-def _raw_twin(sae: AnySAE, normalizer: Normalizer, updates: int, metadata: Mapping[str, Any]) -> AnySAE:
+def _raw_twin(
+    sae: AnySAE, weights: Mapping[str, Tensor], normalizer: Normalizer, updates: int, metadata: Mapping[str, Any]
+) -> AnySAE:
     """A copy whose threshold is right and whose normaliser is folded in; the SAE in training is untouched."""
     cfg = copy.deepcopy(sae.cfg)
     cfg.device = "cpu"
@@ -76,7 +81,7 @@ def _raw_twin(sae: AnySAE, normalizer: Normalizer, updates: int, metadata: Mappi
         cfg.metadata[name] = value
     with torch.random.fork_rng():
         twin: AnySAE = type(sae)(cfg)
-    twin.load_state_dict({name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()})
+    twin.load_state_dict({name: tensor.detach().cpu() for name, tensor in weights.items()})
     if (lr := getattr(cfg, "topk_threshold_lr", None)) is not None and updates:
         twin.topk_threshold = twin.topk_threshold / (1 - (1 - lr) ** updates)
     copy.deepcopy(normalizer).cpu().fold(twin)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from metasae_lightning import sparse
 from metasae_lightning.errors import InputError
-from metasae_lightning.ranks import ALONE, Ranks
+from metasae_lightning.ranks import Crew, Ranks
 from metasae_lightning.saelens.training import AnySAE
 from metasae_lightning.schedules import warm_up
+from metasae_lightning.shards import added, first, own, shared
 from metasae_lightning.step import Codes
 
 Kernels = Literal["sparse", "dense"]
@@ -26,6 +27,9 @@ BatchCut = Literal["global", "local"]
 """Whose activations a batch top-k SAE ranks together: every rank's, or each rank's own."""
 # SAELens's own classes alone: what a class made from one of them does instead is not known here.
 FAMILY = (TopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE)
+
+# Where the latents are in what can be divided among ranks.
+LATENTS = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,11 @@ class Passes(ABC):
         self.sae: Any = sae
         self.held: tuple[Tensor, Tensor] | None = None
         """Rows and latents that `read` keeps `again`."""
-        self.ranks = ALONE
-        """Whose batches one cut is made through."""
+        self.crew = Crew()
+        """Through whose batches one cut is made, and who has other latents."""
 
     @abstractmethod
-    def join(self, ranks: Ranks, cut: BatchCut) -> None:
+    def join(self, crew: Crew, cut: BatchCut) -> None:
         """Train beside other ranks, whose batches are parts of one."""
 
     @abstractmethod
@@ -80,9 +84,14 @@ def passes_of(sae: AnySAE, kernels: Kernels, *, recurring: int = 0) -> Passes:
 class Dense(Passes):
     """SAELens's own forward pass."""
 
-    def join(self, ranks: Ranks, cut: BatchCut) -> None:
-        """See the class; a cut through several ranks' batches is nothing that SAELens knows."""
-        if isinstance(self.sae, BatchTopKTrainingSAE) and cut == "global" and not ranks.alone:
+    def join(self, crew: Crew, cut: BatchCut) -> None:
+        """See the class; a cut through several ranks' batches is nothing that SAELens knows, nor a part of the latents."""
+        if not crew.latents.alone:
+            raise InputError(
+                f"latents are divided by the sparse kernels alone, got kernels: dense or a {type(self.sae).__name__}: set kernels: sparse, "
+                f"and one of {', '.join(kind.__name__ for kind in FAMILY)}, or trainer.strategy: ddp"
+            )
+        if isinstance(self.sae, BatchTopKTrainingSAE) and cut == "global" and not crew.all.alone:
             raise InputError(
                 f"SAELens's own {type(self.sae).__name__} ranks each process's batch apart: set kernels: sparse where it is one of "
                 f"{', '.join(kind.__name__ for kind in FAMILY)}, or batch_cut: local"
@@ -121,26 +130,27 @@ class Sparse(Passes):
         # Rows that come again are many; a batch's may still be looked at when the next one is there.
         self._rows = sparse.Memory() if screen is not None else None
 
-    def join(self, ranks: Ranks, cut: BatchCut) -> None:
+    def join(self, crew: Crew, cut: BatchCut) -> None:
         """See the class."""
-        self.ranks = ranks if cut == "global" else ALONE
+        self.crew = crew if cut == "global" else crew.within
 
     def train(self, z: Tensor, *, dead: Tensor, step: int, alone: bool) -> Forward:
         """See the class."""
-        z, apart = z.to(self.sae.W_enc.dtype), dead.nonzero().flatten()
+        W_dec, b_dec = own(self.sae.W_dec), own(self.sae.b_dec)
+        z, apart = z.to(W_dec.dtype), dead.narrow(0, self._first, len(W_dec)).nonzero().flatten()
         found = self._encode(z, apart, alone)
-        memory = self._gradients if alone else None
+        memory, beside = self._gradients if alone else None, self.crew.latents
         if len(self._widths) == 1:
             error, off, rows = sparse.squared_error(
-                found.values, found.pattern, self.sae.W_dec, self.sae.b_dec, z, apart, memory, self._rows if alone else None
+                found.values, found.pattern, W_dec, b_dec, z, apart, memory, self._rows if alone else None, beside
             )
-            losses, left = {"mse_loss": error}, [off.neg()] if len(apart) else []
+            losses, left = {"mse_loss": error}, [off.neg()] if dead.any() else []
         else:
-            parts, rows = self._levels(found, apart, memory)
+            parts, rows = self._levels(found, apart, W_dec, b_dec, memory)
             losses, left = {"mse_loss": _error(parts[-1], z)}, list(z - parts.detach())
             off = parts[-1].detach() - z
             losses |= {f"inner_mse_loss_{width}": _error(part, z) for width, part in zip(self._widths[:-1], parts, strict=False)}
-        losses["auxiliary_reconstruction_loss"] = self._auxiliary(left, apart, found.apart, rows) if len(apart) else z.new_zeros(())
+        losses["auxiliary_reconstruction_loss"] = self._auxiliary(left, apart, found.apart, rows) if dead.any() else z.new_zeros(())
         codes = self._codes(found)
         if hasattr(self.sae, "update_topk_threshold") and found.edge is not None:
             self.sae.update_topk_threshold(codes.values.new_tensor([found.edge]))
@@ -149,7 +159,7 @@ class Sparse(Passes):
     @torch.no_grad()
     def read(self, z: Tensor, *, again: bool = False, lent: bool = False) -> tuple[Codes, Tensor]:
         """See the class."""
-        z, held = z.to(self.sae.W_enc.dtype), self.held if again else None
+        z, held = z.to(self.sae.W_dec.dtype), self.held if again else None
         if held is not None and len(held[0]) and held[0][-1] >= len(z):
             held = None  # of other rows
         found = self._encode(z, None, alone=True) if held is None else self._held(z, *held)
@@ -157,24 +167,28 @@ class Sparse(Passes):
             self.held = found.pattern.rows, found.pattern.columns
         with torch.autocast(z.device.type, enabled=False):
             into = sparse.LENT.take("rebuilt", z.shape, found.values) if lent else None
-            rebuilt = found.pattern.product(found.values, self.sae.W_dec, into)
-            return self._codes(found), rebuilt.add_(self.sae.b_dec)
+            rebuilt = found.pattern.product(found.values, own(self.sae.W_dec), into)
+            self.crew.latents.sum_(rebuilt)
+            return self._codes(found), rebuilt.add_(own(self.sae.b_dec))
 
     def _encode(self, z: Tensor, apart: Tensor | None, alone: bool) -> sparse.Encoded:
         sae = self.sae
         each_row = not isinstance(sae, BatchTopKTrainingSAE)
-        rule = sparse.Rule(sae.cfg.k, each_row, self._near, self.screen, self.ranks)
-        origin = sae.b_dec if sae.cfg.apply_b_dec_to_input else None
+        rule = sparse.Rule(sae.cfg.k, each_row, self._near, self.screen, self.crew.all, self.crew.latents)
+        origin = shared(own(sae.b_dec), self.crew.latents) if sae.cfg.apply_b_dec_to_input else None
         memory: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if alone else {}
-        found = sparse.encode(z, sae.W_enc, sae.b_enc, rule, origin=origin, scale=self._norms, apart=apart, **memory)
+        found = sparse.encode(z, own(sae.W_enc), own(sae.b_enc), rule, origin=origin, scale=self._norms, apart=apart, **memory)
         self._near = found.edge
         return found
 
-    def _levels(self, found: sparse.Encoded, apart: Tensor, memory: sparse.Memory | None) -> tuple[Tensor, Tensor]:
+    def _levels(
+        self, found: sparse.Encoded, apart: Tensor, W_dec: Tensor, b_dec: Tensor, memory: sparse.Memory | None
+    ) -> tuple[Tensor, Tensor]:
         """What the latents up to each width rebuild, the last all of them, and the decoder's rows apart."""
-        pattern, order = _by_level(found.pattern, self._widths)
-        rebuilt, rows = sparse.decode(found.values[order], pattern, self.sae.W_dec, apart, memory)
-        return rebuilt.view(len(self._widths), -1, rebuilt.shape[1]).cumsum(0) + self.sae.b_dec, rows
+        pattern, order = _by_level(found.pattern, [width - self._first for width in self._widths])
+        rebuilt, rows = sparse.decode(found.values[order], pattern, W_dec, apart, memory)
+        rebuilt = added(rebuilt, self.crew.latents)
+        return rebuilt.view(len(self._widths), -1, rebuilt.shape[1]).cumsum(0) + b_dec, rows
 
     def _held(self, z: Tensor, rows: Tensor, columns: Tensor) -> sparse.Encoded:
         sae, columns = self.sae, columns.to(z.device)
@@ -185,7 +199,12 @@ class Sparse(Passes):
 
     @property
     def _norms(self) -> Tensor | None:
-        return self.sae.W_dec.detach().norm(dim=-1) if self.sae.cfg.rescale_acts_by_decoder_norm else None
+        return own(self.sae.W_dec).detach().norm(dim=-1) if self.sae.cfg.rescale_acts_by_decoder_norm else None
+
+    @property
+    def _first(self) -> int:
+        """The first of this rank's latents."""
+        return first(self.sae.W_dec, self.crew.latents)
 
     @property
     def _widths(self) -> list[int]:
@@ -199,18 +218,27 @@ class Sparse(Passes):
     def _auxiliary(self, left: list[Tensor], apart: Tensor, acts: Tensor, rows: Tensor) -> Tensor:
         """What the dead make of what the living `left`, as SAELens has it; level by level where that is asked for."""
         widths = self._widths if getattr(self.sae.cfg, "use_matryoshka_aux_loss", False) else self._widths[-1:]
-        borders = [0, *torch.searchsorted(apart, apart.new_tensor(widths)).tolist()]
-        norms, wanted, total = self._norms, rows.shape[1] // 2, rows.new_zeros(())
-        for first, last, error in zip(borders[:-1], borders[1:], left[-len(widths) :], strict=True):
-            if last == first:
+        borders = [0, *torch.searchsorted(apart, apart.new_tensor(widths) - self._first).tolist()]
+        norms, wanted, total, beside = self._norms, rows.shape[1] // 2, rows.new_zeros(()), self.crew.latents
+        for begin, end, error in zip(borders[:-1], borders[1:], left[-len(widths) :], strict=True):
+            counts = beside.each(end - begin, rows)
+            if not sum(counts):
                 continue
-            of_level = acts[:, first:last]
-            if last - first > wanted:
-                ranked = of_level if norms is None else of_level * norms[apart[first:last]]
-                chosen = ranked.detach().topk(wanted, sorted=False).indices
-                of_level = torch.zeros_like(of_level).scatter(1, chosen, of_level.gather(1, chosen))
-            total = total + min((last - first) / wanted, 1.0) * _error(of_level @ rows[first:last], error)
+            of_level = acts[:, begin:end]
+            if sum(counts) > wanted:
+                ranked = of_level.detach() if norms is None else of_level.detach() * norms[apart[begin:end]]
+                of_level = of_level * _chosen(ranked, wanted, max(counts), beside)
+            total = total + min(sum(counts) / wanted, 1.0) * _error(added(of_level @ rows[begin:end], beside), error)
         return self.sae.cfg.aux_loss_coefficient * total
+
+
+def _chosen(ranked: Tensor, wanted: int, most: int, ranks: Ranks) -> Tensor:
+    """Which of a row's are the `wanted` largest, on all ranks together, of which none has more than `most`."""
+    own_columns = ranked.topk(min(wanted, ranked.shape[1]), sorted=False).indices
+    short = min(wanted, most) - own_columns.shape[1]
+    candidates = torch.nn.functional.pad(ranked.gather(1, own_columns), (0, short), value=-torch.inf)
+    kept = sparse.among(candidates, wanted, ranks)[:, : own_columns.shape[1]]
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter(1, own_columns, kept)
 
 
 def _by_level(pattern: sparse.Pattern, widths: list[int]) -> tuple[sparse.Pattern, Tensor]:

@@ -4,6 +4,6 @@ from metasae_lightning.sparse.kernels import Encoded, Rule, decode, encode, squa
 from metasae_lightning.sparse.memory import LENT, Memory
 from metasae_lightning.sparse.pattern import Pattern
 from metasae_lightning.sparse.screening import Screen
-from metasae_lightning.sparse.selection import largest
+from metasae_lightning.sparse.selection import among, largest
 
-__all__ = ["LENT", "Encoded", "Memory", "Pattern", "Rule", "Screen", "decode", "encode", "largest", "squared_error"]
+__all__ = ["LENT", "Encoded", "Memory", "Pattern", "Rule", "Screen", "among", "decode", "encode", "largest", "squared_error"]

@@ -45,6 +45,8 @@ class Rule:
     """Where the rows are those of the last batch, moved a little: what is known of them."""
     ranks: Ranks = ALONE
     """Whose batches one cut is made through."""
+    beside: Ranks = ALONE
+    """Those of them that have other latents of the same rows."""
 
 
 def encode(
@@ -107,7 +109,7 @@ class _Encode(torch.autograd.Function):
         found: list[Any],
     ) -> tuple[Tensor, ...]:
         x = x if origin is None else torch.sub(x, origin, out=room(row_memory, "x", x.shape, x))
-        encoder = Encoder(x, W_enc, b_enc, scale, apart, rule.ranks)
+        encoder = Encoder(x, W_enc, b_enc, scale, apart, rule.ranks, rule.beside)
         if rule.screen is not None and not rule.each_row and rule.screen.suits(encoder):
             kept = rule.screen.keep(encoder, int(rule.k * len(x)))
         else:
@@ -172,14 +174,17 @@ def squared_error(
     apart: Int[Tensor, " apart"] | None = None,
     gradients: Memory | None = None,
     rows: Memory | None = None,
+    beside: Ranks = ALONE,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "row d_in"], Float[Tensor, "apart d_in"]]:
     """The mean over rows of `||S W_dec + b_dec - x||^2`, that difference without a gradient, and rows of `W_dec` apart.
+
+    Where other ranks have other latents `beside`, `S W_dec` is the sum of what all make.
 
     The difference is the one matrix of the batch's size that is made, in the memory `rows` if that is given, and what the gradients are
     made from; that of `W_dec` in the memory `gradients`. Nothing that was made there may still be wanted.
     """
     apart = torch.empty(0, dtype=torch.long, device=W_dec.device) if apart is None else apart
-    return _SquaredError.apply(values, W_dec, b_dec, x, apart, pattern, gradients, rows)  # type: ignore[misc]
+    return _SquaredError.apply(values, W_dec, b_dec, x, apart, pattern, gradients, rows, beside)  # type: ignore[misc]
 
 
 class _SquaredError(torch.autograd.Function):
@@ -196,9 +201,11 @@ class _SquaredError(torch.autograd.Function):
         pattern: Pattern,
         memory: Memory | None,
         row_memory: Memory | None,
+        beside: Ranks,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(W_dec.device.type, enabled=False):
             difference = pattern.product(values, W_dec, room(row_memory, "difference", x.shape, values))
+            beside.sum_(difference)
             total = values.new_zeros(())
             for some, rows in pieces(difference, x):
                 flat = some.add_(b_dec).sub_(rows).flatten()
@@ -219,4 +226,4 @@ class _SquaredError(torch.autograd.Function):
             weights = ctx.pattern.transposed_product(values * scale, difference, into).index_add_(0, apart, beside)
             origins = difference.sum(0) * scale
             inputs = difference * -scale if ctx.needs_input_grad[3] else None
-        return at, weights.view(W_dec.shape), origins, inputs, *[None] * 4
+        return at, weights.view(W_dec.shape), origins, inputs, *[None] * 5

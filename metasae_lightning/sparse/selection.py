@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metasae_lightning.ranks import ALONE, Ranks
@@ -64,14 +64,24 @@ class Encoder:
         scale: What has a say in what is kept, and is not in the values that are returned.
         apart: Latents, in order, whose pre-activations are wanted whatever is kept.
         ranks: Whose batches one cut is made through.
+        beside: Those of them that have other latents of the same rows.
     """
 
-    def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, apart: Tensor, ranks: Ranks = ALONE):
+    def __init__(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        scale: Tensor | None,
+        apart: Tensor,
+        ranks: Ranks = ALONE,
+        beside: Ranks = ALONE,
+    ) -> None:
         kind = x.device.type
         lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else b_enc.dtype
         self.x, self.W_enc, self.b_enc, self.scale, self.cut_apart = x.to(lower), W_enc.to(lower), b_enc, scale, apart
         self.apart = b_enc.new_zeros(len(x), len(apart))
-        self.rows, self.latents, self.ranks = len(x), W_enc.shape[1], ranks
+        self.rows, self.latents, self.ranks, self.beside = len(x), W_enc.shape[1], ranks, beside
 
     def keep(self, k: float, *, each_row: bool, near: float | None) -> Kept:
         """The `k` largest of each row, or the `k * rows` largest of the batch; of positive ones alone.
@@ -117,9 +127,10 @@ class Encoder:
         rows = max(1, min(self.rows, some(WHOLE_ROWS * BLOCK) // self.latents)) if self.x.device.type == "cpu" else self.rows
         for top, _, block in self.blocks(rows, self.latents):
             raw = block + self.b_enc
-            columns = (raw if self.scale is None else raw * self.scale).topk(k, sorted=False).indices.sort().values
+            scaled = raw if self.scale is None else raw * self.scale
+            columns = scaled.topk(min(k, self.latents), sorted=False).indices.sort().values
             values = raw.gather(1, columns)
-            at, which = (values > 0).nonzero(as_tuple=True)
+            at, which = ((values > 0) & among(scaled.gather(1, columns), k, self.beside)).nonzero(as_tuple=True)
             found.append((values[at, which], at + top, columns[at, which]))
         return Kept(*map(torch.cat, zip(*found, strict=True)), edge=None) if found else self._nothing()
 
@@ -134,11 +145,11 @@ class Encoder:
 
     def _of_all(self, k: float, near: float | None) -> tuple[Tensor, Tensor, float | None]:
         """This rank's part of what is kept of all ranks' batches. No more of a rank's own can be kept than are kept of all."""
-        count = int(k * self.ranks.total(self.rows, self.b_enc))
+        count = int(k * self.ranks.total(self.rows, self.b_enc) / self.beside.world_size)
         begin = None if near is None else NEAR * near
         while True:
             if begin is None:  # one for all: what one rank guessed from its few rows may be too high for another
-                own = self._guess(int(k * self.rows)) if self.rows else torch.inf
+                own = self._guess(int(k * self.rows / self.beside.world_size)) if self.rows else torch.inf
                 begin = max(0.0, -self.ranks.most(-own, self.b_enc))
                 near = None
             scaled, raw, places = self._above(begin, count) if self.rows else (*[self.b_enc.new_empty(0)] * 2, self._nothing().rows)
@@ -199,6 +210,19 @@ class Encoder:
     def _nothing(self) -> Kept:
         empty = torch.empty(0, dtype=torch.long, device=self.x.device)
         return Kept(self.b_enc.new_empty(0), empty, empty, None)
+
+
+def among(candidates: Float[Tensor, "row candidate"], count: int, ranks: Ranks) -> Bool[Tensor, "row candidate"]:
+    """Which of a rank's candidates are among the `count` largest of their row on all ranks; as many of each.
+
+    >>> among(torch.tensor([[1.0, 3.0, 2.0]]), 2, Ranks())
+    tensor([[False,  True,  True]])
+    """
+    of_all = ranks.beside(candidates)
+    if of_all.shape[1] <= count:
+        return torch.ones_like(candidates, dtype=torch.bool)
+    kept = torch.zeros_like(of_all, dtype=torch.bool).scatter_(1, of_all.topk(count, sorted=False).indices, True)
+    return kept[:, ranks.rank * candidates.shape[1] :][:, : candidates.shape[1]]
 
 
 def _guess(few: Tensor, wanted: float) -> Tensor:

@@ -1,0 +1,98 @@
+"""Lightning's strategy for a dictionary that is divided among ranks, with checkpoints that are there whole or not at all."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+
+from metasae_lightning.checkpoints import damage, refused, seal, settle, sums
+from metasae_lightning.errors import InputError
+
+
+class Sharded(ModelParallelStrategy):
+    """The primary's latents divided among `tensor_parallel_size` ranks, and batches among all of them.
+
+    Lightning's `ModelParallelStrategy`, whose names these are: by default the ranks of a node divide the latents, and nodes have the same.
+    A checkpoint is a folder to which every rank writes its part; any number of ranks, and one process, go on from it.
+    """
+
+    def setup_environment(self) -> None:
+        """One line where the sizes do not make up the ranks there are."""
+        try:
+            super().setup_environment()
+        except RuntimeError as error:
+            if "multiplied should equal the world size" not in str(error):
+                raise
+            raise InputError(f"trainer.strategy: {' '.join(str(error).replace('`', '').split())}") from error
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Whatever fails on whichever rank, what had that name before is still there."""
+        path = Path(self.broadcast(filepath))
+        draft = path.with_name(f".{path.name}.draft")
+        try:
+            self._once(lambda: shutil.rmtree(draft, ignore_errors=True))
+            super().save_checkpoint(checkpoint, draft, storage_options)
+            parts: list[Any] = [None] * self.world_size
+            # Each reads back what it wrote: of a large dictionary no rank has time for all.
+            torch.distributed.all_gather_object(parts, sums(draft, self.global_rank))
+            self._once(lambda: seal(draft, {name: one for part in parts for name, one in part.items()}))
+            self._once(lambda: place(draft, path))
+        except (OSError, RuntimeError, torch.distributed.checkpoint.CheckpointException) as error:
+            raise refused(path, error) from error
+        finally:
+            if self.global_rank == 0:
+                shutil.rmtree(draft, ignore_errors=True)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """One that is whole."""
+        path = Path(self.broadcast(checkpoint_path))
+        told = [damage(path) if self.global_rank == 0 else None]
+        torch.distributed.broadcast_object_list(told)
+        if told[0]:
+            raise InputError(f"the checkpoint {path} is damaged ({told[0]}): name an earlier one; --ckpt_path last finds the newest whole one")
+        return super().load_checkpoint(path, weights_only=weights_only) if path.is_dir() else self._divided(path)
+
+    def _divided(self, path: Path) -> dict[str, Any]:
+        """Each rank's part of what one process, or ranks that have all latents, wrote. Lightning numbers parameters as if there were one
+        optimiser."""
+        assert self.model is not None
+        checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=False)
+        whole = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=whole)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer, kept in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=True):
+            own = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            groups = [{**group, "params": [own[number] for number in group["params"]]} for group in kept["param_groups"]]
+            state = {own[number]: one for number, one in kept["state"].items()}
+            set_optimizer_state_dict(self.model, optimizer, {"state": state, "param_groups": groups}, options=whole)
+        return checkpoint
+
+    def _once(self, act: Any) -> None:
+        """Have the first rank do something, and all fail where it does."""
+        told: list[Any] = [None]
+        if self.global_rank == 0:
+            try:
+                act()
+            except OSError as error:
+                told = [error]
+        torch.distributed.broadcast_object_list(told)
+        if told[0] is not None:
+            raise told[0]
+
+
+def place(draft: Path, path: Path) -> None:
+    """Give a folder its name; one that has it already goes first."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.is_dir():
+        path.rename(old)
+    draft.rename(path)
+    settle(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+if "sharded" not in StrategyRegistry:
+    StrategyRegistry.register("sharded", Sharded, description=Sharded.__doc__.splitlines()[0] if Sharded.__doc__ else "")

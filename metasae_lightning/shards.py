@@ -1,0 +1,111 @@
+"""Matrices whose latents are divided among ranks, as torch's DTensor has them, and the sums that gradients take across ranks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from metasae_lightning.ranks import Crew, Ranks
+
+
+def divide(module: nn.Module, mesh: Any, along: Mapping[str, int]) -> None:
+    """Have each rank of a mesh keep its part of these parameters, each along its dimension, and all of every other one.
+
+    Every rank has the same values before: nothing is sent.
+    """
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        place = Shard(along[name]) if name in along else Replicate()
+        part = distribute_tensor(parameter.detach(), mesh, [place], src_data_rank=None)
+        setattr(module, name, nn.Parameter(_copy(part)))
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This rank's part of what is divided; a gradient goes back to it, and what is written into it stays."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of what is divided, on every rank: each makes a part of its gradient, and they add up."""
+    return tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
+
+
+def first(tensor: Tensor, ranks: Ranks) -> int:
+    """Which row of the whole is the first of this rank's part, of those that have other rows of it."""
+    return ranks.rank * len(own(tensor)) if isinstance(tensor, DTensor) else 0
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Give a tensor, divided or not, these values, which every rank has all of."""
+    if isinstance(tensor, DTensor):
+        values = own(distribute_tensor(values.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements, src_data_rank=None))
+    own(tensor).copy_(values)
+
+
+@torch.no_grad()
+def gathered(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Everything whole, in ordinary memory, where it is to be kept; every rank takes part."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        all_of_it = whole(tensor.detach())
+        if keep:
+            found[name] = all_of_it.cpu()
+    return found
+
+
+def share(decoder: Tensor, chosen: Int[Tensor, " row"] | None, crew: Crew) -> Int[Tensor, " own"] | None:
+    """Which of this rank's decoder rows are its share of the work on those that are `chosen` of the whole, or on all; none for all it has."""
+    rows = len(own(decoder))
+    if chosen is not None:
+        begin = first(decoder, crew.latents)
+        chosen = chosen[(chosen >= begin) & (chosen < begin + rows)] - begin
+    if not crew.rows.alone:
+        chosen = torch.arange(rows) if chosen is None else chosen
+        chosen = chosen[crew.rows.share(len(chosen))]
+    return None if chosen is None else chosen.to(decoder.device)
+
+
+def added(part: Tensor, ranks: Ranks) -> Tensor:
+    """The sum of what each rank has made, on all of them: each one's part takes the gradient of the sum."""
+    return part if ranks.alone else _Added.apply(part, ranks)  # type: ignore[return-value]
+
+
+def shared(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """What all ranks have alike and each makes a part of what follows from: its gradient is the sum of theirs."""
+    return tensor if ranks.alone else _Shared.apply(tensor, ranks)  # type: ignore[return-value]
+
+
+class _Added(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
+        return ranks.summed(part)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradients[0], None
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.ranks.summed(gradients[0]), None
+
+
+def _copy(part: DTensor) -> DTensor:
+    """In memory of its own: what was divided can be let go of."""
+    return DTensor.from_local(
+        part.to_local().clone(memory_format=torch.contiguous_format),
+        part.device_mesh,
+        part.placements,
+        run_check=False,
+        shape=part.shape,
+        stride=part.stride(),
+    )
