@@ -2,6 +2,7 @@
 
     python benchmarks/ranks.py                  # 1 and 2 ranks, the laptop's size
     python benchmarks/ranks.py --ranks 1 2 4
+    python benchmarks/ranks.py --strategy sharded  # latents divided, in place of all of them on every rank
 
 More ranks than cores cannot be faster: of two cores this shows that two ranks divide the work, and how many bytes that takes.
 """
@@ -21,6 +22,7 @@ import torch
 from machine import described
 from sae_lens import BatchTopKTrainingSAEConfig
 from step import MACRO, META, SIZES
+from torch.distributed.device_mesh import init_device_mesh
 
 from metasae_lightning.joint import JointSAE, adam
 from metasae_lightning.penalties import Decomposability
@@ -28,7 +30,7 @@ from metasae_lightning.ranks import Ranks
 from metasae_lightning.step import Batch
 
 
-def run(rank: int, count: int, size: str, steps: int, cut: Any, folder: str) -> None:
+def run(rank: int, count: int, size: str, steps: int, cut: Any, strategy: str, folder: str) -> None:
     """Seconds of each step on this rank, and the bytes that it gave away in all of them."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -39,7 +41,8 @@ def run(rank: int, count: int, size: str, steps: int, cut: Any, folder: str) -> 
     meta = BatchTopKTrainingSAEConfig(d_sae=m, k=meta_k, **plain)
     module = JointSAE(primary, meta, {"d": Decomposability(0.3)}, n_p=MACRO, n_m=META, b_dec_init="mean", batch_cut=cut)
     ranks = replace(Ranks.joined(), sent=[])
-    module.join(ranks)
+    mesh = init_device_mesh("cpu", (1, count), mesh_dim_names=("data_parallel", "tensor_parallel")) if strategy == "sharded" else None
+    module.join(ranks, mesh)
     assert module.meta is not None and ranks.sent is not None
     optimizers = adam(module.primary.parameters()), adam(module.meta.parameters())
     generator, seconds = torch.Generator().manual_seed(0), list[float]()
@@ -63,11 +66,13 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="laptop")
     parser.add_argument("--steps", type=int, default=2 * MACRO)
     parser.add_argument("--cut", choices=["global", "local"], default="global")
+    parser.add_argument("--strategy", choices=["ddp", "sharded"], default="ddp")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/ranks.csv"))
     given = parser.parse_args()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     print(
-        f"{described()}, of which each rank has one, fp32, gloo: {given.steps} joint steps of {SIZES[given.size][2]:,} tokens, {given.size}"
+        f"{described()}, of which each rank has one, fp32, gloo, {given.strategy}: {given.steps} joint steps of "
+        f"{SIZES[given.size][2]:,} tokens, {given.size}"
     )
     context = multiprocessing.get_context("spawn")
     with given.out.open("w", newline="") as file:
@@ -77,7 +82,8 @@ def main() -> None:
         for count in given.ranks:
             with tempfile.TemporaryDirectory() as folder:
                 make = [
-                    context.Process(target=run, args=(rank, count, given.size, given.steps, given.cut, folder)) for rank in range(count)
+                    context.Process(target=run, args=(rank, count, given.size, given.steps, given.cut, given.strategy, folder))
+                    for rank in range(count)
                 ]
                 for process in make:
                     process.start()

@@ -67,7 +67,7 @@ def refused(place: Path, error: BaseException) -> InputError:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a file that torch wrote, or a folder of them; nothing where each part has the checksum that it was written with."""
+    """What is wrong with a file that torch wrote, or a folder of them; nothing where each part has the checksum it was written with."""
     if path.is_dir():
         return _torn(path)
     try:
@@ -155,7 +155,9 @@ def assembled(folder: Path) -> dict[str, Any]:
         kept = parts[f"optimizer_{number}"]
         numbers = {name: at for at, name in enumerate(name for group in kept["param_groups"] for name in group["params"])}
         groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in kept["param_groups"]]
-        checkpoint["optimizer_states"].append({"state": {numbers[name]: one for name, one in kept["state"].items()}, "param_groups": groups})
+        checkpoint["optimizer_states"].append(
+            {"state": {numbers[name]: one for name, one in kept["state"].items()}, "param_groups": groups}
+        )
     return checkpoint
 
 

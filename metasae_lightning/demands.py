@@ -11,7 +11,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Penalty
 from metasae_lightning.ranks import Ranks
 from metasae_lightning.saelens import TrainingSAEConfig
-from metasae_lightning.sharded import Sharded
+from metasae_lightning.strategy import Sharded
 
 
 def check_roles(

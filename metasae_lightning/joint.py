@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
@@ -24,7 +23,7 @@ from metasae_lightning.penalties import Critic, Penalties, Penalty
 from metasae_lightning.ranks import Crew, Ranks
 from metasae_lightning.rowwise import order
 from metasae_lightning.saelens import BatchCut, Kernels, TrainingSAEConfig
-from metasae_lightning.schedules import bound, warm_up
+from metasae_lightning.schedules import bound
 from metasae_lightning.shards import own, share, whole
 from metasae_lightning.step import Batch, Evaluation, Reading, StepOutput
 
@@ -150,7 +149,7 @@ class JointSAE(LightningModule):
     def join(self, ranks: Ranks, mesh: Any = None) -> None:
         """Train beside other ranks: batches are parts of one, and the penalty's and the meta SAE's rows are divided.
 
-        On a mesh, as Lightning's `ModelParallelStrategy` makes it, the primary's latents are divided along its second side, rows along both.
+        On a mesh, as Lightning's `ModelParallelStrategy` makes it, the primary's latents are divided along its second side.
         """
         check_ranks(ranks, self.critic_supports)
         self.crew = Crew.of(ranks, mesh)

@@ -81,7 +81,7 @@ class Penalties(nn.ModuleDict):
     def measured(
         self, W_dec: Tensor, critic: Critic | None, step: int, crew: Crew, known: dict[str, Tensor], *, learnt: bool
     ) -> dict[str, Tensor]:
-        """Every penalty's value, those that are not known measured; one of weight 0 says nothing before its critic has `learnt` something."""
+        """Every penalty's value, those that are not known measured; one of weight 0 says nothing before its critic has `learnt`."""
         for name, penalty in self.named():
             if name not in known and (learnt or not penalty.needs_critic):
                 known = {**known, name: crew.all.summed(penalty.part(W_dec, critic, step, crew))}

@@ -57,7 +57,7 @@ def gathered(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 
 def share(decoder: Tensor, chosen: Int[Tensor, " row"] | None, crew: Crew) -> Int[Tensor, " own"] | None:
-    """Which of this rank's decoder rows are its share of the work on those that are `chosen` of the whole, or on all; none for all it has."""
+    """Which of this rank's decoder rows are its share of the work on those `chosen` of the whole, or on all; none is all it has."""
     rows = len(own(decoder))
     if chosen is not None:
         begin = first(decoder, crew.latents)

@@ -77,7 +77,11 @@ def cases(count: int) -> list[tuple[str, torch.dtype, tuple[int, int]]]:
     """What is trained on so many ranks, and how they divide rows and latents."""
     if count == 2:
         return [*((kind, torch.float64, (1, 2)) for kind in KINDS), ("batchtopk", torch.float32, (1, 2))]
-    return [(kind, torch.float64, mesh) for kind in ("batchtopk", "topk", "matryoshka, clipped", "some rows", "orthogonality") for mesh in ((1, 4), (2, 2))]
+    return [
+        (kind, torch.float64, mesh)
+        for kind in ("batchtopk", "topk", "matryoshka, clipped", "some rows", "orthogonality")
+        for mesh in ((1, 4), (2, 2))
+    ]
 
 
 def on_rank(rank: int, folder: str) -> None:
@@ -107,7 +111,9 @@ def test_a_divided_dictionary_learns_what_a_whole_one_does(count: int, tmp_path:
         assert alone["dead"].sum(1).max() > 8, told
         for expected, *others in zip(alone["shown"], *(one["shown"] for one in ours), strict=True):
             for each in others:
-                torch.testing.assert_close(torch.stack(each), torch.stack(expected), rtol=100 * tolerance, atol=1e-7 if tolerance > 1e-9 else 1e-12)
+                torch.testing.assert_close(
+                    torch.stack(each), torch.stack(expected), rtol=100 * tolerance, atol=1e-7 if tolerance > 1e-9 else 1e-12
+                )
         rebuilt, codes = torch.cat([one["rebuilt"] for one in ours]), torch.cat([one["codes"][1:] for one in ours], 1)
         torch.testing.assert_close(rebuilt, alone["rebuilt"], rtol=100 * tolerance, atol=100 * tolerance)
         assert (codes[0] == alone["codes"][1]).all(), told

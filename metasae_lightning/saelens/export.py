@@ -71,9 +71,7 @@ def export(
     return replace(record, folder=str(folder))
 
 
-def _raw_twin(
-    sae: AnySAE, weights: Mapping[str, Tensor], normalizer: Normalizer, updates: int, metadata: Mapping[str, Any]
-) -> AnySAE:
+def _raw_twin(sae: AnySAE, weights: Mapping[str, Tensor], normalizer: Normalizer, updates: int, metadata: Mapping[str, Any]) -> AnySAE:
     """A copy whose threshold is right and whose normaliser is folded in; the SAE in training is untouched."""
     cfg = copy.deepcopy(sae.cfg)
     cfg.device = "cpu"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
 from metasae_lightning.checkpoints import damage, refused, seal, settle, sums
@@ -34,17 +35,28 @@ class Sharded(ModelParallelStrategy):
         draft = path.with_name(f".{path.name}.draft")
         try:
             self._once(lambda: shutil.rmtree(draft, ignore_errors=True))
-            super().save_checkpoint(checkpoint, draft, storage_options)
             parts: list[Any] = [None] * self.world_size
-            # Each reads back what it wrote: of a large dictionary no rank has time for all.
-            torch.distributed.all_gather_object(parts, sums(draft, self.global_rank))
+            torch.distributed.all_gather_object(parts, self._written(checkpoint, draft, storage_options))
+            for told in parts:
+                if isinstance(told, str):
+                    raise OSError(told)
             self._once(lambda: seal(draft, {name: one for part in parts for name, one in part.items()}))
             self._once(lambda: place(draft, path))
-        except (OSError, RuntimeError, torch.distributed.checkpoint.CheckpointException) as error:
+        except OSError as error:
             raise refused(path, error) from error
         finally:
             if self.global_rank == 0:
                 shutil.rmtree(draft, ignore_errors=True)
+
+    def _written(self, checkpoint: dict[str, Any], draft: Path, storage_options: Any) -> dict[str, tuple[int, int]] | str:
+        """What this rank wrote, read back: of a large dictionary no rank has time for all. Or why it could not."""
+        try:
+            super().save_checkpoint(checkpoint, draft, storage_options)
+            return sums(draft, self.global_rank)
+        except CheckpointException as error:
+            return "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items())
+        except (OSError, RuntimeError) as error:
+            return f"rank {self.global_rank}: {error}"
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """One that is whole."""
@@ -52,7 +64,9 @@ class Sharded(ModelParallelStrategy):
         told = [damage(path) if self.global_rank == 0 else None]
         torch.distributed.broadcast_object_list(told)
         if told[0]:
-            raise InputError(f"the checkpoint {path} is damaged ({told[0]}): name an earlier one; --ckpt_path last finds the newest whole one")
+            raise InputError(
+                f"the checkpoint {path} is damaged ({told[0]}): name an earlier one; --ckpt_path last finds the newest whole one"
+            )
         return super().load_checkpoint(path, weights_only=weights_only) if path.is_dir() else self._divided(path)
 
     def _divided(self, path: Path) -> dict[str, Any]:
