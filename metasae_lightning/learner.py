@@ -4,7 +4,7 @@ The primary and the meta SAE are both learners; they differ in what rows they ar
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from metasae_lightning import functional, saelens
 from metasae_lightning.errors import InputError
+from metasae_lightning.guard import Guard
 from metasae_lightning.normalizers import normalizer_of
 from metasae_lightning.origin import Adopted, Origin
 from metasae_lightning.ranks import ALONE, Ranks
@@ -40,6 +41,8 @@ class Pass:
     """How many rows there were."""
     rebuild: Callable[[], Tensor]
     """Gives what follows."""
+    taken: bool = True
+    """Whether the step was taken that it was made for."""
 
     @cached_property
     def reconstruction(self) -> Tensor:
@@ -83,6 +86,7 @@ class Learner(nn.Module):
         self.sae = saelens.build(cfg, role=role, seed=seed)
         self._passes = saelens.passes_of(self.sae, kernels, recurring=recurring)
         self.ranks = ALONE
+        self.guard: Guard | None = None
         self.normalizer = normalizer_of(cfg.normalize_activations, cfg.d_in)
         self.decoder_rows, self.b_dec_init, self.dead_after = decoder_rows, b_dec_init, dead_after
         self.micro_batches, self.clip_grad_norm = micro_batches, clip_grad_norm
@@ -113,7 +117,7 @@ class Learner(nn.Module):
     @torch.no_grad()
     def initialize(self, x: Float[Tensor, "rows d_in"]) -> Adopted | None:
         """Take from the first rows what comes from data: the normaliser's statistics, the decoder bias or another SAE's weights. Once."""
-        if self.initialized:
+        if self.initialized or (self.guard is not None and not x.isfinite().all()):
             return None
         # The first batch is a training step's, and what is made of it stays: in full precision, and every rank has all of it.
         ranks, self._passes.ranks = self._passes.ranks, ALONE
@@ -153,10 +157,12 @@ class Learner(nn.Module):
     def learn(self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, added: Tensor | None = None) -> Pass:
         """One optimiser step on these rows and those of other ranks, in micro-batches; `added`, a sum over ranks too, joins the loss once.
 
-        The order is that of arXiv 2406.04093 but for renormalising last: gradient, its radial part removed, clip, step, unit rows.
+        The order is that of arXiv 2406.04093 but for renormalising last: gradient, its radial part removed, clip, step, unit rows. One
+        that a guard refuses leaves everything as it was but for the rows that are counted.
         """
-        self.held = None
         optimizer.zero_grad()
+        if self.guard is not None:
+            self.guard.remember(self._moving())
         passes: list[Pass] = []
         count = int(self.ranks.total(len(x), x))
         # As many parts on every rank, for they talk to each other about each.
@@ -167,12 +173,26 @@ class Learner(nn.Module):
         if added is not None:  # on its own: then its gradient is added to the loss's in place
             backward(added)
         self.ranks.sum_(*(parameter.grad for parameter in self.sae.parameters()))
+        merged = self._merge(passes, len(x))
+        if self.guard is not None and self.guard.refuses(self._made(merged, added), self._moving(), self.ranks):
+            self.rows_seen += count
+            return replace(merged, taken=False)
+        self.held = None
         self._constrain_gradient()
         optimizer.step()
         self._renormalize()
-        merged = self._merge(passes, len(x))
         self._observe(merged.codes, count)
         return merged
+
+    def _moving(self) -> dict[str, Tensor]:
+        """What a forward pass moves."""
+        return {"updates": self.updates, **dict(self.sae.named_buffers())}
+
+    def _made(self, seen: Pass, added: Tensor | None) -> dict[str, Tensor]:
+        """What a step is taken by, causes before what they lead to."""
+        gradients = {name: parameter.grad for name, parameter in self.sae.named_parameters() if parameter.grad is not None}
+        made = {f"the {self.role} SAE's loss": seen.loss, **({} if added is None else {"the penalties' sum": added})}
+        return {**made, **{f"the gradient of {self.role}.sae.{name}": gradient for name, gradient in gradients.items()}}
 
     @property
     def held(self) -> tuple[Tensor, Tensor] | None:

@@ -29,6 +29,11 @@ class Origin:
     measured_k: bool = False
     _sae: Any = field(default=None, init=False, repr=False, compare=False)
 
+    @classmethod
+    def of(cls, given: "Origin | str | None") -> "Origin | None":
+        """By its place alone, or with more said."""
+        return cls(given) if isinstance(given, str) else given
+
     def open(self, role: str, cfg: Any) -> Any:
         """The SAE, of the widths that a config has."""
         if self._sae is None:
