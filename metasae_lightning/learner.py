@@ -172,6 +172,9 @@ class Learner(nn.Module):
             backward(passes[-1].loss * (len(rows) / count))
         if added is not None:  # on its own: then its gradient is added to the loss's in place
             backward(added)
+        if not self.ranks.alone:  # what this rank's rows say nothing of is summed all the same: others wait for it
+            for parameter in self.sae.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and parameter.grad is None else parameter.grad
         self.ranks.sum_(*(parameter.grad for parameter in self.sae.parameters()))
         merged = self._merge(passes, len(x))
         if self.guard is not None and self.guard.refuses(self._made(merged, added), self._moving(), self.ranks):
@@ -223,8 +226,10 @@ class Learner(nn.Module):
         out = self._passes.train(z, dead=self.dead, step=int(self.steps), alone=alone)
         if self.ranks.total(out.codes.values.numel(), z):  # SAELens's threshold stays where it is when nothing fires
             self.updates += 1
-        losses = {name: value.detach() for name, value in out.losses.items()}
-        return Pass(out.loss, losses, out.codes, len(x), lambda: self.normalizer.restore(out.reconstruction, undo))
+        loss, losses = out.loss, {name: value.detach() for name, value in out.losses.items()}
+        if not len(x):  # a mean over nothing, which counts for nothing
+            loss, losses = loss.nan_to_num(), {name: value.nan_to_num() for name, value in losses.items()}
+        return Pass(loss, losses, out.codes, len(x), lambda: self.normalizer.restore(out.reconstruction, undo))
 
     @torch.no_grad()
     def _constrain_gradient(self) -> None:
@@ -261,7 +266,7 @@ class Learner(nn.Module):
     def _merge(passes: list[Pass], rows: int) -> Pass:
         if len(passes) == 1:
             return passes[0]
-        shares = [p.rows / rows for p in passes]
+        shares = [p.rows / max(rows, 1) for p in passes]
         losses = {
             name: sum((p.losses[name] * s for p, s in zip(passes, shares, strict=True)), torch.zeros(())) for name in passes[0].losses
         }
