@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from metasae_lightning.errors import InputError
+from metasae_lightning.guard import first_broken
 from metasae_lightning.observers import NotFinite, Observer
 from metasae_lightning.step import Batch, StepOutput
 
@@ -20,17 +20,25 @@ class StopOnNaN(Observer):
 
     Args:
         every: Look after so many steps, after the last and before each checkpoint; more than 1 may let a save point of `Export` pass.
+        skips: Where such steps are left out (`non_finite: skip`), stop after so many of an SAE's in a row.
     """
 
-    def __init__(self, every: int = 1) -> None:
-        if every < 1:
-            raise InputError(f"StopOnNaN: every must be at least 1, got {every}")
-        self.every = every
+    def __init__(self, every: int = 1, skips: int = 10) -> None:
+        for name, value in (("every", every), ("skips", skips)):
+            if value < 1:
+                raise InputError(f"StopOnNaN: {name} must be at least 1, got {value}")
+        self.every, self.skips = every, skips
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look at the step, and at what it left."""
+        output: StepOutput = outputs["output"]
+        activations = Batch.of(batch).activations
+        if output.skipped >= self.skips:  # all ranks have counted the same
+            what = f"{output.broken} was not finite in the last of {output.skipped} steps that were left out in a row,"
+            self._stop(trainer, pl_module, what, activations)
         if (batch_idx + 1) % self.every == 0 or trainer.is_last_batch:
-            self._look(trainer, pl_module, {**figures(outputs["output"]), **pl_module.state_dict()}, Batch.of(batch).activations)
+            shown = {} if output.skipped else figures(output)
+            self._look(trainer, pl_module, {**shown, **pl_module.state_dict()}, activations)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look before a checkpoint of weights alone, which asks nobody."""
@@ -45,15 +53,16 @@ class StopOnNaN(Observer):
         # All ranks stop where one does: the others would wait for it for ever.
         if trainer.strategy.reduce_boolean_decision(broken is None, all=True):
             return
+        self._stop(trainer, pl_module, f"{broken or 'a tensor on another rank'} is not finite", activations)
+
+    @staticmethod
+    def _stop(trainer: Trainer, pl_module: Any, what: str, activations: Tensor | None) -> NoReturn:
         advice = "a lower learning rate or clip_grad_norm may help"
         if activations is not None and not activations.isfinite().all():
             advice = "the activations of this batch are not finite either: look at the data and the language model's dtype"
         tokens, last = pl_module.rows_seen, last_checkpoint(trainer)
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
-        raise NotFinite(
-            f"{broken or 'a tensor on another rank'} is not finite after {tokens:,} tokens; no checkpoint or SAE was written over, {kept}; "
-            f"{advice}"
-        )
+        raise NotFinite(f"{what} after {tokens:,} tokens; no checkpoint or SAE was written over, {kept}; {advice}")
 
 
 def figures(output: StepOutput) -> dict[str, Tensor]:
@@ -62,20 +71,6 @@ def figures(output: StepOutput) -> dict[str, Tensor]:
     found |= {f"penalty {name}": value for name, value in output.penalties.items()}
     found |= {"the meta SAE's loss": output.meta.loss} if output.meta is not None else {}
     return {**found, "the loss": output.loss}
-
-
-def first_broken(named: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a NaN or an infinity in it.
-
-    >>> first_broken({"a": torch.tensor([3e38, 3e38]), "b": torch.tensor([1.0, torch.nan])})
-    'b'
-    """
-    floats = {name: value.detach() for name, value in named.items() if value.is_floating_point()}
-    # A sum is finite only if all it adds up is: one pass and one wait for the device. Where it overflows, a closer look tells.
-    sums = [value.sum(dtype=torch.float32) for value in floats.values()]
-    if torch.stack([total.to(sums[-1].device) for total in sums]).isfinite().all():
-        return None
-    return next((name for name, value in floats.items() if not value.isfinite().all()), None)
 
 
 def last_checkpoint(trainer: Trainer) -> Path | None:

@@ -13,20 +13,14 @@ from metasae_lightning.ranks import Ranks
 from metasae_lightning.saelens import TrainingSAEConfig
 from metasae_lightning.strategy import Sharded
 
+WORDS = {"kernels": ("sparse", "dense"), "critic_supports": ("exact", "macro_step"), "non_finite": ("stop", "skip")}
+"""What some arguments may be."""
+
 
 def check_roles(
-    primary: TrainingSAEConfig,
-    meta: TrainingSAEConfig | None,
-    penalties: torch.nn.ModuleDict,
-    counts: Mapping[str, int],
-    *,
-    kernels: str,
-    critic_supports: str,
+    primary: TrainingSAEConfig, meta: TrainingSAEConfig | None, penalties: torch.nn.ModuleDict, counts: Mapping[str, int]
 ) -> None:
-    """Penalties need what they are judged by, counts are counts, and names are among those there are."""
-    for name, value, known in (("kernels", kernels, ("sparse", "dense")), ("critic_supports", critic_supports, ("exact", "macro_step"))):
-        if value not in known:
-            raise InputError(f"{name} must be {' or '.join(known)}, got {value!r}")
+    """Penalties need what they are judged by, and counts are counts."""
     for name, value in counts.items():
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
@@ -35,12 +29,37 @@ def check_roles(
             raise InputError(f"penalties.{name} must be a Penalty, got {type(penalty).__name__}")
         if penalty.needs_critic and meta is None:
             raise InputError(f"penalties.{name} ({type(penalty).__name__}) is judged by a meta SAE, and there is none: set model.meta")
-        if critic_supports == "macro_step" and (share := getattr(penalty, "rows", 1.0)) < 1:
-            raise InputError(f"critic_supports: macro_step is of every row, and penalties.{name} has others at each step (rows: {share})")
     if meta is not None and meta.d_in != primary.d_in:
         raise InputError(f"meta.d_in must be the primary's d_in, since it reads decoder rows: got {meta.d_in}, set d_in: {primary.d_in}")
     if meta is not None and not penalties:
         rank_zero_warn("a meta SAE without penalties trains along and changes nothing: set model.penalties, or meta: null for a solo SAE")
+
+
+def check_words(penalties: torch.nn.ModuleDict, **given: str) -> None:
+    """What is chosen by name has a name that there is, and goes with the penalties."""
+    for name, value in given.items():
+        if value not in WORDS[name]:
+            raise InputError(f"{name} must be {' or '.join(WORDS[name])}, got {value!r}")
+    for name, penalty in penalties.items():
+        if given["critic_supports"] == "macro_step" and (share := getattr(penalty, "rows", 1.0)) < 1:
+            raise InputError(f"critic_supports: macro_step is of every row, and penalties.{name} has others at each step (rows: {share})")
+
+
+def check_options(
+    primary: TrainingSAEConfig,
+    meta: TrainingSAEConfig | None,
+    *,
+    clip_grad_norm: float | None,
+    meta_rows: int | None,
+    meta_init_from: object,
+) -> None:
+    """What may be none is in its range where it is not."""
+    if clip_grad_norm is not None and clip_grad_norm <= 0:
+        raise InputError(f"clip_grad_norm must be more than 0, or none, got {clip_grad_norm}")
+    if meta_rows is not None and not 0 < meta_rows <= primary.d_sae:
+        raise InputError(f"meta_rows must lie between 1 and the decoder's {primary.d_sae} rows, got {meta_rows}")
+    if meta is None and meta_init_from is not None:
+        raise InputError("meta_init_from: there is no meta SAE: set model.meta")
 
 
 def check_data(data: Any, hook: str | None, d_in: int) -> None:

@@ -15,9 +15,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metasae_lightning import functional
 from metasae_lightning.alternation import meta_steps_after, meta_steps_in
-from metasae_lightning.demands import check_batches, check_data, check_ranks, check_roles, check_trainer
+from metasae_lightning.demands import check_batches, check_data, check_options, check_ranks, check_roles, check_trainer, check_words
 from metasae_lightning.errors import InputError
-from metasae_lightning.learner import Learner
+from metasae_lightning.guard import figures, guarded, restore, worst
+from metasae_lightning.learner import Learner, Pass
 from metasae_lightning.origin import Adopted, Origin
 from metasae_lightning.penalties import Critic, Penalties, Penalty
 from metasae_lightning.ranks import Crew, Ranks
@@ -63,6 +64,7 @@ class JointSAE(LightningModule):
         meta_rows: How many rows, drawn anew, a meta step reads; none is all of them, as in the paper.
         kernels: `sparse` leaves zeros out where the architecture is of the top-k family; `dense` is SAELens's own forward pass.
         batch_cut: Whether a batch top-k SAE keeps the largest activations of all ranks' batches together, `global`, or of each, `local`.
+        non_finite: Whether `StopOnNaN` ends the run where a loss or gradient is not finite, `stop`, or all ranks skip the step, `skip`.
     """
 
     critic_supports: Literal["exact", "macro_step"]
@@ -96,29 +98,27 @@ class JointSAE(LightningModule):
         meta_rows: int | None = None,
         kernels: Kernels = "sparse",
         batch_cut: BatchCut = "global",
+        non_finite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         self.hook = hook
         self.automatic_optimization = False
         self.penalties = Penalties(penalties or {})
         counts = {"n_p": n_p, "n_m": n_m, "micro_batches": micro_batches, "dead_after_tokens": dead_after_tokens}
-        check_roles(primary, meta, self.penalties, counts, kernels=kernels, critic_supports=critic_supports)
-        if clip_grad_norm is not None and clip_grad_norm <= 0:
-            raise InputError(f"clip_grad_norm must be more than 0, or none, got {clip_grad_norm}")
-        if meta_rows is not None and not 0 < meta_rows <= primary.d_sae:
-            raise InputError(f"meta_rows must lie between 1 and the decoder's {primary.d_sae} rows, got {meta_rows}")
+        check_roles(primary, meta, self.penalties, counts)
+        check_words(self.penalties, kernels=kernels, critic_supports=critic_supports, non_finite=non_finite)
+        check_options(primary, meta, clip_grad_norm=clip_grad_norm, meta_rows=meta_rows, meta_init_from=meta_init_from)
         self.n_p, self.n_m, self.meta_rows, self.seed = n_p, n_m, meta_rows, seed
         self.critic_supports, self.kernels, self.batch_cut = critic_supports, kernels, batch_cut
         shared: dict[str, Any] = {"decoder_rows": decoder_rows, "clip_grad_norm": clip_grad_norm, "kernels": kernels}
         own: dict[str, Any] = {"b_dec_init": b_dec_init, "micro_batches": micro_batches, "origin": Origin.of(init_from)}
         self.primary = Learner(primary, role="primary", seed=seed, dead_after=dead_after_tokens, **own, **shared)
         self.meta: Learner | None = None
-        if meta is None and meta_init_from is not None:
-            raise InputError("meta_init_from: there is no meta SAE: set model.meta")
         if meta is not None:
             window = meta_dead_after_steps * (meta_rows or primary.d_sae)
             more: dict[str, Any] = {"b_dec_init": "zeros", "origin": Origin.of(meta_init_from), "recurring": primary.d_sae}
             self.meta = Learner(meta, role="meta", seed=seed + 1, dead_after=window, **more, **shared)
+        self.guards = guarded(self.primary, self.meta) if non_finite == "skip" else {}
         self._optimizer_callables = {"primary": primary_optimizer, "meta": meta_optimizer}
         self._scheduler_callables = {"primary": primary_scheduler, "meta": meta_scheduler}
         self._schedules: dict[str, LRScheduler] = {}
@@ -129,18 +129,19 @@ class JointSAE(LightningModule):
         """One primary step and, where it ends a macro-step, the meta phase: the algorithm."""
         if not self.primary.initialized:  # by what all ranks' first batches say
             _tell(self.primary.initialize(self.crew.all.together(batch.activations)), "primary")
-        if self.meta is not None and not self.meta.initialized:  # before it first judges
+        if self.meta is not None and self.primary.initialized and not self.meta.initialized:  # before it first judges
             _tell(self.meta.initialize(functional.unit_rows(whole(self.primary.W_dec.detach()))), "meta")
         penalty, values = self.penalties.joined(*self._judged())
         values = self.penalties.measured(*self._judged(), values, learnt=self._learnt)
         seen = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, added=penalty)
-        self._advance("primary")
+        self._advance(self.primary, seen)
         reading = self.primary.reading(batch.activations, seen)
-        judged = self._meta_phase(meta_steps_after(int(self.primary.steps), n_p=self.n_p, n_m=self.n_m, last=last), meta_optimizer)
+        owed = meta_steps_after(int(self.primary.steps), n_p=self.n_p, n_m=self.n_m, last=last, taken=seen.taken)
+        judged = self._meta_phase(owed, meta_optimizer)
         if last:  # the run ends on what the last critic makes of the last decoder
             values = self.penalties.measured(*self._judged(), {}, learnt=self._learnt)
         loss = reading.loss if penalty is None else reading.loss + self.crew.all.summed(penalty)
-        return StepOutput(loss, reading, seen.codes, seen.reconstruction, penalties=values, meta=judged)
+        return StepOutput(loss, reading, seen.codes, seen.reconstruction, penalties=values, meta=judged, **worst(self.guards.values()))
 
     def evaluate(self, batch: Batch) -> Evaluation:
         """Codes and reconstruction of a batch by the training rule; nothing moves."""
@@ -186,7 +187,7 @@ class JointSAE(LightningModule):
                 chosen = order(len(decoder), step=int(self.meta.steps), seed=self.seed + 1)[: self.meta_rows]
             mine = share(decoder, chosen, self.crew)
             seen = self.meta.learn(some := rows if mine is None else rows[mine], optimizer, backward=self._backward)
-            self._advance("meta")
+            self._advance(self.meta, seen)
             judged = None if left else self.meta.reading(some, seen)
         return judged
 
@@ -198,9 +199,11 @@ class JointSAE(LightningModule):
         with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
             self.manual_backward(loss)
 
-    def _advance(self, name: str) -> None:
-        if name in self._schedules:
-            self._schedules[name].step()
+    def _advance(self, learner: Learner, seen: Pass) -> None:
+        if not seen.taken and learner.guard is not None:
+            rank_zero_info(f"{learner.role}: a step was left out after {self.rows_seen:,} tokens: {learner.guard.broken} was not finite")
+        elif learner.role in self._schedules:
+            self._schedules[learner.role].step()
 
     def setup(self, stage: str) -> None:
         """Check the data against the SAEs, and let penalties look at the trainer."""
@@ -237,11 +240,9 @@ class JointSAE(LightningModule):
             optimizer = self._optimizer_callables[name](learner.parameters())
             optimizers.append(optimizer)
             if (scheduler := self._scheduler_callables[name]) is not None:
-                self._schedules[name] = bound(scheduler(optimizer), steps if name == "primary" else self._meta_steps(steps), name)
+                own = steps if name == "primary" else meta_steps_in(steps, n_p=self.n_p, n_m=self.n_m)
+                self._schedules[name] = bound(scheduler(optimizer), own, name)
         return optimizers, list(self._schedules.values())
-
-    def _meta_steps(self, steps: float) -> float:
-        return meta_steps_in(int(steps), n_p=self.n_p, n_m=self.n_m) if steps != float("inf") else steps
 
     def advance(self, batch: Batch, optimizers: Any) -> StepOutput:
         """A step under a trainer, which knows whether it is the last."""
@@ -265,6 +266,7 @@ class JointSAE(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What a critic holds is of an earlier step's decoder: it cannot be found again."""
         checkpoint["critic_supports"] = None if self.meta is None else self.meta.held
+        checkpoint["guards"] = {role: guard.state_dict() for role, guard in self.guards.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See above."""
@@ -272,10 +274,11 @@ class JointSAE(LightningModule):
             raise InputError(f"the checkpoint holds the arms {', '.join(checkpoint['arms'])}: go on with the recipe that has them")
         if self.meta is not None:
             self.meta.held = checkpoint.get("critic_supports")
+        restore(self.guards, checkpoint.get("guards", {}))
 
     def figures(self, output: StepOutput) -> dict[str, Any]:
         """What a step logs."""
-        return {**output.figures(), "train/tokens": float(self.primary.rows_seen)}
+        return {**output.figures(), "train/tokens": float(self.primary.rows_seen), **figures(self.guards.values())}
 
 
 def _tell(adopted: Adopted | None, role: str) -> None:

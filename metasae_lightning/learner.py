@@ -4,6 +4,7 @@ The primary and the meta SAE are both learners; they differ in what rows they ar
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from metasae_lightning import functional, saelens
 from metasae_lightning.errors import InputError
+from metasae_lightning.guard import Guard
 from metasae_lightning.normalizers import normalizer_of
 from metasae_lightning.origin import Adopted, Origin
 from metasae_lightning.ranks import Crew
@@ -63,6 +65,7 @@ class Learner(nn.Module):
         self.sae = saelens.build(cfg, role=role, seed=seed)
         self._passes = saelens.passes_of(self.sae, kernels, recurring=recurring)
         self.crew = Crew()
+        self.guard: Guard | None = None
         self.normalizer = normalizer_of(cfg.normalize_activations, cfg.d_in)
         self.decoder_rows, self.b_dec_init, self.dead_after = decoder_rows, b_dec_init, dead_after
         self.micro_batches, self.clip_grad_norm = micro_batches, clip_grad_norm
@@ -105,7 +108,7 @@ class Learner(nn.Module):
     @torch.no_grad()
     def initialize(self, x: Float[Tensor, "rows d_in"]) -> Adopted | None:
         """Take from the first rows what comes from data: the normaliser's statistics, the decoder bias or another SAE's weights. Once."""
-        if self.initialized:
+        if self.initialized or (self.guard is not None and not x.isfinite().all()):
             return None
         # The first batch is a training step's, and what is made of it stays: in full precision, and every rank has all of it.
         crew, self._passes.crew = self._passes.crew, self.crew.within
@@ -147,10 +150,12 @@ class Learner(nn.Module):
 
         Ranks that divide the latents give each other their rows, and each learns from all of them.
 
-        The order is that of arXiv 2406.04093 but for renormalising last: gradient, its radial part removed, clip, step, unit rows.
+        The order is that of arXiv 2406.04093 but for renormalising last: gradient, its radial part removed, clip, step, unit rows. One
+        that a guard refuses leaves everything as it was but for the rows that are counted.
         """
-        self.held = None
         optimizer.zero_grad()
+        if self.guard is not None:
+            self.guard.remember(self._moving())
         passes: list[Pass] = []
         count, some = int(self.crew.all.total(len(x), x)), self._some(x)
         x = self.crew.latents.together(x)
@@ -161,15 +166,32 @@ class Learner(nn.Module):
             backward(passes[-1].loss * (len(rows) / count))
         if added is not None:  # on its own: then its gradient is added to the loss's in place
             backward(added)
+        if not self.crew.rows.alone:  # what this rank's rows say nothing of is summed all the same: others wait for it
+            for parameter in self.sae.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and parameter.grad is None else parameter.grad
         self.crew.rows.sum_(*(own(parameter.grad) for parameter in self.sae.parameters() if parameter.grad is not None))
-        self._constrain_gradient()
-        optimizer.step()
-        self._renormalize()
         seen = merged(passes)
         if not self.crew.latents.alone:
             seen = seen.of(some, self._of_all(seen.codes))
+        if self.guard is not None and self.guard.refuses(self._made(seen, added), self._moving(), self.crew.all):
+            self.rows_seen += count
+            return replace(seen, taken=False)
+        self.held = None
+        self._constrain_gradient()
+        optimizer.step()
+        self._renormalize()
         self._observe(seen.codes, count)
         return seen
+
+    def _moving(self) -> dict[str, Tensor]:
+        """What a forward pass moves."""
+        return {"updates": self.updates, **dict(self.sae.named_buffers())}
+
+    def _made(self, seen: Pass, added: Tensor | None) -> dict[str, Tensor]:
+        """What a step is taken by, causes before what they lead to."""
+        gradients = {name: parameter.grad for name, parameter in self.sae.named_parameters() if parameter.grad is not None}
+        made = {f"the {self.role} SAE's loss": seen.loss, **({} if added is None else {"the penalties' sum": added})}
+        return {**made, **{f"the gradient of {self.role}.sae.{name}": gradient for name, gradient in gradients.items()}}
 
     @property
     def held(self) -> tuple[Tensor, Tensor] | None:
@@ -225,8 +247,10 @@ class Learner(nn.Module):
         out = self._passes.train(z, dead=self.dead, step=int(self.steps), alone=alone)
         if self.crew.all.total(out.codes.values.numel(), z):  # SAELens's threshold stays where it is when nothing fires
             self.updates += 1
-        losses = {name: value.detach() for name, value in out.losses.items()}
-        return Pass(out.loss, losses, out.codes, len(x), lambda: self.normalizer.restore(out.reconstruction, undo))
+        loss, losses = out.loss, {name: value.detach() for name, value in out.losses.items()}
+        if not len(x):  # a mean over nothing, which counts for nothing
+            loss, losses = loss.nan_to_num(), {name: value.nan_to_num() for name, value in losses.items()}
+        return Pass(loss, losses, out.codes, len(x), lambda: self.normalizer.restore(out.reconstruction, undo))
 
     @torch.no_grad()
     def _constrain_gradient(self) -> None:

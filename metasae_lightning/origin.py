@@ -31,7 +31,7 @@ class Origin:
 
     @classmethod
     def of(cls, given: "Origin | str | None") -> "Origin | None":
-        """Of a place alone, or what is given."""
+        """By its place alone, or with more said."""
         return cls(given) if isinstance(given, str) else given
 
     def open(self, role: str, cfg: Any) -> Any:

@@ -45,7 +45,7 @@ def pieces(*matrices: Float[Tensor, "row _"]) -> Iterator[tuple[Tensor, ...]]:
 def mean_over_rows(
     of_rows: OfRows, W: Float[Tensor, "row d"], beside: Float[Tensor, "some e"], chosen: Int[Tensor, " some"] | None = None
 ) -> Float[Tensor, ""]:
-    """The mean of `of_rows(W_i, beside_i)`, which gives a number a row and its gradient in that; nothing goes through `beside`.
+    """The mean of `of_rows(W_i, beside_i)`, which gives a number a row and its gradient in that; nothing goes through `beside`. Of no row: 0.
 
     With `chosen` it is over those rows, each named once, which `beside` is of: what the others' gradient is is not written out where a
     gradient is there to be added to.
@@ -70,12 +70,12 @@ class _MeanOverRows(torch.autograd.Function):
         gradient = torch.empty_like(given) if wanted else given
         ctx.gradient, ctx.chosen = gradient, chosen
         ctx.save_for_backward(*([] if chosen is None else [W]))
-        total = W.new_zeros(())
+        total, count = W.new_zeros(()), max(len(given), 1)
         for rows, others, into in pieces(given, beside, gradient):
             values, slope = of_rows(rows, others)
             if wanted:
-                torch.div(slope, len(given), out=into)
-            total += values.sum() / len(given)
+                torch.div(slope, count, out=into)
+            total += values.sum() / count
         return total
 
     @staticmethod

@@ -144,6 +144,10 @@ class StepOutput:
     """Each penalty's value, before its weight."""
     meta: Reading | None = None
     """The meta SAE's last step, where this step ended a macro-step."""
+    skipped: int = 0
+    """How many steps of one SAE, in a row up to its last, were left out because something was not finite."""
+    broken: str | None = None
+    """What was not, in the last of them."""
 
     def figures(self) -> dict[str, Any]:
         """Everything that is one number, by the names that it is logged under."""

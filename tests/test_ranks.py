@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import Adam
 
 from metasae_lightning.demands import check_batches
 from metasae_lightning.errors import InputError
@@ -31,6 +32,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "jumprelu": ("jumprelu", {}, {}),
     "whitened": ("batchtopk", {"normalize_activations": "covariance_whitening"}, {}),
     "some rows": ("batchtopk", {}, {"meta_rows": 20, "penalties": {"d": Decomposability(0.3, rows=0.5)}}),
+    "one row": ("batchtopk", {}, {"meta_rows": 1, "penalties": {"d": Decomposability(0.3, rows=0.01)}}),
     "orthogonality": ("batchtopk", {}, {"meta": None, "penalties": {"o": Orthogonality(0.3, chunk_size=20, every=2)}}),
 }
 
@@ -47,7 +49,18 @@ def module(kind: str, dtype: torch.dtype) -> JointSAE:
     return JointSAE(config(architecture, **of_config), **given).to(dtype)
 
 
-def trained(kind: str, dtype: torch.dtype, ranks: Ranks, uneven: bool = False) -> dict[str, Any]:
+def own(rows: int, ranks: Ranks, dealt: str) -> slice:
+    """The rows that are this rank's."""
+    if dealt == "even":
+        return ranks.share(rows)
+    # The last has none; or the first has half of the rest's besides.
+    others = ranks.world_size - 1
+    first = rows if dealt == "none for one" else rows - (rows // ranks.world_size // 2) * others
+    each = (rows - first) // max(others, 1)
+    return slice(0, first) if ranks.rank == 0 else slice(first + each * (ranks.rank - 1), first + each * ranks.rank)
+
+
+def trained(kind: str, dtype: torch.dtype, ranks: Ranks, dealt: str = "even") -> dict[str, Any]:
     """Everything that training on this rank's part of each batch leaves, and what its steps showed."""
     joint = module(kind, dtype)
     joint.join(ranks)
@@ -56,29 +69,42 @@ def trained(kind: str, dtype: torch.dtype, ranks: Ranks, uneven: bool = False) -
     dead: list[Tensor] = []
     for step in range(STEPS):
         rows = activations(step).to(dtype)
-        begin, end = (ranks.share(len(rows)).start, ranks.share(len(rows)).stop)
-        if uneven:  # the first rank has half of the rest's besides
-            first = len(rows) - (len(rows) // ranks.world_size // 2) * (ranks.world_size - 1)
-            own = (len(rows) - first) // max(ranks.world_size - 1, 1)
-            begin, end = (0, first) if ranks.rank == 0 else (first + own * (ranks.rank - 1), first + own * ranks.rank)
-        out = joint.step(Batch(rows[begin:end]), primary, meta, last=step == STEPS - 1)
+        out = joint.step(Batch(rows[own(len(rows), ranks, dealt)]), primary, meta, last=step == STEPS - 1)
         dead.append(joint.primary.dead)
         shown.append([torch.as_tensor(value).double() for value in out.figures().values()])
     return {"state": joint.state_dict(), "shown": shown, "dead": torch.stack(dead)}
 
 
-def cases(count: int) -> Iterator[tuple[str, torch.dtype, bool]]:
+def cases(count: int) -> Iterator[tuple[str, torch.dtype, str]]:
     """What is trained on so many ranks: on two everything."""
     # SAELens makes its JumpReLU's threshold in float32 whatever the rest is.
     exact = [kind for kind in KINDS if kind != "jumprelu"] if count == 2 else ["batchtopk", "matryoshka, clipped", "some rows"]
-    yield from ((kind, torch.float64, False) for kind in exact)
-    yield from ((kind, torch.float32, False) for kind in ("batchtopk", "jumprelu"))
-    yield "batchtopk", torch.float64, True
+    yield from ((kind, torch.float64, "even") for kind in exact)
+    yield from ((kind, torch.float32, "even") for kind in ("batchtopk", "jumprelu"))
+    yield "batchtopk", torch.float64, "unevenly"
+    if count == 2:
+        for kind in ("batchtopk", "matryoshka, clipped", "topk, micro-batches", "gated"):
+            yield kind, torch.float64, "none for one"
 
 
 def on_rank(rank: int, folder: str) -> None:
     ranks = Ranks.joined()
-    torch.save([trained(kind, dtype, ranks, uneven) for kind, dtype, uneven in cases(ranks.world_size)], f"{folder}/{rank}.pt")
+    torch.save([trained(kind, dtype, ranks, dealt) for kind, dtype, dealt in cases(ranks.world_size)], f"{folder}/{rank}.pt")
+
+
+def one_sided(ranks: Ranks) -> Tensor:
+    """The decoder after steps in which the last rank's backward pass reaches nothing."""
+    learner = module("batchtopk", torch.float64).primary
+    learner.join(ranks, "local")
+    optimizer = Adam(learner.parameters(), lr=1e-3)
+    for step in range(3):
+        silent = not ranks.alone and ranks.rank == ranks.world_size - 1
+        learner.learn(activations(step).double(), optimizer, backward=(lambda loss: None) if silent else Tensor.backward)
+    return learner.W_dec.detach()
+
+
+def one_sided_on_rank(rank: int, folder: str) -> None:
+    torch.save(one_sided(Ranks.joined()), f"{folder}/{rank}.pt")
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -86,8 +112,8 @@ def on_rank(rank: int, folder: str) -> None:
 def test_ranks_train_what_one_process_trains_on_all_their_rows(count: int, tmp_path: Path):
     met(count, on_rank, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
-    for number, (kind, dtype, _) in enumerate(cases(count)):
-        alone, told = trained(kind, dtype, ALONE), f"{kind}, {dtype}"
+    for number, (kind, dtype, dealt) in enumerate(cases(count)):
+        alone, told = trained(kind, dtype, ALONE), f"{kind}, {dtype}, {dealt}"
         tolerance = 1e-5 if dtype == torch.float32 else 1e-12
         ours = [one[number] for one in found]
         for name, expected in alone["state"].items():
@@ -102,6 +128,13 @@ def test_ranks_train_what_one_process_trains_on_all_their_rows(count: int, tmp_p
                 torch.testing.assert_close(
                     torch.stack(each), torch.stack(expected), rtol=100 * tolerance, atol=1e-7 if tolerance > 1e-9 else 1e-12
                 )
+
+
+def test_a_rank_without_a_gradient_is_not_waited_for(tmp_path: Path):
+    met(2, one_sided_on_rank, tmp_path)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    # The loss is weighted by half of the rows, which Adam makes nothing of but for its epsilon.
+    assert torch.equal(one, other) and (one - one_sided(ALONE)).norm() / one.norm() < 1e-6
 
 
 def test_ranks_that_do_not_talk_train_something_else(tmp_path: Path):

@@ -176,7 +176,7 @@ def squared_error(
     rows: Memory | None = None,
     beside: Ranks = ALONE,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "row d_in"], Float[Tensor, "apart d_in"]]:
-    """The mean over rows of `||S W_dec + b_dec - x||^2`, that difference without a gradient, and rows of `W_dec` apart.
+    """The mean over rows of `||S W_dec + b_dec - x||^2`, of none 0, that difference without a gradient, and rows of `W_dec` apart.
 
     Where other ranks have other latents `beside`, `S W_dec` is the sum of what all make.
 
@@ -213,13 +213,13 @@ class _SquaredError(torch.autograd.Function):
         ctx.save_for_backward(values, W_dec, difference, apart)
         ctx.pattern, ctx.memory = pattern, memory
         ctx.mark_non_differentiable(difference)
-        return total / len(x), difference, W_dec[apart]
+        return total / max(len(x), 1), difference, W_dec[apart]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, W_dec, difference, apart = ctx.saved_tensors
-        scale, beside = 2 * gradients[0] / len(difference), gradients[2]
+        scale, beside = 2 * gradients[0] / max(len(difference), 1), gradients[2]
         with torch.autocast(W_dec.device.type, enabled=False):
             at = ctx.pattern.sampled(difference, W_dec) * scale
             into = room(ctx.memory, "W_dec", W_dec.shape, values)

@@ -93,7 +93,7 @@ class Encoder:
     def blocks(self, rows: int, latents: int) -> Iterator[tuple[int, int, Tensor]]:
         """Products with the encoder, without bias or scale, and where they begin. Each is overwritten by the next."""
         space = self.x.new_empty(rows * latents)
-        for top in range(0, self.rows, rows):
+        for top in range(0, self.rows, max(rows, 1)):
             x = self.x[top : top + rows]
             for left in range(0, self.latents, latents):
                 W_enc = self.W_enc[:, left : left + latents]
