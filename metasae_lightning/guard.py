@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from metasae_lightning.ranks import Ranks
+from metasae_lightning.shards import own
 
 
 class Guard:
@@ -70,12 +71,12 @@ def figures(guards: Iterable[Guard]) -> dict[str, float]:
 
 
 def first_broken(named: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a NaN or an infinity in it.
+    """The name of the first tensor with a NaN or an infinity in it, of what is divided in this rank's part.
 
     >>> first_broken({"a": torch.tensor([3e38, 3e38]), "b": torch.tensor([1.0, torch.nan])})
     'b'
     """
-    floats = {name: value.detach() for name, value in named.items() if value.is_floating_point()}
+    floats = {name: own(value.detach()) for name, value in named.items() if value.is_floating_point()}
     # A sum is finite only if all it adds up is: one pass and one wait for the device. Where it overflows, a closer look tells.
     sums = [value.sum(dtype=torch.float32) for value in floats.values()]
     if torch.stack([total.to(sums[-1].device) for total in sums]).isfinite().all():

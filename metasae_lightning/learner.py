@@ -22,7 +22,7 @@ from metasae_lightning.origin import Adopted, Origin
 from metasae_lightning.ranks import Crew
 from metasae_lightning.rowwise import pieces
 from metasae_lightning.saelens import TrainingSAEConfig
-from metasae_lightning.seen import Pass, merged
+from metasae_lightning.seen import Pass, merged, of_all_latents
 from metasae_lightning.shards import divide, fill, first, gathered, own
 from metasae_lightning.step import Codes, Reading
 
@@ -157,7 +157,7 @@ class Learner(nn.Module):
         if self.guard is not None:
             self.guard.remember(self._moving())
         passes: list[Pass] = []
-        count, some = int(self.crew.all.total(len(x), x)), self._some(x)
+        count, some = int(self.crew.all.total(len(x), x)), self.crew.latents.place(len(x), x)
         x = self.crew.latents.together(x)
         # As many parts on every rank, for they talk to each other about each.
         for i, rows in enumerate(x.tensor_split(self.micro_batches)):
@@ -211,7 +211,7 @@ class Learner(nn.Module):
         """
         if self.crew.latents.alone:
             return self._read(x, again=again, lent=lent)
-        some = self._some(x)
+        some = self.crew.latents.place(len(x), x)
         codes, rebuilt = self._read(self.crew.latents.together(x))
         return codes.of(some), rebuilt[some]
 
@@ -225,22 +225,8 @@ class Learner(nn.Module):
         codes, rebuilt = self._passes.read(z, again=again, lent=lent)
         return self._of_all(codes), self.normalizer.restore(rebuilt, undo).to(x.dtype)
 
-    def _some(self, x: Tensor) -> slice:
-        """Where a rank's rows are among those of all that have other latents."""
-        counts = self.crew.latents.each(len(x), x)
-        begin = sum(counts[: self.crew.latents.rank])
-        return slice(begin, begin + len(x))
-
     def _of_all(self, codes: Codes) -> Codes:
-        """Codes in all latents, of those in this rank's."""
-        ranks = self.crew.latents
-        if ranks.alone:
-            return codes
-        begin = first(self.W_dec, ranks)
-        # A double holds every index there is.
-        found = ranks.together(torch.stack([codes.rows.double(), (codes.latents + begin).double(), codes.values.double()], 1))
-        rows, latents, values = found[(found[:, 0] * len(self.W_dec) + found[:, 1]).argsort()].unbind(1)
-        return Codes(rows.long(), latents.long(), values.to(codes.values.dtype), (codes.shape[0], len(self.W_dec)))
+        return of_all_latents(codes, first(self.W_dec, self.crew.latents), len(self.W_dec), self.crew.latents)
 
     def _forward(self, x: Tensor, *, alone: bool) -> Pass:
         z, undo = self.normalizer.normalize(x)

@@ -79,6 +79,11 @@ class Ranks:
         self.sum_(numbers)
         return numbers.tolist()
 
+    def place(self, count: int, like: Tensor) -> slice:
+        """Where this rank's are among so many things of each, in the order of ranks."""
+        begin = sum(self.each(count, like)[: self.rank])
+        return slice(begin, begin + count)
+
     def together(self, rows: Float[Tensor, "row d"]) -> Float[Tensor, "all d"]:
         """The rows of every rank, in their order."""
         if self.alone:

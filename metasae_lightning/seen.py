@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from metasae_lightning.ranks import Ranks
 from metasae_lightning.step import Codes
 
 
@@ -24,6 +25,8 @@ class Pass:
     """How many rows there were."""
     rebuild: Callable[[], Tensor]
     """Gives what follows."""
+    taken: bool = True
+    """Whether the step was taken that it was made for."""
 
     @cached_property
     def reconstruction(self) -> Tensor:
@@ -35,12 +38,22 @@ class Pass:
         return Pass(self.loss, self.losses, codes.of(rows), rows.stop - rows.start, lambda: self.reconstruction[rows])
 
 
+def of_all_latents(codes: Codes, first: int, latents: int, ranks: Ranks) -> Codes:
+    """Codes in all latents, of those in each rank's part of them, which begins with its `first`."""
+    if ranks.alone:
+        return codes
+    # A double holds every index there is.
+    found = ranks.together(torch.stack([codes.rows.double(), (codes.latents + first).double(), codes.values.double()], 1))
+    rows, columns, values = found[(found[:, 0] * latents + found[:, 1]).argsort()].unbind(1)
+    return Codes(rows.long(), columns.long(), values.to(codes.values.dtype), (codes.shape[0], latents))
+
+
 def merged(passes: list[Pass]) -> Pass:
     """Passes over consecutive rows as one."""
     if len(passes) == 1:
         return passes[0]
     rows = sum(one.rows for one in passes)
-    shares = [one.rows / rows for one in passes]
+    shares = [one.rows / max(rows, 1) for one in passes]
     losses = {
         name: sum((one.losses[name] * share for one, share in zip(passes, shares, strict=True)), torch.zeros(()))
         for name in passes[0].losses

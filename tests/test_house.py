@@ -31,7 +31,7 @@ DOWN = {
     "ranks": "",
     "shards": "ranks",
     "step": "errors",
-    "seen": "step",
+    "seen": "ranks step",
     "alternation": "errors",
     "schedules": "errors",
     "records": "errors",
