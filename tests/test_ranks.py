@@ -15,7 +15,7 @@ from metasae_lightning.demands import check_batches
 from metasae_lightning.errors import InputError
 from metasae_lightning.joint import JointSAE
 from metasae_lightning.penalties import Decomposability, Orthogonality
-from metasae_lightning.ranks import ALONE, Ranks
+from metasae_lightning.ranks import ALONE, Crew, Ranks
 from metasae_lightning.sparse.cut import cut
 from metasae_lightning.step import Batch
 from tests.architectures import activations, config, optimizers
@@ -95,7 +95,7 @@ def on_rank(rank: int, folder: str) -> None:
 def one_sided(ranks: Ranks) -> Tensor:
     """The decoder after steps in which the last rank's backward pass reaches nothing."""
     learner = module("batchtopk", torch.float64).primary
-    learner.join(ranks, "local")
+    learner.join(Crew.of(ranks), "local")
     optimizer = Adam(learner.parameters(), lr=1e-3)
     for step in range(3):
         silent = not ranks.alone and ranks.rank == ranks.world_size - 1

@@ -77,11 +77,14 @@ def cases(count: int) -> list[tuple[str, torch.dtype, tuple[int, int]]]:
     """What is trained on so many ranks, and how they divide rows and latents."""
     if count == 2:
         return [*((kind, torch.float64, (1, 2)) for kind in KINDS), ("batchtopk", torch.float32, (1, 2))]
-    return [
-        (kind, torch.float64, mesh)
-        for kind in ("batchtopk", "topk", "matryoshka, clipped", "some rows", "orthogonality")
-        for mesh in ((1, 4), (2, 2))
+    row, square = (1, 4), (2, 2)
+    divided = [
+        ("batchtopk", row),
+        ("topk", row),
+        ("orthogonality", row),
+        *((kind, square) for kind in ("batchtopk", "matryoshka, clipped", "some rows")),
     ]
+    return [(kind, torch.float64, mesh) for kind, mesh in divided]
 
 
 def on_rank(rank: int, folder: str) -> None:
