@@ -156,17 +156,19 @@ def _saes(model: JointSAE, here: str, wide: int) -> Iterator[Line]:
 
 def _training(model: JointSAE, data: Any, trainer: Any, wide: int) -> Iterator[Line]:
     rows, here = _setting(data, "batch_size"), str(trainer.strategy.root_device)
-    seen = footprint.training(model, rows, precision=str(trainer.precision))
+    kind = trainer.strategy.root_device.type
+    seen = footprint.training(model, rows, precision=str(trainer.precision), gpu=kind == "cuda", ranks=trainer.world_size)
     state = round(seen.optimizer * footprint.parameters(model) * wide)
     yield Line("optimisers' state", here, state, f"{seen.optimizer:.3g} times the parameters", "another optimiser, or lower primary.d_sae")
-    if model.meta is not None and seen.kept:
+    if model.meta is not None and seen.kept and kind == "cpu":  # elsewhere nothing is screened
         yield Line("decoder rows as they were", here, round(seen.kept * wide), "what the critic's candidates are from", "kernels: dense")
     split = f" in {model.primary.micro_batches} parts" if model.primary.micro_batches > 1 else ""
     how = f"{rows:,} rows{split} and the penalties, when latents are dead"
     yield _phase("a primary step", here, seen.primary, how, "raise micro_batches or lower batch_size", kind="batch")
     if model.meta is not None:
-        how = f"{len(model.primary.W_dec):,} decoder rows, when latents are dead"
-        yield _phase("a meta step", here, seen.meta, how, "lower meta.d_sae", kind="decoder")
+        read = model.meta_rows or len(model.primary.W_dec)
+        how = f"{-(-read // trainer.world_size):,} decoder rows, when latents are dead"
+        yield _phase("a meta step", here, seen.meta, how, "lower meta.d_sae or meta_rows", kind="decoder")
     yield _phase("a held-out batch", here, seen.evaluation, f"{rows:,} rows", "lower batch_size", kind="batch")
     saes = [footprint.size(learner) * wide for learner in footprint.learners(model).values()]
     if trainer.world_size > 1:
@@ -178,7 +180,7 @@ def _training(model: JointSAE, data: Any, trainer: Any, wide: int) -> Iterator[L
     for callback in trainer.callbacks:
         if (kept := getattr(callback, "calibration_tokens", None)) is not None:
             kept = min(-(-kept // rows) * rows, data.validation_tokens)
-            yield from _export(model, rows, kept, saes, once=trainer.strategy.root_device.type == "cpu")
+            yield from _export(model, rows, kept, saes, once=kind == "cpu")
 
 
 def _outputs(others: list[JointSAE], data: Any, here: str, wide: int) -> Iterator[Line]:
