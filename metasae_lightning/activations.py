@@ -1,5 +1,6 @@
 """Tokens to activations to shuffled batches: the stream of a language model."""
 
+import contextlib
 import logging
 from collections.abc import Generator
 from dataclasses import asdict, replace
@@ -30,10 +31,11 @@ class ActivationStream(Stream):
     memory is one buffer and one forward pass, and the buffer at any moment can be recomputed from two buffers of tokens.
 
     Args:
-        prefetch: Batches that a thread makes ahead; none is 2 where the model is on a GPU and 0 on a CPU, whose cores are busy anyway.
+        prefetch: Batches that a thread makes ahead; none is 2 where the model or `home` is a GPU and 0 on a CPU, whose cores are busy.
         buffer_device: Where the buffer is: with the `model`, or on the `cpu`, pinned where there is a GPU.
         checkpoint_buffer: Whether a saved state holds where the buffer's `tokens` are read again, or its `activations`.
         stall_seconds: How long to wait for a corpus that gives nothing.
+        home: The device that batches are wanted on; none is the model's. Rows move there once, in the buffer's type, on the thread.
     """
 
     def __init__(
@@ -50,8 +52,12 @@ class ActivationStream(Stream):
         buffer_device: str = "model",
         checkpoint_buffer: str = "tokens",
         stall_seconds: float | None = None,
+        home: torch.device | None = None,
     ):
-        ahead = (2 if language_model.device.type == "cuda" else 0) if prefetch is None else prefetch
+        self.home = home or language_model.device
+        # Where batches are wanted comes first: its stream is what a batch is ready on.
+        self._gpus = [device for device in dict.fromkeys((self.home, language_model.device)) if device.type == "cuda"]
+        ahead = (2 if self._gpus else 0) if prefetch is None else prefetch
         super().__init__(batching, split=split, tokens=tokens, rank=rank, world_size=world_size, prefetch=ahead)
         self.corpus, self.language_model, self.stall_seconds = corpus, language_model, stall_seconds
         self.on_model, self.with_activations = buffer_device == "model", checkpoint_buffer == "activations"
@@ -84,8 +90,8 @@ class ActivationStream(Stream):
         if not self._shelf:
             return {}
         turn, rows, buffer = (self._shelf[name] for name in ("turn", "rows", "buffer"))
-        if buffer.is_cuda or self.language_model.device.type == "cuda":
-            torch.cuda.synchronize()  # a stream of its own may be writing
+        for device in self._gpus:
+            torch.cuda.synchronize(device)  # a stream of its own may be writing
         made = turn.number + 1
         # Rows in the order of their numbers within the block that the next batch is of: slots are this run's own affair.
         slots = turn.base if made * self.batching.batch_size % self.batching.block else turn.after
@@ -142,19 +148,19 @@ class ActivationStream(Stream):
         return Rows(documents, self.language_model, batching, cursor=cursor, first=first, stall_seconds=self.stall_seconds)
 
     def _batches(self, place: dict[str, Any]) -> Generator[Handed, None, None]:
-        device = self.language_model.device
         made = self._made(place)
         del place  # which may hold a buffer
-        if device.type != "cuda" or not self.prefetch:
+        if not self._gpus or not self.prefetch:
             yield from made
             return
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
+        with contextlib.ExitStack() as beside:
+            # A copy between two GPUs waits for what both are at on their current streams: on the SAE's own it would wait for its steps.
+            sides = {device: torch.cuda.Stream(device) for device in self._gpus}
+            for device, side in sides.items():
+                side.wait_stream(torch.cuda.current_stream(device))
+                beside.enter_context(torch.cuda.stream(side))
             for handed in made:
-                event = torch.cuda.Event()
-                event.record(side)
-                yield replace(handed, ready=event)
+                yield replace(handed, ready=sides[self.home].record_event() if self.home in sides else None)
 
     def _made(self, place: dict[str, Any]) -> Generator[Handed, None, None]:
         shelf: dict[str, Any] | None = place.get("shelf")
@@ -171,7 +177,7 @@ class ActivationStream(Stream):
             else:
                 waiting: list[Tensor] = shelf["waiting"]
                 for number, batch in enumerate(waiting, start - len(waiting) + 1):
-                    yield Handed(Batch(batch.to(self.language_model.device), self.language_model.widths), self._after(place, number, rows))
+                    yield Handed(Batch(batch.to(self.home), self.language_model.widths), self._after(place, number, rows))
             restored, shelf = shelf is not None, None  # the buffer has it now
             for turn in moves:
                 if restored and turn.number < start:
@@ -180,7 +186,9 @@ class ActivationStream(Stream):
                 rows.fill(buffer, turn.refill)
                 self._shelf = {"turn": turn, "rows": rows, "buffer": buffer}
                 if taken is not None:
-                    batch = self._batch(taken.to(self.language_model.device, non_blocking=True), self.language_model.widths)
+                    # What goes to the host is read there at once, and must have come.
+                    moved = taken.to(self.home, non_blocking=self.home.type == "cuda")
+                    batch = self._batch(moved, self.language_model.widths)
                     yield Handed(batch, self._after(place, turn.number + 1, rows))
         finally:
             self._shelf = {}

@@ -5,10 +5,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning import LightningDataModule
 
+from metasae_lightning import placement
 from metasae_lightning.complaints import complaint
 from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.errors import InputError
@@ -76,7 +76,7 @@ def data_for(one: Subject, given: Namespace) -> Any:
         sizes |= {"held_out": told.get("held_out") or 0.05, "max_norm_ratio": told.get("max_norm_ratio")}
         data = ActivationsDataModule(model_of(one), corpus_of(one), tokens=4096, skip_positions=skip, **sizes)
     if given.device is not None and isinstance(data, ActivationsDataModule):
-        data.language_model.place(device(given.device))
+        data.language_model.place(placement.found(given.device))
     return data
 
 
@@ -93,15 +93,6 @@ def check_same_data(subjects: Sequence[Subject], given: Namespace) -> None:
                 raise InputError(
                     f"{runs[0].place} and {one.place} were made on other data ({said}): say which to measure on, --data RECIPE.yaml"
                 )
-
-
-def device(name: str) -> str:
-    """A device that is there."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: {name!r} is not there: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def data_of(path: Path) -> Any:

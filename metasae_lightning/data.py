@@ -9,6 +9,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from metasae_lightning import placement
 from metasae_lightning.activations import ActivationStream
 from metasae_lightning.batching import Batching, Exhausted, Storage, special_ids
 from metasae_lightning.cache import CACHED, ActivationCache, fingerprint
@@ -57,7 +58,7 @@ class ActivationsDataModule(LightningDataModule):
         buffer_dtype: What the shuffle buffer stores; batches are float32.
         buffer_device: Whether the buffer lies with the `model` or on the `cpu`, there pinned if a GPU is to be fed.
         checkpoint_buffer: Whether checkpoints hold the place of the buffer's `tokens`, to be run again, or its `activations`.
-        prefetch: Batches that a thread makes ahead; none is 2 for a model on a GPU, and 0 on a CPU, whose cores are busy anyway.
+        prefetch: Batches that a thread makes ahead; none is 2 where the model or the SAE is on a GPU, and 0 on a CPU, whose cores are busy.
         stall_seconds: How long to wait for a corpus that gives nothing.
         cache: Folder that `metasae cache` or SAELens's CacheActivationsRunner wrote: activations are read there and no model is run.
     """
@@ -129,6 +130,8 @@ class ActivationsDataModule(LightningDataModule):
                 tokenizer = None
             self.cache.open(self.identity(), self.language_model.hooks, tokenizer)
             return
+        if (strategy := self._strategy) is not None:
+            self.language_model.place(placement.seat(self.language_model.asked, strategy))
         self.language_model.load()
         self._warn_once()
         if stage == "fit" and self.batching.held_out:
@@ -165,6 +168,7 @@ class ActivationsDataModule(LightningDataModule):
             buffer_device=self.buffer_device,
             checkpoint_buffer=self.checkpoint_buffer,
             stall_seconds=self.stall_seconds,
+            home=None if self._strategy is None else self._strategy.root_device,
             **where,
         )
 
@@ -247,6 +251,11 @@ class ActivationsDataModule(LightningDataModule):
         contexts = max(1, int(shard_gib * 2**30) // size)
         about["special"] = special_ids(lm.tokenizer)
         write(self.cache.path, streams, identity, about, shard_contexts=contexts, dtype=dtype)
+
+    @property
+    def _strategy(self) -> Any:
+        """What says where SAEs lie, where there is a trainer."""
+        return getattr(self.trainer, "strategy", None)
 
     @property
     def _special(self) -> list[int]:

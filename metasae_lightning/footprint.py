@@ -197,20 +197,21 @@ class Training:
     """What a held-out batch adds."""
 
 
-def training(model: JointSAE, rows: int, *, precision: str = "32-true") -> Training:
+def training(model: JointSAE, rows: int, *, precision: str = "32-true", gpu: bool = False, ranks: int = 1) -> Training:
     """What a step on so many rows takes, from steps of the same model made smaller by one factor in every direction.
 
     Every array of a step is a product of two of rows, d_in, d_sae and d_meta: a factor `f` on each makes all of them `f^2` smaller.
-    All latents are dead, which is when the auxiliary loss is at its largest.
+    All latents are dead, which is when the auxiliary loss is at its largest. With `gpu` it is the step that a GPU makes; of the rows that
+    a meta step reads each of several `ranks` has its share.
     """
     d_sae, d_in = model.primary.W_dec.shape
     widest = max(rows * d_sae, d_sae * d_in, 0 if model.meta is None else d_sae * model.meta.W_dec.shape[0])
-    factor = max(1.0, min((widest / TRIAL) ** 0.5, d_in / 8))
+    factor = max(1.0, min((widest / TRIAL) ** 0.5, d_in / 32))
     live, found, small_rows = Live(KEPT / factor**2), dict[str, Rise](), max(2, round(rows / factor))
     with (
         torch.random.fork_rng(),
         warnings.catch_warnings(),
-        trial(factor),
+        trial(factor, gpu=gpu),
         torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision),
     ):
         warnings.simplefilter("ignore")
@@ -225,7 +226,9 @@ def training(model: JointSAE, rows: int, *, precision: str = "32-true") -> Train
         def meta() -> None:
             if small.meta is not None:
                 _age(small.meta)
-                small.meta.learn(functional.unit_rows(small.primary.W_dec.detach()), optimizers[1], backward=Tensor.backward)
+                read = functional.unit_rows(small.primary.W_dec.detach())
+                some = max(2, -(-(small.meta_rows or len(read)) // ranks))
+                small.meta.learn(read[:some], optimizers[1], backward=Tensor.backward)
 
         def evaluation() -> None:
             small.evaluate(Batch(torch.randn(small_rows, small.primary.sae.cfg.d_in, dtype=dtype)))

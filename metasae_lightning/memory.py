@@ -1,127 +1,26 @@
-"""What a run will hold in memory, said before anything is loaded: line by line, a device at a time, against what is free."""
+"""What a run will hold in memory, found out before anything is loaded, against what is free."""
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from metasae_lightning import footprint
+from metasae_lightning import footprint, placement
 from metasae_lightning.arms import SideBySide
+from metasae_lightning.budget import GIB, Line, Plan, mib
 from metasae_lightning.checkpoints import WholeFiles
 from metasae_lightning.errors import InputError
 from metasae_lightning.footprint import Rise
 from metasae_lightning.joint import JointSAE
 
-GIB = 2**30
 # A control group's limit, version 2 and 1: containers and batch systems kill by it, and the machine's own figures do not know of it.
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One thing that takes memory."""
-
-    what: str
-    """Its name."""
-    device: str
-    """Where it lies."""
-    bytes: int
-    """How much it is, or rises to where it passes."""
-    how: str
-    """How that came about."""
-    remedy: str = ""
-    """What makes it smaller."""
-    phase: str = ""
-    """Of what is there for a while only: what its blocks are as large as, which is what they are rows of."""
-    small: int = 0
-    """Of that, what lies in blocks that malloc keeps for itself when they are freed."""
-    arms: Literal["", "each", "once"] = ""
-    """What of several arms is there at once; by default what stays is each's and what passes is one's at a time."""
-
-    def __add__(self, other: "Line") -> "Line":
-        """Of two arms.
-
-        >>> (Line("a", "cpu", 100, "", phase="x") + Line("a", "cpu", 50, "", phase="x", small=50)).bytes
-        150
-        """
-        if self.arms == "each" or not (self.arms or self.phase):
-            return replace(self, bytes=self.bytes + other.bytes, small=self.small + other.small)
-        small = max(self.small, other.small)
-        return replace(self, bytes=max(self.bytes - self.small, other.bytes - other.small) + small, small=small)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a run will hold."""
-
-    lines: tuple[Line, ...]
-    """What takes memory."""
-    unknown: tuple[str, ...] = ()
-    """What could not be planned, and why."""
-
-    @property
-    def devices(self) -> list[str]:
-        """Where anything lies."""
-        return list(dict.fromkeys(line.device for line in self.lines))
-
-    def peak(self, device: str) -> int:
-        """What stays and the most that comes to it.
-
-        Phases take turns, so of their large blocks the most at once counts. Small ones stay in the heap: as blocks of one size fit into
-        the holes that others of that size left, and no others do, they add up over the kinds of phases.
-
-        >>> phases = (Line("a", "cpu", 50, "", phase="x", small=10), Line("b", "cpu", 30, "", phase="y", small=30))
-        >>> Plan((Line("weights", "cpu", 100, ""), *phases)).peak("cpu")
-        180
-        """
-        here = [line for line in self.lines if line.device == device]
-        phases = [line for line in here if line.phase]
-        heap = sum(max(line.small for line in phases if line.phase == kind) for kind in {line.phase for line in phases})
-        large = max((line.bytes - line.small for line in phases), default=0)
-        return sum(line.bytes for line in here if not line.phase) + heap + large
-
-    def check(self, free: dict[str, int]) -> None:
-        """Refuse a run that does not fit, and say what to change."""
-        for device in self.devices:
-            if self.peak(device) <= free[device]:
-                continue
-            largest = sorted((line for line in self.lines if line.device == device and line.remedy), key=lambda line: -line.bytes)[:3]
-            why = "; ".join(f"{line.what} {line.bytes / GIB:.2f} ({line.remedy})" for line in largest)
-            need, had = self.peak(device) / GIB, free[device] / GIB
-            raise InputError(
-                f"memory: the run needs {need:.2f} GiB of {device} and may have {had:.2f}; --memory_gib sets that. Largest: {why}"
-            )
-
-    def table(self, free: dict[str, int]) -> Table:
-        """The plan as people read it."""
-        shown = Table(title="memory that the run will need", title_justify="left", show_edge=False, pad_edge=False)
-        shown.add_column("")
-        shown.add_column("MiB", justify="right")
-        shown.add_column("", overflow="fold")
-        for device in self.devices:
-            for line in self.lines:
-                if line.device == device:
-                    shown.add_row(line.what, mib(line.bytes), line.how, style="dim" if line.phase else None)
-            shown.add_row(f"{device}, at its height", mib(self.peak(device)), f"{mib(free[device])} may be had", style="bold")
-        for line in self.unknown:
-            shown.add_row("not known", "", line)
-        return shown
-
-
-def mib(size: int) -> str:
-    """A size as people read it.
-
-    >>> mib(3 * 2**29)
-    '1,536'
-    """
-    return f"{size / 2**20:,.0f}"
 
 
 def announce(model: Any, data: Any, trainer: Any, limit_gib: float | None = None) -> None:
@@ -159,8 +58,8 @@ def plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> Plan:
     here, wide = trainer.strategy.root_device, 2 if trainer.precision == "64-true" else 1
     arms = [model] if isinstance(model, JointSAE) else list(model.arms.values())
     parts = {
-        "language model": _language_model(data),
-        "shuffle buffer": _buffer(arms[0], data),
+        "language model": _language_model(data, trainer.strategy),
+        "shuffle buffer": _buffer(arms[0], data, trainer.strategy),
         "SAEs": _together([_saes(arm, str(here), wide) for arm in arms]),
         "training": _together([_training(arm, data, trainer, wide) for arm in arms]),
         "outputs": _outputs(arms[1:], data, str(here), wide),
@@ -197,10 +96,10 @@ def _setting(data: Any, name: str, default: Any = None) -> Any:
     return getattr(data, name, getattr(getattr(data, "batching", None), name, default))
 
 
-def _device(model: Any) -> str:
-    """Where a model lies, by the name that its device has for the trainer too: `cuda` alone is the current one."""
-    device: torch.device = model.device
-    return f"cuda:{torch.cuda.current_device()}" if str(device) == "cuda" else str(device)
+def _ahead(data: Any, *devices: str) -> int:
+    """Batches that are made ahead, which a data module that does not say leaves to where the model and the SAEs are."""
+    given = _setting(data, "prefetch", 0)
+    return (2 if any(device.startswith("cuda") for device in devices) else 0) if given is None else given
 
 
 def _phase(what: str, device: str, rise: Rise, how: str, remedy: str = "", *, kind: str) -> Line:
@@ -208,35 +107,39 @@ def _phase(what: str, device: str, rise: Rise, how: str, remedy: str = "", *, ki
     return Line(what, device, rise.height, how, remedy, phase=kind, small=rise.small if device == "cpu" else 0)
 
 
-def _language_model(data: Any) -> Iterator[Line]:
+def _language_model(data: Any, strategy: Any) -> Iterator[Line]:
     model = getattr(data, "language_model", None)
     if model is None or getattr(data, "cache", None) is not None:
         return
+    device = str(placement.seat(model.asked, strategy))
     contexts, positions = _setting(data, "forward_batch"), _setting(data, "context_size")
     seen = footprint.reading(model, contexts, positions, apart=not _setting(data, "cross_document_attention", True))
-    device, dtype = _device(model), str(model.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     remedy = "dtype: bfloat16" if model.dtype == torch.float32 else "read an earlier layer"
     yield Line("language model", device, seen.weights, f"{model.name} up to {', '.join(model.hooks)}, {dtype}", remedy)
     forward = _phase(
         "its forward pass", device, seen.forward, f"{contexts} contexts of {positions} tokens", "lower forward_batch", kind="contexts"
     )
-    ahead = _setting(data, "prefetch", 0)
     # What is made ahead is made while the SAEs train.
-    yield replace(forward, phase="") if ahead or (ahead is None and device != "cpu") else forward
+    yield replace(forward, phase="") if _ahead(data, device, str(strategy.root_device)) else forward
     if device != "cpu":
         yield _phase("loading it", "cpu", Rise(seen.weights, 0), "in the host's memory before it moves", remedy, kind="loading")
 
 
-def _buffer(model: JointSAE, data: Any) -> Iterator[Line]:
+def _buffer(model: JointSAE, data: Any, strategy: Any) -> Iterator[Line]:
     rows, language_model = _setting(data, "buffer_size"), getattr(data, "language_model", None)
     if rows is None or language_model is None or getattr(data, "cache", None) is not None:  # read from a cache, rows wait on the disk
         return
     rows, width = min(rows, data.tokens), model.primary.W_dec.shape[1] * len(language_model.hooks)
     dtype = getattr(torch, _setting(data, "buffer_dtype", "float32"))
-    device = "cpu" if _setting(data, "buffer_device", "model") == "cpu" else _device(language_model)
+    device, here = str(placement.seat(language_model.asked, strategy)), str(strategy.root_device)
+    ahead, device = _ahead(data, device, here), "cpu" if _setting(data, "buffer_device", "model") == "cpu" else device
     how = f"{rows:,} rows of {width} numbers, {str(dtype).removeprefix('torch.')}"
     buffer = Line("shuffle buffer", device, rows * width * dtype.itemsize, how, "lower buffer_size")
     yield buffer
+    if ahead:
+        size = _setting(data, "batch_size") * width * 4
+        yield Line("batches made ahead", here, ahead * size, f"{ahead} of {mib(size)} MiB, float32", "lower prefetch")
     if _setting(data, "checkpoint_buffer") == "activations":
         rise = footprint.blocks([buffer.bytes] * 2)
         yield _phase(
@@ -253,17 +156,19 @@ def _saes(model: JointSAE, here: str, wide: int) -> Iterator[Line]:
 
 def _training(model: JointSAE, data: Any, trainer: Any, wide: int) -> Iterator[Line]:
     rows, here = _setting(data, "batch_size"), str(trainer.strategy.root_device)
-    seen = footprint.training(model, rows, precision=str(trainer.precision))
+    kind = trainer.strategy.root_device.type
+    seen = footprint.training(model, rows, precision=str(trainer.precision), gpu=kind == "cuda", ranks=trainer.world_size)
     state = round(seen.optimizer * footprint.parameters(model) * wide)
     yield Line("optimisers' state", here, state, f"{seen.optimizer:.3g} times the parameters", "another optimiser, or lower primary.d_sae")
-    if model.meta is not None and seen.kept:
+    if model.meta is not None and seen.kept and kind == "cpu":  # elsewhere nothing is screened
         yield Line("decoder rows as they were", here, round(seen.kept * wide), "what the critic's candidates are from", "kernels: dense")
     split = f" in {model.primary.micro_batches} parts" if model.primary.micro_batches > 1 else ""
     how = f"{rows:,} rows{split} and the penalties, when latents are dead"
     yield _phase("a primary step", here, seen.primary, how, "raise micro_batches or lower batch_size", kind="batch")
     if model.meta is not None:
-        how = f"{len(model.primary.W_dec):,} decoder rows, when latents are dead"
-        yield _phase("a meta step", here, seen.meta, how, "lower meta.d_sae", kind="decoder")
+        read = model.meta_rows or len(model.primary.W_dec)
+        how = f"{-(-read // trainer.world_size):,} decoder rows, when latents are dead"
+        yield _phase("a meta step", here, seen.meta, how, "lower meta.d_sae or meta_rows", kind="decoder")
     yield _phase("a held-out batch", here, seen.evaluation, f"{rows:,} rows", "lower batch_size", kind="batch")
     saes = [footprint.size(learner) * wide for learner in footprint.learners(model).values()]
     if trainer.world_size > 1:
@@ -275,7 +180,7 @@ def _training(model: JointSAE, data: Any, trainer: Any, wide: int) -> Iterator[L
     for callback in trainer.callbacks:
         if (kept := getattr(callback, "calibration_tokens", None)) is not None:
             kept = min(-(-kept // rows) * rows, data.validation_tokens)
-            yield from _export(model, rows, kept, saes, once=trainer.strategy.root_device.type == "cpu")
+            yield from _export(model, rows, kept, saes, once=kind == "cpu")
 
 
 def _outputs(others: list[JointSAE], data: Any, here: str, wide: int) -> Iterator[Line]:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from metasae_lightning import placement
 from metasae_lightning.embedded import EMBEDDED, embedded_folder
 from metasae_lightning.errors import InputError
 from metasae_lightning.hooks import Point, attach
@@ -34,7 +35,15 @@ class _Reached(Exception):
 
 
 class LanguageModel(ABC):
-    """A causal language model read at one hook, or at several in one pass; nothing is loaded before `load`."""
+    """A causal language model read at one hook, or at several in one pass; nothing is loaded before `load`.
+
+    Args:
+        name: A name on the hub, or a local folder.
+        hook: Where activations are taken, or several such places.
+        device: Where it lies: `auto` is its SAE's GPU, `own` one that no SAE of this machine is on, or a name such as `cuda:1` or `cpu`.
+        dtype: What it computes in.
+        model_kwargs: More for the backend's `from_pretrained`.
+    """
 
     def __init__(
         self, name: str, hook: str | list[str], *, device: str = "auto", dtype: str = "float32", model_kwargs: dict[str, Any] | None = None
@@ -45,7 +54,8 @@ class LanguageModel(ABC):
             raise InputError(f"hook: one name, or a list of different ones, got {hook}")
         self.dtype = dtype_of(dtype)
         self.model_kwargs = dict(model_kwargs or {})
-        self._device = device
+        self.asked = device
+        self._placed: torch.device | None = None
         self._root: nn.Module | None = None
         self._points: list[Point] = []
         self._tokenizer: Any = None
@@ -69,9 +79,9 @@ class LanguageModel(ABC):
             raise
         self._widths = dict(zip(self.hooks, (part.shape[-1] for part in found), strict=True))
 
-    def place(self, device: str) -> None:
+    def place(self, device: torch.device | str) -> None:
         """Load it there."""
-        self._device = device
+        self._placed = torch.device(device)
 
     def skeleton(self) -> "LanguageModel":
         """This model on torch's meta device: it has sizes and no weights, and nothing is loaded."""
@@ -227,9 +237,7 @@ class LanguageModel(ABC):
         """Where tokens go in."""
         if self._root is not None:
             return next(self._root.parameters()).device
-        if self._device != "auto":
-            return torch.device(self._device)
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return self._placed or placement.found(self.asked)
 
     @property
     def n_ctx(self) -> int | None:

@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 # Numbers of a piece of a matrix: 2.5 MB of float32.
 PIECE = 640 * 2**10
-# By how much everything is smaller just now, in each direction.
-_factor = 1.0
+# By how much everything is smaller just now, in each direction, and whether it is tried as a GPU would do it.
+_factor, _gpu = 1.0, False
 OfRows = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -21,15 +21,24 @@ def some(size: int) -> int:
     return max(1, round(size / _factor**2))
 
 
+def cached(tensor: Tensor) -> bool:
+    """Whether work is cut to what a processor's cache holds, and rooms are kept: on a CPU, unless it stands for a GPU in a `trial`."""
+    return tensor.device.type == "cpu" and not _gpu
+
+
 @contextmanager
-def trial(factor: float) -> Generator[None]:
-    """Pieces as they are to a matrix so many times as long and as wide: who tries a step on a small model measures those of a large one."""
-    global _factor
-    _factor, before = factor, _factor
+def trial(factor: float, *, gpu: bool = False) -> Generator[None]:
+    """Pieces as they are to a matrix so many times as long and as wide: who tries a step on a small model measures those of a large one.
+
+    With `gpu` the step goes the way that it goes on one.
+    """
+    global _factor, _gpu
+    before = _factor, _gpu
+    _factor, _gpu = factor, gpu
     try:
         yield
     finally:
-        _factor = before
+        _factor, _gpu = before
 
 
 def pieces(*matrices: Float[Tensor, "row _"]) -> Iterator[tuple[Tensor, ...]]:

@@ -15,13 +15,17 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 FIT = re.compile(r"^    (metasae (?:fit|cache) [^#\n]*)", re.MULTILINE)
+# What a launcher is given to run: the command line behind `cli.py` or `metasae`.
+LAUNCHED = re.compile(r"^    (?:torchrun|srun) [^#\n]*?(?:cli\.py|metasae) (fit [^#\n]*)", re.MULTILINE)
 MEASURING = re.compile(r"^    (metasae (?:test|calibrate|compare|report|publish) [^#\n]*)", re.MULTILINE)
 COMMANDS = [line.strip() for text in DOCUMENTS for line in FIT.findall(text.read_text().replace("\\\n", " "))]
+COMMANDS += [f"metasae {line.strip()}" for text in DOCUMENTS for line in LAUNCHED.findall(text.read_text().replace("\\\n", " "))]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_there_is_something_to_type():
     assert len(COMMANDS) >= 8 and len(BLOCKS) >= 2
+    assert len([command for command in COMMANDS if "-c nodes" in command]) == 2  # torchrun's and srun's
 
 
 @pytest.mark.parametrize("command", COMMANDS)

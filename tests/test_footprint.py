@@ -16,6 +16,7 @@ from metasae_lightning.footprint import Live, Rise
 from metasae_lightning.joint import JointSAE
 from metasae_lightning.lm import HuggingFaceLM, LanguageModel, TransformerLensLM
 from metasae_lightning.penalties import Decomposability, Orthogonality
+from metasae_lightning.sparse import selection
 from tests.architectures import ARCHITECTURES, config
 from tests.models import save_model
 
@@ -126,6 +127,22 @@ def test_a_small_trial_tells_of_the_full_size(name: str, monkeypatch: pytest.Mon
     assert small.optimizer == pytest.approx(full.optimizer, rel=0.01) == pytest.approx(2, rel=0.01)
     for phase in ("primary", "meta", "evaluation"):
         assert getattr(small, phase).height == pytest.approx(getattr(full, phase).height, rel=0.06), phase
+
+
+# A GPU makes the product of all rows and latents at once, 4 bytes each, and a byte that says what lies above the cut; a CPU makes an
+# eighth of these 32 M at a time. Beyond 2^28 numbers a GPU's are cut as well.
+def test_a_gpus_step_is_tried_as_a_gpu_makes_it(monkeypatch: pytest.MonkeyPatch):
+    model = joint(d_in=64, d_sae=8192, meta=False)
+    on_cpu, on_gpu = (footprint.training(model, 4096, gpu=gpu).evaluation.height for gpu in (False, True))
+    assert on_gpu - on_cpu == pytest.approx(5 * 4096 * 8192 * 7 / 8, rel=0.1)
+    monkeypatch.setattr(selection, "GPU_BLOCK", selection.BLOCK)
+    assert footprint.training(model, 4096, gpu=True).evaluation.height == pytest.approx(on_cpu, rel=0.1)
+
+
+# Nearly all of a meta step is decoder rows x meta latents; what is not is its weights' gradients.
+def test_of_several_ranks_a_meta_step_has_its_share():
+    whole, share = (footprint.training(joint(d_sae=8192, d_in=64), 256, gpu=True, ranks=ranks).meta.height for ranks in (1, 8))
+    assert whole / 8 < share < whole / 5
 
 
 # Everything here is rows x d_sae, and of a micro-batch nothing of that is left when the next begins.

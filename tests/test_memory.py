@@ -15,11 +15,11 @@ from lightning.pytorch import Trainer
 from torch.optim import SGD
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from metasae_lightning import ActivationsDataModule, JointSAE, cli, memory
+from metasae_lightning import ActivationsDataModule, JointSAE, cli, memory, placement
+from metasae_lightning.budget import Line, Plan
 from metasae_lightning.callbacks import Export
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import HuggingFaceLM, LanguageModel
-from metasae_lightning.memory import Line, Plan
 from metasae_lightning.penalties import Decomposability, Penalty
 from tests.architectures import config
 from tests.models import Texts, documents, save_model
@@ -92,13 +92,20 @@ def test_what_a_run_has_not_has_no_line(tmp_path: Path):
     assert by_name(plan)["optimisers' state"].bytes == 0
 
 
+def on_gpus(*numbers: int, rank: int = 0, **more: Any) -> Any:
+    """A trainer whose SAEs lie there, as far as a plan looks at one."""
+    devices = [torch.device("cuda", number) for number in numbers]
+    strategy = SimpleNamespace(root_device=devices[rank], parallel_devices=devices, local_rank=rank, checkpoint_io=None)
+    plain = {"precision": "32-true", "callbacks": [], "checkpoint_callbacks": [], "world_size": len(devices)}
+    return SimpleNamespace(strategy=strategy, **{**plain, **more})
+
+
 # On a GPU: the model passes through the host, batches are made beside the steps, and the buffer may stay behind.
-def test_every_thing_is_on_its_device(tmp_path: Path):
+def test_every_thing_is_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(placement, "gpus", lambda: 1)
     data = activations(tmp_path, buffer_device="cpu")
-    data.language_model._device = "cuda:0"
-    strategy = SimpleNamespace(root_device=torch.device("cuda:0"), checkpoint_io=None)
-    there: Any = SimpleNamespace(strategy=strategy, precision="32-true", callbacks=[], checkpoint_callbacks=[1], world_size=1)
-    plan = memory.plan(JointSAE(config("topk", d_in=32)), data, there)
+    data.language_model.asked = "cuda:0"
+    plan = memory.plan(JointSAE(config("topk", d_in=32)), data, on_gpus(0, checkpoint_callbacks=[1]))
     on_host = {line.what for line in plan.lines if line.device == "cpu"}
     assert on_host == {"this process", "loading it", "shuffle buffer", "a checkpoint"}
     assert by_name(plan)["its forward pass"].phase == ""
@@ -106,20 +113,31 @@ def test_every_thing_is_on_its_device(tmp_path: Path):
     assert {line.device for line in plan.lines} == {"cpu", "cuda:0"}
 
 
-# What `cuda` names is one of the numbered ones: two names would be two devices, each with all of it free.
-def test_a_device_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+# What `cuda` and `auto` name is the SAE's: two names would be two devices, each with all of it free.
+@pytest.mark.parametrize("asked", ["cuda", "auto"])
+def test_a_device_has_one_name(asked: str, tmp_path: Path):
     data = activations(tmp_path)
-    data.language_model._device = "cuda"
-    there: Any = SimpleNamespace(
-        strategy=SimpleNamespace(root_device=torch.device("cuda:0"), checkpoint_io=None),
-        precision="32-true",
-        callbacks=[],
-        checkpoint_callbacks=[],
-        world_size=1,
+    data.language_model.asked = asked
+    plan = memory.plan(JointSAE(config("topk", d_in=32)), data, on_gpus(0, 1, rank=1))
+    assert {line.device for line in plan.lines} == {"cpu", "cuda:1"}
+
+
+# Of four GPUs the second rank has numbers 1 and 3. Two batches of 256 rows of 32 float32 wait where the SAE is.
+def test_a_language_model_with_a_gpu_of_its_own_is_counted_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(placement, "gpus", lambda: 4)
+    data = activations(tmp_path)
+    data.language_model.asked = "own"
+    plan = memory.plan(JointSAE(config("topk", d_in=32)), data, on_gpus(0, 1, rank=1))
+    assert {line.what for line in plan.lines if line.device == "cuda:3"} == {"language model", "its forward pass", "shuffle buffer"}
+    assert by_name(plan)["batches made ahead"] == Line(
+        "batches made ahead", "cuda:1", 2 * 256 * 32 * 4, "2 of 0 MiB, float32", "lower prefetch"
     )
-    plan = memory.plan(JointSAE(config("topk", d_in=32)), data, there)
-    assert {line.device for line in plan.lines} == {"cpu", "cuda:0"}
+    assert by_name(plan)["a primary step"].device == "cuda:1"
+    free = {device: plan.peak(device) for device in plan.devices}
+    plan.check(free)
+    with pytest.raises(InputError, match=r"memory: the run needs .* GiB of cuda:3 and may have") as caught:
+        plan.check({**free, "cuda:3": free["cuda:3"] - 1})
+    assert "shuffle buffer" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def phases() -> Plan:

@@ -102,6 +102,13 @@ GRIDS: dict[str, tuple[str, set[str]]] = {
     ),
 }
 
+# Where a recipe runs: all that such an overlay changes.
+MACHINES: dict[str, dict[str, Any]] = {
+    "two_devices": {"data.language_model.device": "own"},
+    "one_node": {"trainer.devices": 8, "trainer.strategy": "ddp"},
+    "nodes": {"trainer.devices": 8, "trainer.num_nodes": 2, "trainer.strategy": "ddp"},
+}
+
 
 def parsed(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, Any]:
     """The whole configuration that `metasae fit -c NAME...` comes to; nothing is built and nothing is run."""
@@ -128,9 +135,8 @@ def found(config: dict[str, Any], paths: Any) -> dict[str, Any]:
 
 
 def test_every_shipped_yaml_is_tested_here():
-    assert {path.stem for path in RECIPES.iterdir() if path.suffix in (".yaml", ".yml")} == set(NUMBERS) | set(OVERLAYS) | set(GRIDS) | {
-        "joint"
-    }
+    known = {"joint", *NUMBERS, *OVERLAYS, *GRIDS, *MACHINES}
+    assert {path.stem for path in RECIPES.iterdir() if path.suffix in (".yaml", ".yml")} == known
 
 
 @pytest.mark.parametrize("recipe", NUMBERS)
@@ -178,6 +184,30 @@ def test_an_overlay_does_what_it_says_to_every_recipe_and_nothing_else(recipe: s
     assert {k: v for k, v in laid.items() if k not in ("model", "config")} == {
         k: v for k, v in plain.items() if k not in ("model", "config")
     }
+
+
+@pytest.mark.parametrize("overlay", MACHINES)
+@pytest.mark.parametrize("recipe", NUMBERS)
+def test_where_a_recipe_runs_is_all_that_such_an_overlay_changes(recipe: str, overlay: str, monkeypatch: pytest.MonkeyPatch):
+    changes = MACHINES[overlay]
+    if recipe == "synthetic" and "data.language_model.device" in changes:  # planted data have no model
+        return
+    plain, laid = flat(parsed(monkeypatch, recipe)), flat(parsed(monkeypatch, recipe, overlay))
+    assert {path: value for path, value in laid.items() if value != plain.get(path)} == changes
+    assert laid.keys() - plain.keys() <= {"data.language_model.device"}
+
+
+def flat(config: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Every value under its dotted path, `init_args` left out; not which files it is from."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "init_args" and isinstance(value, dict):
+            found |= flat(value, before)
+        elif isinstance(value, dict) and value:
+            found |= flat(value, f"{before}{key}.")
+        elif key not in ("config", "metadata"):
+            found[before + key] = value
+    return found
 
 
 # What the quickstart trains side by side is what the overlays of the same names train alone.

@@ -1,5 +1,7 @@
 """The exact kernels against the dense functions they stand for."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,14 +39,17 @@ def test_equal_values_are_kept_as_often_as_asked():
     assert len(set(sparse.largest(values, 77).tolist())) == 77
 
 
-@pytest.fixture(params=["one block", "many blocks"])
-def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks so small that borders fall everywhere, in rows and in latents."""
-    if request.param == "many blocks":
+@pytest.fixture(params=["one block", "many blocks", "a GPU's way"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Blocks so small that borders fall everywhere, in rows and in latents; a GPU's are cut as well, and what it does is done here."""
+    if request.param != "one block":
         monkeypatch.setattr(selection, "BLOCK", 60)
+        monkeypatch.setattr(selection, "GPU_BLOCK", 60)
         monkeypatch.setattr(selection, "BLOCK_ROWS", 7)
         monkeypatch.setattr(patterns, "TURNED", 70)
         monkeypatch.setattr(rowwise, "PIECE", 50)
+    with rowwise.trial(1.0, gpu=request.param == "a GPU's way"):
+        yield
 
 
 def inputs(rows: int = 24, d_in: int = 10, d_sae: int = 40, seed: int = 0) -> tuple[Tensor, ...]:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metasae_lightning.rowwise import cached
+
 
 class Memory:
     """Matrices by name. On a CPU a large one that is new comes from the system page by page, for more than the sums in it cost.
@@ -26,7 +28,7 @@ class Memory:
 
     def take(self, name: str, shape: Iterable[int], like: Tensor) -> Tensor | None:
         """A matrix of that shape; none where there is nothing to be gained."""
-        if like.device.type != "cpu" or torch.is_inference_mode_enabled():  # what is made there cannot be written to later
+        if not cached(like) or torch.is_inference_mode_enabled():  # what is made there cannot be written to later
             return None
         shape = tuple(shape)
         key = (name, shape) if self._shapes else name

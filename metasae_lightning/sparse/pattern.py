@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metasae_lightning.rowwise import some
+from metasae_lightning.rowwise import cached, some
 
 # Numbers that are turned over at a time.
 TURNED = 320 * 2**10
@@ -45,7 +45,7 @@ class Pattern:
         self, dense: Float[Tensor, "row d"], values: Float[Tensor, " nnz"], into: Float[Tensor, "d column"] | None = None
     ) -> Float[Tensor, "d column"]:
         """`dense^T S`: some columns at a time, turned over while they are near."""
-        if dense.device.type != "cpu":
+        if not cached(dense):
             return self.transposed_product(values, dense).T.contiguous()
         order, pointers, rows = self._by_column
         into = dense.new_empty(dense.shape[1], self.shape[1]) if into is None else into

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metasae_lightning.rowwise import pieces
+from metasae_lightning.rowwise import cached, pieces
 from metasae_lightning.sparse.pattern import Pattern
 from metasae_lightning.sparse.selection import SLACK, Encoder, Kept, of_largest
 
@@ -58,7 +58,7 @@ class Screen:
         Nor where what is made cannot be written to later.
         """
         plain = encoder.x.dtype == encoder.b_enc.dtype and encoder.scale is None and encoder.ranks.alone
-        return plain and encoder.rows == self.rows and encoder.x.device.type == "cpu" and not torch.is_inference_mode_enabled()
+        return plain and encoder.rows == self.rows and cached(encoder.x) and not torch.is_inference_mode_enabled()
 
     def keep(self, encoder: Encoder, count: int) -> Kept:
         """The `count` largest activations of the batch, of positive ones alone."""

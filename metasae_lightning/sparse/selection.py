@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metasae_lightning.ranks import ALONE, Ranks
-from metasae_lightning.rowwise import some
+from metasae_lightning.rowwise import cached, some
 from metasae_lightning.sparse.cut import cut
 
 # Of so many values one is looked at to guess where the cut will be; of so many rows some, where there is nothing else to go by.
@@ -16,6 +16,8 @@ STRIDE, SAMPLED_ROWS = 31, 32
 # Pre-activations that are made at a time: they stay in a processor's cache until they have been looked through. Rows beyond so many
 # would only make the blocks narrower, and a product's speed is that of its shorter side.
 BLOCK, BLOCK_ROWS = 4 * 2**20, 4096
+# On a GPU all of a batch's at the paper's sizes: 4,096 rows of 65,536 latents. A million latents would take more than there is.
+GPU_BLOCK = 2**28
 # Where each row is ranked, blocks hold whole rows, and short blocks would have the encoder read again and again.
 WHOLE_ROWS = 4
 # A cut that was right for the batch before is lowered by so much for this one.
@@ -35,7 +37,7 @@ def largest(values: Float[Tensor, " value"], count: int) -> Int[Tensor, " kept"]
     >>> sorted(largest(torch.tensor([0.0, 3.0, 1.0, 0.0, 2.0]), 2).tolist()), largest(torch.zeros(3), 2).tolist()
     ([1, 4], [])
     """
-    if values.device.type != "cpu":  # a GPU ranks everything sooner than it could wait for a guess
+    if not cached(values):  # a GPU ranks everything sooner than it could wait for a guess
         return values.topk(count).indices
     above = (values > _guess(values[::STRIDE], count / STRIDE)).nonzero().flatten()
     if len(above) < count:
@@ -116,15 +118,13 @@ class Encoder:
 
     def _shape(self) -> tuple[int, int]:
         """Rows and latents of a block."""
-        if self.x.device.type != "cpu":
-            return self.rows, self.latents
-        block = some(BLOCK)
+        block = some(BLOCK if cached(self.x) else GPU_BLOCK)
         rows = max(min(self.rows, BLOCK_ROWS), block // self.latents)
         return min(rows, self.rows), min(max(block // rows, 1), self.latents)
 
     def _each_row(self, k: int) -> Kept:
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        rows = max(1, min(self.rows, some(WHOLE_ROWS * BLOCK) // self.latents)) if self.x.device.type == "cpu" else self.rows
+        rows = max(1, min(self.rows, some(WHOLE_ROWS * BLOCK if cached(self.x) else GPU_BLOCK) // self.latents))
         for top, _, block in self.blocks(rows, self.latents):
             raw = block + self.b_enc
             scaled = raw if self.scale is None else raw * self.scale
@@ -233,7 +233,7 @@ def _guess(few: Tensor, wanted: float) -> Tensor:
 def _places(mask: Tensor) -> Tensor:
     """Flat indices of what is true: eight at a time first, since most are not."""
     flat = mask.flatten()
-    if mask.device.type != "cpu" or flat.numel() % 8:
+    if not cached(mask) or flat.numel() % 8:
         return flat.nonzero().flatten()
     words = flat.view(torch.int64).nonzero().flatten()
     at, offset = flat.view(-1, 8)[words].nonzero(as_tuple=True)

@@ -1,0 +1,137 @@
+"""What fits where: the memory plan of the paper's runs, and of a million latents, as a Markdown table. Nothing is loaded, no GPU asked.
+
+    python benchmarks/fits.py               # four minutes of one core; docs/scaling.md has the table
+    python benchmarks/fits.py --lines       # every line of each plan too
+
+It is the arithmetic that `metasae fit` does before it loads anything, for cards that need not be there.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import yaml
+from sae_lens import BatchTopKTrainingSAEConfig
+from transformers import Gemma2Config, GPT2Config, PretrainedConfig
+
+from metasae_lightning import ActivationsDataModule, JointSAE, memory, placement
+from metasae_lightning.budget import GIB, Plan
+from metasae_lightning.corpora import InMemory
+from metasae_lightning.lm import HuggingFaceLM
+from metasae_lightning.penalties import Decomposability
+
+RECIPES = Path(memory.__file__).parent / "configs"
+# What the hub's configs say of sizes; the hub wants a licence accepted for the second.
+GPT2_LARGE = GPT2Config(n_embd=1280, n_layer=36, n_head=20, vocab_size=50257, n_positions=1024)
+GEMMA_2_9B = Gemma2Config(
+    **{"hidden_size": 3584, "intermediate_size": 14336, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256},
+    **{"num_hidden_layers": 42, "vocab_size": 256_000, "sliding_window": 4096, "max_position_embeddings": 8192},
+)
+# A card's decimal gigabytes, less what CUDA's context, NCCL and kernels take beside torch's tensors.
+CARDS, BESIDE = (24, 40, 80, 141), 2 * GIB
+RANKS = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe, with what is changed of its model."""
+
+    name: str
+    recipe: str
+    config: PretrainedConfig
+    d_sae: int | None = None
+    meta_rows: int | None = None
+
+
+CASES = [
+    Case("GPT-2 large, 20,480 latents", "gpt2_large_l20", GPT2_LARGE),
+    Case("Gemma 2 9B, 65,536 latents", "gemma2_9b_l23", GEMMA_2_9B),
+    # A meta step on all rows would hold the meta SAE's dead latents of each of a million.
+    Case("Gemma 2 9B, 1,048,576 latents, meta_rows 65,536", "gemma2_9b_l23", GEMMA_2_9B, 2**20, 2**16),
+]
+
+
+def model_of(case: Case, tree: dict[str, Any], shards: int = 1) -> JointSAE:
+    """The recipe's SAEs, without memory; of several shards one, whose primary has its part of the latents."""
+    given = tree["model"]["init_args"]
+    primary, meta = ({**given[role]["init_args"], "device": "meta"} for role in ("primary", "meta"))
+    d_sae = case.d_sae or primary["d_sae"]
+    meta["d_sae"] = meta["d_sae"] * d_sae // primary["d_sae"]  # the recipe's ratio
+    primary["d_sae"] = d_sae // shards
+    penalty = Decomposability(**given["penalties"]["decomposability"]["init_args"])
+    configs = BatchTopKTrainingSAEConfig(**primary), BatchTopKTrainingSAEConfig(**meta)
+    rows = None if case.meta_rows is None else case.meta_rows // shards
+    return JointSAE(*configs, {"decomposability": penalty}, b_dec_init="zeros", meta_rows=rows)
+
+
+def data_of(case: Case, tree: dict[str, Any], folder: str, device: str) -> ActivationsDataModule:
+    """The recipe's data, with a model of which there is only the config."""
+    given = dict(tree["data"]["init_args"])
+    case.config.save_pretrained(folder)
+    reader = {**given.pop("language_model")["init_args"], "name": folder, "device": device}
+    return ActivationsDataModule(HuggingFaceLM(**reader), **{**given, "corpus": InMemory(["none"])})
+
+
+def trainer_of(tree: dict[str, Any], ranks: int) -> Any:
+    """What a plan asks of a trainer."""
+    devices = [torch.device("cuda", number) for number in range(ranks)]
+    strategy = SimpleNamespace(root_device=devices[0], parallel_devices=devices, local_rank=0, checkpoint_io=None)
+    precision = tree["trainer"]["precision"]
+    return SimpleNamespace(strategy=strategy, precision=precision, callbacks=[], checkpoint_callbacks=[], world_size=ranks)
+
+
+def plans(case: Case) -> Iterator[tuple[str, Plan]]:
+    """A plan for each way to spread the case over GPUs."""
+    tree = yaml.safe_load((RECIPES / f"{case.recipe}.yaml").read_text())
+    ways: list[tuple[str, str, int, int]] = [
+        ("one GPU", "auto", 1, 1),
+        ("two: SAEs + model", "own", 1, 1),
+        (f"each of {RANKS}, ddp", "auto", RANKS, 1),
+        (f"each of {RANKS}, dictionary divided", "auto", 1, RANKS),
+    ]
+    for way, device, ranks, shards in ways:
+        with tempfile.TemporaryDirectory() as folder, patch.object(placement, "gpus", lambda: 2 * RANKS):
+            yield way, memory.plan(model_of(case, tree, shards), data_of(case, tree, folder, device), trainer_of(tree, ranks))
+
+
+def cell(plan: Plan) -> str:
+    """Each GPU's height, and the smallest card for it."""
+    peaks = [plan.peak(device) for device in plan.devices if device != "cpu"]
+    return " + ".join(f"{peak / GIB:,.1f} ({card(peak)})" for peak in peaks)
+
+
+def card(peak: int) -> str:
+    """The smallest that holds it."""
+    return next((str(size) for size in CARDS if peak + BESIDE <= size * 10**9), "none")
+
+
+def main() -> None:
+    """The table, a row as soon as it is known."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", action="store_true", help="Every line of each plan too.")
+    parser.add_argument("--only", type=int, nargs="*", default=range(len(CASES)), help="Of the rows, those with these numbers.")
+    given = parser.parse_args()
+    found = dict[str, dict[str, Plan]]()
+    for case in (CASES[number] for number in given.only):
+        found[case.name] = made = dict(plans(case))
+        if len(found) == 1:
+            print(f"| GiB (smallest card of {', '.join(map(str, CARDS))} GB) | {' | '.join(made)} |\n|---|{'---|' * len(made)}")
+        print(f"| {case.name} | {' | '.join(map(cell, made.values()))} |", flush=True)
+    for name, made in found.items():
+        for way, plan in made.items():
+            for why in plan.unknown:
+                print(f"\n{name}, {way}: not known: {why}")
+            if given.lines:
+                print(f"\n{name}, {way}")
+                for line in plan.lines:
+                    print(f"    {line.device:7} {line.bytes / GIB:8.2f}  {line.what}{' (passes)' if line.phase else ''}: {line.how}")
+
+
+if __name__ == "__main__":
+    main()

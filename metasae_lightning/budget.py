@@ -1,0 +1,110 @@
+"""What takes memory, a line for each thing and a device at a time, and whether it fits."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rich.table import Table
+
+from metasae_lightning.errors import InputError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that takes memory."""
+
+    what: str
+    """Its name."""
+    device: str
+    """Where it lies."""
+    bytes: int
+    """How much it is, or rises to where it passes."""
+    how: str
+    """How that came about."""
+    remedy: str = ""
+    """What makes it smaller."""
+    phase: str = ""
+    """Of what is there for a while only: what its blocks are as large as, which is what they are rows of."""
+    small: int = 0
+    """Of that, what lies in blocks that malloc keeps for itself when they are freed."""
+    arms: Literal["", "each", "once"] = ""
+    """What of several arms is there at once; by default what stays is each's and what passes is one's at a time."""
+
+    def __add__(self, other: "Line") -> "Line":
+        """Of two arms.
+
+        >>> (Line("a", "cpu", 100, "", phase="x") + Line("a", "cpu", 50, "", phase="x", small=50)).bytes
+        150
+        """
+        if self.arms == "each" or not (self.arms or self.phase):
+            return replace(self, bytes=self.bytes + other.bytes, small=self.small + other.small)
+        small = max(self.small, other.small)
+        return replace(self, bytes=max(self.bytes - self.small, other.bytes - other.small) + small, small=small)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run will hold."""
+
+    lines: tuple[Line, ...]
+    """What takes memory."""
+    unknown: tuple[str, ...] = ()
+    """What could not be planned, and why."""
+
+    @property
+    def devices(self) -> list[str]:
+        """Where anything lies."""
+        return list(dict.fromkeys(line.device for line in self.lines))
+
+    def peak(self, device: str) -> int:
+        """What stays and the most that comes to it.
+
+        Phases take turns, so of their large blocks the most at once counts. Small ones stay in the heap: as blocks of one size fit into
+        the holes that others of that size left, and no others do, they add up over the kinds of phases.
+
+        >>> phases = (Line("a", "cpu", 50, "", phase="x", small=10), Line("b", "cpu", 30, "", phase="y", small=30))
+        >>> Plan((Line("weights", "cpu", 100, ""), *phases)).peak("cpu")
+        180
+        """
+        here = [line for line in self.lines if line.device == device]
+        phases = [line for line in here if line.phase]
+        heap = sum(max(line.small for line in phases if line.phase == kind) for kind in {line.phase for line in phases})
+        large = max((line.bytes - line.small for line in phases), default=0)
+        return sum(line.bytes for line in here if not line.phase) + heap + large
+
+    def check(self, free: dict[str, int]) -> None:
+        """Refuse a run that does not fit, and say what to change."""
+        for device in self.devices:
+            if self.peak(device) <= free[device]:
+                continue
+            largest = sorted((line for line in self.lines if line.device == device and line.remedy), key=lambda line: -line.bytes)[:3]
+            why = "; ".join(f"{line.what} {line.bytes / GIB:.2f} ({line.remedy})" for line in largest)
+            need, had = self.peak(device) / GIB, free[device] / GIB
+            raise InputError(
+                f"memory: the run needs {need:.2f} GiB of {device} and may have {had:.2f}; --memory_gib sets that. Largest: {why}"
+            )
+
+    def table(self, free: dict[str, int]) -> Table:
+        """The plan as people read it."""
+        shown = Table(title="memory that the run will need", title_justify="left", show_edge=False, pad_edge=False)
+        shown.add_column("")
+        shown.add_column("MiB", justify="right")
+        shown.add_column("", overflow="fold")
+        for device in self.devices:
+            for line in self.lines:
+                if line.device == device:
+                    shown.add_row(line.what, mib(line.bytes), line.how, style="dim" if line.phase else None)
+            shown.add_row(f"{device}, at its height", mib(self.peak(device)), f"{mib(free[device])} may be had", style="bold")
+        for line in self.unknown:
+            shown.add_row("not known", "", line)
+        return shown
+
+
+def mib(size: int) -> str:
+    """A size as people read it.
+
+    >>> mib(3 * 2**29)
+    '1,536'
+    """
+    return f"{size / 2**20:,.0f}"
