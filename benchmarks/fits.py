@@ -57,31 +57,31 @@ CASES = [
 ]
 
 
-def model_of(case: Case, tree: dict[str, Any], shards: int = 1) -> JointSAE:
-    """The recipe's SAEs, without memory; of several shards one, whose primary has its part of the latents."""
+def model_of(case: Case, tree: dict[str, Any]) -> JointSAE:
+    """The recipe's SAEs, without memory."""
     given = tree["model"]["init_args"]
     primary, meta = ({**given[role]["init_args"], "device": "meta"} for role in ("primary", "meta"))
     d_sae = case.d_sae or primary["d_sae"]
     meta["d_sae"] = meta["d_sae"] * d_sae // primary["d_sae"]  # the recipe's ratio
-    primary["d_sae"] = d_sae // shards
+    primary["d_sae"] = d_sae
     penalty = Decomposability(**given["penalties"]["decomposability"]["init_args"])
     configs = BatchTopKTrainingSAEConfig(**primary), BatchTopKTrainingSAEConfig(**meta)
-    rows = None if case.meta_rows is None else case.meta_rows // shards
-    return JointSAE(*configs, {"decomposability": penalty}, b_dec_init="zeros", meta_rows=rows)
+    return JointSAE(*configs, {"decomposability": penalty}, b_dec_init="zeros", meta_rows=case.meta_rows)
 
 
-def data_of(case: Case, tree: dict[str, Any], folder: str, device: str) -> ActivationsDataModule:
-    """The recipe's data, with a model of which there is only the config."""
+def data_of(case: Case, tree: dict[str, Any], folder: str, device: str, shards: int) -> ActivationsDataModule:
+    """The recipe's data, with a model of which there is only the config; of several shards each reads its part of a batch."""
     given = dict(tree["data"]["init_args"])
+    given["batch_size"] //= shards
     case.config.save_pretrained(folder)
     reader = {**given.pop("language_model")["init_args"], "name": folder, "device": device}
     return ActivationsDataModule(HuggingFaceLM(**reader), **{**given, "corpus": InMemory(["none"])})
 
 
-def trainer_of(tree: dict[str, Any], ranks: int) -> Any:
+def trainer_of(tree: dict[str, Any], ranks: int, shards: int) -> Any:
     """What a plan asks of a trainer."""
     devices = [torch.device("cuda", number) for number in range(ranks)]
-    strategy = SimpleNamespace(root_device=devices[0], parallel_devices=devices, local_rank=0, checkpoint_io=None)
+    strategy = SimpleNamespace(root_device=devices[0], parallel_devices=devices, local_rank=0, checkpoint_io=None, shards=shards)
     precision = tree["trainer"]["precision"]
     return SimpleNamespace(strategy=strategy, precision=precision, callbacks=[], checkpoint_callbacks=[], world_size=ranks)
 
@@ -93,11 +93,11 @@ def plans(case: Case) -> Iterator[tuple[str, Plan]]:
         ("one GPU", "auto", 1, 1),
         ("two: SAEs + model", "own", 1, 1),
         (f"each of {RANKS}, ddp", "auto", RANKS, 1),
-        (f"each of {RANKS}, dictionary divided", "auto", 1, RANKS),
+        (f"each of {RANKS}, sharded, an eighth of batch_size", "auto", RANKS, RANKS),
     ]
     for way, device, ranks, shards in ways:
         with tempfile.TemporaryDirectory() as folder, patch.object(placement, "gpus", lambda: 2 * RANKS):
-            yield way, memory.plan(model_of(case, tree, shards), data_of(case, tree, folder, device), trainer_of(tree, ranks))
+            yield way, memory.plan(model_of(case, tree), data_of(case, tree, folder, device, shards), trainer_of(tree, ranks, shards))
 
 
 def cell(plan: Plan) -> str:

@@ -1,7 +1,5 @@
 """How many bytes are live while something runs: counted where torch makes and drops its tensors, on a model small enough to try."""
 
-import copy
-import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,7 +16,7 @@ from metasae_lightning import functional
 from metasae_lightning.joint import JointSAE
 from metasae_lightning.learner import Learner
 from metasae_lightning.lm import LanguageModel
-from metasae_lightning.normalizers import normalizer_of
+from metasae_lightning.replicas import smaller
 from metasae_lightning.rowwise import trial
 from metasae_lightning.step import Batch
 
@@ -29,9 +27,6 @@ ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor
 KEPT = 32 * 2**20
 # Elements of a trial's largest matrix: half a MiB each, so that counting takes milliseconds and vectors stay small beside matrices.
 TRIAL = 2**17
-# What shrinks with a trial; every other number of a config or a penalty is a ratio or a count of steps.
-SIZES = ("d_in", "d_sae", "k", "matryoshka_widths", "chunk_size")
-NORMALIZERS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening")
 
 
 @dataclass(frozen=True)
@@ -216,7 +211,7 @@ def training(model: JointSAE, rows: int, *, precision: str = "32-true", gpu: boo
     ):
         warnings.simplefilter("ignore")
         dtype = torch.float64 if precision == "64-true" else model.primary.W_dec.dtype
-        small = _smaller(model, factor).to(dtype)
+        small = smaller(model, factor).to(dtype)
         optimizers = [small._optimizer_callables[name](learner.parameters()) for name, learner in learners(small).items()]  # pyright: ignore[reportPrivateUsage]
 
         def primary() -> None:
@@ -246,43 +241,3 @@ def _age(learner: Learner) -> None:
     learner.initialized.fill_(True)
     learner.silent_for.fill_(learner.dead_after)
     learner.steps.fill_(2520 * 10**6)  # a multiple of every small number, for penalties that act every so many steps
-
-
-def _smaller(model: JointSAE, factor: float) -> JointSAE:
-    """The same model with every size divided."""
-    penalties: Any = copy.deepcopy(model.penalties)
-    for penalty in penalties.values():
-        for name in SIZES:
-            if hasattr(penalty, name):
-                setattr(penalty, name, _divided(getattr(penalty, name), factor))
-    primary, meta, callables = model.primary, model.meta, model._optimizer_callables  # pyright: ignore[reportPrivateUsage]
-    return JointSAE(
-        _smaller_config(primary, factor),
-        None if meta is None else _smaller_config(meta, factor),
-        dict(penalties.items()),
-        n_p=10**9,
-        decoder_rows="unit" if primary.decoder_rows == "unit" else "free",
-        b_dec_init="zeros",
-        primary_optimizer=callables["primary"],
-        meta_optimizer=callables["meta"],
-        clip_grad_norm=primary.clip_grad_norm,
-        micro_batches=primary.micro_batches,
-        critic_supports=model.critic_supports,
-        meta_rows=None if model.meta_rows is None else _divided(model.meta_rows, factor),
-        kernels=model.kernels,
-    )
-
-
-def _smaller_config(learner: Learner, factor: float) -> Any:
-    # A copy, since a config's record of itself is shared with what it was made from.
-    cfg = copy.deepcopy(learner.sae.cfg)
-    cfg.device = "cpu"
-    cfg = dataclasses.replace(cfg, **{name: _divided(getattr(cfg, name), factor) for name in SIZES if hasattr(cfg, name)})
-    cfg.normalize_activations = next(name for name in NORMALIZERS if type(normalizer_of(name, 1)) is type(learner.normalizer))
-    return cfg
-
-
-def _divided(value: Any, factor: float) -> Any:
-    if isinstance(value, list | tuple):
-        return [_divided(one, factor) for one in value]
-    return max(type(value)(1), type(value)(round(value / factor)))

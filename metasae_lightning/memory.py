@@ -11,7 +11,7 @@ import psutil
 import torch
 from rich.console import Console
 
-from metasae_lightning import footprint, placement
+from metasae_lightning import footprint, placement, replicas
 from metasae_lightning.arms import SideBySide
 from metasae_lightning.budget import GIB, Line, Plan, mib
 from metasae_lightning.checkpoints import WholeFiles
@@ -57,11 +57,14 @@ def plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> Plan:
     """What a run of this model on these data will hold; nothing is loaded, and what cannot be known is named."""
     here, wide = trainer.strategy.root_device, 2 if trainer.precision == "64-true" else 1
     arms = [model] if isinstance(model, JointSAE) else list(model.arms.values())
+    shards = getattr(trainer.strategy, "shards", 1)
+    own = [replicas.part(arm, shards) if shards > 1 else arm for arm in arms]
     parts = {
         "language model": _language_model(data, trainer.strategy),
         "shuffle buffer": _buffer(arms[0], data, trainer.strategy),
-        "SAEs": _together([_saes(arm, str(here), wide) for arm in arms]),
-        "training": _together([_training(arm, data, trainer, wide) for arm in arms]),
+        "SAEs": _together([_saes(arm, str(here), wide) for arm in own]),
+        "training": _together([_training(arm, data, trainer, wide, shards) for arm in own]),
+        "host": _together([_host(arm, data, trainer, wide, shards) for arm in arms]),
         "outputs": _outputs(arms[1:], data, str(here), wide),
     }
     lines, unknown = list[Line](), list[str]()
@@ -154,10 +157,10 @@ def _saes(model: JointSAE, here: str, wide: int) -> Iterator[Line]:
         yield Line(f"{name} gradients", here, footprint.parameters(learner) * wide, "one a parameter, kept between steps", remedy)
 
 
-def _training(model: JointSAE, data: Any, trainer: Any, wide: int) -> Iterator[Line]:
-    rows, here = _setting(data, "batch_size"), str(trainer.strategy.root_device)
-    kind = trainer.strategy.root_device.type
-    seen = footprint.training(model, rows, precision=str(trainer.precision), gpu=kind == "cuda", ranks=trainer.world_size)
+def _training(model: JointSAE, data: Any, trainer: Any, wide: int, shards: int) -> Iterator[Line]:
+    rows, here = _setting(data, "batch_size") * shards, str(trainer.strategy.root_device)
+    kind, ranks = trainer.strategy.root_device.type, trainer.world_size // shards
+    seen = footprint.training(model, rows, precision=str(trainer.precision), gpu=kind == "cuda", ranks=ranks)
     state = round(seen.optimizer * footprint.parameters(model) * wide)
     yield Line("optimisers' state", here, state, f"{seen.optimizer:.3g} times the parameters", "another optimiser, or lower primary.d_sae")
     if model.meta is not None and seen.kept and kind == "cpu":  # elsewhere nothing is screened
@@ -167,16 +170,23 @@ def _training(model: JointSAE, data: Any, trainer: Any, wide: int) -> Iterator[L
     yield _phase("a primary step", here, seen.primary, how, "raise micro_batches or lower batch_size", kind="batch")
     if model.meta is not None:
         read = model.meta_rows or len(model.primary.W_dec)
-        how = f"{-(-read // trainer.world_size):,} decoder rows, when latents are dead"
+        how = f"{-(-read // ranks):,} decoder rows, when latents are dead"
         yield _phase("a meta step", here, seen.meta, how, "lower meta.d_sae or meta_rows", kind="decoder")
     yield _phase("a held-out batch", here, seen.evaluation, f"{rows:,} rows", "lower batch_size", kind="batch")
-    saes = [footprint.size(learner) * wide for learner in footprint.learners(model).values()]
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and shards == 1:
         yield Line("DDP's buckets", here, footprint.parameters(model) * wide, "as large as the gradients, on each rank", "fewer latents")
-    if trainer.checkpoint_callbacks and not isinstance(trainer.strategy.checkpoint_io, WholeFiles):
+    if trainer.checkpoint_callbacks and not isinstance(trainer.strategy.checkpoint_io, WholeFiles) and shards == 1:
         # lightning.fabric.utilities.cloud_io._atomic_save
-        rise = footprint.blocks([sum(saes) + state])
+        rise = footprint.blocks([sum(footprint.size(learner) * wide for learner in footprint.learners(model).values()) + state])
         yield replace(_phase("a checkpoint", "cpu", rise, "written to memory before the disk", kind="file"), arms="each")
+
+
+def _host(model: JointSAE, data: Any, trainer: Any, wide: int, shards: int) -> Iterator[Line]:
+    """What the host holds of whole SAEs."""
+    rows, kind = _setting(data, "batch_size"), trainer.strategy.root_device.type
+    saes = [footprint.size(learner) * wide for learner in footprint.learners(model).values()]
+    if shards > 1:
+        yield _phase("building them", "cpu", footprint.blocks([sum(saes)]), "whole, before each rank keeps its part", kind="loading")
     for callback in trainer.callbacks:
         if (kept := getattr(callback, "calibration_tokens", None)) is not None:
             kept = min(-(-kept // rows) * rows, data.validation_tokens)

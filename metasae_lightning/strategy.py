@@ -20,6 +20,11 @@ class Sharded(ModelParallelStrategy):
     A checkpoint is a folder to which every rank writes its part; any number of ranks, and one process, go on from it.
     """
 
+    @property
+    def shards(self) -> int:
+        """How many ranks divide the latents."""
+        return self.num_processes if self._tensor_parallel_size == "auto" else self._tensor_parallel_size
+
     def setup_environment(self) -> None:
         """One line where the sizes do not make up the ranks there are."""
         try:

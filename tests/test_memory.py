@@ -64,6 +64,19 @@ def test_the_plan_is_arithmetic(tmp_path: Path):
     assert {line.device for line in plan.lines} == {"cpu"}
 
 
+def test_a_divided_dictionary_is_planned_as_one_ranks_part_of_it(tmp_path: Path):
+    model = JointSAE(config("batchtopk", 64, d_in=32), config("batchtopk", 16, d_in=32), {"d": Decomposability(0.3)})
+    asked = trainer(tmp_path, callbacks=[Export(calibration_tokens=300)])
+    asked.strategy.shards = 4
+    lines = by_name(memory.plan(model, activations(tmp_path), asked))
+    # A quarter of two matrices and of a bias, the other bias, in float32; the meta SAE is whole.
+    assert lines["primary gradients"].bytes == (2 * 32 * 16 + 16 + 32) * 4
+    assert lines["meta gradients"].bytes == (2 * 32 * 16 + 16 + 32) * 4
+    assert "1,024 rows" in lines["a primary step"].how and "16 decoder rows" in lines["a meta step"].how  # 256 of each of four
+    whole = (2 * 32 * 64 + 64 + 32) * 4
+    assert lines["building them"].bytes > whole and lines["an export"].bytes > 2 * whole
+
+
 @pytest.mark.parametrize(("setting", "bytes"), [({"buffer_dtype": "bfloat16"}, 1024 * 32 * 2), ({"buffer_size": 10**9}, 4096 * 32 * 4)])
 def test_the_buffer_is_what_will_be_in_it(setting: dict[str, Any], bytes: int, tmp_path: Path):
     plan = memory.plan(JointSAE(config("topk", d_in=32)), activations(tmp_path, **setting), trainer(tmp_path))
