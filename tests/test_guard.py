@@ -76,6 +76,15 @@ class Once(Penalty):
         return W_dec.square().mean() / (0.0 if self.left == -1 and torch.is_grad_enabled() else 1.0)
 
 
+class Overflowing(Penalty):
+    """Where it is ill its value is infinite, and its gradient is not."""
+
+    ill = False
+
+    def forward(self, W_dec: Tensor, critic: Any, step: int) -> Tensor:
+        return W_dec[:, 0].mean() + (torch.inf if self.ill else 0.0)
+
+
 def joint(architecture: str = "batchtopk", **changes: Any) -> JointSAE:
     def schedule(optimizer: Any) -> WarmupDecay:
         return WarmupDecay(optimizer, warmup=4, decay=0.5, total_steps=12)
@@ -273,12 +282,14 @@ def test_an_arm_leaves_out_a_step_that_others_take(tmp_path: Path):
 
 def trained(ranks: Ranks, steps: list[int], cut: str, *, bad: int | None = None, what: str = "activations", mode: str = "skip") -> Any:
     """A run on this rank's rows; on the last rank something is not finite at a step."""
-    module = joint(non_finite=mode, batch_cut=cut, n_p=2).double()
+    overflowing = Overflowing(0.1)
+    module = joint(non_finite=mode, batch_cut=cut, n_p=2, penalties={"d": Decomposability(0.3), "own": overflowing}).double()
     module.join(ranks)
     primary, meta = optimizers(module)
     for step in steps:
         rows = activations(step).double()[ranks.share(64)].clone()
         ill = step == bad and ranks.rank == ranks.world_size - 1
+        overflowing.ill = ill and what == "loss"
         if ill and what == "activations":
             rows[5] = torch.nan
         handle = module.primary.sae.b_enc.register_hook(lambda gradient: gradient * torch.nan) if ill and what == "gradient" else None
@@ -292,7 +303,7 @@ def on_rank(rank: int, folder: str) -> None:
     found: dict[str, Any] = {}
     for cut in ("global", "local"):
         found[f"{cut}, without"] = trained(Ranks.joined(), [0, 1, 2, 4, 5], cut)
-        for what in ("activations", "gradient"):
+        for what in ("activations", "gradient", "loss"):
             found[f"{cut}, {what}"] = trained(Ranks.joined(), [0, 1, 2, 3, 4, 5], cut, bad=3, what=what)
     sent = {}
     for mode in ("stop", "skip"):
@@ -347,7 +358,7 @@ def test_ranks_leave_out_what_one_of_them_cannot_take(tmp_path: Path):
     assert not differing(moments(before["optimizer_states"]), moments(after["optimizer_states"]))
     assert before["lr_schedulers"] == after["lr_schedulers"]
     for cut in ("global", "local"):
-        for what in ("activations", "gradient"):
+        for what in ("activations", "gradient", "loss"):
             (state, counts), (others, their_counts), (without, _) = one[f"{cut}, {what}"], other[f"{cut}, {what}"], one[f"{cut}, without"]
             assert not differing(state, others) and not differing(state, without), (cut, what)
             assert counts == their_counts == {"primary": {"total": 1, "in_a_row": 0}, "meta": {"total": 0, "in_a_row": 0}}
