@@ -25,7 +25,8 @@ class Checkpoints(Checkpoint):
 
     SIGTERM, Ctrl-C and a batch system's warning (SIGUSR1, where Lightning heeds it) wait for the end of the step, or of a validation and
     the step after it, where all ranks write one checkpoint and end together. After the last step the run ends as it would have. A second
-    Ctrl-C ends it at once.
+    Ctrl-C ends it at once. Where a validation follows a step, what is due then is done after it: a run that went on from before it would
+    go on without it.
 
     Args:
         every_tokens: After so many more tokens.
@@ -40,13 +41,13 @@ class Checkpoints(Checkpoint):
         self.every_tokens, self.every_minutes, self.keep = every_tokens, every_minutes, keep
         self.dirpath: Path | None = None
         self._saved_at, self._when = 0, 0.0
-        self._told = 0
+        self._told = self._after_validation = 0
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Count from where the run stands, and listen."""
         self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
-        self._saved_at, self._when, self._told = pl_module.rows_seen, time.monotonic(), 0
+        self._saved_at, self._when, self._told, self._after_validation = pl_module.rows_seen, time.monotonic(), 0, 0
         if threading.current_thread() is threading.main_thread():
             for number in TOLD:
                 if signal.getsignal(number) not in (None, signal.SIG_DFL, signal.SIG_IGN):  # only what somebody heeds
@@ -61,9 +62,16 @@ class Checkpoints(Checkpoint):
         told = int(Ranks.joined().most(2 * self._told + due, next(pl_module.parameters())))
         # Of a run that is at its end the checkpoint is that of the end, once everything else is written.
         if told and not trainer.is_last_batch:
-            self._save(trainer, tokens)
-            if told > 1:
-                self._heed(trainer, TOLD[told // 2 - 1])
+            if validates(trainer):
+                self._after_validation = told
+            else:
+                self._do(trainer, tokens, told)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Do what has waited."""
+        told, self._after_validation = self._after_validation, 0
+        if told:
+            self._do(trainer, pl_module.rows_seen, told)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The trained run; until it is there, an earlier one is gone on with."""
@@ -73,6 +81,11 @@ class Checkpoints(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Signals are Lightning's again."""
         self._listen_no_more()
+
+    def _do(self, trainer: Trainer, tokens: int, told: int) -> None:
+        self._save(trainer, tokens)
+        if told > 1:
+            self._heed(trainer, TOLD[told // 2 - 1])
 
     def _save(self, trainer: Trainer, tokens: int) -> None:
         assert self.dirpath is not None
@@ -107,3 +120,9 @@ class Checkpoints(Checkpoint):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+def validates(trainer: Any) -> bool:
+    """Whether a validation follows the step that was just made, which Lightning asks itself alone."""
+    loop = trainer.fit_loop
+    return any(trainer.num_val_batches) and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

@@ -54,10 +54,10 @@ def pieces(*matrices: Float[Tensor, "row _"]) -> Iterator[tuple[Tensor, ...]]:
 def mean_over_rows(
     of_rows: OfRows, W: Float[Tensor, "row d"], beside: Float[Tensor, "some e"], chosen: Int[Tensor, " some"] | None = None
 ) -> Float[Tensor, ""]:
-    """The mean of `of_rows(W_i, beside_i)`, which gives a number a row and its gradient in that, of no row 0; none through `beside`.
+    """The mean of `of_rows(W_i, beside_i)`, which gives a number a row and its gradient in that; nothing goes through `beside`.
 
     With `chosen` it is over those rows, each named once, which `beside` is of: what the others' gradient is is not written out where a
-    gradient is there to be added to.
+    gradient is there to be added to. Over none it is 0.
 
     >>> W = torch.tensor([[1.0], [3.0]], requires_grad=True)
     >>> mean_over_rows(lambda rows, beside: ((rows * beside).sum(1), beside), W, torch.tensor([[2.0], [4.0]])).backward()

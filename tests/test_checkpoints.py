@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,34 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Pat
         write(tmp_path / "a.ckpt", 2.0)
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
     assert torch.load(tmp_path / "a.ckpt")["weights"].eq(1.0).all()
+
+
+class Sealed(Callback):
+    """After so many tokens nobody may write to the folder of checkpoints any more, root included."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.rows_seen == self.after:
+            subprocess.run(["chattr", "+i", Path(trainer.default_root_dir) / "checkpoints"], check=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_a_folder_that_may_not_be_written_to_any_more_keeps_what_it_has(tmp_path: Path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    can = shutil.which("chattr") and not subprocess.run(["chattr", "+i", folder], capture_output=True, check=False).returncode
+    if not can:
+        pytest.skip("takes chattr, a file system that knows it, and root")
+    subprocess.run(["chattr", "-i", folder], check=True)
+    try:
+        with pytest.raises(InputError, match=r"tokens=256\.ckpt cannot be written, and those before it are as they were .*not permitted"):
+            fitted(tmp_path, Sealed(192), Checkpoints(every_tokens=64))
+    finally:
+        subprocess.run(["chattr", "-i", folder], check=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "tokens=128.ckpt", "tokens=192.ckpt"]
+    assert newest([folder]) == (folder / "tokens=192.ckpt", {})
 
 
 def test_what_does_not_read_back_is_not_given_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -112,10 +141,10 @@ class Tell(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def fitted(folder: Path, *callbacks: Callback, checkpoint: Path | None = None) -> JointSAE:
+def fitted(folder: Path, *callbacks: Callback, checkpoint: Path | None = None, **how: Any) -> JointSAE:
     module = JointSAE(config("batchtopk"), config("topk", d_sae=8), {"d": Decomposability(0.3)}, n_p=3, n_m=2)
     data = SyntheticDataModule(SyntheticModelConfig(num_features=32, hidden_dim=D_IN, seed=0), tokens=768, batch_size=64)
-    options: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "limit_val_batches": 0, "plugins": [WholeFiles()], **QUIET}
+    options: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "limit_val_batches": 0, "plugins": [WholeFiles()], **QUIET, **how}
     Trainer(default_root_dir=folder, callbacks=list(callbacks), **options).fit(module, datamodule=data, ckpt_path=checkpoint)
     return module
 
@@ -142,6 +171,39 @@ def test_told_to_stop_it_writes_a_checkpoint_after_the_step_and_goes_on_from_it(
     assert found is not None and found.name == "tokens=320.ckpt" and not broken
     resumed = fitted(tmp_path / "resumed", Checkpoints(), checkpoint=found)
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+class Validations(Callback):
+    """After how many tokens there was one; one at which the process ends."""
+
+    def __init__(self, ends_at: int | None = None) -> None:
+        self.ends_at, self.seen = ends_at, list[int]()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if pl_module.rows_seen == self.ends_at:
+            raise RuntimeError("the machine is gone")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.seen.append(pl_module.rows_seen)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_a_run_goes_on_from_before_a_validation_or_from_behind_it(killed: bool, tmp_path: Path):
+    often: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 4}  # of 64 tokens a batch: at 256, 512 and 768
+    whole, first, then = Validations(), Validations(512 if killed else None), Validations()
+    expected = fitted(tmp_path / "whole", whole, **often)
+    before = signal.getsignal(signal.SIGTERM)
+    # A checkpoint is due with every validation; or the run is told to stop in the step before the second.
+    told = [] if killed else [Tell(7, signal.SIGTERM)]
+    with pytest.raises(RuntimeError if killed else SystemExit):
+        fitted(tmp_path, first, *told, Checkpoints(every_tokens=256 if killed else None), **often)
+    signal.signal(signal.SIGTERM, before)
+    found, _ = newest([tmp_path / "checkpoints"])
+    assert found is not None and found.name == f"tokens={256 if killed else 512}.ckpt"
+    resumed = fitted(tmp_path / "resumed", then, Checkpoints(), checkpoint=found, **often)
+    assert whole.seen == first.seen + then.seen == [256, 512, 768]
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in expected.state_dict().items())
 
 
 def command(run: Path, *more: str) -> list[str]:
