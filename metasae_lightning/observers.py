@@ -80,7 +80,7 @@ class EachArm(Callback):
         for name, side in sides(trainer, pl_module).items():
             own = {
                 **checkpoint,
-                "state_dict": pl_module.part(checkpoint["state_dict"], name),
+                "state_dict": pl_module.part(checkpoint.get("state_dict", {}), name),  # a sharded one is read by its strategy
                 **checkpoint.get("observers", {}).get(name, {}),
             }
             self.call("on_load_checkpoint", pl_module, name, side, own)
