@@ -159,7 +159,7 @@ def _saes(model: JointSAE, here: str, wide: int) -> Iterator[Line]:
 
 def _training(model: JointSAE, data: Any, trainer: Any, wide: int, shards: int) -> Iterator[Line]:
     rows, here = _setting(data, "batch_size") * shards, str(trainer.strategy.root_device)
-    kind, ranks = trainer.strategy.root_device.type, trainer.world_size // shards
+    kind, ranks = trainer.strategy.root_device.type, max(1, trainer.world_size // shards)
     seen = footprint.training(model, rows, precision=str(trainer.precision), gpu=kind == "cuda", ranks=ranks)
     state = round(seen.optimizer * footprint.parameters(model) * wide)
     yield Line("optimisers' state", here, state, f"{seen.optimizer:.3g} times the parameters", "another optimiser, or lower primary.d_sae")

@@ -68,7 +68,9 @@ def test_a_divided_dictionary_is_planned_as_one_ranks_part_of_it(tmp_path: Path)
     model = JointSAE(config("batchtopk", 64, d_in=32), config("batchtopk", 16, d_in=32), {"d": Decomposability(0.3)})
     asked = trainer(tmp_path, callbacks=[Export(calibration_tokens=300)])
     asked.strategy.shards = 4
-    lines = by_name(memory.plan(model, activations(tmp_path), asked))
+    plan = memory.plan(model, activations(tmp_path), asked)
+    lines = by_name(plan)
+    assert plan.unknown == ()
     # A quarter of two matrices and of a bias, the other bias, in float32; the meta SAE is whole.
     assert lines["primary gradients"].bytes == (2 * 32 * 16 + 16 + 32) * 4
     assert lines["meta gradients"].bytes == (2 * 32 * 16 + 16 + 32) * 4
