@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
 from metasae_lightning.checkpoints import damage, refused, seal, settle, sums
+from metasae_lightning.destinations import put
 from metasae_lightning.errors import InputError
 
 
@@ -103,14 +104,9 @@ class Sharded(ModelParallelStrategy):
 
 
 def place(draft: Path, path: Path) -> None:
-    """Give a folder its name; one that has it already goes first."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.is_dir():
-        path.rename(old)
-    draft.rename(path)
+    """Give a folder its name, so that a loss of power does not take it."""
+    put(draft, path)
     settle(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 if "sharded" not in StrategyRegistry:

@@ -4,6 +4,7 @@ import multiprocessing
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,20 @@ def on_ranks(count: int, target: Callable[[int, str], None], folder: Path) -> No
 def met(count: int, target: Callable[[int, str], None], folder: Path) -> None:
     """Run a function of rank and folder on so many ranks of one group."""
     on_ranks(count, partial(_meet, count, target), folder)
+
+
+def same_training(alone: dict[str, Any], ours: list[dict[str, Any]], tolerance: float, told: str) -> None:
+    """What ranks came to is what one process does, the same bits on all: `state`, who is `dead`, what steps have `shown`."""
+    for name, expected in alone["state"].items():
+        for one in ours:
+            assert (one["state"][name] == ours[0]["state"][name]).all(), f"{told}: {name} differs among ranks"
+        off = (ours[0]["state"][name].double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+        assert off <= tolerance, f"{told}: {name} is {off:.1e} off"
+    assert all((one["dead"] == alone["dead"]).all() for one in ours), told
+    atol = 1e-7 if tolerance > 1e-9 else 1e-12
+    for expected, *others in zip(alone["shown"], *(one["shown"] for one in ours), strict=True):
+        for each in others:
+            torch.testing.assert_close(torch.stack(each), torch.stack(expected), rtol=100 * tolerance, atol=atol)
 
 
 def _meet(count: int, target: Callable[[int, str], None], rank: int, folder: str) -> None:

@@ -85,7 +85,7 @@ DOWN = {
     "cached": "activations cache stream rows shuffle batching corpora errors",
     "planted": "synthetic corpora",
     "data": "planted cached activations cache stream placement batching corpora lm step errors",
-    "strategy": "checkpoints errors",
+    "strategy": "checkpoints destinations errors",
     "demands": "strategy penalties ranks saelens errors",
     "joint": "demands penalties guard shards ranks alternation schedules learner origin rowwise saelens step functional errors",
     "observers": "step errors",

@@ -19,7 +19,7 @@ from metasae_lightning.ranks import ALONE, Crew, Ranks
 from metasae_lightning.sparse.cut import cut
 from metasae_lightning.step import Batch
 from tests.architectures import activations, config, optimizers
-from tests.ranks import met
+from tests.ranks import met, same_training
 
 STEPS = 30
 # Of each kind its primary's architecture, its config's arguments and the module's.
@@ -116,18 +116,8 @@ def test_ranks_train_what_one_process_trains_on_all_their_rows(count: int, tmp_p
         alone, told = trained(kind, dtype, ALONE), f"{kind}, {dtype}, {dealt}"
         tolerance = 1e-5 if dtype == torch.float32 else 1e-12
         ours = [one[number] for one in found]
-        for name, expected in alone["state"].items():
-            for one in ours:
-                assert (one["state"][name] == ours[0]["state"][name]).all(), f"{told}: {name} differs among ranks"
-            off = (ours[0]["state"][name].double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
-            assert off <= tolerance, f"{told}: {name} is {off:.1e} off"
-        assert all((one["dead"] == alone["dead"]).all() for one in ours), told
+        same_training(alone, ours, tolerance, told)
         assert alone["dead"].any() or kind in ("gated", "jumprelu"), told
-        for expected, *others in zip(alone["shown"], *(one["shown"] for one in ours), strict=True):
-            for each in others:
-                torch.testing.assert_close(
-                    torch.stack(each), torch.stack(expected), rtol=100 * tolerance, atol=1e-7 if tolerance > 1e-9 else 1e-12
-                )
 
 
 def test_a_rank_without_a_gradient_is_not_waited_for(tmp_path: Path):

@@ -14,7 +14,7 @@ from metasae_lightning.ranks import ALONE, Ranks
 from metasae_lightning.shards import own, whole
 from metasae_lightning.step import Batch
 from tests.architectures import activations, config, optimizers
-from tests.ranks import met
+from tests.ranks import met, same_training
 
 STEPS = 30
 # Of each kind its primary's architecture, its config's arguments and the module's.
@@ -105,18 +105,8 @@ def test_a_divided_dictionary_learns_what_a_whole_one_does(count: int, tmp_path:
         alone, told = trained(kind, dtype, ALONE), f"{kind}, {dtype}, {shape}"
         tolerance = 1e-5 if dtype == torch.float32 else 1e-11
         ours = [one[number] for one in found]
-        for name, expected in alone["state"].items():
-            for one in ours:
-                assert (one["state"][name] == ours[0]["state"][name]).all(), f"{told}: {name} differs among ranks"
-            off = (ours[0]["state"][name].double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
-            assert off <= tolerance, f"{told}: {name} is {off:.1e} off"
-        assert all((one["dead"] == alone["dead"]).all() for one in ours), told
+        same_training(alone, ours, tolerance, told)
         assert alone["dead"].sum(1).max() > 8, told
-        for expected, *others in zip(alone["shown"], *(one["shown"] for one in ours), strict=True):
-            for each in others:
-                torch.testing.assert_close(
-                    torch.stack(each), torch.stack(expected), rtol=100 * tolerance, atol=1e-7 if tolerance > 1e-9 else 1e-12
-                )
         rebuilt, codes = torch.cat([one["rebuilt"] for one in ours]), torch.cat([one["codes"][1:] for one in ours], 1)
         torch.testing.assert_close(rebuilt, alone["rebuilt"], rtol=100 * tolerance, atol=100 * tolerance)
         assert (codes[0] == alone["codes"][1]).all(), told

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from metasae_lightning import functional
+from metasae_lightning.destinations import put
 from metasae_lightning.errors import InputError
 from metasae_lightning.redaction import hidden
 
@@ -94,13 +95,3 @@ def measure(sae: SAE[Any], samples: Sequence[Tensor]) -> tuple[float, float]:
         sums = added if sums is None else tuple(a + b for a, b in zip(sums, added, strict=True))
     assert sums is not None
     return active / sum(len(x) for x in samples), functional.fvu_of_sums(sums).item()  # pyright: ignore[reportArgumentType]
-
-
-def put(draft: Path, folder: Path) -> None:
-    """Put the finished draft where an older folder may stand."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
