@@ -101,8 +101,8 @@ def plans(case: Case) -> Iterator[tuple[str, Plan]]:
 
 
 def cell(plan: Plan) -> str:
-    """Each GPU's height, and the smallest card for it."""
-    peaks = [plan.peak(device) for device in plan.devices if device != "cpu"]
+    """Each GPU's height, the SAEs' first, and the smallest card for it."""
+    peaks = [plan.peak(device) for device in sorted(plan.devices) if device != "cpu"]
     return " + ".join(f"{peak / GIB:,.1f} ({card(peak)})" for peak in peaks)
 
 
