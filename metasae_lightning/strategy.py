@@ -24,7 +24,7 @@ class Sharded(ModelParallelStrategy):
     @property
     def shards(self) -> int:
         """How many ranks divide the latents."""
-        return self.num_processes if self._tensor_parallel_size == "auto" else self._tensor_parallel_size
+        return self.num_processes if self._tensor_parallel_size == "auto" else int(self._tensor_parallel_size)
 
     def setup_environment(self) -> None:
         """One line where the sizes do not make up the ranks there are."""

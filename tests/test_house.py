@@ -93,7 +93,7 @@ DOWN = {
     "grid": "errors",
     "heap": "",
     "boards": "",
-    "replicas": "joint learner normalizers",
+    "replicas": "joint learner penalties normalizers",
     "footprint": "replicas joint learner rowwise lm functional step errors",
     "budget": "errors",
     "memory": "budget replicas footprint placement arms checkpoints joint errors",
