@@ -312,7 +312,7 @@ def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(tmp_path: Path)
 
 def test_several_ranks_by_another_strategy_are_refused():
     trainer = SimpleNamespace(world_size=2, strategy=SingleDeviceStrategy(), precision="32-true", max_steps=-1)
-    with pytest.raises(InputError, match="strategy must be ddp, or one made from it, on 2 ranks, got SingleDeviceStrategy"):
+    with pytest.raises(InputError, match="strategy must be ddp, sharded, or one made from them, on 2 ranks, got SingleDeviceStrategy"):
         check_trainer(trainer)
 
 
