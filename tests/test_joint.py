@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from metasae_lightning.demands import check_roles
+from metasae_lightning.demands import check_words
 from metasae_lightning.errors import InputError
 from metasae_lightning.joint import JointSAE
 from metasae_lightning.penalties import Decomposability, Orthogonality
@@ -261,7 +261,7 @@ def test_a_step_is_the_algorithm_written_out():
         (lambda: JointSAE(config("batchtopk", d_sae=3)), "primary.k must lie between 1 and d_sae=3, got 4"),
         (lambda: JointSAE(config("topk"), n_p=0), "n_p must be at least 1"),
         (  # annotations refuse it first where they are checked
-            lambda: check_roles(config("topk"), None, torch.nn.ModuleDict(), {}, kernels="Sparse", critic_supports="exact"),
+            lambda: check_words(torch.nn.ModuleDict(), kernels="Sparse", critic_supports="exact"),
             "kernels must be sparse or dense, got 'Sparse'",
         ),
         (
