@@ -93,7 +93,7 @@ class Checkpoints(Checkpoint):
             return
         self._saved_at, self._when = tokens, time.monotonic()
         path = self.dirpath / f"tokens={tokens}.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
             keep(path, self.keep)
 

@@ -53,7 +53,7 @@ class WholeFiles(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, *given: Any, **named: Any) -> dict[str, Any]:
         """A file that is whole, or a folder of several ranks' parts as one."""
         if "://" not in str(path) and (why := damage(Path(path))):
-            raise InputError(f"the checkpoint {path} is damaged ({why}): name an earlier one; --ckpt_path last finds the newest whole one")
+            raise damaged(Path(path), why)
         return assembled(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, *given, **named)
 
 
@@ -64,6 +64,11 @@ def refused(place: Path, error: BaseException) -> InputError:
         f"the checkpoint {place} cannot be written, and those before it are as they were "
         f"({' '.join(str(error).split())}; {left:,.0f} MiB are free there)"
     )
+
+
+def damaged(path: Path, why: str) -> InputError:
+    """The one line of a checkpoint that is not gone on with."""
+    return InputError(f"the checkpoint {path} is damaged ({why}): name an earlier one; --ckpt_path last finds the newest whole one")
 
 
 def damage(path: Path) -> str | None:

@@ -280,6 +280,7 @@ def quiet() -> Generator[None, None, None]:
             ".*LeafSpec.*",
             "Checkpoint directory .* not empty",
             "Total length of `list` across ranks is zero",
+            r"It is recommended to use `self\.log\('(?:\S+/)?(?:val|test|phi)/",  # our metrics are of all ranks when they are logged
         ):
             warnings.filterwarnings("ignore", message=message)
         yield

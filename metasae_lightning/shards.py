@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from metasae_lightning.ranks import Crew, Ranks
@@ -37,6 +38,14 @@ def first(tensor: Tensor, ranks: Ranks) -> int:
     return ranks.rank * len(own(tensor)) if isinstance(tensor, DTensor) else 0
 
 
+def mine(chosen: Int[Tensor, " row"], tensor: Tensor, ranks: Ranks) -> Int[Tensor, " own"]:
+    """Those of some rows of the whole that this rank has, by their numbers in its part."""
+    if not isinstance(tensor, DTensor):
+        return chosen
+    begin = first(tensor, ranks)
+    return chosen[(chosen >= begin) & (chosen < begin + len(own(tensor)))] - begin
+
+
 @torch.no_grad()
 def fill(tensor: Tensor, values: Tensor) -> None:
     """Give a tensor, divided or not, these values, which every rank has all of."""
@@ -58,12 +67,10 @@ def gathered(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 def share(decoder: Tensor, chosen: Int[Tensor, " row"] | None, crew: Crew) -> Int[Tensor, " own"] | None:
     """Which of this rank's decoder rows are its share of the work on those `chosen` of the whole, or on all; none is all it has."""
-    rows = len(own(decoder))
     if chosen is not None:
-        begin = first(decoder, crew.latents)
-        chosen = chosen[(chosen >= begin) & (chosen < begin + rows)] - begin
+        chosen = mine(chosen, decoder, crew.latents)
     if not crew.rows.alone:
-        chosen = torch.arange(rows) if chosen is None else chosen
+        chosen = torch.arange(len(own(decoder))) if chosen is None else chosen
         chosen = chosen[crew.rows.share(len(chosen))]
     return None if chosen is None else chosen.to(decoder.device)
 
@@ -84,6 +91,7 @@ class _Added(torch.autograd.Function):
         return ranks.summed(part)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return gradients[0], None
 
@@ -95,6 +103,7 @@ class _Shared(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return ctx.ranks.summed(gradients[0]), None
 

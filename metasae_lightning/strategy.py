@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
-from metasae_lightning.checkpoints import damage, refused, seal, settle, sums
+from metasae_lightning.checkpoints import damage, damaged, refused, seal, settle, sums
 from metasae_lightning.destinations import put
 from metasae_lightning.errors import InputError
 
@@ -70,9 +70,7 @@ class Sharded(ModelParallelStrategy):
         told = [damage(path) if self.global_rank == 0 else None]
         torch.distributed.broadcast_object_list(told)
         if told[0]:
-            raise InputError(
-                f"the checkpoint {path} is damaged ({told[0]}): name an earlier one; --ckpt_path last finds the newest whole one"
-            )
+            raise damaged(path, told[0])
         return super().load_checkpoint(path, weights_only=weights_only) if path.is_dir() else self._divided(path)
 
     def _divided(self, path: Path) -> dict[str, Any]:

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 
+from metasae_lightning.joint import JointSAE
+from metasae_lightning.penalties import Decomposability
+from tests.architectures import config
+
 
 def on_two_ranks(target: Callable[[int, str], None], folder: Path) -> None:
     """Run a function of rank and folder in two processes; both must end well."""
@@ -28,6 +32,19 @@ def on_ranks(count: int, target: Callable[[int, str], None], folder: Path) -> No
 def met(count: int, target: Callable[[int, str], None], folder: Path) -> None:
     """Run a function of rank and folder on so many ranks of one group."""
     on_ranks(count, partial(_meet, count, target), folder)
+
+
+def module(kind: tuple[str, dict[str, Any], dict[str, Any]], d_sae: int, dtype: torch.dtype) -> JointSAE:
+    """A small joint module of a kind: its primary's architecture, its config's arguments and the module's."""
+    architecture, of_config, of_module = kind
+    given: dict[str, Any] = {
+        "meta": config("batchtopk", d_sae=12),
+        "penalties": {"d": Decomposability(0.3)},
+        # So short that some latents are dead now and then, and the auxiliary loss is there.
+        **{"n_p": 3, "n_m": 2, "dead_after_tokens": 64},
+        **of_module,
+    }
+    return JointSAE(config(architecture, d_sae=d_sae, **of_config), **given).to(dtype)
 
 
 def same_training(alone: dict[str, Any], ours: list[dict[str, Any]], tolerance: float, told: str) -> None:

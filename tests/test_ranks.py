@@ -19,9 +19,9 @@ from metasae_lightning.ranks import ALONE, Crew, Ranks
 from metasae_lightning.sparse.cut import cut
 from metasae_lightning.step import Batch
 from tests.architectures import activations, config, optimizers
-from tests.ranks import met, same_training
+from tests.ranks import met, module, same_training
 
-STEPS = 30
+STEPS, D_SAE = 30, 48
 # Of each kind its primary's architecture, its config's arguments and the module's.
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "batchtopk": ("batchtopk", {}, {}),
@@ -37,18 +37,6 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def module(kind: str, dtype: torch.dtype) -> JointSAE:
-    architecture, of_config, of_module = KINDS[kind]
-    given: dict[str, Any] = {
-        "meta": config("batchtopk", d_sae=12),
-        "penalties": {"d": Decomposability(0.3)},
-        # So short that some latents are dead now and then, and the auxiliary loss is there.
-        **{"n_p": 3, "n_m": 2, "dead_after_tokens": 64},
-        **of_module,
-    }
-    return JointSAE(config(architecture, **of_config), **given).to(dtype)
-
-
 def own(rows: int, ranks: Ranks, dealt: str) -> slice:
     """The rows that are this rank's."""
     if dealt == "even":
@@ -62,7 +50,7 @@ def own(rows: int, ranks: Ranks, dealt: str) -> slice:
 
 def trained(kind: str, dtype: torch.dtype, ranks: Ranks, dealt: str = "even") -> dict[str, Any]:
     """Everything that training on this rank's part of each batch leaves, and what its steps showed."""
-    joint = module(kind, dtype)
+    joint = module(KINDS[kind], D_SAE, dtype)
     joint.join(ranks)
     primary, meta = optimizers(joint)
     shown: list[list[Tensor]] = []
@@ -94,7 +82,7 @@ def on_rank(rank: int, folder: str) -> None:
 
 def one_sided(ranks: Ranks) -> Tensor:
     """The decoder after steps in which the last rank's backward pass reaches nothing."""
-    learner = module("batchtopk", torch.float64).primary
+    learner = module(KINDS["batchtopk"], D_SAE, torch.float64).primary
     learner.join(Crew.of(ranks), "local")
     optimizer = Adam(learner.parameters(), lr=1e-3)
     for step in range(3):
@@ -130,7 +118,7 @@ def test_a_rank_without_a_gradient_is_not_waited_for(tmp_path: Path):
 def test_ranks_that_do_not_talk_train_something_else(tmp_path: Path):
     """The control: without sums over ranks the weights are others."""
     expected = trained("batchtopk", torch.float64, ALONE)["state"]["primary.sae.W_dec"]
-    joint = module("batchtopk", torch.float64)
+    joint = module(KINDS["batchtopk"], D_SAE, torch.float64)
     primary, meta = optimizers(joint)
     for step in range(STEPS):
         joint.step(Batch(activations(step).double()[:32]), primary, meta, last=step == STEPS - 1)

@@ -13,10 +13,11 @@ from metasae_lightning.penalties import Decomposability, Orthogonality
 from metasae_lightning.ranks import ALONE, Ranks
 from metasae_lightning.shards import own, whole
 from metasae_lightning.step import Batch
-from tests.architectures import activations, config, optimizers
-from tests.ranks import met, same_training
+from tests.architectures import activations, optimizers
+from tests.ranks import met, module, same_training
 
-STEPS = 30
+# So wide that more latents are dead now and then than the auxiliary loss takes.
+STEPS, D_SAE = 30, 160
 # Of each kind its primary's architecture, its config's arguments and the module's.
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "batchtopk": ("batchtopk", {}, {}),
@@ -31,21 +32,9 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def module(kind: str, dtype: torch.dtype) -> JointSAE:
-    architecture, of_config, of_module = KINDS[kind]
-    given: dict[str, Any] = {
-        "meta": config("batchtopk", d_sae=12),
-        "penalties": {"d": Decomposability(0.3)},
-        # So short that more latents are dead now and then than the auxiliary loss takes.
-        **{"n_p": 3, "n_m": 2, "dead_after_tokens": 64},
-        **of_module,
-    }
-    return JointSAE(config(architecture, d_sae=160, **of_config), **given).to(dtype)
-
-
-def trained(kind: str, dtype: torch.dtype, ranks: Ranks, mesh: Any = None, *, sums: bool = True) -> dict[str, Any]:
+def trained(kind: str, dtype: torch.dtype, ranks: Ranks, mesh: Any = None) -> dict[str, Any]:
     """Everything that training on this rank's part of each batch leaves, and what its steps showed."""
-    joint = module(kind, dtype)
+    joint = module(KINDS[kind], D_SAE, dtype)
     joint.join(ranks, mesh)
     primary, meta = optimizers(joint)
     shown: list[list[Tensor]] = []

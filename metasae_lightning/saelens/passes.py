@@ -19,7 +19,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.ranks import Crew, Ranks
 from metasae_lightning.saelens.training import AnySAE
 from metasae_lightning.schedules import warm_up
-from metasae_lightning.shards import added, first, own, shared
+from metasae_lightning.shards import added, first, mine, own, shared
 from metasae_lightning.step import Codes
 
 Kernels = Literal["sparse", "dense"]
@@ -137,20 +137,21 @@ class Sparse(Passes):
     def train(self, z: Tensor, *, dead: Tensor, step: int, alone: bool) -> Forward:
         """See the class."""
         W_dec, b_dec = own(self.sae.W_dec), own(self.sae.b_dec)
-        z, apart = z.to(W_dec.dtype), dead.narrow(0, self._first, len(W_dec)).nonzero().flatten()
+        z, silent = z.to(W_dec.dtype), dead.nonzero().flatten()
+        apart = mine(silent, self.sae.W_dec, self.crew.latents)
         found = self._encode(z, apart, alone)
         memory, beside = self._gradients if alone else None, self.crew.latents
         if len(self._widths) == 1:
             error, off, rows = sparse.squared_error(
                 found.values, found.pattern, W_dec, b_dec, z, apart, memory, self._rows if alone else None, beside
             )
-            losses, left = {"mse_loss": error}, [off.neg()] if dead.any() else []
+            losses, left = {"mse_loss": error}, [off.neg()] if len(silent) else []
         else:
             parts, rows = self._levels(found, apart, W_dec, b_dec, memory)
             losses, left = {"mse_loss": _error(parts[-1], z)}, list(z - parts.detach())
             off = parts[-1].detach() - z
             losses |= {f"inner_mse_loss_{width}": _error(part, z) for width, part in zip(self._widths[:-1], parts, strict=False)}
-        losses["auxiliary_reconstruction_loss"] = self._auxiliary(left, apart, found.apart, rows) if dead.any() else z.new_zeros(())
+        losses["auxiliary_reconstruction_loss"] = self._auxiliary(left, apart, found.apart, rows) if len(silent) else z.new_zeros(())
         codes = self._codes(found)
         if hasattr(self.sae, "update_topk_threshold") and found.edge is not None:
             self.sae.update_topk_threshold(codes.values.new_tensor([found.edge]))
@@ -174,7 +175,7 @@ class Sparse(Passes):
     def _encode(self, z: Tensor, apart: Tensor | None, alone: bool) -> sparse.Encoded:
         sae = self.sae
         each_row = not isinstance(sae, BatchTopKTrainingSAE)
-        rule = sparse.Rule(sae.cfg.k, each_row, self._near, self.screen, self.crew.all, self.crew.latents)
+        rule = sparse.Rule(sae.cfg.k, each_row, self._near, self.screen, self.crew)
         origin = shared(own(sae.b_dec), self.crew.latents) if sae.cfg.apply_b_dec_to_input else None
         memory: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if alone else {}
         found = sparse.encode(z, own(sae.W_enc), own(sae.b_enc), rule, origin=origin, scale=self._norms, apart=apart, **memory)

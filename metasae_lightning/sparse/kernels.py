@@ -4,7 +4,7 @@ An SAE that keeps `k` of `d_sae` latents has `k / d_sae` of its matrix of activa
 encoder's product is dense.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from metasae_lightning.ranks import ALONE, Ranks
+from metasae_lightning.ranks import ALONE, Crew, Ranks
 from metasae_lightning.rowwise import pieces
 from metasae_lightning.sparse.memory import Memory, room
 from metasae_lightning.sparse.pattern import Pattern
@@ -43,10 +43,8 @@ class Rule:
     """The edge of the last batch, to begin the search at. It saves time and changes nothing."""
     screen: Screen | None = None
     """Where the rows are those of the last batch, moved a little: what is known of them."""
-    ranks: Ranks = ALONE
-    """Whose batches one cut is made through."""
-    beside: Ranks = ALONE
-    """Those of them that have other latents of the same rows."""
+    crew: Crew = field(default_factory=Crew)
+    """Through whose batches one cut is made, and who has other latents of the same rows."""
 
 
 def encode(
@@ -109,7 +107,7 @@ class _Encode(torch.autograd.Function):
         found: list[Any],
     ) -> tuple[Tensor, ...]:
         x = x if origin is None else torch.sub(x, origin, out=room(row_memory, "x", x.shape, x))
-        encoder = Encoder(x, W_enc, b_enc, scale, apart, rule.ranks, rule.beside)
+        encoder = Encoder(x, W_enc, b_enc, scale, apart, rule.crew)
         if rule.screen is not None and not rule.each_row and rule.screen.suits(encoder):
             kept = rule.screen.keep(encoder, int(rule.k * len(x)))
         else:

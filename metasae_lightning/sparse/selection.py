@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from metasae_lightning.ranks import ALONE, Ranks
+from metasae_lightning.ranks import Crew, Ranks
 from metasae_lightning.rowwise import cached, some
 from metasae_lightning.sparse.cut import cut
 
@@ -65,25 +65,15 @@ class Encoder:
         b_enc: Its bias, whose type is that of everything but the product.
         scale: What has a say in what is kept, and is not in the values that are returned.
         apart: Latents, in order, whose pre-activations are wanted whatever is kept.
-        ranks: Whose batches one cut is made through.
-        beside: Those of them that have other latents of the same rows.
+        crew: Through whose batches one cut is made, and who has other latents of the same rows.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        scale: Tensor | None,
-        apart: Tensor,
-        ranks: Ranks = ALONE,
-        beside: Ranks = ALONE,
-    ) -> None:
+    def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, apart: Tensor, crew: Crew) -> None:
         kind = x.device.type
         lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else b_enc.dtype
         self.x, self.W_enc, self.b_enc, self.scale, self.cut_apart = x.to(lower), W_enc.to(lower), b_enc, scale, apart
         self.apart = b_enc.new_zeros(len(x), len(apart))
-        self.rows, self.latents, self.ranks, self.beside = len(x), W_enc.shape[1], ranks, beside
+        self.rows, self.latents, self.ranks, self.beside = len(x), W_enc.shape[1], crew.all, crew.latents
 
     def keep(self, k: float, *, each_row: bool, near: float | None) -> Kept:
         """The `k` largest of each row, or the `k * rows` largest of the batch; of positive ones alone.
