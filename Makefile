@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart picture bench test test-slow check format lint types clean
+.PHONY: help quickstart install picture bench test test-slow check format lint types clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,8 @@ quickstart: $(VENV)/.installed ## solo, joint and control on a small real langua
 	$(BIN)/metasae fit -c configs/quickstart.yaml --run $(RUN) $(ARGS)
 	$(BIN)/metasae test $(RUN) --rule stored --tokens 32768 --splice_tokens 2048 --critic_seeds 1 --critic_steps 300
 	$(BIN)/metasae report $(RUN)
+
+install: $(VENV)/.installed ## the command alone: $(VENV)/bin/metasae
 
 # Tests are many and small: a process a core, each with one thread, is several times as fast as one process with all of them.
 test: $(VENV)/.installed-test ## every test but the slow ones

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from metasae_lightning import functional, saelens
@@ -23,6 +24,9 @@ class Export(Observer):
         every_tokens: Also export whenever so many more tokens were trained on.
         calibration_tokens: How many held-out tokens to keep for the check.
     """
+
+    rows = 4096
+    """How many decoder rows the meta SAE is checked on at a time: its latents are dense then."""
 
     def __init__(self, every_tokens: int | None = None, calibration_tokens: int = 131_072) -> None:
         self.every_tokens, self.calibration_tokens = every_tokens, calibration_tokens
@@ -75,13 +79,13 @@ class Export(Observer):
                 weights["meta"],
                 folder,
                 {**model, **started(pl_module.meta), "reads": "unit decoder rows of ../primary, in the space its normaliser leads to"},
-                [rows],
+                list(rows.split(self.rows)),
             )
 
     def _held_out(self, trainer: Trainer, hook: str | None) -> list[Tensor]:
         """Validation activations for a save point that comes before the first validation."""
         data = getattr(trainer, "datamodule", None)
-        for batch in data.val_dataloader() if data is not None else ():
+        for batch in data.val_dataloader() if data is not None and is_overridden("val_dataloader", data) else ():
             if sum(len(x) for x in self._samples) >= self.calibration_tokens:
                 break
             self._samples.append(Batch.of(batch).at(hook).activations.detach().cpu())

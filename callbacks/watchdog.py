@@ -53,6 +53,10 @@ class Watchdog(Callback):
         """So is one of these."""
         self._moves += 1
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Whatever came before it is done."""
+        self._moves += 1
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What follows is rank zero's."""
         self._over.set()

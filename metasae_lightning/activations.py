@@ -92,6 +92,7 @@ class ActivationStream(Stream):
         turn, rows, buffer = (self._shelf[name] for name in ("turn", "rows", "buffer"))
         for device in self._gpus:
             torch.cuda.synchronize(device)  # a stream of its own may be writing
+        waiting = [rows.cpu() for rows in waiting]
         made = turn.number + 1
         # Rows in the order of their numbers within the block that the next batch is of: slots are this run's own affair.
         slots = turn.base if made * self.batching.batch_size % self.batching.block else turn.after

@@ -88,7 +88,9 @@ class SideBySide(LightningModule):
 
     def on_train_start(self) -> None:
         """See JointSAE."""
-        next(iter(self.arms.values())).on_train_start()
+        for name, arm in self.arms.items():
+            with named(name):
+                arm.on_train_start()
 
     def configure_optimizers(self) -> Any:
         """The optimisers and schedules of all arms, one arm's after the other's."""

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import sys
-import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -14,14 +14,21 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed import checkpoint as parts
+from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from metasae_lightning.disk import put, remove
 from metasae_lightning.errors import InputError
 
 LAST = "last.ckpt"
 """A link to the newest."""
 SEAL = "sums.json"
 """In a folder of several ranks' parts, what each of them is."""
+METADATA = "meta.pt"
+"""There, what is not divided."""
+IDLE = "idle_optimizers"
+"""In that, the groups of those optimisers that have made no step, by number; the others are parts."""
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -42,8 +49,7 @@ class WholeFiles(TorchCheckpointIO):
                 os.fsync(file.fileno())
             if why := damage(draft):
                 raise OSError(f"what was written does not read back: {why}")
-            draft.replace(place)
-            settle(place.parent)
+            put(draft, place)  # where ranks that divided a dictionary may have left a folder
         except (OSError, RuntimeError) as error:  # torch's writer has words of its own for what a disk says
             raise refused(place, error) from error
         finally:
@@ -108,14 +114,6 @@ def keep(path: Path, count: int) -> None:
         remove(old)
 
 
-def remove(path: Path) -> None:
-    """A checkpoint, whichever it is."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def last(run: Path) -> str:
     """The newest whole checkpoint of a run; a damaged one is passed over, and that is said."""
     path, broken = newest([run / "checkpoints", run])
@@ -151,19 +149,34 @@ def seal(folder: Path, written: dict[str, tuple[int, int]]) -> None:
 
 def assembled(folder: Path) -> dict[str, Any]:
     """A folder of several ranks' parts as the checkpoint that one process writes: optimisers' state by number in place of name."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as space:
-        dcp_to_torch_save(folder, Path(space) / "whole.ckpt")
-        parts = torch.load(Path(space) / "whole.ckpt", weights_only=False, map_location="cpu")
-    checkpoint: dict[str, Any] = torch.load(folder / "meta.pt", weights_only=False, map_location="cpu")
-    checkpoint["state_dict"], checkpoint["optimizer_states"] = parts["state_dict"], []
-    for number in range(len(parts) - 1):
-        kept = parts[f"optimizer_{number}"]
+    found = _read(folder)
+    checkpoint: dict[str, Any] = torch.load(folder / METADATA, weights_only=False, map_location="cpu")
+    idle: dict[int, Any] = checkpoint.pop(IDLE)
+    checkpoint["state_dict"], checkpoint["optimizer_states"] = found["state_dict"], []
+    for number in range(len(found) - 1):
+        kept = found[f"optimizer_{number}"]
         numbers = {name: at for at, name in enumerate(name for group in kept["param_groups"] for name in group["params"])}
         groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in kept["param_groups"]]
         checkpoint["optimizer_states"].append(
             {"state": {numbers[name]: one for name, one in kept["state"].items()}, "param_groups": groups}
         )
+    for number in sorted(idle):
+        checkpoint["optimizer_states"].insert(number, {"state": {}, "param_groups": idle[number]})
     return checkpoint
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """All parts, whole, in memory, each under the path of keys that it was written with."""
+    reader = parts.FileSystemReader(folder)
+    told = reader.read_metadata()
+    flat = {
+        name: torch.empty(kept.size, dtype=kept.properties.dtype) if isinstance(kept, TensorStorageMetadata) else None
+        for name, kept in told.state_dict_metadata.items()
+    }
+    with warnings.catch_warnings():  # that this is one process is meant
+        warnings.simplefilter("ignore")
+        parts.load(flat, storage_reader=reader, no_dist=True)
+    return unflatten_state_dict(flat, told.planner_data)
 
 
 def _torn(folder: Path) -> str | None:
@@ -182,12 +195,3 @@ def _sum(path: Path) -> tuple[int, int]:
             total, size = zlib.crc32(block, total), size + len(block)
         os.fsync(file.fileno())
     return size, total
-
-
-def settle(folder: Path) -> None:
-    """Have a name that was given survive a loss of power, before what it replaces is removed."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

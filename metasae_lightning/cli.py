@@ -218,7 +218,7 @@ def main(args: list[str] | None = None) -> int:
 def lightning(arguments: list[str]) -> None:
     """LightningCLI's own commands."""
     strict = {"exit_on_error": False, "allow_abbrev": False}
-    more = "metasae calibrate, compare, publish, and test with runs or SAEs in the place of options, have a --help of their own."
+    more = "metasae calibrate, compare, report, publish, and test with runs or SAEs in the place of options, have a --help of their own."
     with quiet():
         MetasaeCLI(
             LightningModule,

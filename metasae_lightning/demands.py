@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -83,6 +84,12 @@ def check_batches(trainer: Any, ranks: Ranks, rows_seen: int) -> None:
     stand = ranks.each(rows_seen, torch.zeros(0, device=trainer.strategy.root_device))
     if len(set(stand)) > 1:
         raise InputError(f"--ckpt_path: ranks went on from different checkpoints, after {', '.join(map(str, stand))} tokens: name a file")
+    planned, there = trainer.num_training_batches, sized_len(trainer.train_dataloader)
+    if isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches == 1 and there not in (None, planned):
+        raise InputError(
+            f"data: the run was planned with {planned} batches, and on so many ranks {there} are left of this checkpoint's: go on with as "
+            f"many as wrote it, or with trainer.strategy: ddp"
+        )
     for what, counts in (("training", [trainer.num_training_batches]), ("validation", trainer.num_val_batches)):
         if all(count != float("inf") for count in counts):
             each = ranks.each(int(sum(counts)), torch.zeros(0, device=trainer.strategy.root_device))

@@ -179,13 +179,3 @@ def destination(place: str | Path, *, private: bool | None = None, revision: str
     if private is not None or revision is not None:
         raise InputError(f"private and revision are of the Hub, and {place} is a folder: {HUB}OWNER/NAME is a repository")
     return Folder(place)
-
-
-def put(draft: Path, folder: Path) -> None:
-    """Put the finished draft where an older folder may stand."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

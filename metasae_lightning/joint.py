@@ -218,17 +218,23 @@ class JointSAE(LightningModule):
         """Lightning's place for dividing a module; `setup` has done it."""
 
     def on_fit_start(self) -> None:
-        """Have what is wrong with an SAE to start from said before the run begins; one that goes on does not need it."""
+        """Have what is wrong with an SAE to start from said before the run begins, where it is known whether it goes on."""
+        if not self.trainer.strategy.restore_checkpoint_after_setup:
+            self._open_origins()
+
+    def on_train_start(self) -> None:
+        """Or else now."""
+        self._open_origins()
+        check_batches(self.trainer, self.crew.all, self.rows_seen)
+
+    def _open_origins(self) -> None:
+        """Look at the SAEs to start from; a run that goes on does not need them."""
         tell = getattr(getattr(self.trainer, "datamodule", None), "metadata", None)
         for learner in filter(None, (self.primary, self.meta)):
             if learner.origin is not None and not learner.initialized:
                 learner.origin.open(learner.role, learner.sae.cfg)
                 if learner is self.primary and tell is not None:
                     learner.origin.check(tell(*([self.hook] if self.hook else [])))
-
-    def on_train_start(self) -> None:
-        """See there."""
-        check_batches(self.trainer, self.crew.all, self.rows_seen)
 
     def configure_optimizers(self) -> Any:
         """One optimiser, and one schedule where given, for each SAE."""

@@ -23,7 +23,7 @@ from metasae_lightning.ranks import Crew
 from metasae_lightning.rowwise import pieces
 from metasae_lightning.saelens import TrainingSAEConfig
 from metasae_lightning.seen import Pass, merged, of_all_latents
-from metasae_lightning.shards import divide, fill, first, gathered, own
+from metasae_lightning.shards import divide, divided, fill, first, gathered, own
 from metasae_lightning.step import Codes, Reading
 
 Backward = Callable[[Tensor], None]
@@ -87,6 +87,7 @@ class Learner(nn.Module):
         """Have each rank of a mesh keep its part of the latents, and of everything that an optimiser keeps of them."""
         if isinstance(self.W_dec, DTensor):
             return
+        self._passes.divide()
         if self.sae.cfg.d_sae % mesh.size():
             raise InputError(f"{self.role}.d_sae must be a multiple of the {mesh.size()} ranks that divide it, got {self.sae.cfg.d_sae}")
         divide(self.sae, mesh, saelens.LATENTS)
@@ -120,13 +121,12 @@ class Learner(nn.Module):
 
     def _begin(self, x: Tensor) -> Adopted | None:
         self.normalizer.fit(x)
-        z, _ = self.normalizer.normalize(x)
         if self.origin is not None:
-            return self._adopt(self.origin, x, z)
+            return self._adopt(self.origin, x, self.normalizer.normalize(x)[0])
         if self.b_dec_init == "mean":
-            fill(self.sae.b_dec, z.mean(0))
+            fill(self.sae.b_dec, self.normalizer.normalize(x)[0].mean(0))
         elif self.b_dec_init == "geometric_median":
-            fill(self.sae.b_dec, functional.geometric_median(z))
+            fill(self.sae.b_dec, functional.geometric_median(self.normalizer.normalize(x)[0]))
         return None
 
     def _adopt(self, origin: Origin, x: Tensor, z: Tensor) -> Adopted:
@@ -169,7 +169,10 @@ class Learner(nn.Module):
         if not self.crew.rows.alone:  # what this rank's rows say nothing of is summed all the same: others wait for it
             for parameter in self.sae.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and parameter.grad is None else parameter.grad
-        self.crew.rows.sum_(*(own(parameter.grad) for parameter in self.sae.parameters() if parameter.grad is not None))
+        gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
+        self.crew.rows.sum_(*(own(gradient) for gradient in gradients))
+        # What ranks have alike stays so to the bit, in whatever order each has added up.
+        self.crew.latents.first_(*(own(gradient) for gradient in gradients if not divided(gradient)))
         seen = merged(passes)
         if not self.crew.latents.alone:
             seen = seen.of(some, self._of_all(seen.codes))

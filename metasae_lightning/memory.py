@@ -29,7 +29,8 @@ def announce(model: Any, data: Any, trainer: Any, limit_gib: float | None = None
         raise InputError(f"memory_gib must be more than 0, or null for what is free, got {limit_gib}")
     try:
         made = plan(model, data, trainer)
-        free = {device: may_be_had(device) if limit_gib is None else round(limit_gib * GIB) for device in made.devices}
+        beside = getattr(trainer.strategy, "num_processes", 1)
+        free = {device: may_be_had(device, beside) if limit_gib is None else round(limit_gib * GIB) for device in made.devices}
     except InputError:
         raise
     # Whatever it is, it is no reason not to train.
@@ -41,15 +42,15 @@ def announce(model: Any, data: Any, trainer: Any, limit_gib: float | None = None
     made.check(free)
 
 
-def may_be_had(device: str) -> int:
-    """Bytes that this process may come to hold: what is free and what it holds already."""
+def may_be_had(device: str, processes: int = 1) -> int:
+    """Bytes that this process may come to hold: what is free and what it holds already; its share where several of a run are there."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(torch.device(device))[0] + torch.cuda.memory_reserved(torch.device(device))
     held = psutil.Process().memory_info().rss
-    free = psutil.virtual_memory().available + held
+    free = psutil.virtual_memory().available // processes + held
     for limit in (Path(path) for path in LIMITS):
         if limit.exists() and (text := limit.read_text().strip()).isdigit():
-            free = min(free, int(text))
+            free = min(free, int(text) // processes)
     return free
 
 
@@ -190,7 +191,7 @@ def _host(model: JointSAE, data: Any, trainer: Any, wide: int, shards: int) -> I
     for callback in trainer.callbacks:
         if (kept := getattr(callback, "calibration_tokens", None)) is not None:
             kept = min(-(-kept // rows) * rows, data.validation_tokens)
-            yield from _export(model, rows, kept, saes, once=kind == "cpu")
+            yield from _export(model, rows, kept, saes, getattr(callback, "rows", None), once=kind == "cpu")
 
 
 def _outputs(others: list[JointSAE], data: Any, here: str, wide: int) -> Iterator[Line]:
@@ -200,12 +201,12 @@ def _outputs(others: list[JointSAE], data: Any, here: str, wide: int) -> Iterato
         yield Line("steps to be shown", here, size, f"reconstructions by {len(others)} other arms", "lower batch_size")
 
 
-def _export(model: JointSAE, rows: int, kept: int, saes: list[int], *, once: bool) -> Iterator[Line]:
+def _export(model: JointSAE, rows: int, kept: int, saes: list[int], read: int | None, *, once: bool) -> Iterator[Line]:
     d_sae, d_in = model.primary.W_dec.shape
     how = f"{kept:,}, kept to check exports on"
     yield Line("held-out rows", "cpu", kept * d_in * 4, how, "lower calibration_tokens", arms="once" if once else "")
-    # One SAE after the other: its twin and what is read back, and calibration.global_threshold on a batch, or on all decoder rows: the
+    # One SAE after the other: its twin and what is read back, and calibration.global_threshold on a batch, or on some decoder rows: the
     # positive pre-activations and torch.topk's 16 bytes for each.
-    latents = max(rows * d_sae, 0 if model.meta is None else d_sae * len(model.meta.W_dec))
+    latents = max(rows * d_sae, 0 if model.meta is None else min(read or d_sae, d_sae) * len(model.meta.W_dec))
     rise = footprint.blocks([max(saes)] * 2, [latents * 4, latents * 16])
     yield _phase("an export", "cpu", rise, "a twin, what is read back and a threshold", kind="batch")

@@ -63,7 +63,9 @@ class Origin:
         if not ((path / "config.yaml").exists() or (path / "saes").is_dir()):
             return self.place
         if not (path / "saes" / role / "cfg.json").exists():
-            raise InputError(f"init_from: the run {self.place} holds no SAE under saes/{role}")
+            arms = sorted(each for each in path.glob("arms/*") if (each / "saes" / role).is_dir())
+            instead = f": name one of its arms, such as {arms[0]}" if arms else ""
+            raise InputError(f"init_from: the run {self.place} holds no SAE under saes/{role}{instead}")
         return str(path / "saes" / role)
 
 

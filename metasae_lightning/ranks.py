@@ -52,6 +52,13 @@ class Ranks:
         """Each tensor the sum over ranks, in place: the same bits on all of them."""
         self._reduce(tensors, dist.ReduceOp.SUM)
 
+    def first_(self, *tensors: Tensor | None) -> None:
+        """Each tensor what the first rank has, in place."""
+        for tensor in tensors if not self.alone else ():
+            if tensor is not None:
+                dist.broadcast(tensor, group=self.group, group_src=0)
+                self._count(tensor if self.rank == 0 else tensor[:0])
+
     def summed(self, part: Tensor) -> Tensor:
         """The sum over ranks; the part stays what it is."""
         whole = part.detach().clone()

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from metasae_lightning.ranks import Crew, Ranks
 
@@ -15,12 +15,18 @@ from metasae_lightning.ranks import Crew, Ranks
 def divide(module: nn.Module, mesh: Any, along: Mapping[str, int]) -> None:
     """Have each rank of a mesh keep its part of these parameters, each along its dimension, and all of every other one.
 
-    Every rank has the same values before: nothing is sent.
+    Every rank has the same values before: nothing is sent, and no more than its part moves to its device. Dimensions divide evenly.
     """
     for name, parameter in list(module.named_parameters(recurse=False)):
         place = Shard(along[name]) if name in along else Replicate()
-        part = distribute_tensor(parameter.detach(), mesh, [place], src_data_rank=None)
-        setattr(module, name, nn.Parameter(_copy(part)))
+        # In memory of its own: what was divided can be let go of.
+        part = _part(parameter.detach(), mesh, place).clone(memory_format=torch.contiguous_format)
+        setattr(module, name, nn.Parameter(DTensor.from_local(part, mesh, [place], run_check=False)))
+
+
+def divided(tensor: Tensor) -> bool:
+    """Whether a rank has no more than its part of it."""
+    return isinstance(tensor, DTensor) and isinstance(tensor.placements[0], Shard)
 
 
 def own(tensor: Tensor) -> Tensor:
@@ -50,7 +56,7 @@ def mine(chosen: Int[Tensor, " row"], tensor: Tensor, ranks: Ranks) -> Int[Tenso
 def fill(tensor: Tensor, values: Tensor) -> None:
     """Give a tensor, divided or not, these values, which every rank has all of."""
     if isinstance(tensor, DTensor):
-        values = own(distribute_tensor(values.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements, src_data_rank=None))
+        values = _part(values, tensor.device_mesh, tensor.placements[0])
     own(tensor).copy_(values)
 
 
@@ -108,13 +114,6 @@ class _Shared(torch.autograd.Function):
         return ctx.ranks.summed(gradients[0]), None
 
 
-def _copy(part: DTensor) -> DTensor:
-    """In memory of its own: what was divided can be let go of."""
-    return DTensor.from_local(
-        part.to_local().clone(memory_format=torch.contiguous_format),
-        part.device_mesh,
-        part.placements,
-        run_check=False,
-        shape=part.shape,
-        stride=part.stride(),
-    )
+def _part(tensor: Tensor, mesh: Any, place: Any) -> Tensor:
+    """A rank's part of what it has all of."""
+    return tensor.chunk(mesh.size(), place.dim)[mesh.get_local_rank()] if isinstance(place, Shard) else tensor

@@ -20,12 +20,15 @@ LAUNCHED = re.compile(r"^    (?:torchrun|srun) [^#\n]*?(?:cli\.py|metasae) (fit 
 MEASURING = re.compile(r"^    (metasae (?:test|calibrate|compare|report|publish) [^#\n]*)", re.MULTILINE)
 COMMANDS = [line.strip() for text in DOCUMENTS for line in FIT.findall(text.read_text().replace("\\\n", " "))]
 COMMANDS += [f"metasae {line.strip()}" for text in DOCUMENTS for line in LAUNCHED.findall(text.read_text().replace("\\\n", " "))]
+# Overlays that a document shows, by the name that it gives them.
+OVERLAYS = dict(re.findall(r"`(\w+\.yaml)`:\n\n```yaml\n(.*?)```", "\n".join(text.read_text() for text in DOCUMENTS), re.DOTALL))
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_there_is_something_to_type():
     assert len(COMMANDS) >= 8 and len(BLOCKS) >= 2
     assert len([command for command in COMMANDS if "-c nodes" in command]) == 2  # torchrun's and srun's
+    assert len(OVERLAYS) == len([command for command in COMMANDS if any(name in command for name in OVERLAYS)]) == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -33,7 +36,11 @@ def test_a_command_of_the_documents_parses(command: str, monkeypatch: pytest.Mon
     seen: list[str] = []
     monkeypatch.setattr(MetasaeCLI, "instantiate_classes", lambda self: seen.append(self.run_directory.as_posix()))
     monkeypatch.setattr(MetasaeCLI, "_run_subcommand", lambda self, subcommand: None)
+    (tmp_path / "there.ckpt").touch()
+    monkeypatch.setattr(cli, "last", lambda run: "there.ckpt")  # of a run that is gone on with
     monkeypatch.chdir(tmp_path)
+    for name, overlay in OVERLAYS.items():
+        Path(name).write_text(overlay)
     assert cli.main(shlex.split(command)[1:]) == 0
     assert seen[0].startswith("runs/")
 

@@ -187,7 +187,13 @@ def test_widths_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path = written(tmp_path, init_from=str(source(tmp_path)))
     said = failing(capsys, "-c", str(path), "--run", str(tmp_path / "one"), "--model.init_args.primary.init_args.d_sae", "64")
     assert f"primary.d_sae is 64, and {tmp_path / 'source'} has 48: set d_sae: 48" in said
-    (tmp_path / "source" / "saes" / "primary" / "cfg.json").unlink()
+    arm = tmp_path / "source" / "arms" / "joint"
+    (arm / "saes").mkdir(parents=True)
+    (tmp_path / "source" / "saes" / "primary").rename(arm / "saes" / "primary")
+    said = failing(capsys, "-c", str(path), "--run", str(tmp_path / "one"))
+    assert f"holds no SAE under saes/primary: name one of its arms, such as {arm}" in said
+    (arm / "saes" / "primary" / "cfg.json").unlink()
+    (tmp_path / "source" / "arms" / "joint").rename(tmp_path / "elsewhere")
     assert "holds no SAE under saes/primary" in failing(capsys, "-c", str(path), "--run", str(tmp_path / "one"))
 
 

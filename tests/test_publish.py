@@ -145,7 +145,7 @@ def test_what_is_there_is_not_lost(place: Path, tmp_path: Path, capsys: pytest.C
     other = finished(tmp_path, "two", seed=5)
     publish(place, "out")
     before = tree(tmp_path / "out")
-    assert f"holds another SAE under {HOOK}: name another id, or replace it by --replace" in failing(capsys, other, "out")
+    assert f"holds another SAE under {HOOK}: name another id, or replace it by --replace true" in failing(capsys, other, "out")
     assert tree(tmp_path / "out") == before
     # The same config, other weights: as much another SAE.
     shutil.copytree(place / "saes" / "primary", tmp_path / "twin")

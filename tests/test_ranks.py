@@ -132,16 +132,24 @@ def values(rank: int, case: int) -> Tensor:
     return [found, found.mul(4).round() / 4, found.double(), found * 1e-42, found.abs() * 1e30][case % 5]
 
 
-def trainer(batches: float) -> Any:
-    return SimpleNamespace(
-        num_training_batches=batches, num_val_batches=[2], strategy=SimpleNamespace(root_device=torch.device("cpu")), world_size=3
-    )
+def trainer(batches: float, there: int | None = None) -> Any:
+    """One that has planned so many batches, of which so many are there."""
+    own = SimpleNamespace(root_device=torch.device("cpu"))
+    data = {"train_dataloader": range(int(min(batches, 9)) if there is None else there), "limit_train_batches": 1.0}
+    return SimpleNamespace(num_training_batches=batches, num_val_batches=[2], strategy=own, world_size=3, **data)
 
 
 def cut_on_rank(rank: int, folder: str) -> None:
     ranks = Ranks.joined()
     check_batches(trainer(7), ranks, 640)
-    check_batches(trainer(float("inf")), ranks, 640)
+    endless = trainer(float("inf"))
+    endless.train_dataloader = iter([])
+    check_batches(endless, ranks, 640)
+    with pytest.raises(InputError, match="the run was planned with 7 batches, and on so many ranks 5 are left of this checkpoint's"):
+        check_batches(trainer(7, 5), ranks, 640)
+    number = torch.tensor([float(ranks.rank)])
+    ranks.first_(number, None)
+    assert number.item() == 0
     with pytest.raises(InputError, match="data: ranks must have equally many training batches, and have 7, 7, 8"):
         check_batches(trainer(7 + (rank == 2)), ranks, 640)
     with pytest.raises(InputError, match="ranks went on from different checkpoints, after 640, 640, 1280 tokens"):

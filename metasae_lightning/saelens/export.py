@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metasae_lightning.calibration import global_threshold
-from metasae_lightning.destinations import put
+from metasae_lightning.disk import put
 from metasae_lightning.errors import InputError
 from metasae_lightning.normalizers import Normalizer
 from metasae_lightning.saelens.inference import load_pretrained, measure, pre_activations, set_thresholds

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from metasae_lightning import functional
-from metasae_lightning.destinations import put
+from metasae_lightning.disk import put
 from metasae_lightning.errors import InputError
 from metasae_lightning.redaction import hidden
 

@@ -66,6 +66,10 @@ class Passes(ABC):
         """Train beside other ranks, whose batches are parts of one."""
 
     @abstractmethod
+    def divide(self) -> None:
+        """Be told that each rank is to have its part of the latents."""
+
+    @abstractmethod
     def train(self, z: Float[Tensor, "row d_in"], *, dead: Bool[Tensor, " d_sae"], step: int, alone: bool) -> Forward:
         """The loss on these rows; what the architecture counts moves. `alone`: no gradient from before is wanted any more."""
 
@@ -85,17 +89,19 @@ class Dense(Passes):
     """SAELens's own forward pass."""
 
     def join(self, crew: Crew, cut: BatchCut) -> None:
-        """See the class; a cut through several ranks' batches is nothing that SAELens knows, nor a part of the latents."""
-        if not crew.latents.alone:
-            raise InputError(
-                f"latents are divided by the sparse kernels alone, got kernels: dense or a {type(self.sae).__name__}: set kernels: sparse, "
-                f"and one of {', '.join(kind.__name__ for kind in FAMILY)}, or trainer.strategy: ddp"
-            )
+        """See the class; a cut through several ranks' batches is nothing that SAELens knows."""
         if isinstance(self.sae, BatchTopKTrainingSAE) and cut == "global" and not crew.all.alone:
             raise InputError(
                 f"SAELens's own {type(self.sae).__name__} ranks each process's batch apart: set kernels: sparse where it is one of "
                 f"{', '.join(kind.__name__ for kind in FAMILY)}, or batch_cut: local"
             )
+
+    def divide(self) -> None:
+        """See the class; a part of the latents is nothing that SAELens knows, even where it is all of them."""
+        raise InputError(
+            f"latents are divided by the sparse kernels alone, got kernels: dense or a {type(self.sae).__name__}: set kernels: sparse, "
+            f"and one of {', '.join(kind.__name__ for kind in FAMILY)}, or trainer.strategy: ddp"
+        )
 
     def train(self, z: Tensor, *, dead: Tensor, step: int, alone: bool) -> Forward:
         """See the class; coefficients are warmed up as SAELens's trainer does."""
@@ -133,6 +139,9 @@ class Sparse(Passes):
     def join(self, crew: Crew, cut: BatchCut) -> None:
         """See the class."""
         self.crew = crew if cut == "global" else crew.within
+
+    def divide(self) -> None:
+        """It asks each time which latents there are."""
 
     def train(self, z: Tensor, *, dead: Tensor, step: int, alone: bool) -> Forward:
         """See the class."""

@@ -66,7 +66,7 @@ def publish(
     for name, folder in folders.items():
         weights = f"{name}/{SAE_WEIGHTS_FILENAME}"
         if not replace and weights in there and not to.same(weights, Path(folder) / SAE_WEIGHTS_FILENAME):
-            raise InputError(f"{to.place} holds another SAE under {name}: name another id, or replace it by --replace")
+            raise InputError(f"{to.place} holds another SAE under {name}: name another id, or replace it by --replace true")
     with tempfile.TemporaryDirectory() as room:
         tree = Path(room) / "tree"
         for name, folder in folders.items():
