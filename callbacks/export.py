@@ -25,8 +25,8 @@ class Export(Observer):
         calibration_tokens: How many held-out tokens to keep for the check.
     """
 
-    rows = 4096
-    """How many decoder rows the meta SAE is checked on at a time: its latents are dense then."""
+    rows, all_rows = 4096, 131_072
+    """How many decoder rows the meta SAE is checked on, at a time, since its latents are dense then, and at most: every so-manieth."""
 
     def __init__(self, every_tokens: int | None = None, calibration_tokens: int = 131_072) -> None:
         self.every_tokens, self.calibration_tokens = every_tokens, calibration_tokens
@@ -79,7 +79,7 @@ class Export(Observer):
                 weights["meta"],
                 folder,
                 {**model, **started(pl_module.meta), "reads": "unit decoder rows of ../primary, in the space its normaliser leads to"},
-                list(rows.split(self.rows)),
+                list(rows[:: -(-len(rows) // self.all_rows)].split(self.rows)),
             )
 
     def _held_out(self, trainer: Trainer, hook: str | None) -> list[Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from torch.distributed import checkpoint as parts
+from torch.distributed.checkpoint import filesystem, state_dict_loader
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -167,7 +167,7 @@ def assembled(folder: Path) -> dict[str, Any]:
 
 def _read(folder: Path) -> dict[str, Any]:
     """All parts, whole, in memory, each under the path of keys that it was written with."""
-    reader = parts.FileSystemReader(folder)
+    reader = filesystem.FileSystemReader(folder)
     told = reader.read_metadata()
     flat = {
         name: torch.empty(kept.size, dtype=kept.properties.dtype) if isinstance(kept, TensorStorageMetadata) else None
@@ -175,7 +175,7 @@ def _read(folder: Path) -> dict[str, Any]:
     }
     with warnings.catch_warnings():  # that this is one process is meant
         warnings.simplefilter("ignore")
-        parts.load(flat, storage_reader=reader, no_dist=True)
+        state_dict_loader.load(flat, storage_reader=reader, no_dist=True)
     return unflatten_state_dict(flat, told.planner_data)
 
 

@@ -85,7 +85,8 @@ def check_batches(trainer: Any, ranks: Ranks, rows_seen: int) -> None:
     if len(set(stand)) > 1:
         raise InputError(f"--ckpt_path: ranks went on from different checkpoints, after {', '.join(map(str, stand))} tokens: name a file")
     planned, there = trainer.num_training_batches, sized_len(trainer.train_dataloader)
-    if isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches == 1 and there not in (None, planned):
+    limit = trainer.limit_train_batches  # a share, or where it is an integer so many
+    if isinstance(limit, float) and limit == 1.0 and there not in (None, planned):
         raise InputError(
             f"data: the run was planned with {planned} batches, and on so many ranks {there} are left of this checkpoint's: go on with as "
             f"many as wrote it, or with trainer.strategy: ddp"

@@ -29,7 +29,7 @@ def announce(model: Any, data: Any, trainer: Any, limit_gib: float | None = None
         raise InputError(f"memory_gib must be more than 0, or null for what is free, got {limit_gib}")
     try:
         made = plan(model, data, trainer)
-        beside = getattr(trainer.strategy, "num_processes", 1)
+        beside = max(1, getattr(trainer.strategy, "num_processes", 1))
         free = {device: may_be_had(device, beside) if limit_gib is None else round(limit_gib * GIB) for device in made.devices}
     except InputError:
         raise

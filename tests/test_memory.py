@@ -201,7 +201,7 @@ def test_no_model_is_loaded_for_a_plan(tmp_path: Path, monkeypatch: pytest.Monke
 
 # A limit that is set by hand is believed: nobody has a million GiB.
 def test_a_limit_by_hand_overrules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(memory, "may_be_had", lambda device: 1)
+    monkeypatch.setattr(memory, "may_be_had", lambda device, processes: 1)
     assert fit(tmp_path / "refused") == 2
     assert fit(tmp_path / "run", "--memory_gib", "1000000") == 0
     assert (tmp_path / "run" / "config.yaml").exists()
@@ -246,6 +246,15 @@ def test_a_control_groups_limit_counts(tmp_path: Path, monkeypatch: pytest.Monke
     assert memory.may_be_had("cpu") > 2**27
     monkeypatch.setattr(memory, "LIMITS", (str(tmp_path / "max"), str(tmp_path / "limit")))
     assert memory.may_be_had("cpu") == 123456
+    assert memory.may_be_had("cpu", 4) == 123456 // 4  # of so many ranks each has its share
+
+
+# A meta SAE is checked on some decoder rows at a time: 4096 x 2048 dense latents, in 4 and 16 bytes each; the primary on 16 rows.
+def test_an_export_holds_some_rows_latents(tmp_path: Path):
+    model = JointSAE(config("batchtopk", 8192, d_in=32), config("batchtopk", 2048, d_in=32), {"d": Decomposability(0.3)})
+    plan = memory.plan(model, activations(tmp_path, batch_size=16), trainer(tmp_path, callbacks=[Export(calibration_tokens=300)]))
+    twins = 2 * by_name(plan)["primary SAE"].bytes
+    assert by_name(plan)["an export"].bytes == pytest.approx(twins + 20 * 4096 * 2048, rel=0.01)
 
 
 # A run in a process of its own, which says at its end what the most was that it held: VmHWM of proc(5), in KiB. ru_maxrss would do,
