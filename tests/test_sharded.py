@@ -116,6 +116,14 @@ def test_a_folder_is_sealed_and_one_that_is_torn_is_passed_over(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "tokens=2.ckpt"]
 
 
+def test_a_folder_that_cannot_be_replaced_has_its_name_still(tmp_path: Path):
+    (tmp_path / "a.ckpt").mkdir()
+    (tmp_path / "a.ckpt" / "part").write_text("as it was")
+    with pytest.raises(FileNotFoundError):
+        put(tmp_path / "draft that is gone", tmp_path / "a.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"] and (tmp_path / "a.ckpt" / "part").read_text() == "as it was"
+
+
 class Mesh:
     def __init__(self, size: int) -> None:
         self.count = size
