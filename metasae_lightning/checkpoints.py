@@ -50,11 +50,10 @@ class WholeFiles(TorchCheckpointIO):
             if why := damage(draft):
                 raise OSError(f"what was written does not read back: {why}")
             put(draft, place)  # where ranks that divided a dictionary may have left a folder
-        except (OSError, RuntimeError) as error:  # torch's writer has words of its own for what a disk says
+        except Exception as error:  # torch's writer has its own words for a full disk; a callback may keep what no file holds
             raise refused(place, error) from error
         finally:
-            if place.parent.exists():
-                draft.unlink(missing_ok=True)
+            remove(draft)
 
     def load_checkpoint(self, path: Any, *given: Any, **named: Any) -> dict[str, Any]:
         """A file that is whole, or a folder of several ranks' parts as one."""

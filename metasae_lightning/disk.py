@@ -28,7 +28,7 @@ def remove(path: Path) -> None:
     """A file, a link or a folder, where there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif path.exists() or path.is_symlink():  # where nothing is, a disk that may not be written to would complain
         path.unlink(missing_ok=True)
 
 
