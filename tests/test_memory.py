@@ -244,6 +244,8 @@ def test_a_control_groups_limit_counts(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "limit").write_text("123456\n")
     monkeypatch.setattr(memory, "LIMITS", (str(tmp_path / "none"), str(tmp_path / "max")))
     assert memory.may_be_had("cpu") > 2**27
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=400 * 2**30))
+    assert memory.may_be_had("cpu", 4) < 110 * 2**30 < memory.may_be_had("cpu")
     monkeypatch.setattr(memory, "LIMITS", (str(tmp_path / "max"), str(tmp_path / "limit")))
     assert memory.may_be_had("cpu") == 123456
     assert memory.may_be_had("cpu", 4) == 123456 // 4  # of so many ranks each has its share
