@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from metasae_lightning.joint import JointSAE
-from metasae_lightning.penalties import Decomposability, Orthogonality
+from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
 from metasae_lightning.ranks import ALONE, Ranks
 from metasae_lightning.shards import own, whole
 from metasae_lightning.step import Batch
@@ -18,6 +18,15 @@ from tests.ranks import met, module, same_training
 
 # So wide that more latents are dead now and then than the auxiliary loss takes.
 STEPS, D_SAE = 30, 160
+
+
+class Own(Penalty):
+    """One that nobody has divided: how alike all rows are to the first."""
+
+    def forward(self, W_dec: Tensor, critic: Any, step: int) -> Tensor:
+        return (W_dec @ W_dec[0]).square().mean()
+
+
 # Of each kind its primary's architecture, its config's arguments and the module's.
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "batchtopk": ("batchtopk", {}, {}),
@@ -29,6 +38,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "micro-batches": ("batchtopk", {}, {"micro_batches": 2}),
     "some rows": ("batchtopk", {}, {"meta_rows": 50, "penalties": {"d": Decomposability(0.3, rows=0.5)}}),
     "orthogonality": ("batchtopk", {}, {"meta": None, "penalties": {"o": Orthogonality(0.3, chunk_size=20, every=2)}}),
+    "a penalty of one's own": ("batchtopk", {}, {"penalties": {"own": Own(0.3)}}),
 }
 
 
