@@ -63,8 +63,12 @@ class Export(Observer):
         self._exported_at = tokens
         learners = {role: learner for role in ("primary", "meta") if (learner := getattr(pl_module, role)) is not None}
         weights = {role: learner.weights(keep=trainer.is_global_zero) for role, learner in learners.items()}
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            self._write_each(trainer, pl_module, tokens, weights)
+        # Not in the next step's messages, some of which have less patience.
+        trainer.strategy.barrier()
+
+    def _write_each(self, trainer: Trainer, pl_module: Any, tokens: int, weights: dict[str, dict[str, Tensor]]) -> None:
         hook = getattr(pl_module, "hook", None)
         about = getattr(getattr(trainer, "datamodule", None), "metadata", dict)(*([hook] if hook else []))
         folder = Path(trainer.default_root_dir) / "saes"

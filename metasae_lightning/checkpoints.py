@@ -1,5 +1,6 @@
 """Checkpoint files: there whole or not at all, and seen to be whole before anything is made of them."""
 
+import contextlib
 import json
 import os
 import re
@@ -90,9 +91,12 @@ def damage(path: Path) -> str | None:
 
 def newest(folders: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
     """The newest whole checkpoint in some folders, and what is wrong with those that are newer."""
-    found = {path.resolve() for folder in folders for path in folder.glob("*.ckpt") if path.exists()}
+    found: dict[Path, int] = {}
+    for path in (path.resolve() for folder in folders for path in folder.glob("*.ckpt")):
+        with contextlib.suppress(FileNotFoundError):  # a run that goes on removes what is too old
+            found[path] = path.stat().st_mtime_ns
     broken: dict[Path, str] = {}
-    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    for path in sorted(found, key=lambda path: found[path], reverse=True):
         if (why := damage(path)) is None:
             return path, broken
         broken[path] = why
@@ -150,7 +154,7 @@ def assembled(folder: Path) -> dict[str, Any]:
     """A folder of several ranks' parts as the checkpoint that one process writes: optimisers' state by number in place of name."""
     found = _read(folder)
     checkpoint: dict[str, Any] = torch.load(folder / METADATA, weights_only=False, map_location="cpu")
-    idle: dict[int, Any] = checkpoint.pop(IDLE)
+    idle: dict[int, Any] = checkpoint.pop(IDLE, {})
     checkpoint["state_dict"], checkpoint["optimizer_states"] = found["state_dict"], []
     for number in range(len(found) - 1):
         kept = found[f"optimizer_{number}"]

@@ -88,8 +88,8 @@ def check_batches(trainer: Any, ranks: Ranks, rows_seen: int) -> None:
     limit = trainer.limit_train_batches  # a share, or where it is an integer so many
     if isinstance(limit, float) and limit == 1.0 and there not in (None, planned):
         raise InputError(
-            f"data: the run was planned with {planned} batches, and on so many ranks {there} are left of this checkpoint's: go on with as "
-            f"many as wrote it, or with trainer.strategy: ddp"
+            f"data: the run was planned with {planned} batches, and there are {there} now that the checkpoint is read: where the text ends "
+            f"before the budget (exhausted: end), a divided dictionary goes on on as many ranks as before, or under trainer.strategy: ddp"
         )
     for what, counts in (("training", [trainer.num_training_batches]), ("validation", trainer.num_val_batches)):
         if all(count != float("inf") for count in counts):

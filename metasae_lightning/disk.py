@@ -1,18 +1,22 @@
 """Files and folders that take a name all at once, in place of what had it before."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
 
 
 def put(draft: Path, place: Path) -> None:
-    """Give a finished draft its name, through a loss of power too; where that fails, what had it before has it still."""
+    """Give a finished draft its name, so that a loss of power takes none of it; where that fails, what had the name before has it still.
+
+    Only a file takes a name in one stroke. Where a folder is concerned there is a moment when neither has it.
+    """
     old = place.with_name(f".{place.name}.old")
     remove(old)
-    if draft.is_dir():
-        settle(draft)
-    stood = place.is_dir()
-    if stood:  # a folder cannot be replaced at one stroke
+    for part in [*draft.rglob("*"), draft]:
+        settle(part)
+    stood = place.is_dir() or (draft.is_dir() and (place.exists() or place.is_symlink()))
+    if stood:
         place.rename(old)
     try:
         draft.replace(place)
@@ -20,7 +24,8 @@ def put(draft: Path, place: Path) -> None:
         if stood:
             old.rename(place)
         raise
-    settle(place.parent)
+    with contextlib.suppress(OSError):  # it has its name; some file systems cannot settle a folder
+        settle(place.parent)
     remove(old)
 
 
@@ -32,9 +37,9 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def settle(folder: Path) -> None:
-    """Have the names in a folder survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
+def settle(path: Path) -> None:
+    """Have a file, or the names in a folder, survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -29,8 +29,7 @@ def announce(model: Any, data: Any, trainer: Any, limit_gib: float | None = None
         raise InputError(f"memory_gib must be more than 0, or null for what is free, got {limit_gib}")
     try:
         made = plan(model, data, trainer)
-        beside = max(1, getattr(trainer.strategy, "num_processes", 1))
-        free = {device: may_be_had(device, beside) if limit_gib is None else round(limit_gib * GIB) for device in made.devices}
+        free = {device: may_be_had(device, beside(trainer)) if limit_gib is None else round(limit_gib * GIB) for device in made.devices}
     except InputError:
         raise
     # Whatever it is, it is no reason not to train.
@@ -40,6 +39,11 @@ def announce(model: Any, data: Any, trainer: Any, limit_gib: float | None = None
     if trainer.is_global_zero:
         Console(stderr=True).print(made.table(free))
     made.check(free)
+
+
+def beside(trainer: Any) -> int:
+    """How many processes of a run share this machine."""
+    return max(1, getattr(trainer.strategy, "num_processes", 1))
 
 
 def may_be_had(device: str, processes: int = 1) -> int:
@@ -191,7 +195,7 @@ def _host(model: JointSAE, data: Any, trainer: Any, wide: int, shards: int) -> I
     for callback in trainer.callbacks:
         if (kept := getattr(callback, "calibration_tokens", None)) is not None:
             kept = min(-(-kept // rows) * rows, data.validation_tokens)
-            yield from _export(model, rows, kept, saes, getattr(callback, "rows", None), once=kind == "cpu")
+            yield from _export(model, rows, kept, saes, getattr(callback, "rows", None), beside(trainer), once=kind == "cpu")
 
 
 def _outputs(others: list[JointSAE], data: Any, here: str, wide: int) -> Iterator[Line]:
@@ -201,7 +205,7 @@ def _outputs(others: list[JointSAE], data: Any, here: str, wide: int) -> Iterato
         yield Line("steps to be shown", here, size, f"reconstructions by {len(others)} other arms", "lower batch_size")
 
 
-def _export(model: JointSAE, rows: int, kept: int, saes: list[int], read: int | None, *, once: bool) -> Iterator[Line]:
+def _export(model: JointSAE, rows: int, kept: int, saes: list[int], read: int | None, ranks: int, *, once: bool) -> Iterator[Line]:
     d_sae, d_in = model.primary.W_dec.shape
     how = f"{kept:,}, kept to check exports on"
     yield Line("held-out rows", "cpu", kept * d_in * 4, how, "lower calibration_tokens", arms="once" if once else "")
@@ -209,4 +213,5 @@ def _export(model: JointSAE, rows: int, kept: int, saes: list[int], read: int | 
     # positive pre-activations and torch.topk's 16 bytes for each.
     latents = max(rows * d_sae, 0 if model.meta is None else min(read or d_sae, d_sae) * len(model.meta.W_dec))
     rise = footprint.blocks([max(saes)] * 2, [latents * 4, latents * 16])
-    yield _phase("an export", "cpu", rise, "a twin, what is read back and a threshold", kind="batch")
+    how = "a twin, what is read back and a threshold" + (f"; of one of {ranks} ranks, so a share for each" if ranks > 1 else "")
+    yield _phase("an export", "cpu", rise.times(1 / ranks), how, kind="batch")

@@ -87,10 +87,16 @@ class Sharded(ModelParallelStrategy):
             return self._parts(path, weights_only) if path.is_dir() else self._divided(path)
         except CheckpointException as error:
             raise InputError(f"the checkpoint {path} is of another run than this: {reasons(error)}") from error
+        except (
+            RuntimeError,
+            ValueError,
+            KeyError,
+        ) as error:  # torch's words for what is not there or of another size
+            raise InputError(f"the checkpoint {path} is of another run than this: {' '.join(str(error).split())}") from error
 
     def _parts(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         """What ranks that divided the latents wrote, by Lightning's reader; it knows no optimisers without state."""
-        idle = torch.load(path / METADATA, mmap=True, map_location="cpu", weights_only=False)[IDLE]
+        idle = torch.load(path / METADATA, mmap=True, map_location="cpu", weights_only=False).get(IDLE, {})
         every = list(self.optimizers)
         self.optimizers = [optimizer for number, optimizer in enumerate(every) if number not in idle]
         try:

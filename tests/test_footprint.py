@@ -96,7 +96,7 @@ def test_attention_holds_no_scores_where_no_device_holds_them(tmp_path: Path):
 
 @pytest.mark.parametrize("backend", [HuggingFaceLM, TransformerLensLM])
 def test_an_unknown_model_is_the_line_that_loading_it_gives(backend: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     lines: list[str] = []
     for act in (lambda model: footprint.reading(model, 2, 8), lambda model: model.load()):
         with pytest.raises(InputError) as caught:

@@ -255,8 +255,12 @@ def test_a_control_groups_limit_counts(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_export_holds_some_rows_latents(tmp_path: Path):
     model = JointSAE(config("batchtopk", 8192, d_in=32), config("batchtopk", 2048, d_in=32), {"d": Decomposability(0.3)})
     plan = memory.plan(model, activations(tmp_path, batch_size=16), trainer(tmp_path, callbacks=[Export(calibration_tokens=300)]))
+    asked = trainer(tmp_path, callbacks=[Export(calibration_tokens=300)])
     twins = 2 * by_name(plan)["primary SAE"].bytes
     assert by_name(plan)["an export"].bytes == pytest.approx(twins + 20 * 4096 * 2048, rel=0.01)
+    asked.strategy.num_processes = 4  # of which one exports
+    again = by_name(memory.plan(model, activations(tmp_path, batch_size=16), asked))["an export"]
+    assert again.bytes == pytest.approx(by_name(plan)["an export"].bytes / 4, rel=0.01) and "of one of 4 ranks" in again.how
 
 
 # A run in a process of its own, which says at its end what the most was that it held: VmHWM of proc(5), in KiB. ru_maxrss would do,

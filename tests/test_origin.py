@@ -177,7 +177,10 @@ def test_a_broken_folder_is_refused(
         ({"init_from": {"place": "SOURCE", "anyway": ["weather"]}}, "anyway: expected one of 'model', 'hook', 'context', got weather"),
     ],
 )
-def test_what_cannot_be_started_from(model: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_cannot_be_started_from(
+    model: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nothing is asked for again and again
     place = str(source(tmp_path))
     given = yaml.safe_load(yaml.safe_dump(model).replace("SOURCE", place))
     assert says in failing(capsys, "-c", str(written(tmp_path, **given)), "--run", str(tmp_path / "one"))

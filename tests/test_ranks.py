@@ -145,7 +145,7 @@ def cut_on_rank(rank: int, folder: str) -> None:
     endless = trainer(float("inf"))
     endless.train_dataloader = iter([])
     check_batches(endless, ranks, 640)
-    with pytest.raises(InputError, match="the run was planned with 7 batches, and on so many ranks 5 are left of this checkpoint's"):
+    with pytest.raises(InputError, match="the run was planned with 7 batches, and there are 5 now that the checkpoint is read"):
         check_batches(trainer(7, 5), ranks, 640)
     number = torch.tensor([float(ranks.rank)])
     ranks.first_(number, None)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from metasae_lightning.arms import SideBySide
 from metasae_lightning.callbacks import Checkpoints, Export, StopOnNaN
 from metasae_lightning.checkpoints import WholeFiles, newest
+from metasae_lightning.disk import put
 from metasae_lightning.errors import InputError
 from metasae_lightning.joint import JointSAE
 from metasae_lightning.ranks import Ranks
@@ -118,6 +119,8 @@ def on_rank(rank: int, place: str) -> None:
     wider = joint(**LATE)
     wider.primary = JointSAE(config("batchtopk", d_sae=64)).primary
     found["wider"] = fitted(folder / "wider", wider, ckpt_path=saved(folder / "saved", 256))
+    found["wider, of one"] = fitted(folder / "wider", wider, ckpt_path=saved(folder / "one", 256), weights_only=False)
+    found["solo, of one"] = fitted(folder / "solo", JointSAE(config("batchtopk")), ckpt_path=saved(folder / "one", 256), weights_only=False)
     torch.save(found, f"{place}/{rank}.pt")
 
 
@@ -183,7 +186,8 @@ def test_what_cannot_be_written_or_read_is_a_line_on_every_rank(ran: Any):
     folder, _, ranks = ran
     for each in ranks:
         assert "cannot be written, and those before it are as they were (rank 0: " in each["odd"]["said"]
-        assert "is of another run than this: rank " in each["wider"]["said"] and "\n" not in each["wider"]["said"]
+        for name in ("wider", "wider, of one", "solo, of one"):
+            assert "is of another run than this: " in each[name]["said"] and "\n" not in each[name]["said"]
     assert newest([folder / "odd" / "checkpoints"]) == (None, {})
 
 
@@ -193,3 +197,8 @@ def test_one_process_writes_where_several_left_a_folder(tmp_path: Path):
     (place / "part").write_text("of several")
     WholeFiles().save_checkpoint({"weights": torch.ones(3)}, place)
     assert torch.load(place)["weights"].eq(1).all() and [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+    # And several where one has left a file.
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "part").write_text("of several")
+    put(tmp_path / "draft", place)
+    assert (place / "part").read_text() == "of several" and [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
