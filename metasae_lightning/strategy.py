@@ -87,11 +87,8 @@ class Sharded(ModelParallelStrategy):
             return self._parts(path, weights_only) if path.is_dir() else self._divided(path)
         except CheckpointException as error:
             raise InputError(f"the checkpoint {path} is of another run than this: {reasons(error)}") from error
-        except (
-            RuntimeError,
-            ValueError,
-            KeyError,
-        ) as error:  # torch's words for what is not there or of another size
+        # Torch's words for what is not there or of another size.
+        except (RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"the checkpoint {path} is of another run than this: {' '.join(str(error).split())}") from error
 
     def _parts(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
