@@ -1,6 +1,5 @@
 """The stream is a value: the same batches twice, after ten kills, and on as many ranks as there are."""
 
-import multiprocessing
 import random
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from metasae_lightning.corpora import split_of
 from tests.killed import data, run
 from tests.models import documents, save_model
+from tests.ranks import forks
 from tests.test_stream import texts_of
 
 
@@ -24,9 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processes() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.killed"])
-    return context
+    return forks()
 
 
 def whole(processes: Any, folder: Path, name: str, **changes: Any) -> list[str]:
