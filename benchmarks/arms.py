@@ -3,7 +3,8 @@
     python benchmarks/arms.py                                # the study's twelve arms at 4,608 latents: four kinds, three seeds
     python benchmarks/arms.py --recipe paper_grid --only solo control --tokens 40960
 
-Both do all that a run does: start, load the model, train, validate, export. The arms' weights are then compared bit for bit.
+Both do all that a run does: start, load the model, train, validate, export. The arms' weights are then compared bit for bit, and the
+language model's share is the time of its forward pass, validation's included, in all of this.
 """
 
 import argparse
@@ -16,22 +17,37 @@ import time
 from pathlib import Path
 from typing import Any
 
+from end_to_end import Watch
 from machine import described
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
+ROOT, WATCHED = Path(__file__).parents[1], "--watched"
 
 
-def fit(run: Path, recipe: str, tokens: int, only: list[str]) -> float:
-    """Seconds of a process that trains these arms."""
+def fit(run: Path, recipe: str, tokens: int, only: list[str]) -> tuple[float, float]:
+    """Seconds of a process that trains these arms, and those of them in the language model."""
     sizes = {"tokens": tokens, "validation_tokens": tokens // 4, "buffer_size": min(16384, tokens)}
     data = [f"--data.init_args.{name}={value}" for name, value in sizes.items()]
-    command = [sys.executable, str(ROOT / "cli.py"), "fit", "-c", "quickstart", "-c", recipe, "--run", str(run), *data]
+    words = ["fit", "-c", "quickstart", "-c", recipe, "--run", str(run), *data, f"--only={json.dumps(only)}"]
     began = time.perf_counter()
-    done = subprocess.run([*command, f"--only={json.dumps(only)}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, __file__, WATCHED, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, float(done.stdout.strip().split("\n")[-1])
+
+
+def watched(words: list[str]) -> int:
+    """The command, and last of what it prints the seconds in the language model."""
+    from metasae_lightning.cli import main
+    from metasae_lightning.heap import keep_freed
+    from metasae_lightning.lm import HuggingFaceLM
+
+    keep_freed()  # as the command does for a process of its own
+    watch = Watch()
+    watch.over(HuggingFaceLM, "activations", watch.model)
+    status = main(words)
+    print(f"\n{sum(end - began for began, end in watch.model)}")
+    return status
 
 
 def names(recipe: str) -> list[str]:
@@ -63,18 +79,20 @@ def main() -> None:
     print(f"{described()}, fp32: {len(arms)} arms of {given.recipe}, {given.tokens:,} tokens")
     with tempfile.TemporaryDirectory() as folder, given.out.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["run", "seconds", "same_bits"])
-        together = fit(Path(folder) / "together", given.recipe, given.tokens, arms)
-        table.writerow(["together", round(together, 1), ""])
-        print(f"together: {together:.1f} s", flush=True)
-        alone = dict[str, float]()
+        table.writerow(["run", "seconds", "model_seconds", "same_bits"])
+        together, model = fit(Path(folder) / "together", given.recipe, given.tokens, arms)
+        table.writerow(["together", round(together, 1), round(model, 1), ""])
+        print(f"together: {together:.1f} s, {model / together:.0%} in the model", flush=True)
+        alone = dict[str, tuple[float, float]]()
         for arm in arms:
             alone[arm] = fit(Path(folder) / arm, given.recipe, given.tokens, [arm])
             equal = same(Path(folder) / "together", Path(folder) / arm, arm)
-            table.writerow([arm, round(alone[arm], 1), equal])
-            print(f"{arm} alone: {alone[arm]:.1f} s, {'the same bits' if equal else 'OTHER BITS'}", flush=True)
-        print(f"together / one after the other: {together / sum(alone.values()):.3f}")
+            table.writerow([arm, *(round(seconds, 1) for seconds in alone[arm]), equal])
+            print(f"{arm} alone: {alone[arm][0]:.1f} s, {'the same bits' if equal else 'OTHER BITS'}", flush=True)
+        apart, models = (sum(seconds) for seconds in zip(*alone.values(), strict=True))
+        print(f"one after the other: {apart:.1f} s, {models / apart:.0%} in the model")
+        print(f"together / one after the other: {together / apart:.3f}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(watched(sys.argv[2:]) if sys.argv[1:2] == [WATCHED] else main())

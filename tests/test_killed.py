@@ -22,13 +22,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    return forks()
-
-
-def whole(processes: Any, folder: Path, name: str, **changes: Any) -> list[str]:
-    process = processes.Process(target=run, args=(folder, name, 0.0, changes))
+def whole(folder: Path, name: str, **changes: Any) -> list[str]:
+    process = forks().Process(target=run, args=(folder, name, 0.0, changes))
     process.start()
     process.join(300)
     assert process.exitcode == 0
@@ -36,13 +31,13 @@ def whole(processes: Any, folder: Path, name: str, **changes: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"prefetch": 3}, {"checkpoint_buffer": "activations", "prefetch": 2}])
-def test_killed_at_ten_random_points_the_batches_are_those_of_a_run_that_never_stopped(processes: Any, folder: Path, changes: Any):
+def test_killed_at_ten_random_points_the_batches_are_those_of_a_run_that_never_stopped(folder: Path, changes: Any):
     name = "-".join(map(str, ["killed", *changes.values()]))
-    expected = whole(processes, folder, f"{name}-whole")
+    expected = whole(folder, f"{name}-whole")
     assert len(expected) == 400 and len(set(expected)) == 400
     when, kills = random.Random(0), 0
     while not (folder / f"{name}.done").exists():
-        process = processes.Process(target=run, args=(folder, name, 0.004, changes))
+        process = forks().Process(target=run, args=(folder, name, 0.004, changes))
         process.start()
         before = lines(folder / f"{name}.txt")
         while kills < 10 and lines(folder / f"{name}.txt") < before + 5 + when.randrange(25) and process.is_alive():
@@ -59,8 +54,8 @@ def lines(file: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def test_the_same_twice_and_another_for_another_seed(processes: Any, folder: Path):
-    first, second, other = (whole(processes, folder, name, seed=seed) for name, seed in (("one", 0), ("two", 0), ("three", 1)))
+def test_the_same_twice_and_another_for_another_seed(folder: Path):
+    first, second, other = (whole(folder, name, seed=seed) for name, seed in (("one", 0), ("two", 0), ("three", 1)))
     assert first == second
     assert not set(first) & set(other)
 
