@@ -39,8 +39,8 @@ def fit(run: Path, recipe: str, tokens: int, only: list[str]) -> tuple[float, fl
 def watched(words: list[str]) -> int:
     """The command, and last of what it prints the seconds in the language model."""
     from metasae_lightning.cli import main
-    from metasae_lightning.heap import keep_freed
     from metasae_lightning.lm import HuggingFaceLM
+    from metasae_lightning.memory.malloc import keep_freed
 
     keep_freed()  # as the command does for a process of its own
     watch = Watch()
@@ -54,7 +54,7 @@ def names(recipe: str) -> list[str]:
     """The arms of a recipe."""
     import yaml
 
-    from metasae_lightning.grid import named
+    from metasae_lightning.cli.grid import named
 
     tree: dict[str, Any] = yaml.safe_load((ROOT / "configs" / f"{recipe}.yaml").read_text())
     return list(named(tree["arms"], tree["grid"]))

@@ -21,14 +21,14 @@ import torch
 from machine import described
 from sae_lens import BatchTopKTrainingSAEConfig
 
-from metasae_lightning.activations import ActivationStream
-from metasae_lightning.batching import Batching
 from metasae_lightning.corpora import PythonDocs
+from metasae_lightning.data.activation_stream import ActivationStream
+from metasae_lightning.data.batching import Batching
 from metasae_lightning.functional import unit_rows
-from metasae_lightning.joint import JointSAE
 from metasae_lightning.lm import HuggingFaceLM
 from metasae_lightning.penalties import Decomposability
 from metasae_lightning.step import Batch
+from metasae_lightning.training import JointSAE
 
 MACRO = 10
 INEXACT: dict[str, dict[str, Any]] = {

@@ -62,9 +62,9 @@ class Watch:
 def ours(width: int, tokens: int, folder: str) -> Watch:
     """`metasae fit` of the quickstart recipe, solo, without what is done before and after training."""
     from metasae_lightning.cli import main
-    from metasae_lightning.heap import keep_freed
-    from metasae_lightning.joint import JointSAE
     from metasae_lightning.lm import HuggingFaceLM
+    from metasae_lightning.memory.malloc import keep_freed
+    from metasae_lightning.training import JointSAE
 
     keep_freed()  # as the command does for a process of its own
     watch = Watch()
@@ -92,7 +92,7 @@ def saelens(width: int, tokens: int, folder: str) -> Watch:
     from sae_lens.training.sae_trainer import SAETrainer
 
     from metasae_lightning.corpora import PythonDocs
-    from metasae_lightning.embedded import embedded_folder
+    from metasae_lightning.lm.embedded_model import embedded_folder
 
     watch = Watch()
     watch.over(SAETrainer, "step", watch.steps)

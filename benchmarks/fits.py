@@ -20,13 +20,15 @@ import yaml
 from sae_lens import BatchTopKTrainingSAEConfig
 from transformers import Gemma2Config, GPT2Config, PretrainedConfig
 
-from metasae_lightning import ActivationsDataModule, JointSAE, memory, placement
-from metasae_lightning.budget import GIB, Plan
+import metasae_lightning
+from metasae_lightning import ActivationsDataModule, JointSAE
 from metasae_lightning.corpora import InMemory
 from metasae_lightning.lm import HuggingFaceLM
+from metasae_lightning.memory.plan import memory_plan
+from metasae_lightning.memory.table import GIB, Plan
 from metasae_lightning.penalties import Decomposability
 
-RECIPES = Path(memory.__file__).parent / "configs"
+RECIPES = Path(metasae_lightning.__file__).parent / "configs"
 # What the hub's configs say of sizes; the hub wants a licence accepted for the second.
 GPT2_LARGE = GPT2Config(n_embd=1280, n_layer=36, n_head=20, vocab_size=50257, n_positions=1024)
 GEMMA_2_9B = Gemma2Config(
@@ -96,8 +98,8 @@ def plans(case: Case) -> Iterator[tuple[str, Plan]]:
         (f"each of {RANKS}, sharded, an eighth of batch_size", "auto", RANKS, RANKS),
     ]
     for way, device, ranks, shards in ways:
-        with tempfile.TemporaryDirectory() as folder, patch.object(placement, "gpus", lambda: 2 * RANKS):
-            yield way, memory.plan(model_of(case, tree), data_of(case, tree, folder, device, shards), trainer_of(tree, ranks, shards))
+        with tempfile.TemporaryDirectory() as folder, patch.object(device, "gpus", lambda: 2 * RANKS):
+            yield way, memory_plan(model_of(case, tree), data_of(case, tree, folder, device, shards), trainer_of(tree, ranks, shards))
 
 
 def cell(plan: Plan) -> str:

@@ -20,11 +20,11 @@ import torch
 from machine import peak_mib
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from metasae_lightning.activations import ActivationStream
-from metasae_lightning.batching import Batching
 from metasae_lightning.corpora import InMemory, PythonDocs
-from metasae_lightning.embedded import embedded_folder
+from metasae_lightning.data.activation_stream import ActivationStream
+from metasae_lightning.data.batching import Batching
 from metasae_lightning.lm import HuggingFaceLM
+from metasae_lightning.lm.embedded_model import embedded_folder
 
 LARGE = {"n_embd": 1280, "n_layer": 36, "n_head": 20}
 MIB = 2**20

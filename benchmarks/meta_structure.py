@@ -45,8 +45,8 @@ def saelens(folder: Path, rows: int | None) -> dict[str, Tensor]:
 
 def ours(W_dec: Tensor, seeds: int, steps: int) -> Iterator[tuple[float, float]]:
     """FVE and CPU seconds of each critic."""
-    from metasae_lightning.critic import Decomposition
     from metasae_lightning.functional import unit_rows
+    from metasae_lightning.metrics import Decomposition
 
     metric = Decomposition(steps=steps)
     for seed in range(seeds):

@@ -16,7 +16,7 @@ import time
 import torch
 from machine import described, peak_mib
 
-from metasae_lightning.cofiring import Phi, PhiSample
+from metasae_lightning.metrics import Phi, PhiSample
 from metasae_lightning.step import Codes
 
 BATCH, K, FLOP = 4096, 64, 20 * 12 * 1280**2 * 2

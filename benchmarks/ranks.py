@@ -24,10 +24,11 @@ from sae_lens import BatchTopKTrainingSAEConfig
 from step import MACRO, META, SIZES
 from torch.distributed.device_mesh import init_device_mesh
 
-from metasae_lightning.joint import JointSAE, adam
+from metasae_lightning.compute.process_group import Ranks
 from metasae_lightning.penalties import Decomposability
-from metasae_lightning.ranks import Ranks
 from metasae_lightning.step import Batch
+from metasae_lightning.training import JointSAE
+from metasae_lightning.training.joint import adam
 
 
 def run(rank: int, count: int, size: str, steps: int, cut: Any, strategy: str, folder: str) -> None:

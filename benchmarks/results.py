@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from metasae_lightning.report.verdicts import FIGURES
+from metasae_lightning.report.conclusions import FIGURES
 
 ROOT = Path(__file__).parents[1]
 

@@ -154,9 +154,9 @@ def asked(folder: Path, model: str, tokens: Tensor, given: argparse.Namespace) -
 
 def held_out(one: Any, wanted: int) -> tuple[Any, Tensor]:
     """The SAE's language model, and contexts of its held-out tokens, in full batches."""
-    from metasae_lightning import passages
-    from metasae_lightning.arguments import data_for
-    from metasae_lightning.subjects import only_hook
+    from metasae_lightning.cli.arguments import data_for
+    from metasae_lightning.evaluation import held_out_text
+    from metasae_lightning.evaluation.saes import only_hook
 
     data = data_for(one, argparse.Namespace(data=None, device="cpu"))
     if getattr(data, "language_model", None) is None:
@@ -165,7 +165,9 @@ def held_out(one: Any, wanted: int) -> tuple[Any, Tensor]:
     only_hook(one, data)
     data.setup("test")
     contexts, count = [], 0
-    for passage in passages.passages(passages.held_out(data, "test", 2 * wanted), 2 * wanted):  # rows that count are fewer than tokens
+    for passage in held_out_text.passages(
+        held_out_text.held_out(data, "test", 2 * wanted), 2 * wanted
+    ):  # rows that count are fewer than tokens
         contexts.append(passage.tokens)
         count += passage.tokens.numel()
         if count >= wanted:
@@ -232,8 +234,8 @@ def our_core(one: Any, model: Any, tokens: Tensor) -> dict[str, float]:
 
 def our_meta_structure(one: Any, steps: int, seed: int) -> dict[str, float]:
     """The project's critic on the decoder's directions."""
-    from metasae_lightning.critic import Decomposition
     from metasae_lightning.functional import unit_rows
+    from metasae_lightning.metrics import Decomposition
 
     return {"fve": Decomposition(steps=steps).explained(unit_rows(one.W_dec), seed)}
 
@@ -263,8 +265,8 @@ def main() -> None:
         return
     if not given.saebench:
         parser.error("--saebench is needed: the interpreter of SAEBench's environment")
-    from metasae_lightning.embedded import EMBEDDED, embedded_folder
-    from metasae_lightning.subjects import subject
+    from metasae_lightning.evaluation.saes import subject
+    from metasae_lightning.lm.embedded_model import EMBEDDED, embedded_folder
 
     one = subject(given.sae)
     folder = (Path(one.place) / "saes" / "primary" if one.run else Path(one.place)).resolve()

@@ -47,8 +47,8 @@ def vary(what: str, runs: int, table: Any) -> None:
 
 def arms(runs: int, table: Any) -> None:
     """Joint arms of 4,608 latents on one stream: the language model is paid once."""
-    from metasae_lightning.embedded import embedded_folder
     from metasae_lightning.lm import HuggingFaceLM
+    from metasae_lightning.lm.embedded_model import embedded_folder
 
     embedded_folder()
     model = HuggingFaceLM("smollm2-135m-instruct", "blocks.15.hook_resid_post", device="cpu")

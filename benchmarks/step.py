@@ -26,9 +26,10 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
-from metasae_lightning.joint import JointSAE, adam
 from metasae_lightning.penalties import Decomposability
 from metasae_lightning.step import Batch
+from metasae_lightning.training import JointSAE
+from metasae_lightning.training.joint import adam
 
 # d_in, d_sae, tokens, k, and the meta SAE's width and k.
 SIZES = {

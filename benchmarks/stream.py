@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from machine import described, peak_mib
 
-from metasae_lightning.activations import ActivationStream
-from metasae_lightning.batching import Batching
 from metasae_lightning.corpora import InMemory, PythonDocs
-from metasae_lightning.embedded import embedded_folder
+from metasae_lightning.data.activation_stream import ActivationStream
+from metasae_lightning.data.batching import Batching
+from metasae_lightning.data.shuffle import permutation, turns
 from metasae_lightning.lm import HuggingFaceLM
-from metasae_lightning.shuffle import permutation, turns
+from metasae_lightning.lm.embedded_model import embedded_folder
 
 HOOK, LAYER, CONTEXT, PASS, BATCH, BUFFER = "blocks.15.hook_resid_post", 15, 128, 32, 1024, 8192
 

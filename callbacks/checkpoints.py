@@ -12,9 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from metasae_lightning.checkpoints import keep
+from metasae_lightning.compute.process_group import Ranks
 from metasae_lightning.errors import InputError
-from metasae_lightning.ranks import Ranks
+from metasae_lightning.training.checkpoint_files import keep
 
 # What a run may be told, the most pressing last: each is heeded by all ranks where one has heard it.
 TOLD = [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT] if hasattr(signal, "SIGUSR1") else [signal.SIGTERM, signal.SIGINT]

@@ -9,10 +9,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from metasae_lightning import functional, saelens
-from metasae_lightning.observers import Observer
-from metasae_lightning.saelens import ExportRecord
+from metasae_lightning import functional
+from metasae_lightning.sae.export import ExportRecord, export
 from metasae_lightning.step import Batch
+from metasae_lightning.training.arm_callbacks import Observer
 
 
 class Export(Observer):
@@ -98,7 +98,7 @@ class Export(Observer):
     def _write(
         self, role: str, learner: Any, weights: dict[str, Tensor], folder: Path, about: dict[str, Any], samples: list[Tensor]
     ) -> None:
-        record = saelens.export(
+        record = export(
             learner.sae,
             folder / role,
             weights=weights,

@@ -4,10 +4,12 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from metasae_lightning.metrics import DeadLatents, FeatureRecovery, Reconstruction
-from metasae_lightning.observers import Observer
-from metasae_lightning.shards import whole
+from metasae_lightning.compute.sharding import whole
+from metasae_lightning.metrics.dead_latents import DeadLatents
+from metasae_lightning.metrics.feature_recovery import FeatureRecovery
+from metasae_lightning.metrics.reconstruction import Reconstruction
 from metasae_lightning.step import Batch, Evaluation
+from metasae_lightning.training.arm_callbacks import Observer
 
 
 class HeldOut(Observer):

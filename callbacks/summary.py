@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME as TERMINAL
 
-from metasae_lightning.observers import sides
-from metasae_lightning.records import keep, of_arm, read
-from metasae_lightning.saelens import ExportRecord
+from metasae_lightning.run_folder import keep, of_arm, read
+from metasae_lightning.sae.export import ExportRecord
+from metasae_lightning.training.arm_callbacks import sides
 
 MEASURES = {
     "fvu": "variance unexplained",

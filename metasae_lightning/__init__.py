@@ -1,8 +1,8 @@
 """Joint training of a sparse autoencoder and a meta SAE on its decoder, with SAELens in and out."""
 
-from metasae_lightning.arms import SideBySide
-from metasae_lightning.data import ActivationsDataModule
-from metasae_lightning.joint import JointSAE
-from metasae_lightning.planted import SyntheticDataModule
+from metasae_lightning.data.datamodule import ActivationsDataModule
+from metasae_lightning.data.synthetic import SyntheticDataModule
+from metasae_lightning.training.joint import JointSAE
+from metasae_lightning.training.side_by_side import SideBySide
 
 __all__ = ["ActivationsDataModule", "JointSAE", "SideBySide", "SyntheticDataModule"]

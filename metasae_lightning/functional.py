@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from metasae_lightning.rowwise import pieces
+from metasae_lightning.compute.row_chunks import pieces
 
 Rows = Float[Tensor, "d_sae d_in"]
 Counts = Float[Tensor, "*shape"]

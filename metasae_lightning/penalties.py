@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metasae_lightning import functional
+from metasae_lightning.compute.buffers import LENT
+from metasae_lightning.compute.process_group import Crew
+from metasae_lightning.compute.row_chunks import mean_over_rows, order
+from metasae_lightning.compute.sharding import own, share, whole
 from metasae_lightning.errors import InputError
-from metasae_lightning.ranks import Crew
-from metasae_lightning.rowwise import mean_over_rows, order
 from metasae_lightning.schedules import warm_up
-from metasae_lightning.shards import own, share, whole
-from metasae_lightning.sparse import LENT
 
 Critic = Callable[[Float[Tensor, "d_sae d_in"]], Float[Tensor, "d_sae d_in"]]
 """The frozen meta SAE: unit decoder rows in, their reconstruction out, no gradient, no state moved. Both are lent: the next use of

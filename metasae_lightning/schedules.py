@@ -1,7 +1,4 @@
-"""What changes over a run: warm-ups of coefficients and the shape of a learning rate.
-
-Lengths are whole steps, or a share of the run where they are at most 1: budgets are in tokens, so a recipe rarely knows its steps.
-"""
+"""Schedules: who steps when, warm-up, and the learning rate's shape."""
 
 import math
 from typing import Any, Literal
@@ -11,6 +8,30 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metasae_lightning.errors import InputError
+
+
+def meta_steps_after(step: int, *, n_p: int, n_m: int, last: bool = False, taken: bool = True) -> int:
+    """Meta steps owed after primary step number `step` (from 1); a last macro-step cut short still ends with its meta phase.
+
+    After a batch whose step was not `taken`, `step` is the one before it, and what that was owed it has had unless it is cut short now.
+
+    >>> [meta_steps_after(step, n_p=3, n_m=2, last=step == 5) for step in (1, 2, 3, 4, 5)]
+    [0, 0, 2, 0, 2]
+    >>> [meta_steps_after(step, n_p=3, n_m=2, last=last, taken=False) for step, last in ((3, False), (3, True), (4, False), (4, True))]
+    [0, 0, 0, 2]
+    """
+    if not taken:
+        return n_m if last and step % n_p else 0
+    return n_m if last or step % n_p == 0 else 0
+
+
+def meta_steps_in(steps: float, *, n_p: int, n_m: int) -> float:
+    """Meta steps of a whole run of `steps` primary steps, which may have no end.
+
+    >>> meta_steps_in(5, n_p=3, n_m=2)
+    4
+    """
+    return steps if steps == float("inf") else -(-int(steps) // n_p) * n_m
 
 
 def warm_up(step: int, steps: int) -> float:

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from metasae_lightning.report.gathering import Arm
-from metasae_lightning.report.groups import Group
+from metasae_lightning.report.load_runs import Arm
+from metasae_lightning.report.seeds import Group
 
 # Of Okabe and Ito, legible to the colour-blind, on white and on black; the first is the baseline's.
 COLOURS = ("#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#a6761d", "#9467bd", "#66a61e")

@@ -7,8 +7,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from metasae_lightning.report.groups import baseline, difference, rule
-from metasae_lightning.report.verdicts import FIGURES
+from metasae_lightning.report.conclusions import FIGURES
+from metasae_lightning.report.seeds import baseline, difference, rule
 
 # What a table shows of an evaluation: words, the figure, its digits, and which interval or spread stands beside it.
 ROWS: Sequence[tuple[str, str, str, str]] = (

@@ -1,0 +1,5 @@
+"""The command line `metasae`."""
+
+from metasae_lightning.cli.lightning_cli import main
+
+__all__ = ["main"]

@@ -1,0 +1,58 @@
+"""Where the cut lies through the numbers of all ranks: found by counts, the numbers themselves stay where they are."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from metasae_lightning.compute.process_group import Ranks
+
+# A positive float's bits are ordered as it is. So many of them are looked at in a round, from the first that matter on.
+DIGIT = 12
+KEYS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+class Cut(NamedTuple):
+    """What a rank keeps of its own."""
+
+    keep: Bool[Tensor, " value"]
+    """Which of its numbers are among the largest of all."""
+    edge: float | None
+    """The smallest that any rank keeps; none where there is no number at all."""
+    enough: bool
+    """Whether there were as many as were asked for."""
+
+
+def cut(values: Float[Tensor, " value"], count: int, ranks: Ranks) -> Cut:
+    """The `count` largest of the positive numbers of all ranks; of equals those of earlier ranks, and of a rank's own the first.
+
+    Each round tells how many numbers begin with each string of bits, and goes on with the one that the cut goes through.
+
+    >>> cut(torch.tensor([1.0, 3.0, 0.0, 2.0, 2.0]), 2, Ranks())
+    Cut(keep=tensor([False,  True, False,  True, False]), edge=2.0, enough=True)
+    """
+    values = values if values.dtype in KEYS else values.float()
+    positive = values > 0
+    keys = values.view(KEYS[values.dtype])
+    bits, left, prefix = torch.finfo(values.dtype).bits - 1, count, None
+    inside = keys[positive]
+    for last in reversed(range(0, bits, DIGIT)):
+        width = min(DIGIT, bits - last)
+        digits = (inside >> last).bitwise_and(2**width - 1)
+        numbers = torch.bincount(digits, minlength=2**width)
+        ranks.sum_(numbers)
+        least = numbers.flip(0).cumsum(0).flip(0)  # how many begin so, or higher
+        if prefix is None and int(least[0]) <= count:
+            edge = ranks.most(-values[positive].min().item() if len(inside) else -torch.inf, values)
+            return Cut(positive, None if edge == -torch.inf else -edge, int(least[0]) == count)
+        digit = int((least >= left).sum()) - 1
+        left -= int(least[digit] - numbers[digit])
+        prefix = (prefix or 0) << width | digit
+        inside = inside[digits == digit]
+    edge = keys.new_tensor(prefix)
+    keep = positive & (keys > edge)
+    # All that are left are equal.
+    own = min(max(left - sum(ranks.each(len(inside), values)[: ranks.rank]), 0), len(inside))
+    keep[(keys == edge).nonzero().flatten()[:own]] = True
+    return Cut(keep, edge.view(values.dtype).item(), True)

@@ -1,0 +1,112 @@
+"""Which latents are kept of rows that come again, moved a little: found among the few that could be."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metasae_lightning.compute.row_chunks import cached, pieces
+from metasae_lightning.compute.sparse_matrix import Pattern
+from metasae_lightning.compute.topk import SLACK, Encoder, Kept, of_largest
+
+# Candidates, times what is kept: more last for more steps, and each costs a product of two rows at every one of them.
+SPARE = 4
+# From one reading to the next the smallest of the kept changes by less: beyond it a search is certain, and nothing need be looked at first.
+STEADY = 1.05
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The rows and the encoder that the candidates were found with."""
+
+    x: Float[Tensor, "row d_in"]
+    W_enc: Float[Tensor, "d_in d_sae"]
+    b_enc: Float[Tensor, " d_sae"]
+    pattern: Pattern
+    """The candidates."""
+    floor: float
+    """No other place had more."""
+    longest: float
+    """The largest norm of a row."""
+
+
+class Screen:
+    """What a decoder's rows said to a meta SAE when it last read all of them.
+
+    `r . e + b` moves by at most `|r - r0| |e| + |r0| |e - e0| + |b - b0|`. As long as the smallest of the kept is larger than anything
+    that was not a candidate can have become, the kept are the ones that a search through everything would have kept; as soon as it is
+    not, everything is searched. Values come from the same products of two rows in either case, so when that was leaves no trace.
+
+    Args:
+        rows: So many rows are those that come again; others, as a draw from them, are not for it.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._reference: Reference | None = None
+        self._edge = 0.0
+        self.searches = 0
+        """How often everything was searched."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_reference": None, "_edge": 0.0}
+
+    def suits(self, encoder: Encoder) -> bool:
+        """On a CPU, in full precision, without a scale and in one process; elsewhere a search is not what takes the time, or is divided.
+
+        Nor where what is made cannot be written to later.
+        """
+        plain = encoder.x.dtype == encoder.b_enc.dtype and encoder.scale is None and encoder.ranks.alone
+        return plain and encoder.rows == self.rows and cached(encoder.x) and not torch.is_inference_mode_enabled()
+
+    def keep(self, encoder: Encoder, count: int) -> Kept:
+        """The `count` largest activations of the batch, of positive ones alone."""
+        reference = self._reference
+        if reference is not None and reference.x.shape == encoder.x.shape and reference.x.dtype == encoder.x.dtype:
+            bound = reference.floor + _turned(reference, encoder)
+            if bound <= STEADY * self._edge and (bound := bound + _moved(reference, encoder)) <= STEADY * self._edge:
+                encoder.set_apart()
+                kept = _among(reference.pattern, encoder, count)
+                self._edge = kept.edge or 0.0
+                if kept.edge is not None and len(kept.values) == count and kept.edge * (1 - SLACK) >= bound:
+                    return kept
+        self._reference = reference = self._search(encoder, count)
+        kept = _among(reference.pattern, encoder, count)
+        self._edge = kept.edge or 0.0
+        return kept
+
+    def _search(self, encoder: Encoder, count: int) -> Reference:
+        self.searches += 1
+        wanted = SPARE * count
+        values, _, places = encoder.top(wanted)
+        encoder.set_apart()  # by the same product as where nothing is searched
+        rows = places // encoder.latents
+        old = self._reference
+        x = (
+            old.x.copy_(encoder.x)
+            if old is not None and old.x.shape == encoder.x.shape and old.x.dtype == encoder.x.dtype
+            else encoder.x.clone()
+        )
+        floor = values.min().item() if len(values) == wanted and wanted else 0.0
+        pattern = Pattern(rows, places - rows * encoder.latents, (len(x), encoder.latents))
+        return Reference(x, encoder.W_enc.clone(), encoder.b_enc.clone(), pattern, floor, x.norm(dim=1).max().item())
+
+
+def _among(pattern: Pattern, encoder: Encoder, count: int) -> Kept:
+    values = pattern.sampled(encoder.x, encoder.W_enc.T.contiguous()) + encoder.b_enc[pattern.columns]
+    places = torch.arange(len(values), device=values.device)
+    kept, _, at = of_largest([(values, values, places)], count)
+    return Kept(kept, pattern.rows[at], pattern.columns[at], kept.min().item() if len(kept) else None)
+
+
+def _moved(reference: Reference, encoder: Encoder) -> float:
+    """By no more than this a pre-activation has moved because its row has."""
+    rows = max((now - then).norm(dim=1).max().item() for now, then in pieces(encoder.x, reference.x))
+    return rows * encoder.W_enc.norm(dim=0).max().item()
+
+
+def _turned(reference: Reference, encoder: Encoder) -> float:
+    """By no more than this because its latent has."""
+    turned = (encoder.W_enc - reference.W_enc).norm(dim=0).max().item()
+    return reference.longest * turned + (encoder.b_enc - reference.b_enc).abs().max().item()

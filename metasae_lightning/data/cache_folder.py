@@ -1,0 +1,224 @@
+"""Activations on disk, in the folders that SAELens's CacheActivationsRunner writes and its ActivationsStore reads."""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from metasae_lightning.corpora.base import Split
+from metasae_lightning.corpora.tokenization import special_ids
+from metasae_lightning.errors import InputError
+
+CACHED = ("context_size", "prepend_bos", "held_out", "seed", "cross_document_attention")
+"""The fields of `Batching` that stored activations depend on; the others come after the model."""
+TOKENS, RECORD, PROGRESS = "token_ids", "cache.json", ".progress"
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """What tells one tokenizer from another: its vocabulary and its special tokens."""
+    told = json.dumps([sorted(tokenizer.get_vocab().items()), special_ids(tokenizer)])
+    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
+
+
+class Folder:
+    """One dataset folder, memory-mapped: a row a context, a column a hook."""
+
+    def __init__(self, path: Path, hooks: list[str], shards: Mapping[str, int] | None = None):
+        self.path, self.hooks = path, hooks
+        names = [entry["filename"] for entry in _json(path / "state.json")["_data_files"]]
+        check_sizes(path, shards or {})
+        tables = [_mapped(path / name) for name in names]
+        columns = tables[0].column_names
+        for hook in hooks:
+            if hook not in columns:
+                raise InputError(f"cache: {path} holds no activations of {hook!r}, it holds {', '.join(c for c in columns if c != TOKENS)}")
+        shapes = {hook: tables[0].schema.field(hook).type.shape for hook in hooks}
+        self.context_size: int = next(iter(shapes.values()))[0]
+        self.widths: dict[str, int] = {hook: shape[1] for hook, shape in shapes.items()}
+        batches = [batch for table in tables for batch in table.to_batches()]
+        self._begins = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        self._parts = {hook: [_view(batch.column(hook), shapes[hook]) for batch in batches] for hook in hooks}
+        self._tokens = [_flat(batch.column(TOKENS)).reshape(-1, self.context_size) for batch in batches] if TOKENS in columns else None
+
+    def __len__(self) -> int:
+        """How many contexts there are."""
+        return int(self._begins[-1])
+
+    def tokens(self) -> Int[Tensor, "context position"] | None:
+        """The tokens of every context, where they were kept."""
+        return None if self._tokens is None else torch.from_numpy(np.concatenate(self._tokens)).long()
+
+    def rows(self, places: Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
+        """Activations at these places, `context * context_size + position` each, the hooks side by side."""
+        contexts, positions = np.divmod(places.numpy(), self.context_size)
+        parts = np.searchsorted(self._begins, contexts, side="right") - 1
+        out = np.empty((len(places), sum(self.widths.values())), dtype=np.float32)
+        for part in np.unique(parts):
+            chosen = parts == part
+            local = contexts[chosen] - self._begins[part]
+            out[chosen] = np.concatenate([self._parts[hook][part][local, positions[chosen]] for hook in self.hooks], axis=1)
+        return torch.from_numpy(out)
+
+
+class ActivationCache:
+    """A cache: ours with a folder a split and the record of what it was made of, or one folder of SAELens's."""
+
+    def __init__(self, path: str):
+        self.path = Path(path).expanduser()
+        self.record: dict[str, Any] = {}
+        self.widths: dict[str, int] = {}
+        self._hooks: list[str] = []
+        self._folders: dict[Path, Folder] = {}
+
+    @property
+    def ours(self) -> bool:
+        """Whether it says what it was made of and keeps splits apart."""
+        return bool(self.record)
+
+    def open(self, identity: Mapping[str, Any], hooks: list[str], tokenizer: str | None = None) -> None:
+        """Look at what is there, and refuse what is of another model, text or tokenizer."""
+        if self._folders:
+            return
+        if not self.path.is_dir():
+            raise InputError(f"cache: {str(self.path)!r} is no folder; metasae cache writes one")
+        whole = self.path / RECORD
+        self._hooks = hooks
+        if whole.exists():
+            self.record = _json(whole)
+            own = {**identity, **({"tokenizer": tokenizer} if tokenizer else {})}
+            differing = [
+                f"{key}: {self.record['identity'].get(key)} there, {value} here"
+                for key, value in own.items()
+                if self.record["identity"].get(key) != value
+            ]
+            if differing:
+                raise InputError(f"cache: {self.path} was made of something else ({'; '.join(differing)})")
+        elif any((self.path / split).exists() for split in SPLITS):
+            raise InputError(f"cache: {self.path} is not finished: run metasae cache again, it goes on where it stopped")
+        self.widths = self.folder("train").widths
+        if not self.ours and self.folder("train").context_size != identity["context_size"]:
+            raise InputError(
+                f"context_size: the contexts in {self.path} are {self.folder('train').context_size} long, got {identity['context_size']}"
+            )
+
+    def folder(self, split: Split) -> Folder:
+        """The folder that a split is in."""
+        path = self.path / split if self.ours else self.path
+        if path not in self._folders:
+            self._folders[path] = Folder(path, self._hooks, self.record.get("shards", {}).get(split))
+        return self._folders[path]
+
+
+class ShardWriter:
+    """Writes one split's folder a shard at a time; a shard that is there is whole, and the place behind it is known."""
+
+    def __init__(self, path: Path, widths: Mapping[str, int], context_size: int, *, dtype: str, identity: Mapping[str, Any]):
+        self.identity = dict(identity)
+        self.path, self.widths, self.context_size = path, widths, context_size
+        shapes = {hook: datasets.Array2D(shape=(context_size, width), dtype=dtype) for hook, width in widths.items()}
+        self.features = datasets.Features({**shapes, TOKENS: datasets.Sequence(datasets.Value("int32"), length=context_size)})
+        self.dtype = np.dtype(dtype)
+        path.mkdir(parents=True, exist_ok=True)
+        self.shards: dict[str, int] = {}
+        self.place: Any = None
+        with suppress(FileNotFoundError):
+            made_of, self.shards, self.place = pickle.loads((path / PROGRESS).read_bytes())
+            if made_of != self.identity:
+                raise InputError(f"cache: {path} was begun for something else ({made_of}): name another folder")
+            check_sizes(path, self.shards)
+
+    def write(self, passes: Iterator[tuple[Tensor, Tensor]], place: Any) -> int:
+        """One shard of these (tokens, activations), and the place behind them from `place()`; returns how many contexts it holds."""
+        name = f"data-{len(self.shards):05d}.arrow"
+        draft, contexts = self.path / f".{name}", 0
+        try:
+            with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_stream(file, self.features.arrow_schema) as stream:
+                for tokens, activations in passes:
+                    stream.write_batch(self._record(tokens, activations))
+                    contexts += len(tokens)
+            if contexts:
+                size = draft.stat().st_size
+                draft.replace(self.path / name)
+                self.shards[name], self.place = size, place()
+                _write(self.path / PROGRESS, pickle.dumps((self.identity, self.shards, self.place)))
+        finally:
+            draft.unlink(missing_ok=True)
+        return contexts
+
+    def finish(self) -> None:
+        """Make the folder one that `datasets.load_from_disk` reads."""
+        datasets.DatasetInfo(features=self.features).write_to_directory(str(self.path))
+        told = {"_data_files": [{"filename": name} for name in self.shards], "_format_type": None, "_format_columns": None, "_split": None}
+        told |= {"_fingerprint": hashlib.blake2b(json.dumps(self.shards).encode(), digest_size=8).hexdigest(), "_format_kwargs": {}}
+        _write(self.path / "state.json", json.dumps({**told, "_output_all_columns": False}, indent=2).encode())
+
+    def _record(self, tokens: Tensor, activations: Tensor) -> pa.RecordBatch:
+        columns: list[Any] = []
+        parts = activations.cpu().split(list(self.widths.values()), dim=-1)
+        for hook, part in zip(self.widths, parts, strict=True):
+            if self.dtype == np.float16 and part.abs().max() > np.finfo(np.float16).max:
+                raise InputError(f"store: float16 ends at 65504 and an activation of {hook} is larger: store float32")
+            flat = pa.array(np.ascontiguousarray(part.numpy(), dtype=self.dtype).reshape(-1))
+            inner = pa.ListArray.from_arrays(np.arange(0, len(flat) + 1, self.widths[hook], dtype=np.int32), flat)
+            outer = pa.ListArray.from_arrays(np.arange(0, len(inner) + 1, self.context_size, dtype=np.int32), inner)
+            columns.append(pa.ExtensionArray.from_storage(self.features.arrow_schema.field(hook).type, outer))
+        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(tokens.int().numpy().reshape(-1)), self.context_size))
+        return pa.RecordBatch.from_arrays(columns, schema=self.features.arrow_schema)
+
+
+def check_sizes(path: Path, shards: Mapping[str, int]) -> None:
+    """Name a shard that is not as long as it was when it was written."""
+    for name, size in shards.items():
+        found = (path / name).stat().st_size if (path / name).exists() else 0
+        if found != size:
+            raise InputError(f"cache: the shard {path / name} is damaged, {found:,} bytes of {size:,}: remove {path} and write it again")
+
+
+def finish(path: Path, identity: Mapping[str, Any], about: Mapping[str, Any], shards: Mapping[Split, Mapping[str, int]]) -> None:
+    """The record that makes a cache whole."""
+    _write(path / RECORD, json.dumps({"identity": identity, "about": about, "shards": shards}, indent=2).encode())
+    for split in shards:
+        (path / split / PROGRESS).unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_bytes(content)
+    draft.replace(path)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"cache: {path.parent} holds no {path.name}: it is no folder of activations, or not a finished one") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cache: {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _mapped(file: Path) -> pa.Table:
+    try:
+        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"cache: the shard {file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _flat(column: Any) -> "np.ndarray":
+    while not pa.types.is_primitive(column.type):
+        column = column.storage if isinstance(column, pa.ExtensionArray) else column.flatten()
+    return column.to_numpy(zero_copy_only=True)
+
+
+def _view(column: Any, shape: tuple[int, int]) -> "np.ndarray":
+    return _flat(column).reshape(-1, *shape)

@@ -1,0 +1,156 @@
+"""A language model's activations as numbered rows, a forward pass at a time, from any place on."""
+
+import hashlib
+import logging
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from metasae_lightning.corpora.tokenization import Documents, PackedTokens, special_ids
+from metasae_lightning.data.batching import Batching
+from metasae_lightning.data.masks import content, own_document
+from metasae_lightning.errors import InputError
+from metasae_lightning.lm.base import LanguageModel
+
+log = logging.getLogger(__name__)
+
+
+class Rows:
+    """The rows of text tokens, in the corpus's order, written into a buffer as it asks for them.
+
+    For each block of rows that has begun it remembers where reading stood before the forward pass that the block's first row is in.
+
+    Args:
+        documents: What is read.
+        language_model: What runs on it.
+        batching: Sizes and masks.
+        cursor: Where to begin, as `cursor` or `state` had it; none is the beginning.
+        first: Number of the first row wanted: passes before it are counted and not run.
+        stall_seconds: How long to wait for the corpus.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        language_model: LanguageModel,
+        batching: Batching,
+        *,
+        cursor: dict[str, Any] | None = None,
+        first: int = 0,
+        stall_seconds: float | None = None,
+    ):
+        limit = language_model.n_ctx
+        if limit is not None and batching.context_size > limit:
+            raise InputError(f"context_size must be at most {limit}, the model's longest context, got {batching.context_size}")
+        cursor = cursor or {"tokens": None, "number": 0}
+        self.documents, self.language_model, self.batching, self.first = documents, language_model, batching, first
+        self.number: int = cursor["number"]
+        self._begun: dict[int, dict[str, Any]] = {
+            block: {**at, "digests": [*at["digests"]]} for block, at in cursor.get("begun", {}).items()
+        }
+        self._left: Tensor | None = cursor.get("left")
+        self._expected: list[str] = list(cursor.get("digests", []))
+        self._special = torch.tensor(special_ids(documents.tokenizer), dtype=torch.long)
+        self._tokens = PackedTokens(
+            documents,
+            context_size=batching.context_size,
+            prepend_bos=batching.prepend_bos,
+            stall_seconds=stall_seconds,
+            name=language_model.name,
+            state=cursor["tokens"],
+        )
+
+    def fill(self, buffer: Float[Tensor, "slot d_model"], slots: Int[Tensor, " free"]) -> None:
+        """Write the next rows into these slots."""
+        while len(slots):
+            if self._left is None or not len(self._left):
+                self._left = self._run()
+            count = min(len(self._left), len(slots))
+            rows = self._left[:count].to(buffer)
+            if buffer.dtype == torch.float16 and not rows.isfinite().all():
+                raise InputError("buffer_dtype: float16 ends at 65504 and an activation is larger: set bfloat16 or float32")
+            buffer.index_copy_(0, slots[:count].to(buffer.device), rows)
+            slots, self._left = slots[count:], self._left[count:]
+
+    def take(self) -> tuple[Int[Tensor, "context position"], Tensor] | None:
+        """The next forward pass's contexts and which of their tokens are rows; nothing at the end."""
+        before = self._tokens.state()
+        tokens = self._tokens.take(self.batching.forward_batch)
+        if not len(tokens):
+            return None
+        digest = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=8).hexdigest()
+        if self._expected and digest != self._expected.pop(0):
+            raise InputError(f"corpus: {self.documents.corpus.identity()} is not what it was when the checkpoint was written")
+        keep = content(tokens, self._special, self.batching.skip_positions)
+        count, block = int(keep.sum()), self.batching.block
+        for begun in range(-(-self.number // block), -(-(self.number + count) // block)):
+            self._begun[begun] = {"tokens": before, "number": self.number, "digests": []}
+        for place in self._begun.values():
+            place["digests"].append(digest)
+        self.number += count
+        return tokens, keep
+
+    def count(self, most: int) -> int:
+        """How many rows follow, up to so many; runs nothing."""
+        while self.number < most and self.take() is not None:
+            self.forget(self.number // self.batching.block)
+        return min(self.number, most)
+
+    def state(self) -> dict[str, Any]:
+        """Where the next pass begins, with the rows that the last one left over."""
+        left = None if self._left is None else self._left.cpu()
+        begun = {block: self.cursor(block) for block in self._begun}
+        return {"tokens": self._tokens.state(), "number": self.number, "left": left, "begun": begun}
+
+    def cursor(self, block: int) -> dict[str, Any] | None:
+        """Where to begin for the rows of a block that has begun, and digests of the passes since, by which to know the corpus again."""
+        place = self._begun.get(block)
+        return place and {**place, "digests": [*place["digests"]]}
+
+    def forget(self, block: int) -> None:
+        """Blocks before this one are done with."""
+        self._begun = {begun: place for begun, place in self._begun.items() if begun >= block}
+
+    @property
+    def reached(self) -> dict[str, Any]:
+        """The place in the corpus that everything read so far lies before."""
+        return self._tokens.reached
+
+    def close(self) -> None:
+        """Read no further."""
+        self._tokens.close()
+
+    def _run(self) -> Float[Tensor, "row d_model"]:
+        """The next pass that has a row that is wanted."""
+        while True:
+            before = self.number
+            taken = self.take()
+            if taken is None:
+                raise InputError(f"corpus: {self.documents.corpus.identity()} ended earlier than when it was counted")
+            if self.number > self.first:
+                tokens, keep = taken
+                found = self.forward(tokens).flatten(0, 1)
+                # Positions from the CPU: a mask on the device would have to be waited for.
+                found = found.index_select(0, keep.flatten().nonzero().flatten().to(found.device))
+                return found[max(self.first - before, 0) :]
+
+    @property
+    def separator(self) -> int | None:
+        """What ends a document."""
+        return self._tokens.separator[0] if self._tokens.separator else None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a context begins with BOS."""
+        return bool(self._tokens.head)
+
+    def visible(self, tokens: Int[Tensor, "context position"]) -> Bool[Tensor, "context position position"] | None:
+        """What each token may attend to, documents apart where that is asked for and can be had."""
+        apart = not self.batching.cross_document_attention and self.language_model.separates(tokens.shape[1])
+        return own_document(tokens, self.separator, begun=self.begun) if apart and self.separator is not None else None
+
+    def forward(self, tokens: Int[Tensor, "context position"]) -> Float[Tensor, "context position d_model"]:
+        """The model's activations on whole contexts."""
+        return self.language_model.activations(tokens, self.visible(tokens))

@@ -1,0 +1,1 @@
+"""SAEs measured and compared on held-out text."""

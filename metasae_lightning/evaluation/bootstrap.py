@@ -1,0 +1,106 @@
+"""How far figures move when other documents had been drawn: the bootstrap over documents, of sums and of co-firing. Pure but for counts."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from metasae_lightning import functional
+from metasae_lightning.metrics.cofiring import PhiSample, paired
+from metasae_lightning.step import Codes
+
+
+def draws(documents: int, resamples: int, seed: int = 0) -> Float[Tensor, "resample document"]:
+    """How often each document is drawn when as many are drawn again, with replacement.
+
+    >>> draws(3, 5).sum(1).tolist()
+    [3.0, 3.0, 3.0, 3.0, 3.0]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(documents, (resamples, documents), generator=generator)
+    return torch.zeros(resamples, documents, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
+
+
+def interval(values: Float[Tensor, " resample"], level: float = 0.95) -> tuple[float, float]:
+    """The middle `level` of resampled values.
+
+    >>> interval(torch.arange(101.0), level=0.9)
+    (5.0, 95.0)
+    """
+    values = values.double()[values.isfinite()]
+    if not len(values):
+        return (float("nan"), float("nan"))
+    low, high = values.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return round(low, 9), round(high, 9)
+
+
+def jackknifed(point: float, without: Float[Tensor, " group"]) -> tuple[float, float]:
+    """95 % around a figure, from what it is without each group: `1.96 sqrt((g - 1) / g sum (f_i - mean f)^2)` to each side.
+
+    >>> jackknifed(2.0, torch.tensor([1.0, 3.0]))
+    (0.04, 3.96)
+    """
+    groups = len(without)
+    error = ((groups - 1) / groups * (without - without.mean()).square().sum()).sqrt().item() if groups > 1 else float("nan")
+    return round(point - 1.96 * error, 12), round(point + 1.96 * error, 12)
+
+
+def merged(
+    documents: Int[Tensor, " entry"], sums: Float[Tensor, "entry figure"]
+) -> tuple[Int[Tensor, " document"], Float[Tensor, "document figure"]]:
+    """Entries of the same document as one.
+
+    >>> merged(torch.tensor([4, 2, 4]), torch.tensor([[1.0], [5.0], [2.0]]))
+    (tensor([2, 4]), tensor([[5.],
+            [3.]]))
+    """
+    ids, place = documents.unique(return_inverse=True)
+    return ids, torch.zeros(len(ids), sums.shape[1], dtype=sums.dtype).index_add_(0, place, sums)
+
+
+class PhiByGroup:
+    """Counts of random pairs of latents in each group of documents: the excess of |phi| over its floor without some of them.
+
+    Args:
+        d_sae: Latents.
+        groups: Groups that documents are dealt to.
+        matchings: Random pairings of all latents; none is as many as 256 MiB of counts hold, 32 at most.
+    """
+
+    def __init__(self, d_sae: int, groups: int, *, matchings: int | None = None):
+        matchings = matchings or max(4, min(32, 2**26 // (d_sae * groups)))
+        partner = PhiSample(d_sae, matchings=matchings).partner
+        self.low = [(row >= 0).nonzero().flatten() for row in partner]
+        self.high = [row[low] for row, low in zip(partner, self.low, strict=True)]
+        self.partner = partner
+        self.together = torch.zeros(matchings, groups, d_sae, dtype=torch.int32)
+        self.firings = torch.zeros(groups, d_sae, dtype=torch.int32)
+        self.tokens = torch.zeros(groups, dtype=torch.float64)
+
+    def update(self, codes: Codes, group: Int[Tensor, " row"]) -> None:
+        """Add a batch, and which group each of its tokens is of."""
+        groups, width = self.firings.shape
+        place = group[codes.rows] * width + codes.latents
+        for hits, together in zip(paired(codes, self.partner), self.together, strict=True):
+            together += torch.bincount(place[hits], minlength=groups * width).view(groups, width).int()
+        self.firings += torch.bincount(place, minlength=groups * width).view(groups, width).int()
+        self.tokens += torch.bincount(group, minlength=groups)
+
+    def excess(self, weights: Float[Tensor, "resample group"]) -> Float[Tensor, " resample"]:
+        """Mean of |phi| less its floor over the pairs of live latents, with groups counted so often."""
+        n = (weights @ self.tokens)[:, None]
+        fired = weights @ self.firings.double()
+        total, pairs = torch.zeros(len(weights), dtype=torch.float64), torch.zeros(len(weights), dtype=torch.float64)
+        for together, low, high in zip(self.together, self.low, self.high, strict=True):
+            n11, n_i, n_j = weights @ together[:, low].double(), fired[:, low], fired[:, high]
+            live = (n_i > 0) & (n_i < n) & (n_j > 0) & (n_j < n)
+            over = functional.phi(n11, n_i, n_j, n).abs() - functional.phi_by_chance(n_i, n_j, n)
+            total += torch.where(live, over, 0.0).sum(1)
+            pairs += live.sum(1)
+        return total / pairs
+
+    def without_each(self) -> Float[Tensor, " group"]:
+        """The excess without each group.
+
+        Drawing groups again would not do: one that is drawn twice co-fires with itself, and by how much varies from draw to draw.
+        """
+        return self.excess(1 - torch.eye(len(self.tokens), dtype=torch.float64))

@@ -1,0 +1,213 @@
+"""SAEs to be measured: a run's, any SAELens folder or one from the Hub; and what each says it was trained on."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metasae_lightning.corpora.base import Corpus
+from metasae_lightning.corpora.python_docs import PythonDocs
+from metasae_lightning.corpora.sources import HubText, SavedDataset, TextFiles
+from metasae_lightning.errors import InputError
+from metasae_lightning.evaluation.result_cache import Ledger, digest, fingerprint
+from metasae_lightning.lm.backends import HuggingFaceLM, TransformerLensLM
+from metasae_lightning.lm.base import LanguageModel
+from metasae_lightning.run_folder import arms_in, run_of
+from metasae_lightning.sae import pretrained
+from metasae_lightning.step import Codes
+
+log = logging.getLogger(__name__)
+
+# Dense activations that are made at a time: 256 MiB of float32.
+AT_ONCE = 2**26
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An SAE for inference, and where what is found out about it is kept."""
+
+    name: str
+    """What tables call it."""
+    place: str
+    """Where it is from."""
+    folder: Path
+    """Where its record is: a run's own folder."""
+    sae: Any
+    """The SAE."""
+    run: Path | None = None
+    """The run of ours that it is of."""
+    arm: str = ""
+    """Which of the run's arms it is, where there are several."""
+    rule: dict[str, Any] = field(default_factory=dict)
+    """How its thresholds were set anew, if they were."""
+
+    @property
+    def record(self) -> Path:
+        """The file that its figures go into, an arm's into its part of the run's."""
+        return (self.run if self.arm and self.run else self.folder) / "evaluation.json"
+
+    @property
+    def slug(self) -> str:
+        """Its name in that of a file: an arm's with its run's."""
+        return f"{self.run.resolve().name}-{self.arm}" if self.arm and self.run else Path(self.name).name
+
+    @property
+    def ledger(self) -> Ledger:
+        """Pieces of its evaluation, which a run's arms share."""
+        return Ledger(self.record.parent / "evaluation")
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What it says of itself."""
+        return self.sae.cfg.metadata.to_dict()
+
+    @property
+    def hook_names(self) -> set[str]:
+        """Its hook's name, in either dialect."""
+        return {str(self.metadata[key]) for key in ("hook_name", "hf_hook_name") if self.metadata.get(key)}
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
+        """Its decoder."""
+        return self.sae.W_dec.detach()
+
+    @property
+    def target_l0(self) -> float | None:
+        """The L0 that it was trained at, where its architecture fixes it."""
+        k = (self.metadata.get("training_architecture_details") or {}).get("k", getattr(self.sae.cfg, "k", None))
+        return None if k is None else float(k)
+
+    @cached_property
+    def decoder_identity(self) -> dict[str, Any]:
+        """What figures of the decoder alone are a function of."""
+        return {"decoder": fingerprint({"W_dec": self.W_dec})}
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What its codes are a function of, but for the activations."""
+        return {"sae": fingerprint(self.sae.state_dict()), "config": {**self.sae.cfg.to_dict(), "metadata": None, "device": None}}
+
+    @torch.no_grad()
+    def read(self, x: Float[Tensor, "row d_in"]) -> tuple[Codes, Float[Tensor, "row d_in"]]:
+        """Codes and reconstruction of raw activations, some rows at a time."""
+        parts = list(self._parts(x))
+        return Codes.concatenate([codes for codes, _ in parts]), torch.cat([rebuilt for _, rebuilt in parts])
+
+    def rebuild(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
+        """The reconstruction alone."""
+        return torch.cat([rebuilt for _, rebuilt in self._parts(x)])
+
+    @torch.no_grad()
+    def _parts(self, x: Tensor) -> Iterator[tuple[Codes, Tensor]]:
+        for rows in x.to(self.sae.device, self.sae.dtype).split(max(1, AT_ONCE // len(self.W_dec))):
+            # A normaliser's figures of these rows lie in the SAE until they are decoded.
+            acts = self.sae.encode(rows)
+            yield Codes.from_dense(acts), self.sae.decode(acts).float()
+
+
+def subject(place: str, *, out: str | Path | None = None, device: str | torch.device = "cpu") -> Subject:
+    """The SAE of a run's folder, of a SAELens folder, or of `RELEASE:ID`."""
+    path = Path(place)
+    above = path.resolve().parents
+    if path.resolve().name == "primary" and above[0].name == "saes" and run_of(above[1]):
+        return subject(str(above[1]), out=out, device=device)  # a run's own, with the run's data
+    if names := arms_in(path):
+        raise InputError(f"{place} holds the arms {', '.join(names)}: name one, such as {path / 'arms' / names[0]}")
+    if run_of(path) or (path / "saes").exists():
+        if not (path / "saes" / "primary" / "cfg.json").exists():
+            raise InputError(f"{place}: the run holds no SAE under saes/primary: it did not end, or it had no Export among its callbacks")
+        sae = pretrained.load_pretrained(path / "saes" / "primary", device=device)
+        root = run_of(path) or path
+        arm = "" if root == path else path.resolve().name
+        return Subject(path.resolve().name, place, Path(out) if out else path, sae, run=root, arm="" if out else arm)
+    if path.is_dir() and not (path / "cfg.json").exists():
+        raise InputError(f"{place} is neither a run, which has saes/primary, nor a SAELens folder, which has cfg.json")
+    sae = pretrained.load_pretrained(place, device=device)
+    name = path.resolve().name if path.is_dir() else place.replace("/", "-").replace(":", "-")
+    short = digest({"place": str(path.resolve()) if path.is_dir() else place})[:6]
+    return Subject(name, place, Path(out) if out else Path("runs") / f"evaluation-{name}-{short}", sae)
+
+
+def check_same_activations(subjects: Sequence[Subject]) -> None:
+    """SAEs can be compared on activations that all of them read."""
+    first = subjects[0]
+    for other in subjects[1:]:
+        for key, words in (("model_name", "model"), ("hook_name", "hook")):
+            one, two = first.metadata.get(key), other.metadata.get(key)
+            if one and two and one != two and not (key == "hook_name" and first.hook_names & other.hook_names):
+                raise InputError(f"{first.place} and {other.place} do not read the same activations: {words} {one} and {two}")
+        one, two = first.W_dec.shape[1], other.W_dec.shape[1]
+        if one != two:
+            raise InputError(f"{first.place} and {other.place} do not read the same activations: d_in {one} and {two}")
+
+
+def model_of(subject: Subject) -> LanguageModel:
+    """The language model that an SAE says it reads."""
+    told = subject.metadata
+    name, hook = told.get("model_name"), told.get("hook_name")
+    if not name or not hook:
+        raise InputError(f"{subject.place} does not tell the model and the hook that it reads: name a recipe that does, --data RECIPE.yaml")
+    kwargs = told.get("model_from_pretrained_kwargs") or {}
+    if told.get("model_class_name") == "AutoModelForCausalLM" or told.get("hf_hook_name"):
+        return HuggingFaceLM(name, told.get("hf_hook_name") or hook, model_kwargs=kwargs)
+    return TransformerLensLM(name, hook, model_kwargs=kwargs)
+
+
+def corpus_of(subject: Subject) -> Corpus:
+    """The text that an SAE says it was trained on."""
+    path = subject.metadata.get("dataset_path")
+    if not path:
+        raise InputError(f"{subject.place} tells no dataset_path: name a recipe with text to measure on, --data RECIPE.yaml")
+    if str(path).startswith("docstrings of Python"):
+        return PythonDocs()
+    if Path(path).exists():
+        return (
+            SavedDataset(path) if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists() else TextFiles(path)
+        )
+    owner, _, rest = str(path).partition("/")
+    repository, _, configuration = rest.partition("/")
+    return HubText(f"{owner}/{repository}" if rest else owner, name=configuration or None)
+
+
+def only_hook(subject: Subject, data: Any) -> str:
+    """Have the data read the SAE's hook and no other."""
+    model = getattr(data, "language_model", None)
+    if model is None:
+        check_width(subject, data.d_in)
+        return "synthetic"
+    data.reading_cache = False  # codes belong to tokens, which a cache may not have
+    skeleton = model.skeleton()
+    names = {
+        hook: {hook, *filter(None, (skeleton.metadata(hook).get(key) for key in ("hook_name", "hf_hook_name")))} for hook in model.hooks
+    }
+    told = subject.hook_names
+    chosen = [hook for hook, known in names.items() if known & told] if told else model.hooks
+    if len(chosen) != 1:
+        what = " or ".join(sorted(told)) or "no hook that it names"
+        raise InputError(f"{subject.place} reads {what}, and the data give {', '.join(model.hooks)}")
+    named = subject.metadata.get("model_name")
+    if named and named != model.name:
+        log.warning("%s says that it reads %s, and the data are of %s", subject.place, named, model.name)
+    model.hooks = chosen
+    model.load()
+    data.batching = replace(data.batching, exhausted="end")  # no document twice
+    check_width(subject, model.d_model)
+    return chosen[0]
+
+
+def check_width(subject: Subject, d_in: int) -> None:
+    """An SAE reads activations of its width."""
+    if subject.W_dec.shape[1] != d_in:
+        raise InputError(f"{subject.place} reads activations {subject.W_dec.shape[1]} wide, and the data give {d_in}")
+
+
+def device_of(data: Any) -> torch.device:
+    """Where activations are."""
+    model = getattr(data, "language_model", None)
+    return torch.device("cpu") if model is None else model.device

@@ -1,0 +1,62 @@
+"""Run a language model with SAE reconstructions spliced into its activations, and measure its loss."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from metasae_lightning import functional
+from metasae_lightning.lm.base import LanguageModel
+from metasae_lightning.metrics.loss_recovered import Splice
+
+Rebuild = Callable[[Float[Tensor, "row d_in"]], Float[Tensor, "row d_in"]]
+
+
+@torch.no_grad()
+def losses(
+    model: LanguageModel,
+    tokens: Int[Tensor, "context position"],
+    visible: Bool[Tensor, "context position position"] | None,
+    where: Bool[Tensor, "context position"],
+    rebuild: Mapping[str, Rebuild],
+    mean: Float[Tensor, " d_in"],
+) -> dict[str, Float[Tensor, "kind context next"]]:
+    """Losses of each token after the first, for each of several reconstructions; the clean model and the ablations run once.
+
+    Positions that an SAE was not trained on (special tokens, the first few) keep their activations in all ways.
+    """
+    here, after = where.to(model.device), tokens[:, 1:].to(model.device)
+
+    def run(by: Rebuild) -> Tensor:
+        def edit(found: Tensor) -> Tensor:
+            return found.index_put((here,), by(found[here]).to(found.dtype))
+
+        return model.logits(tokens, visible, edit=edit)[:, :-1]
+
+    clean = model.logits(tokens, visible)[:, :-1]
+    ce_clean = functional.cross_entropy(clean, after)
+    ce_zero = functional.cross_entropy(run(torch.zeros_like), after)
+    ce_mean = functional.cross_entropy(run(lambda rows: mean.to(rows).expand_as(rows)), after)
+    found: dict[str, Tensor] = {}
+    for name, by in rebuild.items():
+        logits = run(by)
+        found[name] = torch.stack(
+            [ce_clean, functional.cross_entropy(logits, after), ce_zero, ce_mean, functional.kl_divergence(clean, logits)]
+        ).cpu()
+    return found
+
+
+def splice(
+    model: LanguageModel,
+    contexts: Iterable[
+        tuple[Int[Tensor, "context position"], Bool[Tensor, "context position position"] | None, Bool[Tensor, "context position"]]
+    ],
+    rebuild: Rebuild,
+    mean: Float[Tensor, " d_in"],
+    metric: Splice,
+) -> None:
+    """Run a complete model on contexts: their tokens, what each may attend to, and which positions are replaced and count."""
+    for tokens, visible, where in contexts:
+        found = losses(model, tokens, visible, where, {"sae": rebuild}, mean)["sae"]
+        metric.update(found.to(metric.device), where[:, 1:].to(metric.device))

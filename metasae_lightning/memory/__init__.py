@@ -1,0 +1,1 @@
+"""The memory that a run will take, measured before anything is loaded."""

@@ -1,0 +1,112 @@
+"""Torchmetric of how well an SAE recovers known features."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torchmetrics import Metric
+
+from metasae_lightning import functional
+from metasae_lightning.errors import InputError
+from metasae_lightning.step import Codes
+
+# Of a cosine: from here on a row is said to hold another's feature.
+FOREIGN = 0.2
+
+
+class FeatureRecovery(Metric):
+    """How well an SAE recovers known features: its decoder their directions, its latents their firings.
+
+    `mcc` is the mean absolute cosine under the best one-to-one match, `uniqueness` the number of features that are some row's nearest,
+    over the number of rows. Where firings were seen, each latent is a detector of the feature nearest to its row: `precision`, `recall`
+    and `f1` are means over latents. `absorbed` is the mean over features of how often, when a feature is there, its own latent (whose
+    row is nearest) is silent while one of another feature fires whose row holds some of this one beyond what the two features share.
+
+    >>> metric = FeatureRecovery(torch.eye(2))
+    >>> decoder, fired = torch.tensor([[0.0, -1.0], [2.0, 0.0], [3.0, 1.0]]), torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    >>> metric.update(decoder, Codes.from_dense(fired), Codes.from_dense(torch.tensor([[1.0, 0.0], [0.0, 1.0]])))
+    >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
+    {'mcc': 1.0, 'uniqueness': 0.667, 'precision': 0.833, 'recall': 1.0, 'f1': 0.889, 'absorbed': 0.0}
+    """
+
+    full_state_update = False
+    features: Tensor
+    decoder: Tensor
+    nearest: Tensor
+    both: Tensor
+    fired: Tensor
+    true: Tensor
+    absorbed: Tensor
+    own: Tensor
+    foreign: Tensor
+    tokens: Tensor
+
+    def __init__(self, features: Float[Tensor, "feature d_in"], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.register_buffer("features", functional.unit_rows(features.detach().float()))
+        # Every rank holds the same decoder: no state, which ranks would put together.
+        self.register_buffer("decoder", torch.zeros(0, features.shape[1]), persistent=False)
+        self.register_buffer("nearest", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("own", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("foreign", torch.zeros(0, len(features)), persistent=False)
+        for name, size in (("both", (0,)), ("fired", (0,)), ("true", (len(features),)), ("absorbed", (len(features),)), ("tokens", ())):
+            self.add_state(name, torch.zeros(size, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, W_dec: Float[Tensor, "d_sae d_in"], codes: Codes | None = None, features: Codes | None = None) -> None:
+        """Take a decoder, and a batch's codes with the true firings; what was counted with another decoder is forgotten."""
+        if not torch.equal(W_dec, self.decoder):
+            self.decoder = W_dec.detach().clone()
+            cosines = self._cosines()
+            self.nearest, self.own, self.foreign = cosines.argmax(1), cosines.argmax(0), self._foreign(cosines.argmax(1))
+            self.both, self.fired = torch.zeros_like(self.nearest), torch.zeros_like(self.nearest)
+            self.true, self.absorbed, self.tokens = (torch.zeros_like(count) for count in (self.true, self.absorbed, self.tokens))
+        if codes is None or features is None:
+            return
+        if codes.shape[0] != features.shape[0]:
+            raise InputError(
+                f"FeatureRecovery: codes and features must be of the same tokens, got {codes.shape[0]} and {features.shape[0]}"
+            )
+        width = features.shape[1]
+        hits = torch.isin(codes.rows * width + self.nearest[codes.latents], features.rows * width + features.latents)
+        self.both += torch.bincount(codes.latents[hits], minlength=codes.shape[1])
+        self.fired += codes.firings()
+        self.true += features.firings()
+        self.absorbed += torch.bincount(features.latents[self._taken_in(codes, features)], minlength=width)
+        self.tokens += codes.shape[0]
+
+    def reset(self) -> None:
+        """Forget the decoder too: its counts are gone."""
+        super().reset()
+        self.decoder = self.decoder[:0]
+
+    def _foreign(self, nearest: Tensor) -> Tensor:
+        """Ones where a row holds a feature that is not its own, beyond what its own has in common with that."""
+        signed = functional.unit_rows(self.decoder.float()) @ self.features.T
+        signed = signed * signed.gather(1, nearest[:, None]).sign()
+        beyond = signed - (self.features @ self.features.T)[nearest]
+        return (beyond >= FOREIGN).scatter(1, nearest[:, None], False).float()
+
+    def _taken_in(self, codes: Codes, features: Codes) -> Tensor:
+        """Of the true firings those that another feature's latent has taken in."""
+        silent = ~torch.isin(features.rows * codes.shape[1] + self.own[features.latents], codes.rows * codes.shape[1] + codes.latents)
+        fired = torch.zeros(codes.shape, device=codes.latents.device)
+        fired[codes.rows, codes.latents] = 1.0
+        return silent & ((fired @ self.foreign)[features.rows, features.latents] > 0)
+
+    def _cosines(self) -> Tensor:
+        return (functional.unit_rows(self.decoder.float()) @ self.features.T).abs()
+
+    def compute(self) -> dict[str, Tensor]:
+        """See the class."""
+        cosines = self._cosines()
+        matched = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
+        rows, columns = (torch.as_tensor(index, device=cosines.device) for index in matched)
+        tracked = torch.tensor(len(self.nearest.unique()), device=cosines.device)
+        figures = {"mcc": cosines[rows, columns].mean(), "uniqueness": tracked / len(self.nearest)}
+        if self.tokens:
+            scores = functional.detection(self.both.double(), self.fired.double(), self.true[self.nearest].double())
+            figures |= {name: score.mean() for name, score in zip(("precision", "recall", "f1"), scores, strict=True)}
+            figures["absorbed"] = (self.absorbed / self.true)[self.true > 0].double().mean()
+        return figures

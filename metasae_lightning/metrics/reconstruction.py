@@ -1,0 +1,78 @@
+"""Torchmetric of reconstruction quality."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics import Metric
+
+from metasae_lightning import functional
+from metasae_lightning.step import Codes
+
+# Norms are sorted into sixteenths of an octave, from 2^-20 to 2^40.
+OCTAVES, PARTS = (-20, 40), 16
+
+
+class Reconstruction(Metric):
+    """How well activations are rebuilt, from global sums, not from a mean of batch ratios.
+
+    `fvu`, `cosine`, `l2_ratio` (mean of ||xhat|| / ||x||), `gamma` (relative reconstruction bias, the factor by which reconstructions
+    should be divided: below 1 they are too short), `l0`, `l1`, and `error_q1` to `error_q4`, the squared error of tokens in each
+    quarter by norm as a share of their squared norm.
+
+    >>> metric = Reconstruction(d_in=1)
+    >>> x = torch.tensor([[0.0], [2.0]])
+    >>> metric.update(x, torch.ones(2, 1), Codes.from_dense(torch.tensor([[1.0, 1.0], [0.0, 0.0]])))
+    >>> {name: metric.compute()[name].item() for name in ("fvu", "l0", "l1", "gamma")}
+    {'fvu': 1.0, 'l0': 1.0, 'l1': 1.0, 'gamma': 1.0}
+    """
+
+    full_state_update = False
+    tokens: Tensor
+    total: Tensor
+    squares: Tensor
+    error: Tensor
+    active: Tensor
+    size: Tensor
+    cosine: Tensor
+    ratio: Tensor
+    length: Tensor
+    along: Tensor
+    by_norm: Tensor
+
+    def __init__(self, d_in: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("tokens", "squares", "error", "active", "size", "cosine", "ratio", "length", "along"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(d_in, dtype=torch.float64), dist_reduce_fx="sum")
+        # Of each bin: tokens, squared error, squared norm.
+        self.add_state("by_norm", torch.zeros(3, (OCTAVES[1] - OCTAVES[0]) * PARTS, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, x: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"], codes: Codes) -> None:
+        """Add a batch."""
+        x, reconstruction = x.double(), reconstruction.double()
+        for name, value in zip(("tokens", "total", "squares", "error"), functional.reconstruction_sums(x, reconstruction), strict=True):
+            setattr(self, name, getattr(self, name) + value)
+        for name, value in zip(("cosine", "ratio", "length", "along"), functional.agreement_sums(x, reconstruction), strict=True):
+            setattr(self, name, getattr(self, name) + value)
+        self.active += codes.values.numel()
+        self.size += codes.values.abs().sum()
+        squares = x.square().sum(-1)
+        place = ((squares.clamp(min=1e-300).log2() / 2 - OCTAVES[0]) * PARTS).long().clamp(0, self.by_norm.shape[1] - 1)
+        for row, values in zip(self.by_norm, (torch.ones_like(squares), (x - reconstruction).square().sum(-1), squares), strict=True):
+            row.index_add_(0, place, values)
+
+    def compute(self) -> dict[str, Tensor]:
+        """See the class."""
+        figures = {"fvu": functional.fvu_of_sums((self.tokens, self.total, self.squares, self.error))}
+        figures |= {"cosine": self.cosine / self.tokens, "l2_ratio": self.ratio / self.tokens, "gamma": self.length / self.along}
+        figures |= {"l0": self.active / self.tokens, "l1": self.size / self.tokens}
+        # A bin that lies across quarters gives each as much of itself as lies in it.
+        tokens, error, squares = self.by_norm
+        ends = tokens.cumsum(0)
+        for q in range(4):
+            within = ends.clamp(max=(q + 1) * self.tokens / 4) - (ends - tokens).clamp(min=q * self.tokens / 4)
+            share = within.clamp(min=0) / tokens.clamp(min=1)
+            figures[f"error_q{q + 1}"] = (share * error).sum() / (share * squares).sum()
+        return figures

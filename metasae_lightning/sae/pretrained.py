@@ -1,0 +1,138 @@
+"""SAELens SAEs: training SAEs built from a config, published SAEs loaded, measured and given thresholds."""
+
+import copy
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE, TrainingSAE, TrainingSAEConfig
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.batchtopk_sae import BatchTopK
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from metasae_lightning import functional
+from metasae_lightning.atomic_files import put
+from metasae_lightning.errors import InputError
+from metasae_lightning.redaction import hidden
+
+AnySAE = TrainingSAE[Any]
+
+
+def build(cfg: TrainingSAEConfig, *, role: str, seed: int) -> AnySAE:
+    """The training SAE of a config, in normalised space, initialised from `seed` alone."""
+    _check(cfg, role)
+    cfg = copy.deepcopy(cfg)
+    cfg.normalize_activations = "none"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sae = get_sae_training_class(cfg.architecture())[0](cfg)
+    if not isinstance(getattr(sae, "W_dec", None), torch.nn.Parameter):
+        raise InputError(f"{role}: architecture {cfg.architecture()!r} has no decoder matrix W_dec, which joint training is about")
+    return sae
+
+
+def _check(cfg: TrainingSAEConfig, role: str) -> None:
+    k = getattr(cfg, "k", None)
+    if k is not None and not 0 < k <= cfg.d_sae:
+        raise InputError(f"{role}.k must lie between 1 and d_sae={cfg.d_sae}, got {k}")
+    if min(cfg.d_in, cfg.d_sae) < 1:
+        raise InputError(f"{role}: d_in and d_sae must be positive, got {cfg.d_in} and {cfg.d_sae}")
+    if cfg.reshape_activations != "none":
+        raise InputError(f"{role}.reshape_activations must be none, got {cfg.reshape_activations!r}: flatten heads before the SAE")
+    if cfg.dtype != "float32" and cfg.dtype != "float64":
+        raise InputError(
+            f"{role}.dtype must be float32 (parameters stay in full precision; use trainer.precision: bf16-mixed), got {cfg.dtype!r}"
+        )
+
+
+def set_k(sae: AnySAE, k: float) -> None:
+    """Have a top-k SAE keep another number of latents, whole where it ranks each token apart."""
+    rule: Any = sae.activation_fn
+    if not hasattr(rule, "k"):
+        raise InputError(f"measured_k: a {sae.cfg.architecture()!r} SAE has no k")
+    sae.cfg.k = rule.k = k if isinstance(rule, BatchTopK) else max(1, round(k))
+
+
+PreActivations = Callable[[Tensor], Float[Tensor, "batch d_sae"]]
+
+
+def pre_activations(sae: Any) -> PreActivations | None:
+    """What an inference SAE compares with its thresholds, a function of raw activations; none where it has no thresholds."""
+    if not isinstance(getattr(sae, "threshold", None), Tensor):
+        return None
+    return lambda x: sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
+
+
+def load_pretrained(place: str | Path, *, device: str | torch.device = "cpu") -> SAE[Any]:
+    """A SAELens SAE for inference: from a folder, or by `RELEASE:ID` or `OWNER/REPOSITORY:ID` from the Hub."""
+    name = str(place)
+    try:
+        with warnings.catch_warnings():
+            # How the model is to be loaded; `subjects.model_of` does so.
+            warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
+            sae: Any = _found(name, str(device))
+    except InputError:
+        raise
+    # SAELens has a loader for every lab's format, and each raises what its libraries do.
+    except Exception as error:
+        said = " ".join(hidden(str(error)).split())[:300] or type(error).__name__
+        raise InputError(f"{name!r} cannot be loaded as a SAELens SAE: {said}") from error
+    if hasattr(sae.cfg, "d_out"):
+        raise InputError(f"{name!r} is a transcoder, which does not rebuild what it reads")
+    if sae.cfg.normalize_activations in ("expected_average_only_in", "constant_scalar_rescale", "covariance_whitening"):
+        scale = f"normalize_activations: {sae.cfg.normalize_activations}"
+        raise InputError(f"{name!r} takes activations that were scaled by a factor it does not hold ({scale}): fold it in first")
+    if broken := [key for key, tensor in sae.state_dict().items() if not tensor.isfinite().all()]:
+        raise InputError(f"{name!r} holds numbers that are none (NaN or infinite) in {', '.join(broken)}")
+    if getattr(sae, "hook_z_reshaping_mode", False):  # heads come flattened here
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    return sae.eval().requires_grad_(False)
+
+
+def _found(name: str, device: str) -> SAE[Any]:
+    if Path(name).is_dir():
+        return SAE.load_from_disk(name, device=device)
+    release, _, sae_id = name.partition(":")
+    if not sae_id:
+        raise InputError(f"{name!r} is no folder, and no SAE on the Hub: that would be RELEASE:ID")
+    return SAE.from_pretrained(release, sae_id, device=device)
+
+
+def set_thresholds(folder: str | Path, threshold: Float[Tensor, " d_sae"], metadata: Mapping[str, Any]) -> None:
+    """Write thresholds into a SAELens folder, and what is to be said of them into its record; the folder changes whole or not at all."""
+    folder = Path(folder)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        shutil.copytree(folder, draft)
+        weights = load_file(draft / SAE_WEIGHTS_FILENAME)
+        weights["threshold"] = threshold.to(weights["threshold"])
+        (draft / SAE_WEIGHTS_FILENAME).write_bytes(save(weights))
+        record = json.loads((draft / SAE_CFG_FILENAME).read_text())
+        record["metadata"] = {**record.get("metadata", {}), **metadata}
+        (draft / SAE_CFG_FILENAME).write_text(json.dumps(record))
+        put(draft, folder)
+    except OSError as error:
+        raise InputError(f"cannot write the SAE folder {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@torch.no_grad()
+def measure(sae: SAE[Any], samples: Sequence[Tensor]) -> tuple[float, float]:
+    """L0 and FVU over all samples of raw activations, from global sums."""
+    active, sums = 0, None
+    for x in samples:
+        codes = sae.encode(x)
+        active += int(codes.count_nonzero())
+        added = functional.reconstruction_sums(x, sae.decode(codes))
+        sums = added if sums is None else tuple(a + b for a, b in zip(sums, added, strict=True))
+    assert sums is not None
+    return active / sum(len(x) for x in samples), functional.fvu_of_sums(sums).item()  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,354 @@
+import ast
+import gzip
+import json
+import sysconfig
+import warnings
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from metasae_lightning.corpora import Corpus, HubText, InMemory, PythonDocs, SavedDataset, TextFiles, split_of
+from metasae_lightning.corpora.python_docs import _docstrings
+from metasae_lightning.errors import InputError
+
+PINNED = ["train", "train", "train", "train", "validation", "test", "validation", "train"]
+TEXTS = [f"text number {i}" for i in range(50)]
+
+
+def read(corpus: Corpus, **order) -> list:
+    return list(corpus.documents(**order))
+
+
+def refusal(corpus: Corpus) -> str:
+    with pytest.raises(InputError) as caught:
+        read(corpus)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def json_lines(file: Path, rows) -> Path:
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The same 50 texts four times: as paragraphs, as rows, as rows compressed, as a column."""
+    (tmp_path / "a.txt").write_text("\n\n".join(TEXTS) + "\n\n\n")
+    json_lines(tmp_path / "b.jsonl", [{"text": text, "n": 1} for text in TEXTS])
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
+        file.write("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    (tmp_path / "deeper").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "deeper" / "d.parquet")
+    (tmp_path / "notes.md").write_text("not a document")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.jsonl", "c.jsonl.gz", "deeper/d.parquet"])
+def test_each_format_gives_every_document_once(folder, name):
+    assert sorted(read(TextFiles(str(folder / name)))) == sorted(TEXTS)
+
+
+def test_folders_globs_and_lists_of_them(folder):
+    four = Counter(dict.fromkeys(TEXTS, 4))
+    assert Counter(read(TextFiles(str(folder)))) == four
+    assert Counter(read(TextFiles([str(folder / "*.*"), str(folder / "deeper"), str(folder / "a.txt")]))) == four
+    assert Counter(read(TextFiles(str(folder / "**" / "*.parquet")))) == Counter(TEXTS)
+
+
+def test_a_paragraph_keeps_its_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n   \n\n\nthree\n")
+    assert sorted(read(TextFiles(str(tmp_path)))) == ["one\ntwo", "three"]
+
+
+def saved(tmp_path) -> str:
+    datasets.Dataset.from_dict({"text": TEXTS, "ids": [[i, i + 1] for i in range(50)]}).save_to_disk(tmp_path / "saved")
+    return str(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("make", [lambda p: TextFiles(str(p / "b.jsonl")), lambda p: SavedDataset(saved(p)), lambda _: PythonDocs()])
+def test_the_order_is_a_function_of_seed_and_epoch(folder, make):
+    def first(**order):
+        return list(islice(make(folder).documents(**order), 40))
+
+    assert first(seed=1, epoch=2) == first(seed=1, epoch=2)
+    assert len({tuple(first(seed=s, epoch=e)) for s, e in ((0, 0), (0, 1), (1, 0), (1, 1))}) == 4
+
+
+def test_saved_datasets_their_splits_and_token_columns(tmp_path):
+    path = saved(tmp_path)
+    assert sorted(read(SavedDataset(path))) == sorted(TEXTS)
+    assert sorted(read(SavedDataset(path, "ids"))) == [[i, i + 1] for i in range(50)]
+    both = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "other")})
+    both.save_to_disk(tmp_path / "both")
+    assert read(SavedDataset(str(tmp_path / "both"), split="other")) == ["other"]
+    assert "train, other" in refusal(SavedDataset(str(tmp_path / "both"), split="tset"))
+
+
+def test_a_saved_format_does_not_change_token_columns(tmp_path):
+    data = datasets.Dataset.from_dict({"ids": [[1, 2], [3, 4]]}).with_format("torch")
+    data.save_to_disk(tmp_path / "formatted")
+    assert sorted(read(SavedDataset(str(tmp_path / "formatted"), "ids"))) == [[1, 2], [3, 4]]
+
+
+def test_token_columns_of_files(tmp_path):
+    json_lines(tmp_path / "a.jsonl", [{"ids": [1, 2]}, {"ids": [3]}])
+    pyarrow.parquet.write_table(pyarrow.table({"ids": [[1, 2], [3]]}), tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        assert sorted(read(TextFiles(str(tmp_path / name), column="ids"))) == [[1, 2], [3]]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_hub_dataset_is_read_through_datasets(folder, streaming, tmp_path, monkeypatch):
+    # A folder of files is a dataset of one `train` split to `datasets`, by the same code path as a hub name.
+    (tmp_path / "set").mkdir()
+    json_lines(tmp_path / "set" / "b.jsonl", [{"text": text} for text in TEXTS])
+    corpus = HubText(str(tmp_path / "set"), streaming=streaming)
+    assert sorted(read(corpus)) == sorted(TEXTS)
+    assert read(corpus) == read(corpus) != read(corpus, epoch=1)
+    assert "has no 'txet', it has text" in refusal(HubText(str(tmp_path / "set"), column="txet", streaming=streaming))
+
+
+def shards(folder: Path, kind: str) -> str:
+    """Five shards of 5, 6, 7, 8 and 9 documents, those of a parquet file in row groups of 3."""
+    folder.mkdir(parents=True)
+    for shard in range(5):
+        texts = [f"shard {shard} text {i}" for i in range(5 + shard)]
+        if kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / f"train-{shard}.parquet", row_group_size=3)
+        else:
+            json_lines(folder / f"train-{shard}.jsonl", [{"text": text} for text in texts])
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_streamed_windows_hold_every_document_once_in_shuffled_shards(tmp_path, kind):
+    path = shards(tmp_path / "set", kind)
+    # 35 documents in windows of 8: four whole ones and one of 3.
+    texts = read(HubText(path, shuffle_window=8), seed=1)
+    assert len(texts) == len(set(texts)) == 35
+    assert read(HubText(path, shuffle_window=8), seed=1) == texts != read(HubText(path, shuffle_window=8), seed=2)
+    assert list(HubText(path, shuffle_window=8).reader(seed=1)) == texts
+    # A window of one leaves the files as they are, one after another, in an order that the epoch decides.
+    plain = {epoch: read(HubText(path, shuffle_window=1), epoch=epoch) for epoch in (0, 1, 2)}
+    orders = {epoch: list(dict.fromkeys(text.split()[1] for text in plain[epoch])) for epoch in plain}
+    for epoch, order in orders.items():
+        assert plain[epoch] == [f"shard {shard} text {i}" for shard in order for i in range(5 + int(shard))]
+    assert len(set(map(tuple, orders.values()))) > 1
+    # A window shuffles what is in it and nothing else: eight at a time, they are the same documents as unshuffled.
+    plain = read(HubText(path, shuffle_window=1), seed=1)
+    assert texts != plain
+    assert [set(texts[i : i + 8]) for i in range(0, 35, 8)] == [set(plain[i : i + 8]) for i in range(0, 35, 8)]
+    # Each in an order of its own.
+    assert len({tuple(plain.index(text) - i for text in texts[i : i + 8]) for i in range(0, 32, 8)}) == 4
+
+
+class Numbers(Corpus):
+    """A corpus of a user's own, which knows nothing of readers."""
+
+    def documents(self, *, seed=0, epoch=0):
+        yield from (f"{seed} {epoch} {i}" for i in range(35))
+
+    def identity(self):
+        return "numbers"
+
+
+RESTARTED = {
+    "streamed parquet": lambda p: HubText(shards(p / "set", "parquet"), shuffle_window=8),
+    "streamed jsonl": lambda p: HubText(shards(p / "set", "jsonl"), shuffle_window=8),
+    "downloaded": lambda p: HubText(shards(p / "set", "parquet"), streaming=False),
+    "files": lambda p: TextFiles(shards(p / "set", "jsonl"), shuffle_window=8),
+    "saved": lambda p: SavedDataset(saved(p)),
+    "a user's own": lambda _: Numbers(),
+}
+
+
+@pytest.mark.parametrize("make", RESTARTED.values(), ids=RESTARTED)
+def test_a_reader_goes_on_from_its_state_with_the_very_next_document(tmp_path, make):
+    corpus, order = make(tmp_path), {"seed": 3, "epoch": 1}
+    whole = read(corpus, **order)
+    reader, states = corpus.reader(**order), []
+    for document in whole:
+        states.append(json.dumps(reader.state()))
+        assert next(reader) == document
+    states.append(json.dumps(reader.state()))
+    assert next(reader, None) is None
+    assert [json.loads(state)["documents"] for state in states] == list(range(len(whole) + 1))
+    # The start, the end, the ends of the shards and of the windows of 8 and what is beside them, and the middles.
+    for cut in [0, 1, 3, 7, 8, 9, 14, 16, 17, 22, 24, 31, 32, 33, 34, len(whole)]:
+        again = corpus.reader(**order, state=json.loads(states[cut]))
+        assert json.dumps(again.state()) == states[cut]
+        assert list(again) == whole[cut:]
+
+
+def test_what_goes_on_can_be_left_again(tmp_path):
+    corpus = HubText(shards(tmp_path / "set", "parquet"), shuffle_window=8)
+    texts, state = [], None
+    while len(texts) < 35:
+        reader = corpus.reader(state=state)
+        texts += islice(reader, 5)
+        state = reader.state()
+    assert texts == read(corpus)
+
+
+def test_a_dataset_that_changed_since_the_state_was_taken_is_told(tmp_path):
+    path = Path(shards(tmp_path / "set", "jsonl"))
+    reader = HubText(str(path), shuffle_window=8).reader()
+    assert len(list(islice(reader, 31))) == 31
+    # Another number of shards; the same number, and all that is left is the last one's only document.
+    (path / "train-5.jsonl").write_text('{"text": "more"}')
+    with pytest.raises(InputError, match="has 6 shards, it had 5 when reading began"):
+        list(HubText(str(path), shuffle_window=8).reader(state=reader.state()))
+    (path / "train-5.jsonl").unlink()
+    for file in path.glob("*"):
+        file.write_text('{"text": "less"}')
+    with pytest.raises(InputError, match="has changed since reading began: 7 documents were read where 1 are left"):
+        list(HubText(str(path), shuffle_window=8).reader(state=reader.state()))
+
+
+def test_numbers_that_cannot_be_are_refused():
+    for name, value in (("shuffle_window", 0), ("retries", -1), ("retry_seconds", -0.5)):
+        with pytest.raises(InputError, match=f"^{name} must be at least [01], got {value}$"):
+            HubText("org/name", **{name: value})
+
+
+def test_a_hub_that_is_away_or_does_not_know_is_one_line(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "the dataset 'no-such/dataset' cannot be read" in refusal(HubText("no-such/dataset"))
+
+
+def test_the_installed_documentation_is_docstrings_of_this_environment():
+    texts = list(islice(PythonDocs(min_characters=300).documents(), 300))
+    assert min(map(len, texts)) >= 300
+    # The control: shorter ones are there to be left out.
+    assert min(map(len, islice(PythonDocs(min_characters=1).documents(), 300))) < 300
+
+
+def test_docstrings_are_parsed_quietly_and_never_imported(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    marker = tmp_path / "imported"
+    method = '    async def f(self):\n        """Method.\n\n        Indented.\n        """\n'
+    (tmp_path / "good.py").write_text(f'"""Module."""\nopen({str(marker)!r}, "w")\nclass A:\n    """Class."""\n{method}')
+    (tmp_path / "template.py").write_text("def {{ name }}(:")
+    (tmp_path / "null.py").write_bytes(b'"""x"""\0')
+    (tmp_path / "latin.py").write_bytes(b'"""caf\xe9"""')
+    (tmp_path / "deep.py").write_text("x = " + "(" * 1000 + ")" * 1000)
+    (tmp_path / "warns.py").write_text('"""Warns."""\nx = "\\d"\nassert (1, 2)\n')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        texts = read(PythonDocs(min_characters=1))
+    assert sorted(texts) == ["Class.", "Method.\n\nIndented.", "Module.", "Warns."]
+    assert not marker.exists()
+
+
+def test_an_environment_without_packages_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "no package is installed" in refusal(PythonDocs())
+
+
+def test_what_cannot_be_read_is_one_line(folder, tmp_path):
+    assert "does not exist" in refusal(TextFiles(str(folder / "z.txt")))
+    assert "a.txt" in refusal(TextFiles(str(folder / "aa.txt")))  # the nearest
+    assert "does not exist" in refusal(TextFiles(str(folder / "*.nothing")))
+    assert "is none of .txt" in refusal(TextFiles(str(folder / "notes.md")))
+    (folder / "empty").mkdir()
+    assert "holds no .txt" in refusal(TextFiles(str(folder / "empty")))
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    assert "binary.txt' cannot be read" in refusal(TextFiles(str(folder / "binary.txt")))
+    (folder / "broken.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}' * 1000)[:-20])
+    assert "broken.jsonl.gz' cannot be read" in refusal(TextFiles(str(folder / "broken.jsonl.gz")))
+    (folder / "broken.parquet").write_bytes(b"PAR1 and no more")
+    assert "broken.parquet' is not a parquet file" in refusal(TextFiles(str(folder / "broken.parquet")))
+    assert "save_to_disk" in refusal(SavedDataset(str(folder)))
+    assert "save_to_disk" in refusal(SavedDataset(str(folder / "nowhere")))
+
+
+def test_a_broken_line_is_told_with_file_and_number(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": "b"\n{"text": "c"}')
+    line = refusal(TextFiles(str(tmp_path / "a.jsonl")))
+    assert "a.jsonl' line 3 is not JSON" in line
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n["b"]')
+    assert "line 2 must be an object with 'text', it is list" in refusal(TextFiles(str(tmp_path / "b.jsonl")))
+
+
+def test_a_missing_column_is_told_with_those_there_are_the_nearest_first(tmp_path):
+    json_lines(tmp_path / "a.jsonl", [{"id": 1, "content": "a", "url": "b"}])
+    assert "line 1 has no 'contents', it has content, id, url" in refusal(TextFiles(str(tmp_path / "a.jsonl"), column="contents"))
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1], "content": ["a"]}), tmp_path / "a.parquet")
+    assert "has no 'contents', it has content, id" in refusal(TextFiles(str(tmp_path / "a.parquet"), column="contents"))
+    assert "has no 'txt', it has text, ids" in refusal(SavedDataset(saved(tmp_path), "txt"))
+
+
+def test_a_column_of_neither_text_nor_tokens_is_told(tmp_path):
+    json_lines(tmp_path / "a.jsonl", [{"text": 3.5}])
+    assert "must be text or a list of token ids, it is float" in refusal(TextFiles(str(tmp_path / "a.jsonl")))
+    json_lines(tmp_path / "b.jsonl", [{"text": None}])
+    assert "it is NoneType" in refusal(TextFiles(str(tmp_path / "b.jsonl")))
+
+
+def test_splits_are_stable_disjoint_and_of_the_sizes_asked():
+    # Pinned: another hash would move documents between training and evaluation of runs that were made with this one.
+    assert [split_of(f"text number {i}", 0.2) for i in range(8)] == PINNED
+    assert split_of([1, 2, 3], 0.3) == split_of([1, 2, 3], 0.3)
+    shares = Counter(split_of(str(i), 0.02) for i in range(20_000))
+    # Binomial(20000, 0.02): 400 with a standard deviation of 20.
+    assert abs(shares["validation"] - 400) < 80
+    assert abs(shares["test"] - 400) < 80
+
+
+def test_a_larger_held_out_share_keeps_validation_out_of_training():
+    for text in TEXTS:
+        if split_of(text, 0.1) == "validation":
+            assert split_of(text, 0.2) == "validation"
+
+
+def test_documents_in_memory_come_once_each_in_an_order_of_the_seed_and_epoch():
+    texts = [f"text {i}" for i in range(20)]
+    corpus = InMemory(texts, "mine")
+    first = list(corpus.documents(seed=1))
+    assert sorted(first) == sorted(texts) and first == list(corpus.documents(seed=1)) and texts == [f"text {i}" for i in range(20)]
+    assert first != list(corpus.documents(seed=2)) and first != list(corpus.documents(seed=1, epoch=1))
+    assert corpus.identity() == "mine" and corpus.settings() == {}
+
+
+NESTED = '''
+"""module"""
+def f(a=lambda: 1):
+    """f"""
+    if a:
+        class Inside:
+            """inside"""
+            async def g(self):
+                """g"""
+    else:
+        def h():
+            """h"""
+    try:
+        pass
+    except ValueError:
+        def in_handler():
+            """handler"""
+    finally:
+        def at_last():
+            """last"""
+    match a:
+        case 1:
+            def in_case():
+                """case"""
+    return "no docstring"
+'''
+
+
+def test_docstrings_are_those_that_a_walk_through_everything_finds(tmp_path):
+    (tmp_path / "nested.py").write_text(NESTED)
+    (tmp_path / "single.py").write_text("'quoted once'\n")
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    expected = [ast.get_docstring(node) for node in ast.walk(ast.parse(NESTED)) if isinstance(node, kinds)]
+    assert list(_docstrings(tmp_path / "nested.py")) == expected and len(expected) == 8
+    assert list(_docstrings(tmp_path / "single.py")) == []

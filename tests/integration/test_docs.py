@@ -1,0 +1,83 @@
+"""What the documents tell people to type works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from lightning import Trainer
+
+from metasae_lightning.cli import commands, lightning_cli
+from metasae_lightning.cli.lightning_cli import MetasaeCLI
+from metasae_lightning.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text()
+FIT = re.compile(r"^    (metasae (?:fit|cache) [^#\n]*)", re.MULTILINE)
+# What a launcher is given to run: the command line behind `cli.py` or `metasae`.
+LAUNCHED = re.compile(r"^    (?:torchrun|srun) [^#\n]*?(?:cli\.py|metasae) (fit [^#\n]*)", re.MULTILINE)
+MEASURING = re.compile(r"^    (metasae (?:test|calibrate|compare|report|publish) [^#\n]*)", re.MULTILINE)
+COMMANDS = [line.strip() for text in DOCUMENTS for line in FIT.findall(text.read_text().replace("\\\n", " "))]
+COMMANDS += [f"metasae {line.strip()}" for text in DOCUMENTS for line in LAUNCHED.findall(text.read_text().replace("\\\n", " "))]
+# Overlays that a document shows, by the name that it gives them.
+OVERLAYS = dict(re.findall(r"`(\w+\.yaml)`:\n\n```yaml\n(.*?)```", "\n".join(text.read_text() for text in DOCUMENTS), re.DOTALL))
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_is_something_to_type():
+    assert len(COMMANDS) >= 8 and len(BLOCKS) >= 2
+    assert len([command for command in COMMANDS if "-c nodes" in command]) == 2  # torchrun's and srun's
+    assert len(OVERLAYS) == len([command for command in COMMANDS if any(name in command for name in OVERLAYS)]) == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_documents_parses(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    seen: list[str] = []
+    monkeypatch.setattr(MetasaeCLI, "instantiate_classes", lambda self: seen.append(self.run_directory.as_posix()))
+    monkeypatch.setattr(MetasaeCLI, "_run_subcommand", lambda self, subcommand: None)
+    (tmp_path / "there.ckpt").touch()
+    monkeypatch.setattr(lightning_cli, "last", lambda run: "there.ckpt")  # of a run that is gone on with
+    monkeypatch.chdir(tmp_path)
+    for name, overlay in OVERLAYS.items():
+        Path(name).write_text(overlay)
+    assert lightning_cli.main(shlex.split(command)[1:]) == 0
+    assert seen[0].startswith("runs/")
+
+
+@pytest.mark.parametrize("command", [line.strip() for text in DOCUMENTS for line in MEASURING.findall(text.read_text())])
+def test_a_measuring_command_of_the_documents_parses(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def opened(places: list[str], out: str | None = None) -> None:
+        raise InputError(f"opens {len(places)}")
+
+    monkeypatch.setattr(measure, "opened", opened)
+    monkeypatch.setattr(commands.report, "study", opened)
+    words = shlex.split(command)[1:]
+    if "--ckpt_path" in words:
+        assert not commands.is_ours(words)
+        return
+    assert lightning_cli.main(words) == 2
+    assert re.search(r"metasae: error: opens [12]$", capsys.readouterr().err.strip())
+
+
+def test_the_readmes_own_activations_train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (block,) = [block for block in BLOCKS if "JointSAE" in block]
+    monkeypatch.chdir(tmp_path)
+    quiet = "enable_progress_bar=False, enable_model_summary=False, logger=False, enable_checkpointing=False"
+    assert "logger=False" in block
+    names: dict[str, object] = {"Trainer": Trainer}
+    exec(block.replace("logger=False", quiet), names)
+    assert int(names["module"].primary.steps) == 50  # type: ignore[attr-defined]
+    assert int(names["module"].meta.steps) == 25  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("text", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(text: Path):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text.read_text()):
+        assert (text.parent / target).exists(), target
+
+
+def test_make_targets_named_in_the_documents_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {name for text in [*DOCUMENTS, ROOT / "CONTRIBUTING.md"] for name in re.findall(r"(?:`|    )make ([a-z-]+)", text.read_text())}
+    assert {"quickstart", "test"} <= named <= targets

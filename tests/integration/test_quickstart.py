@@ -1,0 +1,57 @@
+"""The embedded default on its real language model."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import SAE
+
+from metasae_lightning import ActivationsDataModule, functional, run_folder
+from metasae_lightning.cli import main
+from metasae_lightning.corpora import PythonDocs
+from metasae_lightning.lm import HuggingFaceLM
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def held_out() -> torch.Tensor:
+    """Raw activations of the recipe's test documents, which neither training nor calibration reads."""
+    model = HuggingFaceLM("smollm2-135m-instruct", "blocks.15.hook_resid_post")
+    sizes = {"tokens": 1024, "batch_size": 1024, "buffer_size": 1024, "test_tokens": 131_072}
+    data = ActivationsDataModule(model, PythonDocs(), held_out=0.05, skip_positions=2, max_norm_ratio=10, **sizes)
+    data.setup()
+    return torch.cat([batch.activations for batch in data.test_dataloader()])
+
+
+def measured(folder: Path, x: torch.Tensor) -> tuple[float, float]:
+    sae = SAE.load_from_disk(folder)
+    with torch.no_grad():
+        codes = sae.encode(x)
+        return (codes > 0).sum(-1).float().mean().item(), functional.fvu(x, sae.decode(codes)).item()
+
+
+def checked(run: Path, x: torch.Tensor, arm: str = "") -> dict[str, float]:
+    reported = run_folder.of_arm(run_folder.read(run / "evaluation.json"), arm)["validation"]
+    l0, fvu = measured((run / "arms" / arm if arm else run) / "saes" / "primary", x)
+    print(f"{run.name}: on {len(x)} fresh raw tokens L0 {l0:.2f}, FVU {fvu:.4f}; the run reports FVU {reported['primary']['fvu']:.4f}")
+    assert abs(l0 / 32 - 1) <= 0.02
+    assert abs(fvu - reported["primary"]["fvu"]) <= 0.01
+    return {**reported["primary"], "tokens": reported["tokens"]}
+
+
+def test_after_only_fifty_steps_the_folder_is_right(held_out: torch.Tensor, tmp_path: Path):
+    assert main(["fit", "-c", "quickstart", "-c", "joint", "--run", str(tmp_path / "fifty"), "--data.init_args.tokens", "51200"]) == 0
+    checked(tmp_path / "fifty", held_out)
+
+
+def test_the_quickstart_holds_what_it_promises(held_out: torch.Tensor, tmp_path: Path):
+    run = Path(os.environ.get("QUICKSTART_RUN", tmp_path / "quickstart"))  # a finished run, to save the minutes
+    if not run.exists():
+        assert main(["fit", "-c", "quickstart", "--run", str(run)]) == 0
+    found = checked(run, held_out, "joint")
+    assert found["tokens"] >= 200_000 and found["fvu"] < 0.3 and found["dead"] < 0.05
+    for name in ("primary", "meta"):
+        weights = SAE.load_from_disk(run / "arms" / "joint" / "saes" / name).state_dict()
+        assert all(torch.isfinite(tensor).all() for tensor in weights.values())

@@ -1,0 +1,387 @@
+"""The page: its numbers are those that were measured, it needs nothing from elsewhere, and whatever text is in it is text."""
+
+import base64
+import copy
+import csv
+import gzip
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from scipy import stats
+
+from metasae_lightning import functional, report
+from metasae_lightning.cli import main
+from metasae_lightning.report import latent_browser, study, write
+from metasae_lightning.report.conclusions import ROWS
+from metasae_lightning.report.latent_browser import browsed, decoder
+from metasae_lightning.report.load_runs import Arm, gather, metrics
+from metasae_lightning.report.seeds import Group, baseline, difference, grouped, headline
+from metasae_lightning.report.write import fitting
+from tests.evaluation.test_evaluate import QUICK
+from tests.helpers.judged import HOOK, recipe, sae
+
+HOSTILE = [
+    "<script>alert('a')</script> & <img src=x onerror=alert(1)>",
+    "</script><script>document.title='b'</script> document with nothing else in it",
+    "right to left: \u202e\u05e9\u05dc\u05d5\u05dd\u202c \u0645\u0631\u062d\u0628\u0627 and back",
+    "control \x00\x01\x07\x1b[31m characters \u200b\ufeff and \u2028 separators",
+    "w" * 4000,
+]
+PENALTY = {"class_path": "metasae_lightning.penalties.Decomposability", "init_args": {"weight": 0.3, "sigma_sq": 1.0}}
+
+
+def model(weight: float | None, seed: int) -> dict[str, Any]:
+    """An arm's part of a config: no penalty, or one."""
+    penalty = copy.deepcopy(PENALTY)
+    penalty["init_args"]["weight"] = weight
+    return {
+        "init_args": {
+            "seed": seed,
+            "meta": None if weight is None else {"class_path": "x"},
+            "penalties": {} if weight is None else {"d": penalty},
+        }
+    }
+
+
+def arms_run(folder: Path, name: str, arms: dict[str, tuple[float | None, int]], **data: Any) -> Path:
+    """A run with several arms as one leaves it."""
+    place = folder / name
+    place.mkdir(parents=True)
+    models = {arm: model(*of) for arm, of in arms.items()}
+    (place / "config.yaml").write_text(
+        yaml.safe_dump({"data": recipe(folder, **data), "model": {"init_args": {"arms": models}}}, sort_keys=False)
+    )
+    told = {"model_name": str(folder / "model"), "hook_name": HOOK, "training_architecture_details": {"k": 8.0}, "training_tokens": 2048}
+    lines = [["step", "epoch", *(f"{arm}/{key}" for arm in arms for key in ("train/tokens", "train/fvu", "val/fvu"))]]
+    for step in range(1, 5):
+        lines.append([str(step), "0", *(str(x) for _ in arms for x in (64 * step, 0.9 / step, ""))])
+    lines.append(["4", "0", *(x for _ in arms for x in ("", "", "0.3"))])
+    (place / "metrics.csv").write_text("".join(",".join(line) + "\n" for line in lines))
+    for number, (arm, (weight, _)) in enumerate(arms.items()):
+        sae(number, **told).save_model(place / "arms" / arm / "saes" / "primary")
+        if weight is not None:
+            sae(100 + number, 12, threshold=0.3).save_model(place / "arms" / arm / "saes" / "meta")
+    return place
+
+
+FOUR = {"solo-seed0": (None, 0), "solo-seed1": (None, 1), "joint-seed0": (0.3, 0), "joint-seed1": (0.3, 1)}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Solo and joint with two seeds each, measured, on text that means harm."""
+    folder = tmp_path_factory.mktemp("report")
+    recipe(folder)
+    texts = [json.loads(line)["text"] for line in (folder / "text.jsonl").read_text().splitlines()]
+    hostile = [f"{text} {i}" for i in range(12) for text in HOSTILE]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, *hostile]))
+    place = arms_run(folder, "run <i>&amp;", FOUR)
+    assert main(["test", str(place), *(f"--{name}={value}" for name, value in QUICK.items())]) == 0
+    # Whole, whatever contexts and tokens cut it into.
+    latents = place / "arms" / "solo-seed0" / "latents.json.gz"
+    told = json.loads(gzip.decompress(latents.read_bytes()))
+    first = next(iter(told["contexts"]))
+    told["contexts"][first] = [{"document": 0, "at": 0, "tokens": [text, " end"], "values": [1.0, 0.5]} for text in HOSTILE]
+    latents.write_bytes(gzip.compress(json.dumps(told).encode()))
+    return place
+
+
+@pytest.fixture(scope="module")
+def page(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    assert main(["report", str(measured), "--out", str(out)]) == 0
+    return out
+
+
+class Read(HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags, self.links, self.texts, self.cells = list[str](), list[str](), list[str](), list[str]()
+        self._in: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data", "srcset")]
+        self._in.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._in and self._in.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if not self._in or self._in[-1] not in ("script", "style"):
+            self.texts.append(data)
+        if self._in and self._in[-1] == "td":
+            self.cells[-1] += data
+
+
+def latents_of(text: str) -> list[dict[str, Any]]:
+    found = re.search(r'<script type="text/plain" id="latents">([A-Za-z0-9+/=]*)</script>', text)
+    assert found
+    return json.loads(gzip.decompress(base64.b64decode(found[1])))
+
+
+def test_the_numbers_are_those_that_were_measured(measured: Path, page: Path):
+    record = json.loads((measured / "evaluation.json").read_text())["arms"]
+    told = json.loads((page / "report" / "table.json").read_text())
+    with (page / "report" / "table.csv").open(newline="") as file:
+        lines = {line["arm"]: line for line in csv.DictReader(file)}
+    assert [row["arm"] for row in told["arms"]] == list(FOUR) == list(lines)
+    for row in told["arms"]:
+        figures = record[row["arm"]]["evaluation"]["figures"]
+        for kind, of in figures.items():
+            for name, value in of.items():
+                if isinstance(value, float):
+                    assert row[f"{kind}/{name}"] == value and float(lines[row["arm"]][f"{kind}/{name}"]) == value
+        assert row["fvu/low"] == record[row["arm"]]["evaluation"]["intervals"]["fvu"][0]
+    # In the page, the mean over seeds.
+    cells = Read((page / "report.html").read_text()).cells
+    for kind, name, digits in (("phi", "excess", ".3e"), ("reconstruction", "fvu", ".4f"), ("critic", "fve", ".4f")):
+        for group in ("solo", "joint"):
+            both = [record[f"{group}-seed{seed}"]["evaluation"]["figures"][kind][name] for seed in (0, 1)]
+            assert f"{sum(both) / 2:{digits}}".replace("-", "\u2212") in cells
+
+
+def test_seeds_are_paired_and_the_interval_is_students(measured: Path):
+    groups = study([str(measured)]).groups
+    assert [(group.name, len(group.arms)) for group in groups] == [("solo", 2), ("joint", 2)]
+    solo, joint = groups
+    found = difference(joint, solo, "phi/excess")
+    assert found is not None and found.seeds == 2
+    paired = stats.ttest_rel(joint.values("phi/excess"), solo.values("phi/excess")).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((paired.low, paired.high), rel=1e-9)
+    assert found.value == pytest.approx((found.low + found.high) / 2)
+    # With seeds of their own there are no pairs.
+    other = Group("joint", [Arm(arm.name, arm.place, {**arm.recipe, "seed": arm.seed + 10}, arm.record) for arm in joint.arms])
+    apart = difference(other, solo, "phi/excess")
+    welch = stats.ttest_ind(joint.values("phi/excess"), solo.values("phi/excess"), equal_var=False).confidence_interval(0.95)
+    assert apart is not None and (apart.low, apart.high) == pytest.approx((welch.low, welch.high), rel=1e-9)
+
+
+def test_of_one_seed_the_interval_is_of_documents(measured: Path):
+    found = study([str(measured / "arms" / "solo-seed0"), str(measured / "arms" / "joint-seed0")])
+    change = difference(found.groups[1], found.groups[0], "phi/excess", "phi_excess")
+    against = found.arms[1].entry["against"]["differences"]["phi_excess"]  # type: ignore[index]
+    assert change is not None and [change.low, change.high] == against["interval"] and change.value == pytest.approx(against["difference"])
+    assert any("says nothing of other seeds" in line for line in found.verdict.beside)
+    # An interval against another SAE than the baseline is not this one's.
+    found.groups[0].arms[0].record["evaluation"]["weights"] = "others"
+    other = difference(found.groups[1], found.groups[0], "phi/excess", "phi_excess")
+    assert other is not None and other.low != other.low
+
+
+def entry(excess: float, fvu: float = 0.2, l0: float = 8.0, **more: Any) -> dict[str, Any]:
+    figures = {"phi": {"excess": excess, "mean_abs": excess + 1e-4}, "reconstruction": {"fvu": fvu, "l0": l0}}
+    return {"evaluation": {"figures": figures, "tokens": 9, "data": {}, "rule": {"rule": "rate", "l0": 8}, "intervals": {}, **more}}
+
+
+def arm(name: str, weight: float | None, seed: int, record: dict[str, Any]) -> Arm:
+    return Arm(name, Path(name), model(weight, seed)["init_args"], record)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ((-3e-5, -3.1e-5, -2.9e-5), "fire together less than solo's"),
+        ((3e-5, 3.1e-5, 2.9e-5), "fire together more than solo's"),
+        ((-3e-5, 4e-5, 1e-6), "neither less nor more"),
+    ],
+)
+def test_the_verdict_says_which_way_and_only_if_it_is_sure(changes: tuple[float, ...], says: str):
+    arms = [arm(f"solo-seed{s}", None, s, entry(1e-4 + s * 1e-6)) for s in range(3)]
+    arms += [arm(f"joint-seed{s}", 0.3, s, entry(1e-4 + s * 1e-6 + change, 0.21)) for s, change in enumerate(changes)]
+    said = report.verdict(grouped(arms))
+    assert says in said.sentence and said.sure
+    assert any(line.startswith("Variance unexplained: +5.0 %") for line in said.beside)
+    assert any("over 3 seeds" in line for line in said.beside)
+
+
+def test_what_was_measured_otherwise_is_not_compared():
+    one = arm("solo", None, 0, entry(1e-4))
+    for other, says in (
+        (entry(5e-5, tokens=10), "not on as many tokens"),
+        (entry(5e-5, data={"corpus": "another"}), "not on the same text"),
+        (entry(5e-5, rule={"rule": "rate", "l0": 9}), "by other thresholds"),
+        (entry(5e-5, l0=8.6), "not at the same L0"),
+    ):
+        said = report.verdict(grouped([one, arm("joint", 0.3, 0, other)]))
+        assert not said.sure and says in said.sentence and "metasae test" in said.beside[0]
+    assert report.verdict(grouped([one])).sentence.startswith("One SAE alone")
+    assert "nothing tells how sure" in report.verdict(grouped([one, arm("joint", 0.3, 0, entry(5e-5))])).sentence
+
+
+def test_arms_of_one_recipe_are_one_group_and_solo_is_what_others_are_held_against():
+    arms = [arm("joint", 0.3, 0, {}), arm("control", 0.0, 0, {}), arm("solo", None, 0, {}), arm("heavier", 1.0, 0, {})]
+    groups = grouped(arms)
+    base = baseline(groups)
+    assert base is not None and base.name == "solo"
+    assert headline(groups, base) is groups[0]
+    assert [group.decomposability for group in groups] == [(0.3, 1.0), None, None, (1.0, 1.0)]
+    # Two runs of one recipe and seed are no two seeds.
+    assert [len(group.arms) for group in grouped([arm("a", 0.3, 0, {}), arm("b", 0.3, 0, {}), arm("c", 0.3, 1, {})])] == [2, 1]
+
+
+def test_the_papers_table_has_ours_beside_it():
+    arms = [arm("solo", None, 0, entry(1e-4)), arm("joint", 0.3, 0, entry(0.9e-4, 0.22)), arm("other", 0.7, 0, entry(1e-4))]
+    rows = report.beside_the_paper(grouped(arms))
+    assert {(row.weight, row.sigma_sq) for row in rows} == set(ROWS)
+    (ours,) = [row for row in rows if row.ours is not None]
+    assert (ours.weight, ours.sigma_sq, ours.phi, ours.error, ours.loss) == (0.3, 1.0, -7.5, 9.3, 3.1)
+    assert ours.own_excess is not None and ours.own_excess.percent[0] == pytest.approx(-10)
+    assert ours.own_error is not None and ours.own_error.percent[0] == pytest.approx(10)
+    assert report.beside_the_paper(grouped([arm("solo", None, 0, entry(1e-4)), arm("other", 0.7, 0, entry(1e-4))])) == []
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_holds_text_as_text(measured: Path, page: Path):
+    text = (page / "report.html").read_text()
+    read = Read(text)
+    assert len(text.encode()) < 5_000_000
+    assert not [link for link in read.links if not link.startswith("#")]
+    assert "default-src 'none'" in text and not re.search(r"url\((?!#)|@import", text)
+    # What is a script is ours: one that holds letters, and one that is the page's.
+    assert read.tags.count("script") == 2 and read.tags.count("img") == 0 and read.tags.count("i") == 0
+    assert read.tags.count("svg") >= 5
+    assert any("run <i>&amp;" in part for part in read.texts)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e\u200b\ufeff]", text)
+    shown = "".join("".join(context[1]) for arm in latents_of(text) for row in arm["rows"] for context in row[6])
+    assert all(text in shown for text in HOSTILE)
+
+
+def test_the_latents_are_those_of_two_arms_with_what_lies_near(measured: Path, page: Path):
+    solo, joint = latents_of((page / "report.html").read_text())
+    assert (solo["name"], joint["name"], solo["other"], joint["other"]) == ("solo-seed0", "joint-seed0", 1, 0)
+    rows = {name: functional.unit_rows(sae(seed).W_dec.detach()) for seed, name in ((0, "solo"), (2, "joint"))}
+    meta = sae(102, 12, threshold=0.3)
+    for number, firings, largest, near, match, metas, contexts in joint["rows"]:
+        cosines = rows["joint"][number] @ rows["joint"].T
+        cosines[number] = -1
+        assert near[0] == [int(cosines.argmax()), pytest.approx(cosines.max().item(), abs=1e-3)]
+        across = rows["solo"] @ rows["joint"][number]
+        assert match == [int(across.argmax()), pytest.approx(across.max().item(), abs=1e-3)]
+        parts = meta.encode(rows["joint"][number][None])[0].detach()
+        assert [place for place, _ in metas] == parts.topk(4).indices[parts.topk(4).values > 0].tolist()
+        assert firings > 0 and largest > 0 and 1 <= len(contexts) <= 3
+    shares = meta.encode(rows["joint"]).detach()
+    largest = int(shares.amax(0).argmax())
+    assert joint["metas"][largest][0] == [int(shares[:, largest].argmax()), pytest.approx(shares[:, largest].max().item(), abs=1e-3)]
+    assert solo["metas"] == [] and all(row[5] == [] for row in solo["rows"])
+
+
+def test_a_page_that_would_be_too_large_shows_fewer_latents_from_rare_to_common(measured: Path, monkeypatch: pytest.MonkeyPatch):
+    found = study([str(measured)])
+    decoders = [decoder(arm) for arm in found.browsed]
+    whole, few = (browsed(found.browsed, decoders, most) for most in (1000, 5))
+    monkeypatch.setattr(latent_browser, "ROWS", 7)
+    assert browsed(found.browsed, decoders, 1000) == whole
+    firings = sorted(row[1] for row in whole[0]["rows"])
+    assert len(few[0]["rows"]) == 5 and few[0]["live"] == len(whole[0]["rows"])
+    assert {firings[0], firings[-1]} <= {row[1] for row in few[0]["rows"]}
+    size = len(fitting(found, {}).encode())
+    monkeypatch.setattr(write, "LARGEST", size - 1000)
+    smaller = fitting(found, {})
+    assert len(smaller.encode()) <= size - 1000
+    kept = [len(one["rows"]) for one in latents_of(smaller)]
+    assert 0 < min(kept) < len(firings)
+
+
+def test_what_is_missing_is_said_and_the_rest_is_drawn(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    shutil.copytree(measured, run)
+    record = json.loads((run / "evaluation.json").read_text())
+    del record["arms"]["solo-seed1"]
+    record["arms"]["joint-seed1"] = {"validation": {"stopped": "loss is nan at step 7"}}
+    (run / "evaluation.json").write_text(json.dumps(record))
+    (run / "arms" / "solo-seed0" / "latents.json.gz").unlink()
+    shutil.rmtree(run / "arms" / "joint-seed1")
+    (run / "metrics.csv").unlink()
+    assert main(["report", str(run)]) == 0
+    out, text = capsys.readouterr().out, "".join(Read((run / "report.html").read_text()).texts)
+    lacking = {"joint-seed1": ("it stopped: loss is nan", "no SAE"), "solo-seed1": ("no evaluation",), "solo-seed0": ("nothing of single",)}
+    for name, parts in lacking.items():
+        for words in (f"{name}: {part}" for part in parts):
+            assert words in out and words in text
+    assert "no metrics.csv" in text
+    assert {path.stem for path in (run / "report").glob("*.svg")} == {"tradeoff", "phi", "decoder", "critic", "latents"}
+    assert [one["name"] for one in latents_of((run / "report.html").read_text())] == ["joint-seed0"]
+    # A run of which there is nothing but its config.
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(run / "config.yaml", bare)
+    assert main(["report", str(bare)]) == 0
+    assert "no co-firing measured" in (bare / "report.html").read_text()
+
+
+def test_a_resumed_runs_curves_are_put_together(tmp_path: Path):
+    head = "step,epoch,train/tokens,train/fvu,val/fvu\n"
+    (tmp_path / "metrics.1.csv").write_text(head + "1,0,10,0.9,\n2,0,20,0.8,\n2,0,,,0.85\n3,0,30,0.71,\n")
+    (tmp_path / "metrics.csv").write_text(head + "3,0,30,0.7,\n4,0,40,0.6,\n4,0,,,0.65\n5,0,50,0.")
+    found = metrics(tmp_path)
+    assert found["train/fvu"] == [(10, 0.9), (20, 0.8), (30, 0.7), (40, 0.6), (50, 0.0)]
+    assert found["val/fvu"] == [(20, 0.85), (40, 0.65)]
+
+
+def test_the_same_runs_make_the_same_page(measured: Path, page: Path, tmp_path: Path):
+    assert main(["report", str(measured), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_bytes() == (page / "report.html").read_bytes()
+    for path in (page / "report").glob("*.[cjs]*"):
+        assert (tmp_path / "report" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_figures_are_files_too(page: Path):
+    names, drawn = {path.stem for path in (page / "report").glob("*.png")}, {path.stem for path in (page / "report").glob("*.svg")}
+    assert names == drawn == {"tradeoff", "phi", "decoder", "critic", "latents", "training"}
+    assert all((page / "report" / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in names)
+    assert "currentColor" not in (page / "report" / "phi.svg").read_text()
+
+
+def test_the_terminal_has_the_table_and_the_answer(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["report", str(measured), "--out", str(tmp_path), "--title", "[red]Two seeds"]) == 0
+    out = capsys.readouterr().out
+    assert "[red]Two seeds" in out and "2 seeds" in out and "excess |phi|" in out
+    assert study([str(measured)]).verdict.sentence in " ".join(out.split())
+    assert "[red]Two seeds" in (tmp_path / "report.html").read_text()
+
+
+def test_mistakes_are_a_line_and_the_page_before_stays(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    shutil.copytree(measured, run)
+    (run / "report.html").write_text("the page before")
+
+    def refused(*args: str) -> str:
+        assert main(["report", *args]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
+    assert "there is no such run" in refused(str(tmp_path / "nowhere"))
+    assert "is no run" in refused(str(tmp_path))
+    latents = run / "arms" / "solo-seed0" / "latents.json.gz"
+    latents.write_bytes(latents.read_bytes()[:100])
+    assert f"{latents} is damaged" in refused(str(run))
+    (run / "evaluation.json").write_text("{")
+    assert "evaluation.json cannot be read" in refused(str(run))
+    assert (run / "report.html").read_text() == "the page before" and not list(run.glob(".report*"))
+    (tmp_path / "mine" / "report").mkdir(parents=True)
+    assert "no report of ours" in refused(str(measured), "--out", str(tmp_path / "mine"))
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused(str(measured), "--out", str(tmp_path / "file"))
+
+
+def test_runs_of_their_own_are_told_apart(measured: Path, tmp_path: Path):
+    other = tmp_path / "again"
+    shutil.copytree(measured, other)
+    names = [arm.name for arm in gather([str(measured), str(other)])]
+    assert len(set(names)) == 8 and names[0] == f"{measured}/solo-seed0"
+    assert torch.equal(torch.tensor([arm.seed for arm in gather([str(measured)])]), torch.tensor([0, 1, 0, 1]))

@@ -1,0 +1,208 @@
+"""Runs that start from another SAE: found wherever it is, refused where it does not fit or is broken, and not needed to go on."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from metasae_lightning.cli import main
+from metasae_lightning.sae.conversion import disagreements, official
+from tests.helpers.judged import D_IN, HOOK, recipe, sae
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{what}")
+    for what in (".*LeafSpec.*:FutureWarning", "The dirpath has changed", "Using ModelCheckpoint with manual")
+]
+WEIGHTS = "saes/primary/sae_weights.safetensors"
+
+
+def written(folder: Path, **more: Any) -> Path:
+    """A recipe on a tiny model whose primary and meta start from what `more` says."""
+    primary = {"class_path": "sae_lens.JumpReLUTrainingSAEConfig", "init_args": {"d_in": D_IN, "d_sae": 48, "l0_coefficient": 0.01}}
+    meta = {"class_path": "sae_lens.BatchTopKTrainingSAEConfig", "init_args": {"d_in": D_IN, "d_sae": 8, "k": 2}}
+    penalties = {"decomposability": {"class_path": "Decomposability", "init_args": {"weight": 0.3, "sigma_sq": 1.0}}}
+    model = {"primary": primary, "meta": meta, "penalties": penalties, "n_p": 5, "n_m": 2, **more}
+    callbacks = [{"class_path": name} for name in ("HeldOut", "Export", "Summary")]
+    saving = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"save_last": "link", "save_top_k": -1, "every_n_train_steps": 8},
+    }
+    tree = {
+        "model": {"class_path": "metasae_lightning.JointSAE", "init_args": model},
+        "data": recipe(folder),
+        "trainer": {"accelerator": "cpu", "callbacks": [*callbacks, saving]},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def source(folder: Path, name: str = "source", **told: Any) -> Path:
+    """A run's folder that holds an SAE for the primary and one for the meta."""
+    about = {"model_name": str(folder / "model"), "hook_name": HOOK, "context_size": 16, "prepend_bos": True, **told}
+    sae(threshold=0.5, **about).save_model(folder / name / "saes" / "primary")
+    sae(1, 8, 0.1).save_model(folder / name / "saes" / "meta")
+    return folder / name
+
+
+def failing(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert main(["fit", *args]) == 2
+    lines = [line for line in capsys.readouterr().err.split("\n") if line.startswith("metasae: error: ")]
+    assert len(lines) == 1
+    return lines[0].removeprefix("metasae: error: ")
+
+
+def test_a_run_starts_from_another_and_goes_on_without_it(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    place = source(tmp_path)
+    path = written(tmp_path, init_from=str(place), meta_init_from=str(place))
+    with caplog.at_level("INFO"):
+        assert main(["fit", "-c", str(path), "--run", str(tmp_path / "one")]) == 0
+    said = [record.getMessage() for record in caplog.records if f"from {place}" in record.getMessage()]
+    assert [line.split()[0] for line in said] == ["primary", "meta"]
+    assert "jumprelu: FVU" in said[0] and "jumprelu as batchtopk" in said[1] and "ranks a batch's activations" in said[1]
+    # Near where it began: 32 steps at 3e-4 turn no row by much, and a random start is at right angles.
+    rows, began = (load_file(folder / WEIGHTS)["W_dec"] for folder in (tmp_path / "one", place))
+    cosines = torch.nn.functional.cosine_similarity(rows, began)
+    assert cosines.min() > 0.9 and cosines.max() < 1 - 1e-7
+    told = json.loads((tmp_path / "one" / "saes" / "primary" / "cfg.json").read_text())["metadata"]
+    assert told["hook_name"] == HOOK and told["init_from"] == str(place)
+    # From the middle on, when the source is gone: the same bits at the end.
+    place.rename(tmp_path / "away")
+    middle = sorted((tmp_path / "one" / "checkpoints").glob("epoch*.ckpt"), key=lambda path: path.stat().st_mtime_ns)[1]
+    assert main(["fit", "-c", str(path), "--run", str(tmp_path / "two"), "--ckpt_path", str(middle)]) == 0
+    again = load_file(tmp_path / "two" / WEIGHTS)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in load_file(tmp_path / "one" / WEIGHTS).items())
+
+
+@pytest.mark.parametrize(
+    ("told", "what"),
+    [
+        ({"model_name": "gpt2"}, "the model gpt2, and this run's is"),
+        ({"hook_name": "blocks.0.hook_resid_post"}, f"the hook blocks.0.hook_resid_post, and this run's is {HOOK}"),
+        ({"context_size": 1024}, "the context 1024, and this run's is 16"),
+        ({"prepend_bos": False}, "the context prepend_bos: False, and this run's is prepend_bos: True"),
+    ],
+)
+def test_other_data_are_refused_unless_meant(told: dict[str, Any], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    place = source(tmp_path, **told)
+    path = written(tmp_path, init_from=str(place))
+    said = failing(capsys, "-c", str(path), "--run", str(tmp_path / "one"))
+    assert what in said and not (tmp_path / "one" / "config.yaml").exists()
+    meant = said[said.index("{place") :]
+    written(tmp_path, init_from=yaml.safe_load(meant))
+    assert main(["fit", "-c", str(path), "--run", str(tmp_path / "one")]) == 0
+
+
+def lose_a_tensor(place: Path) -> None:
+    weights = load_file(place / WEIGHTS)
+    weights.pop("b_enc")
+    save_file(weights, place / WEIGHTS)
+
+
+def change_a_shape(place: Path) -> None:
+    weights = load_file(place / WEIGHTS)
+    save_file({**weights, "b_enc": torch.zeros(7)}, place / WEIGHTS)
+
+
+def put_a_nan(place: Path) -> None:
+    weights = load_file(place / WEIGHTS)
+    weights["W_enc"][3, 5] = float("nan")
+    save_file(weights, place / WEIGHTS)
+
+
+class Bite:
+    """What a pickle would do to whoever reads it."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("bitten"),))
+
+
+def pickled(place: Path) -> None:
+    (place / WEIGHTS).write_bytes(pickle.dumps(Bite()))
+
+
+def torch_saved(place: Path) -> None:
+    torch.save({"W_dec": Bite()}, place / WEIGHTS)
+
+
+def without_weights(place: Path) -> None:
+    (place / WEIGHTS).unlink()
+
+
+def unknown_architecture(place: Path) -> None:
+    path = place / "saes" / "primary" / "cfg.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architecture": "crosscoder"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lose_a_tensor, 'Missing key(s) in state_dict: "b_enc"'),
+        (change_a_shape, "size mismatch for b_enc"),
+        (put_a_nan, "holds numbers that are none (NaN or infinite) in W_enc"),
+        (pickled, "cannot be loaded as a SAELens SAE"),
+        (torch_saved, "cannot be loaded as a SAELens SAE"),
+        (without_weights, "sae_weights.safetensors"),
+        (unknown_architecture, "crosscoder"),
+    ],
+)
+def test_a_broken_folder_is_refused(
+    damage: Callable[[Path], None], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    place = source(tmp_path)
+    damage(place)
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path, init_from=str(place))
+    assert says in failing(capsys, "-c", str(path), "--run", str(tmp_path / "one"))
+    assert not (tmp_path / "bitten").exists() and not (tmp_path / "one" / "config.yaml").exists()
+    # The pickle bites whoever unpickles it.
+    if damage is pickled:
+        pickle.loads((place / WEIGHTS).read_bytes())
+        assert (tmp_path / "bitten").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ({"init_from": "no/such:thing"}, "'no/such:thing' cannot be loaded as a SAELens SAE"),
+        ({"init_from": "nowhere"}, "'nowhere' is no folder, and no SAE on the Hub: that would be RELEASE:ID"),
+        ({"init_from": "gpt2-small-res-jb:blocks.99.hook_resid_pre"}, "ID blocks.99.hook_resid_pre not found in release"),
+        ({"meta_init_from": "SOURCE", "meta": None, "penalties": {}}, "meta_init_from: there is no meta SAE: set model.meta"),
+        ({"init_from": {"place": "SOURCE", "anyway": ["weather"]}}, "anyway: expected one of 'model', 'hook', 'context', got weather"),
+    ],
+)
+def test_what_cannot_be_started_from(
+    model: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nothing is asked for again and again
+    place = str(source(tmp_path))
+    given = yaml.safe_load(yaml.safe_dump(model).replace("SOURCE", place))
+    assert says in failing(capsys, "-c", str(written(tmp_path, **given)), "--run", str(tmp_path / "one"))
+
+
+def test_widths_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = written(tmp_path, init_from=str(source(tmp_path)))
+    said = failing(capsys, "-c", str(path), "--run", str(tmp_path / "one"), "--model.init_args.primary.init_args.d_sae", "64")
+    assert f"primary.d_sae is 64, and {tmp_path / 'source'} has 48: set d_sae: 48" in said
+    arm = tmp_path / "source" / "arms" / "joint"
+    (arm / "saes").mkdir(parents=True)
+    (tmp_path / "source" / "saes" / "primary").rename(arm / "saes" / "primary")
+    said = failing(capsys, "-c", str(path), "--run", str(tmp_path / "one"))
+    assert f"holds no SAE under saes/primary: name one of its arms, such as {arm}" in said
+    (arm / "saes" / "primary" / "cfg.json").unlink()
+    (tmp_path / "source" / "arms" / "joint").rename(tmp_path / "elsewhere")
+    assert "holds no SAE under saes/primary" in failing(capsys, "-c", str(path), "--run", str(tmp_path / "one"))
+
+
+def test_names_of_one_model_are_one():
+    assert official("gpt2-small") == official("gpt2") == official("openai-community/gpt2")
+    assert official("gemma-2-9b") == official("google/gemma-2-9b") != official("google/gemma-2-9b-it")
+    one = {"hook_name": "blocks.3.hook_resid_post"}
+    assert disagreements(one, {"hook_name": "model.layers.3"}) and not disagreements(one, {**one, "hf_hook_name": "model.layers.3"})
+    assert not disagreements({}, {"model_name": "gpt2", **one, "context_size": 8, "prepend_bos": True})

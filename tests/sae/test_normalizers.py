@@ -1,0 +1,74 @@
+"""From a run's learner to what a stranger loads from the Hub: the same codes and reconstructions of raw activations, whatever the SAE."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from metasae_lightning.sae.normalizers import ExpectedAverage
+from tests.helpers.architectures import ARCHITECTURES, activations
+from tests.helpers.hub import Hub
+from tests.sae.test_pretrained import NORMALIZERS, TENSORS, exported, trained
+
+pytestmark = pytest.mark.filterwarnings("ignore:decoder_init_norm must be set")
+ROOT, TOKEN = Path(__file__).parents[2], "hf_testtoken"
+CASES = [(name, norm) for name in ARCHITECTURES for norm in NORMALIZERS if (name, norm) != ("matching_pursuit", "covariance_whitening")]
+LOAD = """
+import sys
+from safetensors.torch import load_file, save_file
+from sae_lens import SAE
+x, found = load_file(sys.argv[1])["x"], {}
+for name in sys.argv[3:]:
+    sae = SAE.from_pretrained("someone/saes", name)
+    codes = sae.encode(x)
+    found |= {f"{name} codes": codes.detach(), f"{name} rebuilt": sae.decode(codes).detach()}
+save_file(found, sys.argv[2])
+"""
+
+
+def ours(module: Any, x: Tensor) -> dict[str, Tensor]:
+    """The evaluation form: the training SAE in its own space, but for the threshold in place of a batch's ranking."""
+    sae, norm = module.primary.sae, module.primary.normalizer
+    z, undo = norm.normalize(x)
+    codes = sae.encode(z)
+    if "batchtopk" in sae.cfg.architecture():
+        threshold = sae.topk_threshold / (1 - (1 - sae.cfg.topk_threshold_lr) ** int(module.primary.updates))
+        _, hidden = sae.encode_with_hidden_pre(z)
+        codes = hidden.relu() * (hidden > threshold)
+    rebuilt = norm.restore(sae.decode(codes), undo)
+    directions = getattr(sae.cfg, "rescale_acts_by_decoder_norm", sae.cfg.architecture() == "matching_pursuit")
+    if isinstance(norm, ExpectedAverage) and directions:  # where rows are directions, what multiplies them is in raw activations' units
+        codes = codes / norm.factor.float()
+    return {"codes": codes.detach(), "rebuilt": rebuilt.detach()}
+
+
+# Every case is trained, exported and published into one repository by one client; another client loads them all.
+def test_what_is_loaded_does_what_the_run_did(tmp_path: Path):
+    x, known, folders = activations(77, rows=256) + 2.0, dict[str, dict[str, Tensor]](), dict[str, Path]()
+    for name, normalizer in CASES:
+        module, case = trained(name, steps=20, normalize_activations=normalizer, offset=2.0), f"{name}/{normalizer}"
+        folders[case] = tmp_path / "saes" / case
+        exported(module, folders[case])
+        known[case] = ours(module, x)
+    with Hub(tmp_path / "hub", token=TOKEN) as hub:
+        (tmp_path / "home").mkdir()
+        environment = hub.environment(tmp_path / "home", HF_TOKEN=TOKEN, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+        send = "import sys; from pathlib import Path; from metasae_lightning.sae import publish; root = Path(sys.argv[1]); "
+        send += "publish({name: root / name for name in sys.argv[2:]}, 'hf://someone/saes')"
+        save_file({"x": x}, tmp_path / "x.safetensors")
+        calls = [[send, str(tmp_path / "saes"), *folders], [LOAD, str(tmp_path / "x.safetensors"), str(tmp_path / "found"), *folders]]
+        for code, *args in calls:
+            done = subprocess.run([sys.executable, "-c", code, *args], env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "found")
+    for case, (name, _) in zip(known, CASES, strict=True):
+        assert set(load_file(tmp_path / "hub" / "models" / "someone" / "saes" / case / "sae_weights.safetensors")) == TENSORS[name]
+        codes, rebuilt = found[f"{case} codes"], found[f"{case} rebuilt"]
+        same = ((codes != 0) == (known[case]["codes"] != 0)).all(-1)
+        assert same.float().mean() > 0.97, case  # a pre-activation on the very edge may fall to either side in fp32
+        for theirs, mine in ((codes, known[case]["codes"]), (rebuilt, known[case]["rebuilt"])):
+            assert (theirs - mine)[same].abs().max() <= 1e-5 * mine.abs().max(), case

@@ -1,0 +1,176 @@
+"""The door to SAELens: what goes out works on raw activations, in SAELens's own hands."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE
+from sae_lens.registry import get_sae_training_class
+from safetensors.torch import load_file
+
+from metasae_lightning import functional
+from metasae_lightning.errors import InputError
+from metasae_lightning.sae import export, forward, pretrained
+from metasae_lightning.sae.normalizers import normalizer_of
+from metasae_lightning.sae.thresholds import global_threshold
+from metasae_lightning.step import Batch
+from metasae_lightning.training import JointSAE
+from tests.helpers.architectures import ARCHITECTURES, D_IN, activations, config, optimizers
+
+NORMALIZERS = ["none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening"]
+TENSORS = {
+    "standard": {"W_enc", "W_dec", "b_enc", "b_dec"},
+    "gated": {"W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"},
+    "jumprelu": {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"},
+    "topk": {"W_enc", "W_dec", "b_enc", "b_dec"},
+    "batchtopk": {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"},
+    "matryoshka_batchtopk": {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"},
+    "abstopk": {"W_enc", "W_dec", "b_enc", "b_dec"},
+    "matching_pursuit": {"W_dec", "b_dec"},
+}
+pytestmark = pytest.mark.filterwarnings("ignore:decoder_init_norm must be set")
+
+
+def trained(name: str, *, steps: int = 30, offset: float = 0.0, **kw: Any) -> JointSAE:
+    module = JointSAE(config(name, **kw), decoder_rows="free", dead_after_tokens=128)
+    optimizer, _ = optimizers(module, lr=3e-3)
+    for i in range(steps):
+        module.step(Batch(activations(i) + offset), optimizer)
+    return module
+
+
+def exported(module: JointSAE, folder: Path, **kw: Any) -> export.ExportRecord:
+    learner = module.primary
+    return export.export(learner.sae, folder, normalizer=learner.normalizer, updates=int(learner.updates), **kw)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_folder_does_on_raw_activations_what_training_did(name: str, normalizer: str, tmp_path: Path):
+    if (name, normalizer) == ("matching_pursuit", "covariance_whitening"):
+        with pytest.raises(ValueError, match="not supported for MatchingPursuit"):  # a tied encoder cannot absorb the whitening
+            trained(name, normalize_activations=normalizer)
+        return
+    module = trained(name, normalize_activations=normalizer, offset=2.0)
+    folder = tmp_path / "saes" / "primary"
+    exported(module, folder)
+    assert set(load_file(folder / "sae_weights.safetensors")) == TENSORS[name]
+    loaded, x = SAE.load_from_disk(folder), activations(77, rows=256) + 2.0
+    sae, norm = module.primary.sae, module.primary.normalizer
+    z, undo = norm.normalize(x)
+    codes = sae.encode(z)
+    if "batchtopk" in name:  # per token, by the threshold instead of the batch's ranking
+        threshold = sae.topk_threshold / (1 - (1 - sae.cfg.topk_threshold_lr) ** int(module.primary.updates))
+        _, hidden = sae.encode_with_hidden_pre(z)
+        codes = hidden.relu() * (hidden > threshold)
+    rebuilt = norm.restore(sae.decode(codes), undo)
+    ours, theirs = rebuilt.detach(), loaded.decode(loaded.encode(x)).detach()
+    same = ((codes != 0) == (loaded.encode(x) != 0)).all(-1)
+    assert same.float().mean() > 0.97  # a pre-activation on the very edge may fall to either side in fp32
+    torch.testing.assert_close(theirs[same], ours[same], rtol=1e-4, atol=1e-4)
+
+
+# Whoever hooks the SAE in hands it heads apart; training and our own readers have them flat.
+def test_an_sae_of_heads_takes_heads(tmp_path: Path):
+    module = trained("jumprelu")
+    exported(module, tmp_path / "x", metadata={"hook_name": "blocks.1.attn.hook_z"}, samples=[activations(3)])
+    loaded, ours, x = SAE.load_from_disk(tmp_path / "x"), pretrained.load_pretrained(tmp_path / "x"), activations(77)
+    heads = x.view(len(x), 4, 4)
+    assert loaded(heads).shape == heads.shape
+    torch.testing.assert_close(loaded(heads).flatten(1), ours(x))
+
+
+def test_leaving_the_normaliser_out_is_noticed(tmp_path: Path):
+    module = trained("batchtopk", normalize_activations="expected_average_only_in", offset=2.0)
+    learner = module.primary
+    wrong = export.export(learner.sae, tmp_path / "x", normalizer=normalizer_of("none", D_IN), updates=int(learner.updates))
+    x = activations(77) + 2.0
+    loaded = SAE.load_from_disk(wrong.folder)
+    right = SAE.load_from_disk(exported(module, tmp_path / "y").folder)
+    assert functional.fvu(x, loaded(x)) > 1.2 * functional.fvu(x, right(x))
+
+
+@pytest.mark.parametrize("steps", [5, 50, 300])
+def test_exported_l0_is_the_training_l0_after_any_number_of_steps(steps: int, tmp_path: Path):
+    module = trained("batchtopk", steps=steps)
+    samples = [activations(10_000 + i, rows=512) for i in range(8)]
+    record = exported(module, tmp_path / "sae", samples=samples)
+    fresh = torch.cat([activations(20_000 + i, rows=512) for i in range(8)])
+    l0 = (SAE.load_from_disk(tmp_path / "sae").encode(fresh) > 0).sum(-1).float().mean().item()
+    assert record.l0 == pytest.approx(4.0, rel=0.02)
+    assert l0 == pytest.approx(4.0, rel=0.03)
+    if steps < 300:  # control: what SAELens itself would save, a running mean that began at 0
+        module.primary.sae.save_inference_model(tmp_path / "raw")
+        raw = (SAE.load_from_disk(tmp_path / "raw").encode(fresh) > 0).sum(-1).float().mean().item()
+        assert raw > 4.0 * 1.05
+
+
+def test_the_record_is_measured_on_the_saved_folder(tmp_path: Path):
+    module = trained("batchtopk")
+    samples = [activations(10_000 + i, rows=512) for i in range(4)]
+    record = exported(module, tmp_path / "sae", samples=samples, metadata={"model_name": "m", "hook_name": "blocks.1.hook_resid_pre"})
+    loaded, x = SAE.load_from_disk(tmp_path / "sae"), torch.cat(samples)
+    assert record.fvu == pytest.approx(functional.fvu(x, loaded(x)).item(), rel=1e-5)
+    assert record.tokens == 2048 and record.target_l0 == 4.0
+    cfg = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    assert cfg["architecture"] == "jumprelu" and cfg["device"] == "cpu"
+    assert cfg["metadata"]["hook_name"] == "blocks.1.hook_resid_pre" and cfg["metadata"]["training_architecture"] == "batchtopk"
+
+
+def test_an_export_leaves_the_sae_in_training_alone_and_replaces_whole_folders(tmp_path: Path):
+    module = trained("batchtopk", normalize_activations="covariance_whitening")
+    before, state = {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state()
+    exported(module, tmp_path / "sae", samples=[activations(1)])
+    exported(module, tmp_path / "sae", samples=[activations(1)])
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [path.name for path in tmp_path.iterdir()] == ["sae"]
+
+
+def test_an_export_that_fails_keeps_the_folder_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    module = trained("batchtopk", steps=3)
+    exported(module, tmp_path / "sae")
+    kept = (tmp_path / "sae" / "sae_weights.safetensors").read_bytes()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(module.primary.sae), "save_inference_model", full)
+    with pytest.raises(InputError, match=r"cannot write the SAE folder .*No space left"):
+        exported(module, tmp_path / "sae")
+    assert (tmp_path / "sae" / "sae_weights.safetensors").read_bytes() == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["sae"]
+
+
+def test_global_threshold_keeps_exactly_what_is_asked_even_where_one_batch_has_most():
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.rand(100, 200, generator=generator) * scale for scale in (0.01, 0.01, 0.01, 5.0)]
+    for target in (1.0, 3.5, 40.0):
+        threshold, _ = global_threshold(lambda x: x, batches, target)
+        kept = sum(int((batch > threshold).sum()) for batch in batches)
+        assert kept == round(target * 400)
+
+
+def test_a_diverged_sae_has_no_threshold():
+    with pytest.raises(InputError, match="the SAE has diverged"):
+        global_threshold(lambda x: x * float("inf"), [torch.ones(4, 8)], 1.0)
+
+
+def test_saelens_layer_norm_aux_loss_would_have_raised():
+    """Why normalisers live outside: SAELens's TopK refuses its auxiliary loss under layer_norm as soon as a latent is dead."""
+    module = trained("batchtopk", normalize_activations="layer_norm", d_sae=400)
+    assert module.primary.dead.any()
+    inside = get_sae_training_class("batchtopk")[0](config("batchtopk", normalize_activations="layer_norm"))
+    with pytest.raises(ValueError, match="does not support activation normalization"):
+        forward.passes_of(inside, "dense").train(activations(0), dead=torch.ones(48, dtype=torch.bool), step=0, alone=True)
+
+
+def test_no_warning_of_saelens_escapes(tmp_path: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module = trained("batchtopk", steps=2)
+        record = exported(module, tmp_path / "sae", samples=[activations(0)])
+    assert record.tokens == 64

@@ -1,0 +1,74 @@
+"""Thresholds on a real language model: what each rule promises, on fresh tokens, after few steps and after many."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch import Callback
+from sae_lens import SAE, BatchTopKTrainingSAEConfig
+from torch.optim import Adam
+
+from metasae_lightning import ActivationsDataModule, JointSAE
+from metasae_lightning.corpora import PythonDocs
+from metasae_lightning.lm import HuggingFaceLM
+from metasae_lightning.sae import export, pretrained
+from metasae_lightning.sae.thresholds import calibrate
+from metasae_lightning.step import Batch
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")]
+K, STEPS = 32, (50, 300, 1000)
+
+
+class Snapshots(Callback):
+    """Exports after so many steps, each into a folder of its own."""
+
+    def __init__(self, folder: Path, samples: list[torch.Tensor]):
+        self.folder, self.samples = folder, samples
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        steps = int(pl_module.primary.steps)
+        if steps in STEPS:
+            learner = pl_module.primary
+            about = {"normalizer": learner.normalizer, "updates": int(learner.updates), "samples": self.samples}
+            export.export(learner.sae, self.folder / str(steps), **about)
+
+
+def l0(sae: Any, batches: list[torch.Tensor]) -> float:
+    return sum(int((sae.encode(x) > 0).sum()) for x in batches) / sum(map(len, batches))
+
+
+def test_rules_hold_on_fresh_tokens_of_a_real_model(tmp_path: Path):
+    model = HuggingFaceLM("smollm2-135m-instruct", "blocks.15.hook_resid_post", device="cpu")
+    sizes = {"tokens": 256 * STEPS[-1], "batch_size": 256, "buffer_size": 16_384, "validation_tokens": 131_072, "test_tokens": 131_072}
+    data = ActivationsDataModule(model, PythonDocs(), held_out=0.05, skip_positions=2, max_norm_ratio=10, **sizes)
+    data.setup()
+    samples, fresh = ([Batch.of(b).activations for b in loader] for loader in (data.val_dataloader(), data.test_dataloader()))
+    primary = BatchTopKTrainingSAEConfig(d_in=576, d_sae=1152, k=K, normalize_activations="layer_norm", decoder_init_norm=1.0)
+    module = JointSAE(primary, primary_optimizer=lambda params: Adam(params, lr=2e-3, betas=(0.9, 0.99), fused=True))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    Trainer(max_epochs=1, accelerator="cpu", limit_val_batches=0, callbacks=[Snapshots(tmp_path, samples)], **quiet).fit(
+        module, datamodule=data
+    )
+    for steps in STEPS:
+        sae = SAE.load_from_disk(tmp_path / str(steps))
+        known, found = l0(sae, samples), l0(sae, fresh)
+        print(f"global, {steps} steps: L0 {known:.3f} on the sample, {found:.2f} on {sum(map(len, fresh)):,} fresh tokens")
+        # What other documents do beyond that is theirs: one threshold for all latents knows nothing of how often each should fire.
+        assert known == pytest.approx(K, rel=0.01) and found == pytest.approx(K, rel=0.04)
+    one: Any = SAE.load_from_disk(tmp_path / str(STEPS[-1]))
+    scores = pretrained.pre_activations(one)
+    assert scores is not None
+    found: dict[str, tuple[float, float]] = {}
+    for rule in ("rate", "eer"):
+        # Either half is the other's fresh tokens: what documents do comes in with both signs, and what is left over is the rule's.
+        both = [(samples, fresh), (fresh, samples)]
+        for known, other in both:
+            set_anew = calibrate(scores, known, K, rule)
+            one.threshold = torch.nn.Parameter(set_anew.threshold)
+            found[rule] = (*found.get(rule, ()), l0(one, other))  # pyright: ignore[reportArgumentType]
+            print(f"{rule}: L0 {found[rule][-1]:.2f} on fresh tokens, {set_anew.l0:.2f} on the sample, {set_anew.few} rare latents")
+    assert found["rate"] == pytest.approx((K, K), rel=0.04)
+    assert sum(found["rate"]) / 2 == pytest.approx(K, rel=0.005)
+    assert sum(found["eer"]) / 2 > 1.02 * K

@@ -1,0 +1,359 @@
+"""Checkpoints: whole or not there, written between steps, found again; a run that is told to stop can be gone on with."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+from safetensors.torch import load_file
+
+from metasae_lightning.callbacks import Checkpoints
+from metasae_lightning.cli import main
+from metasae_lightning.data import SyntheticDataModule
+from metasae_lightning.errors import InputError
+from metasae_lightning.penalties import Decomposability
+from metasae_lightning.synthetic import SyntheticModelConfig
+from metasae_lightning.training import JointSAE
+from metasae_lightning.training.checkpoint_files import WholeFiles, damage, keep, last, newest, restarted
+from tests.helpers.architectures import D_IN, config
+from tests.helpers.models import documents, save_model
+
+ROOT = Path(__file__).parents[2]
+QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+
+
+def write(path: Path, number: float) -> None:
+    WholeFiles().save_checkpoint({"weights": torch.full((1000,), number)}, path)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path / "a.ckpt", 1.0)
+
+    def full(what: Any, file: Any) -> None:
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match=r"a\.ckpt cannot be written, and those before it are as they were .*No space left.* MiB are free"):
+        write(tmp_path / "a.ckpt", 2.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+    assert torch.load(tmp_path / "a.ckpt")["weights"].eq(1.0).all()
+
+
+class Sealed(Callback):
+    """After so many tokens nobody may write to the folder of checkpoints any more, root included."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.rows_seen == self.after:
+            subprocess.run(["chattr", "+i", Path(trainer.default_root_dir) / "checkpoints"], check=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_a_folder_that_may_not_be_written_to_any_more_keeps_what_it_has(tmp_path: Path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    can = shutil.which("chattr") and not subprocess.run(["chattr", "+i", folder], capture_output=True, check=False).returncode
+    if not can:
+        pytest.skip("takes chattr, a file system that knows it, and root")
+    subprocess.run(["chattr", "-i", folder], check=True)
+    try:
+        with pytest.raises(InputError, match=r"tokens=256\.ckpt cannot be written, and those before it are as they were .*not permitted"):
+            fitted(tmp_path, Sealed(192), Checkpoints(every_tokens=64))
+    finally:
+        subprocess.run(["chattr", "-i", folder], check=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "tokens=128.ckpt", "tokens=192.ckpt"]
+    assert newest([folder]) == (folder / "tokens=192.ckpt", {})
+
+
+def test_what_does_not_read_back_is_not_given_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "save", lambda what, file: file.write(b"PK nothing"))
+    with pytest.raises(InputError, match="does not read back"):
+        write(tmp_path / "a.ckpt", 1.0)
+    assert not list(tmp_path.iterdir())
+
+
+def spoil(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flipped":
+        at = data.index(torch.full((4,), 3.0).numpy().tobytes())
+        data[at] ^= 1
+    if how == "marked":  # as encrypted, which no checkpoint is
+        data[data.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data[: len(data) // 2] if how == "truncated" else b"" if how == "emptied" else data)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "marked", "emptied"])
+def test_a_damaged_checkpoint_is_known_and_the_one_before_it_is_found(tmp_path: Path, how: str):
+    for number in (1, 2, 3):
+        write(tmp_path / f"tokens={number}.ckpt", float(number))
+        os.utime(tmp_path / f"tokens={number}.ckpt", ns=(number, number))
+    assert newest([tmp_path]) == (tmp_path / "tokens=3.ckpt", {})
+    spoil(tmp_path / "tokens=3.ckpt", how)
+    os.utime(tmp_path / "tokens=3.ckpt", ns=(3, 3))
+    found, broken = newest([tmp_path])
+    assert found == tmp_path / "tokens=2.ckpt" and list(broken) == [tmp_path / "tokens=3.ckpt"]
+    with pytest.raises(InputError, match=r"tokens=3\.ckpt is damaged .* --ckpt_path last"):
+        WholeFiles().load_checkpoint(tmp_path / "tokens=3.ckpt")
+    assert damage(found) is None
+
+
+def test_a_job_that_was_started_again_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not restarted(tmp_path)  # it had not come so far
+    write(tmp_path / "checkpoints" / "tokens=1.ckpt", 1.0)
+    assert restarted(tmp_path) and last(tmp_path) == str(tmp_path / "checkpoints" / "tokens=1.ckpt")
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert not restarted(tmp_path)
+
+
+def test_what_a_process_left_that_ended_while_it_wrote_is_removed(tmp_path: Path):
+    (tmp_path / ".tokens=1.ckpt.4242").write_bytes(b"half")
+    for number in (1, 2, 3):
+        write(tmp_path / f"tokens={number}.ckpt", float(number))
+        keep(tmp_path / f"tokens={number}.ckpt", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "tokens=2.ckpt", "tokens=3.ckpt"]
+
+
+class Tell(Callback):
+    """The process is told something after a step."""
+
+    def __init__(self, at: int, number: signal.Signals) -> None:
+        self.at, self.number = at, number
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+def fitted(folder: Path, *callbacks: Callback, checkpoint: Path | None = None, **how: Any) -> JointSAE:
+    module = JointSAE(config("batchtopk"), config("topk", d_sae=8), {"d": Decomposability(0.3)}, n_p=3, n_m=2)
+    data = SyntheticDataModule(SyntheticModelConfig(num_features=32, hidden_dim=D_IN, seed=0), tokens=768, batch_size=64)
+    options: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "limit_val_batches": 0, "plugins": [WholeFiles()], **QUIET, **how}
+    Trainer(default_root_dir=folder, callbacks=list(callbacks), **options).fit(module, datamodule=data, ckpt_path=checkpoint)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_the_last_few_are_kept_and_one_is_the_last(tmp_path: Path):
+    fitted(tmp_path, Checkpoints(every_tokens=128, every_minutes=None, keep=3))
+    kept = sorted(int(path.stem.split("=")[1]) for path in (tmp_path / "checkpoints").glob("tokens=*.ckpt"))
+    assert kept == [512, 640, 768]  # batches of 64: after every second, and at the end
+    assert (tmp_path / "checkpoints" / "last.ckpt").resolve().name == "tokens=768.ckpt"
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, SystemExit)])
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_told_to_stop_it_writes_a_checkpoint_after_the_step_and_goes_on_from_it(
+    number: signal.Signals, raised: type[BaseException], tmp_path: Path
+):
+    whole = fitted(tmp_path / "whole")
+    before = signal.getsignal(number)
+    if number == signal.SIGINT:  # which a shell's background job ignores
+        signal.signal(number, signal.default_int_handler)
+    with pytest.raises(raised):
+        fitted(tmp_path, Checkpoints(), Tell(4, number))
+    signal.signal(number, before)  # Lightning ignores Ctrl-C once it has heard it
+    found, broken = newest([tmp_path / "checkpoints"])
+    assert found is not None and found.name == "tokens=320.ckpt" and not broken
+    resumed = fitted(tmp_path / "resumed", Checkpoints(), checkpoint=found)
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+class Validations(Callback):
+    """After how many tokens there was one; one at which the process ends."""
+
+    def __init__(self, ends_at: int | None = None) -> None:
+        self.ends_at, self.seen = ends_at, list[int]()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if pl_module.rows_seen == self.ends_at:
+            raise RuntimeError("the machine is gone")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.seen.append(pl_module.rows_seen)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_a_run_goes_on_from_before_a_validation_or_from_behind_it(killed: bool, tmp_path: Path):
+    often: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 4}  # of 64 tokens a batch: at 256, 512 and 768
+    whole, first, then = Validations(), Validations(512 if killed else None), Validations()
+    expected = fitted(tmp_path / "whole", whole, **often)
+    before = signal.getsignal(signal.SIGTERM)
+    # A checkpoint is due with every validation; or the run is told to stop in the step before the second.
+    told = [] if killed else [Tell(7, signal.SIGTERM)]
+    with pytest.raises(RuntimeError if killed else SystemExit):
+        fitted(tmp_path, first, *told, Checkpoints(every_tokens=256 if killed else None), **often)
+    signal.signal(signal.SIGTERM, before)
+    found, _ = newest([tmp_path / "checkpoints"])
+    assert found is not None and found.name == f"tokens={256 if killed else 512}.ckpt"
+    resumed = fitted(tmp_path / "resumed", then, Checkpoints(), checkpoint=found, **often)
+    assert whole.seen == first.seen + then.seen == [256, 512, 768]
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in expected.state_dict().items())
+
+
+def command(run: Path, *more: str) -> list[str]:
+    overlay = run.parent / "often.yaml"
+    callbacks = [{"class_path": "Export"}, {"class_path": "Checkpoints", "init_args": {"every_tokens": 4096}}]
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    sizes = ["--data.init_args.tokens", "131072", "--data.init_args.validation_tokens", "4096", "--data.init_args.batch_size", "512"]
+    return [sys.executable, str(ROOT / "cli.py"), "fit", "-c", "synthetic", "-c", str(overlay), "--run", str(run), *sizes, *more]
+
+
+def begun(run: Path, *more: str) -> subprocess.Popen[str]:
+    # One thread: products are then summed in one order whatever else the machine does.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(run, *more), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def ended(run: Path, *more: str) -> None:
+    process = begun(run, *more)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told[-3000:]
+
+
+def same(one: Path, two: Path) -> bool:
+    found = [load_file(run / "saes" / role / "sae_weights.safetensors") for run in (one, two) for role in ("primary", "meta")]
+    return all(torch.equal(a[key], b[key]) for a, b in (found[::2], found[1::2]) for key in a)
+
+
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
+
+def test_two_ranks_that_are_killed_or_told_to_stop_end_as_they_would_have(tmp_path: Path):
+    ranks = TWO
+    ended(tmp_path / "whole", *ranks)
+    run = tmp_path / "run"
+    for number, how in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
+        process = begun(run, *ranks, *(["--ckpt_path", "last"] if number else []))
+        before, deadline = newest([run / "checkpoints"])[0], time.monotonic() + 200
+        while newest([run / "checkpoints"])[0] == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if how == signal.SIGKILL:
+            os.killpg(process.pid, how)
+        else:
+            process.send_signal(how)
+        _, told = process.communicate(timeout=200)
+        # What the third goes on from is what the second wrote when it was told.
+        assert ("SIGTERM: a checkpoint is written" in told) == (how == signal.SIGTERM), told[-3000:]
+        assert not (run / "saes").exists(), "it had ended before"
+    newest_one, _ = newest([run / "checkpoints"])
+    assert newest_one is not None
+    spoil(newest_one, "truncated")
+    ended(run, *ranks, "--ckpt_path", "last")
+    assert same(tmp_path / "whole", run)
+
+
+def quickstart_like(folder: Path) -> Path:
+    """The quickstart's recipe, arms and all, on a tiny model: a language model, text, a shuffle buffer, held-out documents."""
+    save_model(folder / "tiny", "llama", layers=2)
+    (folder / "text.txt").write_text("\n\n".join(documents(400)))
+    tree = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    lm = {
+        "class_path": "metasae_lightning.lm.HuggingFaceLM",
+        "init_args": {"name": str(folder / "tiny"), "hook": "blocks.1.hook_resid_post"},
+    }
+    corpus = {"class_path": "metasae_lightning.corpora.TextFiles", "init_args": {"paths": str(folder / "text.txt")}}
+    sizes = {"tokens": 64_000, "batch_size": 64, "context_size": 12, "buffer_size": 640, "held_out": 0.1, "validation_tokens": 640}
+    tree["data"]["init_args"] = {"language_model": lm, "corpus": corpus, **sizes, "test_tokens": 640}
+    for role, size in (("primary", 64), ("meta", 16)):
+        tree["model"]["init_args"][role]["init_args"] |= {"d_in": 32, "d_sae": size, "k": 4}
+    tree["trainer"]["callbacks"][-1] = {"class_path": "Checkpoints", "init_args": {"every_tokens": 640}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "recipe.yaml"
+
+
+def came_to(run: Path) -> dict[str, Any]:
+    """Weights of every exported SAE, and the figures but for what a clock says."""
+    found: dict[str, Any] = {str(path.relative_to(run)): load_file(path) for path in run.glob("arms/*/saes/*/sae_weights.safetensors")}
+    arms = json.loads((run / "evaluation.json").read_text().replace(str(run), ""))["arms"]  # what it exported names its folder
+    told = {name: {key: value for key, value in arm["validation"].items() if "second" not in key} for name, arm in arms.items()}
+    return {**found, "figures": told}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [(), TWO], ids=["alone", "two ranks"])
+def test_killed_at_twenty_random_points_it_comes_to_the_same(ranks: tuple[str, ...], tmp_path: Path):
+    recipe, chance = quickstart_like(tmp_path), random.Random(0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def started(run: Path, *more: str) -> subprocess.Popen[str]:
+        words = [sys.executable, str(ROOT / "cli.py"), "fit", "-c", str(recipe), "--run", str(run), *ranks, *more]
+        return subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    process = started(tmp_path / "whole")
+    _, told = process.communicate(timeout=1200)
+    assert process.returncode == 0, told[-3000:]
+    run, kills = tmp_path / "run", 0
+    while kills < 20:
+        there = (run / "checkpoints" / "last.ckpt").exists()
+        process = started(run, *(["--ckpt_path", "last"] if there else []))
+        wanted, deadline = chance.randrange(1, 4), time.monotonic() + 600
+        seen: set[Path] = set(run.glob("checkpoints/tokens=*.ckpt"))
+        while len(set(run.glob("checkpoints/tokens=*.ckpt")) - seen) < wanted and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.2)
+        assert process.poll() is None, "it had ended: nothing is killed any more"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    process = started(run, "--ckpt_path", "last")
+    _, told = process.communicate(timeout=1200)
+    assert process.returncode == 0, told[-3000:]
+    expected, found = came_to(tmp_path / "whole"), came_to(run)
+    assert found.keys() == expected.keys() and len(found) == 6  # three arms' primaries, two metas, figures
+    assert found.pop("figures") == expected.pop("figures")
+    assert all(torch.equal(found[name][key], value) for name, weights in expected.items() for key, value in weights.items())
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "tokens=1.ckpt").write_bytes(b"PK")
+    assert main([*command(tmp_path / "run", "--ckpt_path", "last")[2:]]) == 2
+    said = capsys.readouterr().err.strip().split("\n")
+    assert "tokens=1.ckpt is damaged" in said[-2] and "there is no whole checkpoint in" in said[-1]
+
+
+@pytest.mark.parametrize("stalled", [0, 1])
+def test_a_rank_that_stalls_is_named_and_the_others_end(stalled: int, tmp_path: Path):
+    watch = {"class_path": "Watchdog", "init_args": {"minutes": 0.1}}
+    (tmp_path / "watched.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [watch, {"class_path": "Checkpoints"}]}}))
+    process = begun(tmp_path / "run", *TWO, "-c", str(tmp_path / "watched.yaml"), "--data.init_args.tokens", "100000000")
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / "config.yaml").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    assert len(children) == 1
+    os.kill([process.pid, int(children[0])][stalled], signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        while psutil.pid_exists(waiting := [int(children[0]), process.pid][stalled]) and time.monotonic() - began < 60:
+            if psutil.Process(waiting).status() == psutil.STATUS_ZOMBIE:
+                break
+            time.sleep(0.1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # the one that was stopped holds the pipes
+    _, told = process.communicate()
+    assert time.monotonic() - began < 30
+    assert f"no step was made for 6 s, and this run ends: rank {stalled}" in told and "was last heard of" in told

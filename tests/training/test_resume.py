@@ -1,0 +1,69 @@
+"""A run that is killed and gone on with, from the command line, as a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from metasae_lightning.cli import main
+from metasae_lightning.cli.loggers import loggers
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(run: Path, checkpoint: bool) -> list[str]:
+    size = ["--data.init_args.tokens", "200000", "--data.init_args.validation_tokens", "4096"]
+    arguments = ["fit", "-c", "synthetic", "--run", str(run), *size]
+    overlay = run.parent / "often.yaml"
+    overlay.write_text(
+        "trainer:\n  callbacks:\n    - class_path: Export\n    - class_path: lightning.pytorch.callbacks.ModelCheckpoint\n"
+        "      init_args: {save_last: true, save_top_k: 1, every_n_train_steps: 7}\n"
+    )
+    return [sys.executable, str(ROOT / "cli.py"), *arguments, "-c", str(overlay), *(["--ckpt_path", "last"] if checkpoint else [])]
+
+
+def finished(run: Path, checkpoint: bool = False) -> None:
+    done = subprocess.run(command(run, checkpoint), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def environment() -> dict[str, str]:
+    # One thread: products are then summed in one order whatever else the machine does.
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_killed_and_resumed_equals_never_stopped(tmp_path: Path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finished(whole)
+    process = subprocess.Popen(command(killed, False), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((killed / "checkpoints").glob("last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it had ended before it could be killed"
+    assert not (killed / "saes").exists()
+    finished(killed, checkpoint=True)
+    for name in ("primary", "meta"):
+        one, two = (load_file(run / "saes" / name / "sae_weights.safetensors") for run in (whole, killed))
+        assert all((one[key] == two[key]).all() for key in one), name
+
+
+@pytest.mark.parametrize("checkpoint", ["none.ckpt", "last"])
+def test_a_checkpoint_that_is_not_there_is_one_line(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = [*command(tmp_path / "run", False)[2:], "--ckpt_path", checkpoint]
+    assert main(arguments) == 2
+    line = capsys.readouterr().err.strip().split("\n")[-1]
+    assert line.startswith("metasae: error: --ckpt_path ") and checkpoint in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_logged_before_a_resume_is_kept(tmp_path: Path):
+    for text in ("first", "second"):
+        (tmp_path / "metrics.csv").write_text(text)
+        loggers(str(tmp_path))
+    assert (tmp_path / "metrics.1.csv").read_text() == "first" and (tmp_path / "metrics.2.csv").read_text() == "second"

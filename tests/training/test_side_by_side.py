@@ -1,0 +1,432 @@
+"""Arms beside each other are what they are alone, whatever the others are and do."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from sae_lens import SAE
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.optim import Adam
+
+from metasae_lightning import JointSAE, SideBySide, SyntheticDataModule
+from metasae_lightning.callbacks import Export, HeldOut, StopOnNaN, Summary
+from metasae_lightning.cli import main
+from metasae_lightning.cli.grid import expanded
+from metasae_lightning.errors import InputError
+from metasae_lightning.memory.plan import memory_plan
+from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
+from metasae_lightning.synthetic import SyntheticModelConfig
+from metasae_lightning.training.arm_callbacks import EachArm, Observer
+from tests.helpers.architectures import D_IN, Batches, config
+
+pytestmark = [
+    # lightning 2.6 advises on checkpoints under manual optimisation, for which a joint step has no use: callbacks/model_checkpoint.py
+    pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
+    # These batches are functions of their number, and a resumed run is given those that are left.
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended:UserWarning"),
+]
+QUIET: dict[str, Any] = {
+    **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0},
+    **{"enable_progress_bar": False, "enable_model_summary": False},
+}
+
+
+def joint(primary: str = "batchtopk", *, d_sae: int = 48, weight: float = 0.3, sigma_sq: float = 1.0, **more: Any) -> JointSAE:
+    settings: dict[str, Any] = {"n_p": 4, "n_m": 2, "dead_after_tokens": 256}
+    penalties = {"d": Decomposability(weight, sigma_sq)}
+    return JointSAE(config(primary, d_sae), config("batchtopk", 12), penalties, **{**settings, **more})
+
+
+def solo(**more: Any) -> JointSAE:
+    return JointSAE(config("batchtopk"), None, {}, dead_after_tokens=256, **more)
+
+
+# Of every kind that arms may differ by: penalty, architecture, width, seed, normaliser.
+NINE: dict[str, Callable[[], JointSAE]] = {
+    "joint": joint,
+    "solo": solo,
+    "control": lambda: joint(weight=0.0),
+    "weight1.0": lambda: joint(weight=1.0),
+    "sigma_sq0.3-seed1": lambda: joint(sigma_sq=0.3, seed=1),
+    "orthogonality": lambda: JointSAE(config("batchtopk"), None, {"o": Orthogonality(0.25, chunk_size=16)}),
+    "matryoshka": lambda: joint("matryoshka_batchtopk", b_dec_init="mean"),
+    "jumprelu": lambda: joint("jumprelu", meta_rows=20),
+    # Fast enough for supports that a checkpoint lost to be others.
+    "wide": lambda: joint("topk", d_sae=96, critic_supports="macro_step", primary_optimizer=lambda ps: Adam(ps, lr=0.05)),
+}
+
+
+def fitted(module: Any, folder: Path, *, batches: int = 100, callbacks: Any = (), checkpoint: Path | None = None) -> Any:
+    trainer = Trainer(**QUIET, default_root_dir=folder, callbacks=list(callbacks), enable_checkpointing=False)
+    trainer.fit(module, Batches(batches), Batches(2, 1000), ckpt_path=checkpoint, weights_only=False)
+    return module
+
+
+def assert_equal(one: JointSAE, other: JointSAE) -> None:
+    a, b = one.state_dict(), other.state_dict()
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def test_an_arm_among_nine_is_bit_for_bit_the_arm_alone_and_order_does_not_matter(tmp_path: Path):
+    alone = {name: fitted(make(), tmp_path) for name, make in NINE.items()}
+    forth = fitted(SideBySide({name: make() for name, make in NINE.items()}), tmp_path)
+    others = ["wide", "control", "joint"]
+    back = fitted(SideBySide({name: NINE[name]() for name in others}), tmp_path)
+    for name, arm in alone.items():
+        assert int(arm.primary.steps) == 100
+        assert_equal(arm, forth.arms[name])
+        assert name not in others or torch.equal(arm.primary.W_dec, back.arms[name].primary.W_dec)
+    # Control: arms that differ in a penalty's weight or in a seed do not end up the same.
+    rows = {name: arm.primary.W_dec for name, arm in alone.items() if arm.primary.W_dec.shape[0] == 48}
+    assert torch.equal(rows.pop("control"), rows["solo"])
+    assert all(not torch.equal(rows[a], rows[b]) for a in rows for b in rows if a < b)
+
+
+class Noted(Observer):
+    """What each arm's copy was shown."""
+
+    seen: list[tuple[str, int, Any]]
+
+    def __init__(self) -> None:
+        self.kept = 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.kept += 1
+        pl_module.log("kept", float(self.kept))
+        Noted.seen.append((Path(trainer.default_root_dir).name, pl_module.primary.W_dec.shape[0], outputs["output"].codes.shape[1]))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.kept = state_dict["kept"]
+
+
+def test_a_callback_sees_an_arm_as_if_it_were_alone(tmp_path: Path):
+    Noted.seen = []
+    module = SideBySide({"a": joint(), "b": joint("topk", d_sae=96)})
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[Noted(), HeldOut()], enable_checkpointing=False)
+    trainer.fit(module, Batches(3), Batches(2, 1000))
+    assert Noted.seen == [("a", 48, 48), ("b", 96, 96)] * 3
+    lonely = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[HeldOut()], enable_checkpointing=False)
+    lonely.fit(joint(), Batches(3), Batches(2, 1000))
+    figures = {name.removeprefix("a/"): value for name, value in trainer.callback_metrics.items() if name.startswith("a/")}
+    assert figures.pop("kept") == 3
+    assert figures.keys() == lonely.callback_metrics.keys() and {"val/fvu", "train/loss", "penalty/d"} <= figures.keys()
+    assert all(torch.equal(value, lonely.callback_metrics[name]) for name, value in figures.items())
+    each = [callback for callback in trainer.callbacks if isinstance(callback, EachArm)]  # type: ignore[attr-defined]
+    assert len(each) == 1 and [type(own) for own in each[0].copies["a"]] == [Noted, HeldOut]
+
+
+class Curious(Observer):
+    """Does what observers may do beside looking."""
+
+    loaded: list[Any]
+
+    def __init__(self) -> None:
+        self.gradients = 0
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        self.gradients += 1
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert torch.equal(outputs["loss"], outputs["output"].loss)
+        assert pl_module.trainer is trainer and trainer.lightning_module.primary is pl_module.primary
+        assert len(trainer.optimizers) == (1 if pl_module.meta is None else 2)
+        self.log("gradients", float(self.gradients))
+        pl_module.n_m = 3
+        if pl_module.meta is None and batch_idx == 1:
+            trainer.should_stop = True
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = min(checkpoint["state_dict"]), pl_module.primary.W_dec.shape[0]
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        Curious.loaded.append((checkpoint["mine"], len(checkpoint["state_dict"])))
+
+
+def test_what_a_callback_does_it_does_to_its_arm(tmp_path: Path):
+    Curious.loaded, Noted.seen = [], []
+
+    def arms() -> SideBySide:
+        return SideBySide({"a": joint(), "b": joint("topk", d_sae=96), "c": solo()})
+
+    module = arms()
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[Curious()], enable_checkpointing=False)
+    with pytest.warns(UserWarning, match="the arm c has stopped, and a, b go on: an observer asked for it"):
+        trainer.fit(module, Batches(4), Batches(1, 1000))
+    # Four primary steps, each a backward of the loss and of the penalty, and at the end as many meta steps as the observer set.
+    assert [trainer.callback_metrics[f"{name}/gradients"] for name in "abc"] == [11, 11, 2]
+    assert [arm.n_m for arm in module.arms.values()] == [3, 3, 3]
+    assert int(module.arms["c"].primary.steps) == 2 and module.arms["c"].trainer is trainer
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[Curious(), Noted()], enable_checkpointing=False)
+    trainer.fit(arms(), Batches(4), Batches(1, 1000), ckpt_path=tmp_path / "kept.ckpt", weights_only=False)
+    first = min(joint().state_dict())
+    # Of c, which had stopped, there is nothing: its observers were not asked.
+    assert [mine for mine, _ in Curious.loaded[:2]] == [(first, 48), (first, 96)]
+    with pytest.raises(InputError, match="the trainer's callbacks are of the arms a, b, c: take a new trainer"):
+        trainer.fit(SideBySide({"d": joint()}), Batches(4), Batches(1, 1000))
+    with pytest.raises(InputError, match=r"the checkpoint holds the arms a, b, c: go on with the recipe that has them"):
+        fitted(joint(), tmp_path, checkpoint=tmp_path / "kept.ckpt")
+
+
+class Burst(Penalty):
+    """Becomes NaN at a step, and is nothing before."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(1.0)
+        self.at = at
+
+    def forward(self, W_dec: Tensor, critic: Any = None, step: int = 0) -> Tensor:
+        return W_dec.sum() * (torch.nan if step >= self.at else 0.0)
+
+
+def test_an_arm_that_becomes_nan_stops_alone(tmp_path: Path):
+    def broken() -> JointSAE:
+        return JointSAE(config("batchtopk"), None, {"burst": Burst(5)})
+
+    saved = ModelCheckpoint(dirpath=tmp_path, filename="kept", every_n_train_steps=8, save_top_k=-1)
+    callbacks = [StopOnNaN(), Export(), Summary(), saved]
+    module = SideBySide({"joint": joint(), "broken": broken()})
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=callbacks)
+    with pytest.warns(UserWarning, match=r"the arm broken has stopped, and joint go on: penalty burst is not finite after 384 tokens"):
+        trainer.fit(module, Batches(20), Batches(2, 1000))
+    assert int(module.arms["broken"].primary.steps) == 6
+    assert_equal(module.arms["joint"], fitted(joint(), tmp_path, batches=20))
+    assert (tmp_path / "arms" / "joint" / "saes" / "primary").exists() and not (tmp_path / "arms" / "broken").exists()
+    record = json.loads((tmp_path / "evaluation.json").read_text())["arms"]
+    assert "burst is not finite" in record["broken"]["validation"]["stopped"] and record["joint"]["validation"]["tokens"] == 20 * 64
+    # Gone on with, it stays where it stopped.
+    again = SideBySide({"joint": joint(), "broken": broken()})
+    fitted(again, tmp_path, batches=20, callbacks=[StopOnNaN()], checkpoint=next(tmp_path.glob("kept*.ckpt")))
+    assert int(again.arms["broken"].primary.steps) == 6 and list(again.stopped) == ["broken"]
+    # And where no arm is left, the run ends.
+    with pytest.raises(InputError, match=r"^one: penalty burst is not finite"):
+        fitted(SideBySide({"one": broken()}), tmp_path, batches=20, callbacks=[StopOnNaN()])
+
+
+def test_stopped_and_resumed_is_never_stopped_with_arms(tmp_path: Path):
+    def arms() -> SideBySide:
+        return SideBySide({name: NINE[name]() for name in ("joint", "solo", "wide", "weight1.0")})
+
+    class Half(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 9:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    Noted.seen = []
+    whole = fitted(arms(), tmp_path, batches=20, callbacks=[Noted(), Half()])
+    resumed, kept = arms(), Noted()
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[kept], enable_checkpointing=False)
+    trainer.fit(resumed, Later(20, skip=10), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+    for name, arm in whole.arms.items():
+        assert_equal(arm, resumed.arms[name])
+    assert trainer.callback_metrics["wide/kept"] == 20
+    with pytest.raises(InputError, match=r"the checkpoint holds the arms joint, solo, wide, weight1\.0, and this run has joint"):
+        fitted(SideBySide({"joint": joint()}), tmp_path, batches=20, checkpoint=tmp_path / "half.ckpt")
+
+
+class Later(Batches):
+    """So many batches, of which a resumed run skips the first, as a stream that was restored does."""
+
+    def __init__(self, count: int, skip: int):
+        super().__init__(count)
+        self.skip = skip
+
+    def __iter__(self) -> Any:
+        self.numbers = range(self.skip, self.numbers.stop)
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        return 20
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ([], "there is none"),
+        (["a/b"], "has letters, digits"),
+        (["train"], "may not be one of"),
+        (["a.b", "a_b"], "differ in no more than a dot"),
+        (["solo", "Solo"], "or capitals"),
+        (["a" * 101], "100 letters at most"),
+    ],
+)
+def test_names_that_cannot_be(names: list[str], says: str):
+    with pytest.raises(InputError, match=says):
+        SideBySide({name: solo() for name in names})
+
+
+MODEL: dict[str, Any] = {
+    "class_path": "JointSAE",
+    "init_args": {
+        "n_p": 10,
+        "primary": {"init_args": {"d_sae": 8, "k": 2}},
+        "penalties": {"d": {"init_args": {"weight": 0.3, "sigma_sq": 1.0}}},
+    },
+}
+
+
+def test_a_grid_is_its_combinations_and_a_seed_is_every_arms():
+    arms = {"solo": {"penalties": {}}, "wide": {"primary.init_args.d_sae": 16}}
+    found = expanded(MODEL, arms, {"weight": [0.1, 1.0], "sigma_sq": [0.3, 1.0, 3.0], "seed": [0, 1]})["init_args"]["arms"]
+    assert len(found) == (2 + 6) * 2
+    assert found["solo-seed1"]["init_args"] == {**MODEL["init_args"], "penalties": {}, "seed": 1}
+    changed = found["weight1.0-sigma_sq3.0-seed0"]["init_args"]
+    assert (
+        changed["penalties"]["d"]["init_args"] == {"weight": 1.0, "sigma_sq": 3.0} and changed["primary"] == MODEL["init_args"]["primary"]
+    )
+    assert found["wide-seed0"]["init_args"]["primary"]["init_args"] == {"d_sae": 16, "k": 2}
+    assert MODEL["init_args"]["primary"]["init_args"]["d_sae"] == 8
+    assert list(expanded(MODEL, arms, {}, only=["wide"])["init_args"]["arms"]) == ["wide"]
+    # What is replaced whole is replaced first, also where a part is named in short.
+    own = {"weight": 0.5, "penalties": {"d": {"init_args": {"weight": 0.25}}}}
+    assert expanded(MODEL, {"a": own}, {})["init_args"]["arms"]["a"]["init_args"]["penalties"]["d"]["init_args"]["weight"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arms", "grid", "only", "says"),
+    [
+        ({}, {"weight": 0.3}, (), "grid.weight must be a list"),
+        ({"a": {}}, {}, ("b",), "there is no arm 'b' among a"),
+        ({"a": {"primry.k": 1}}, {}, (), "arms.a: primry.k is a part of nothing"),
+        ({"weight0.1": {}}, {"weight": [0.1]}, (), "'weight0.1' is there twice"),
+        ({"a": {}}, {"seed": [0, 0]}, (), "one is there twice"),
+    ],
+)
+def test_a_grid_that_cannot_be(arms: Any, grid: Any, only: Any, says: str):
+    with pytest.raises(InputError, match=says):
+        expanded(MODEL, arms, grid, only)
+
+
+SMALL = ["--data.init_args.tokens", "12288", "--data.init_args.validation_tokens", "4096", "--data.init_args.test_tokens", "4096"]
+ARMS = """
+arms:
+  solo: {meta: null, penalties: {}}
+  control: {weight: 0.0}
+grid:
+  weight: [0.05]
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("arms")
+    (folder / "arms.yaml").write_text(ARMS)
+    assert main(["fit", "-c", "synthetic", "-c", str(folder / "arms.yaml"), "--run", str(folder / "run"), *SMALL]) == 0
+    return folder / "run"
+
+
+NAMES = ["solo", "control", "weight0.05"]
+
+
+def test_a_run_with_arms_is_a_folder(run: Path):
+    for name in NAMES:
+        assert isinstance(SAE.load_from_disk(run / "arms" / name / "saes" / "primary"), SAE)
+        assert (run / "arms" / name / "saes" / "meta").exists() == (name != "solo")
+        assert list((run / "tensorboard" / name).glob("events.*"))
+    record = json.loads((run / "evaluation.json").read_text())
+    assert list(record["arms"]) == NAMES
+    assert record["arms"]["solo"]["validation"]["primary"] == record["arms"]["control"]["validation"]["primary"]
+    assert record["arms"]["solo"]["validation"]["exported"]["primary"]["l0"] == pytest.approx(8, rel=0.02)
+    columns = (run / "metrics.csv").read_text().split("\n")[0].split(",")
+    assert {f"{name}/{key}" for name in NAMES for key in ("train/loss", "val/fvu")} <= set(columns)
+
+
+def test_an_arm_of_a_run_is_a_run_of_its_own(run: Path, tmp_path: Path):
+    alone = tmp_path / "alone"
+    assert main(["fit", "-c", "synthetic", "--run", str(alone), *SMALL]) == 0
+    for role in ("primary", "meta"):
+        one, two = (load_file(folder / "saes" / role / "sae_weights.safetensors") for folder in (alone, run / "arms" / "weight0.05"))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_the_config_of_a_run_with_arms_names_every_arm_and_re_reads(run: Path, tmp_path: Path):
+    kept = yaml.safe_load((run / "config.yaml").read_text())
+    assert kept["arms"] is None and kept["grid"] is None and list(kept["model"]["init_args"]["arms"]) == NAMES
+    assert main(["fit", "-c", str(run / "config.yaml"), "--run", str(tmp_path / "again")]) == 0
+    for name in NAMES:
+        one, two = (load_file(folder / "arms" / name / "saes/primary/sae_weights.safetensors") for folder in (run, tmp_path / "again"))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_run_with_arms_is_not_written_over_and_some_of_its_arms_can_be_had(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    there = run.with_name("there")
+    shutil.copytree(run, there)
+    shutil.rmtree(there / "checkpoints")
+    config = str(there / "config.yaml")
+    assert main(["fit", "-c", config, "--run", str(there)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main(["fit", "-c", config, "--only", "[solo]", "--run", str(tmp_path / "one")]) == 0
+    assert [folder.name for folder in (tmp_path / "one" / "arms").iterdir()] == ["solo"]
+    assert main(["fit", "-c", config, "--only", "[sole]", "--run", str(tmp_path / "none")]) == 2
+    assert "there is no arm 'sole' among solo, control, weight0.05" in capsys.readouterr().err
+    assert main(["fit", "-c", "synthetic", "--run", str(run), "--ckpt_path", "last", *SMALL]) == 2
+    assert "the checkpoint holds the arms solo, control, weight0.05" in capsys.readouterr().err
+
+
+def test_arms_are_measured_where_they_lie(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    fast = ["--critic_seeds", "0", "--tokens", "2048", "--calibration_tokens", "2048", "--resamples", "20"]
+    assert main(["test", str(run), *fast]) == 0
+    assert "mean |phi|" in capsys.readouterr().out
+    record = json.loads((run / "evaluation.json").read_text())["arms"]
+    assert [name for name in record if "evaluation" in record[name]] == NAMES
+    solo, control, weighted = (run / "arms" / name for name in NAMES)
+    assert main(["compare", str(solo), str(control), *fast, "--out", str(tmp_path / "found.json")]) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["matching"]["mean_cosine"] == pytest.approx(1, abs=1e-5)  # control is solo
+    assert main(["publish", str(weighted), str(tmp_path / "out")]) == 0
+    written = json.loads(next((tmp_path / "out").glob("*/metasae.json")).read_text())
+    assert written["recipe"]["model"]["class_path"].endswith("JointSAE")
+    assert main(["calibrate", str(run)]) == 2
+    assert "holds the arms solo, control, weight0.05: name one" in capsys.readouterr().err
+    # Control is solo's primary: what was seen of the one is there for the other.
+    pieces = {name: len(list((run / "evaluation").glob(f"{name}-*"))) for name in ("passage", "phi-pairs", "thresholds")}
+    assert pieces["passage"] % 2 == 0 and pieces["phi-pairs"] == pieces["thresholds"] == 2 and not (solo / "evaluation").exists()
+    broken = tmp_path / "broken"
+    (broken / "arms").mkdir(parents=True)
+    (broken / "config.yaml").write_text("model: {}\n")
+    assert main(["test", str(broken)]) == 2
+    assert "does not name the arms in" in capsys.readouterr().err
+    monkeypatch.chdir(solo)  # by a path that does not say where it leads
+    assert main(["calibrate", ".", "--calibration_tokens", "2048"]) == 0
+    assert "calibration" in json.loads((run / "evaluation.json").read_text())["arms"]["solo"]
+    assert not Path("evaluation.json").exists()
+
+
+def test_a_plan_counts_every_arm_and_their_one_checkpoint(tmp_path: Path):
+    data = SyntheticDataModule(SyntheticModelConfig(num_features=32, hidden_dim=D_IN), tokens=4096, batch_size=64)
+
+    def planned(module: Any) -> dict[str, int]:
+        trainer = Trainer(**QUIET, default_root_dir=tmp_path)
+        return {line.what: line.bytes for line in memory_plan(module, data, trainer).lines}
+
+    one, three = planned(joint()), planned(SideBySide({name: joint() for name in "abc"}))
+    for what in ("primary SAE", "meta gradients", "optimisers' state", "a checkpoint"):
+        assert three[what] == pytest.approx(3 * one[what], rel=0.01), what
+    assert three["a primary step"] == pytest.approx(one["a primary step"], rel=0.05)
+    assert three["steps to be shown"] == 2 * 64 * D_IN * 4
+
+
+def test_a_mistake_in_an_arm_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for change, says in (
+        ("{met: null}", r"takes no met \(did you mean meta"),
+        ("{primary.init_args.d_in: 32, meta.init_args.d_in: 32}", r"arms.a: .*primary.d_in is 32, but the activations are 64 wide"),
+    ):
+        (tmp_path / "arms.yaml").write_text(f"arms: {{a: {change}, b: {{}}}}\n")
+        assert main(["fit", "-c", "synthetic", "-c", str(tmp_path / "arms.yaml"), "--run", str(tmp_path / "run"), *SMALL]) == 2
+        line = capsys.readouterr().err.strip().split("\n")[-1]
+        assert re.search(says, line) and line.startswith("metasae: error: "), line
+    assert not (tmp_path / "run" / "config.yaml").exists() and not (tmp_path / "run" / "arms").exists()

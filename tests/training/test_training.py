@@ -1,0 +1,338 @@
+"""Joint training under Lightning's trainer, from the command line, on planted data: a run's folder and its promises."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from sae_lens import SAE
+from torch.optim import Adam
+
+from metasae_lightning import SyntheticDataModule, functional
+from metasae_lightning.callbacks import Export, HeldOut, Summary, TokenProgress
+from metasae_lightning.cli import main
+from metasae_lightning.errors import InputError
+from metasae_lightning.penalties import Decomposability
+from metasae_lightning.schedules import WarmupDecay
+from metasae_lightning.training import JointSAE
+from metasae_lightning.training.argument_checks import check_trainer
+from tests.helpers.architectures import activations, config
+
+SMALL = ["--data.init_args.tokens", "30000", "--data.init_args.validation_tokens", "8192", "--data.init_args.test_tokens", "8192"]
+
+QUIET: dict[str, Any] = {
+    **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0},
+    **{"enable_checkpointing": False, "enable_model_summary": False},
+}
+
+
+def fit(run: Path, *more: str) -> int:
+    return main(["fit", "-c", "synthetic", "--run", str(run), *SMALL, *more])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    assert fit(folder) == 0
+    return folder
+
+
+def figures(run: Path) -> dict[str, Any]:
+    return json.loads((run / "evaluation.json").read_text())
+
+
+def test_a_run_is_a_folder(run: Path):
+    for name in ("config.yaml", "metrics.csv", "evaluation.json", "checkpoints/last.ckpt", "saes/primary/cfg.json", "saes/meta/cfg.json"):
+        assert (run / name).is_file(), name
+    assert list((run / "tensorboard").glob("events.*"))
+    columns = (run / "metrics.csv").read_text().split("\n")[0].split(",")
+    assert {"train/loss", "train/fvu", "train/l0", "train/dead", "train/tokens", "penalty/decomposability", "meta/fvu", "val/fvu"} <= set(
+        columns
+    )
+
+
+def test_the_saved_config_re_reads_to_the_same_run(run: Path, tmp_path: Path):
+    assert main(["fit", "-c", str(run / "config.yaml"), "--run", str(tmp_path / "again")]) == 0
+    one, two = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (run, tmp_path / "again"))
+    assert {**one, "run": ""} == {**two, "run": ""}
+    for name in ("primary", "meta"):
+        first, second = (SAE.load_from_disk(folder / "saes" / name) for folder in (run, tmp_path / "again"))
+        assert all(torch.equal(first.state_dict()[key], value) for key, value in second.state_dict().items())
+
+
+def test_the_exported_sae_does_what_the_run_reports(run: Path):
+    exported = figures(run)["validation"]["exported"]["primary"]
+    data = SyntheticDataModule(synthetic_model(), tokens=1024, batch_size=1024, shared_subspaces=16, sharing=1.0, test_tokens=32_768)
+    x = torch.cat([batch.activations for batch in data.test_dataloader()])
+    sae = SAE.load_from_disk(run / "saes" / "primary")
+    codes = sae.encode(x)
+    assert (codes > 0).sum(-1).float().mean().item() == pytest.approx(8, rel=0.02)
+    assert functional.fvu(x, sae.decode(codes)).item() == pytest.approx(exported["fvu"], abs=0.01)
+
+
+def synthetic_model() -> Any:
+    from metasae_lightning.synthetic import SyntheticModelConfig
+
+    return SyntheticModelConfig(num_features=256, hidden_dim=64, std_firing_magnitudes=0.3, seed=0)
+
+
+def test_testing_keeps_what_training_found(run: Path):
+    before = figures(run)["validation"]
+    assert main(["test", "-c", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
+    after = figures(run)
+    assert after["validation"] == before
+    assert after["test"]["primary"]["fvu"] == pytest.approx(before["primary"]["fvu"], abs=0.05)
+    assert after["test"]["primary"]["fvu"] != before["primary"]["fvu"]  # other tokens
+    assert (run / "metrics.csv").stat().st_size > 0
+
+
+def test_testing_nothing_is_refused(run: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["test", "-c", str(run / "config.yaml")]) == 2
+    assert "--ckpt_path is missing" in last_line(capsys)
+
+
+def test_a_run_that_is_there_is_not_written_over(run: Path, capsys: pytest.CaptureFixture[str]):
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert fit(run) == 2
+    assert "holds a run already" in last_line(capsys)
+    assert kept == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert sum(line.startswith("metasae: error: ") for line in lines) == 1 and lines[-1].startswith("metasae: error: ")
+    return lines[-1]
+
+
+def test_going_on_keeps_the_config_of_the_run(run: Path, tmp_path: Path):
+    folder, overlay = tmp_path / "more", tmp_path / "keep.yaml"
+    keep = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_top_k": -1}}
+    overlay.write_text(yaml.safe_dump({"trainer": {"val_check_interval": 0.5, "callbacks": [{"class_path": "Summary"}, keep]}}))
+    assert fit(folder, "-c", str(overlay)) == 0
+    half = min((folder / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime)
+    assert fit(folder, "-c", str(overlay), "--ckpt_path", str(half), "--data.init_args.tokens", "40000") == 0
+    kept = yaml.safe_load((folder / "config.yaml").read_text())
+    assert kept["ckpt_path"] is None and kept["data"]["init_args"]["tokens"] == 40000
+    assert figures(folder)["validation"]["tokens"] > figures(run)["validation"]["tokens"]
+
+
+def test_a_directory_without_checkpoints_or_saes_can_be_used(run: Path, tmp_path: Path):
+    (tmp_path / "used").mkdir()
+    for name in ("config.yaml", "metrics.csv"):
+        shutil.copy(run / name, tmp_path / "used")
+    assert fit(tmp_path / "used") == 0
+    assert (tmp_path / "used" / "metrics.1.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+
+
+P, M = "--model.init_args.primary.init_args", "--model.init_args.meta.init_args"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--data.init_args.tokns", "5"], r"SyntheticDataModule takes no tokns \(did you mean tokens"),
+        ([f"{P}.kk", "5"], r"BatchTopKTrainingSAEConfig takes no kk \(did you mean k\?"),
+        ([f"{P}.k", "500"], r"primary.k must lie between 1 and d_sae=256, got 500"),
+        ([f"{P}.d_in", "32", f"{M}.d_in", "32"], r"primary.d_in is 32, but the activations are 64 wide: set d_in: 64"),
+        ([f"{M}.d_in", "32"], r"meta.d_in must be the primary's .* set d_in: 64"),
+        ([f"{P}.normalize_activations", "layernorm"], r"normalize_activations"),
+        (["--model.init_args.meta", "null"], r"penalties.decomposability .* there is none: set model.meta"),
+        (["--model.init_args.n_p", "ten"], r"n_p: expected int, got ten"),
+        (["--trainer.max_epoch", "3"], r"no option trainer.max_epoch \(did you mean trainer.max_epochs"),
+        (["--modle.x", "3"], r"no option modle.x \(did you mean model"),
+        (["--model.init_args.primry.init_args.k", "3"], r"no option primry.init_args.k \(did you mean primary\?"),
+        (["--data.class_path", "metasae_lightning.SyntheticDataModul"], r"no class .*did you mean metasae_lightning.SyntheticDataModule"),
+        (["-c", "no_such_recipe.yaml"], r"no_such_recipe.yaml"),
+        (["--data.init_args.batch_size", "0"], r"batch_size"),
+        (["--trainer.max_steps", "10"], r"the budget is data.init_args.tokens"),
+        (["--trainer.precision", "bf16-true"], r"precision must be 32-true, 64-true or bf16-mixed"),
+        (["--trainer.gradient_clip_val", "1.0"], r"manual optimization"),
+        (["--model.init_args.primary_scheduler.class_path", "torch.optim.lr_scheduler.ReduceLROnPlateau"], r"waits for a figure"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert fit(tmp_path / "run", *arguments) == 2
+    line = last_line(capsys)
+    assert re.search(says, line) and len(line) < 400, line
+    assert not (tmp_path / "run" / "config.yaml").exists() and not (tmp_path / "run" / "saes").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("n_p: 10", "n_pp: 10", r"JointSAE takes no n_pp \(did you mean n_p"),
+        ("class_path: Decomposability", "class_path: Decomposbility", r"no class Decomposbility \(did you mean Decomposability"),
+        ("accelerator: cpu", "accelerater: cpu", r"no option trainer.accelerater \(did you mean trainer.accelerator"),
+        ("trainer:\n", "trainner:\n", r"no option trainner.accelerator \(did you mean trainer"),
+        ("sigma_sq: 1.0}", "sigma_sq: 1.0", r"parsing"),
+    ],
+)
+def test_a_mistyped_yaml_is_one_line(old: str, new: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = Path("configs/synthetic.yaml").read_text()
+    assert old in recipe
+    (tmp_path / "bad.yaml").write_text(recipe.replace(old, new))
+    assert main(["fit", "-c", str(tmp_path / "bad.yaml"), "--run", str(tmp_path / "run")]) == 2
+    assert re.search(says, last_line(capsys))
+
+
+def test_a_name_without_a_file_is_a_shipped_recipe_and_a_subcommand_must_exist(capsys: pytest.CaptureFixture[str]):
+    assert main(["frit"]) == 2
+    assert "invalid choice: 'frit'" in last_line(capsys)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--help"])
+    assert stopped.value.code == 0 and "--run" in capsys.readouterr().out
+
+
+class Watch(Callback):
+    """What reaches a callback, step by step."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Any] = []
+        self.rates: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.outputs.append(outputs["output"])
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+class Source:
+    """Somebody's own activations: anything that can be iterated over."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return (activations(i) for i in range(self.batches))
+
+
+class SizedSource(Source):
+    def __len__(self) -> int:
+        return self.batches
+
+
+def trained(
+    source: Any, tmp_path: Path, *, callbacks: list[Callback] | None = None, datamodule: Any = None, **kw: Any
+) -> tuple[JointSAE, Watch]:
+    trainer = {name: kw.pop(name) for name in ("precision",) if name in kw}
+    module = JointSAE(
+        config("batchtopk"),
+        config("topk", d_sae=12),
+        {"d": Decomposability(0.3)},
+        **{"n_p": 3, "n_m": 2, "primary_optimizer": sgd_free, **kw},
+    )
+    watch = Watch()
+    Trainer(
+        **QUIET, enable_progress_bar=False, default_root_dir=tmp_path, callbacks=[watch, *(callbacks or [])], **trainer,
+    ).fit(module, source, datamodule=datamodule)  # fmt: skip
+    return module, watch
+
+
+def sgd_free(params: Any) -> torch.optim.Optimizer:
+    return Adam(params, lr=1e-3)
+
+
+def test_any_iterable_of_tensors_is_a_source(tmp_path: Path):
+    module, watch = trained(SizedSource(10), tmp_path)
+    assert len(watch.outputs) == 10
+    # 10 steps at n_p = 3: meta phases after 3, 6, 9 and, cut short, 10
+    assert [i for i, output in enumerate(watch.outputs, 1) if output.meta is not None] == [3, 6, 9, 10]
+    assert int(module.meta.steps) == 8  # type: ignore[union-attr]
+
+
+def test_an_iterator_without_a_length_also_ends_with_its_meta_phase(tmp_path: Path):
+    _, watch = trained(Source(4), tmp_path)
+    assert [output.meta is not None for output in watch.outputs] == [False, False, True, True]
+
+
+def test_schedules_follow_each_optimiser(tmp_path: Path):
+    module, watch = trained(
+        SizedSource(8), tmp_path, primary_scheduler=lambda o: WarmupDecay(o, warmup=0.5, decay=0.25, shape="linear"),
+        meta_scheduler=lambda o: WarmupDecay(o, decay=0.5),
+    )  # fmt: skip
+    # the rate after each of 8 steps: rising to 1e-3 over 4, level for 2, then 1, 1/2 and none left
+    assert watch.rates == pytest.approx([5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 5e-4, 0.0])
+    assert module._schedules["meta"].total_steps == 6  # type: ignore[attr-defined]  # phases after 3, 6 and 8
+
+
+def test_bf16_mixed_autocasts_over_fp32_parameters(tmp_path: Path):
+    batches = SizedSource(12)
+    module, watch = trained(batches, tmp_path, precision="bf16-mixed")
+    full, other = trained(batches, tmp_path)
+    assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
+    assert all(torch.isfinite(output.loss) for output in watch.outputs)
+    assert not torch.equal(module.primary.W_dec, full.primary.W_dec)  # autocast engaged
+    assert watch.outputs[-1].primary.fvu.item() == pytest.approx(other.outputs[-1].primary.fvu.item(), abs=0.02)
+
+
+def test_validation_and_callbacks_move_nothing(tmp_path: Path):
+    data: dict[str, Any] = {"tokens": 8192, "batch_size": 512, "validation_tokens": 2048}
+
+    def weights(callbacks: list[Callback], every: float) -> JointSAE:
+        module = JointSAE(
+            config("batchtopk", d_in=64), config("topk", d_in=64, d_sae=12), {"d": Decomposability(0.3)}, primary_optimizer=sgd_free
+        )
+        Trainer(
+            **QUIET, enable_progress_bar=bool(callbacks), default_root_dir=tmp_path, callbacks=callbacks, val_check_interval=every,
+        ).fit(module, datamodule=SyntheticDataModule(synthetic_model(), **data))  # fmt: skip
+        return module
+
+    watched = weights([HeldOut(), Export(every_tokens=2048), TokenProgress(), Summary()], 2)
+    alone = weights([], 1.0)
+    assert all(torch.equal(value, alone.state_dict()[key]) for key, value in watched.state_dict().items())
+    assert (tmp_path / "saes" / "primary" / "cfg.json").exists()
+
+
+def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(tmp_path: Path):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 6:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    def train(callbacks: list[Callback], checkpoint: Path | None) -> JointSAE:
+        module = JointSAE(
+            config("batchtopk", d_in=64), config("topk", d_in=64, d_sae=12), {"d": Decomposability(0.3, warm_up_steps=9)}, n_p=4, n_m=2,
+            primary_optimizer=sgd_free, primary_scheduler=lambda o: WarmupDecay(o, warmup=0.2, decay=0.5), dead_after_tokens=1024,
+        )  # fmt: skip
+        Trainer(
+            **QUIET, enable_progress_bar=False, default_root_dir=tmp_path, callbacks=callbacks, limit_val_batches=0,
+        ).fit(module, datamodule=SyntheticDataModule(synthetic_model(), tokens=8192, batch_size=512), ckpt_path=checkpoint)  # fmt: skip
+        return module
+
+    whole, resumed = train([Stop()], None), train([], tmp_path / "middle.ckpt")
+    assert int(resumed.primary.steps) == 16
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+def test_several_ranks_by_another_strategy_are_refused():
+    trainer = SimpleNamespace(world_size=2, strategy=SingleDeviceStrategy(), precision="32-true", max_steps=-1)
+    with pytest.raises(InputError, match="strategy must be ddp, sharded, or one made from them, on 2 ranks, got SingleDeviceStrategy"):
+        check_trainer(trainer)
+
+
+@pytest.mark.slow
+def test_on_planted_data_the_joint_runs_penalty_falls_against_control(tmp_path: Path):
+    """Also shown, whatever it is: what that does to the recovery of the true features."""
+    assert main(["fit", "-c", "synthetic", "--run", str(tmp_path / "joint")]) == 0
+    assert main(["fit", "-c", "synthetic", "-c", "control", "--run", str(tmp_path / "control")]) == 0
+    joint, control = (figures(tmp_path / name)["validation"] for name in ("joint", "control"))
+    print({name: (run["penalties"], run["primary"]) for name, run in (("joint", joint), ("control", control))})
+    assert joint["penalties"]["decomposability"] < 0.98 * control["penalties"]["decomposability"]
+    assert 0 < joint["primary"]["mcc"] < 1 and 0 < control["primary"]["mcc"] < 1
+
+
+def test_a_planted_run_is_measured_with_its_features(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    place = shutil.copytree(run, tmp_path / "measured")
+    assert main(["test", str(place), "--critic_seeds=0", "--resamples=20"]) == 0
+    found = figures(place)["evaluation"]
+    validation = figures(run)["validation"]["primary"]
+    assert found["figures"]["recovery"]["mcc"] == pytest.approx(validation["mcc"], abs=1e-4)
+    assert found["figures"]["recovery"]["f1"] == pytest.approx(validation["f1"], abs=0.05)
+    assert found["figures"]["reconstruction"]["fvu"] == pytest.approx(validation["fvu"], rel=0.1)
+    assert "splice" not in found["figures"] and "features recovered (MCC)" in capsys.readouterr().out
