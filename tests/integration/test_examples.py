@@ -1,0 +1,64 @@
+"""The examples run, and say what they promise."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from metasae_lightning.cli import main
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"tokens": 8192, "buffer_size": 4096, "validation_tokens": 2048}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short joint run of the quickstart's recipe on the embedded language model."""
+    folder = tmp_path_factory.mktemp("examples") / "run"
+    flags = [f"--data.init_args.{name}={value}" for name, value in SMALL.items()]
+    assert main(["fit", "-c", "quickstart", "-c", "joint", "--run", str(folder), *flags]) == 0
+    return folder
+
+
+def example(name: str, *args: str | Path) -> None:
+    importlib.import_module(f"examples.{name}").main([str(arg) for arg in args])
+
+
+def test_the_latents_of_a_word_are_listed_with_the_meta_latents_of_the_strongest(run: Path, capsys: pytest.CaptureFixture[str]):
+    example("latents_of_a_word", run, "--text", "The capital of France is Paris", "--word", "Paris", "--count", "3")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "latents that fire on 'Paris':"
+    values = [float(match[1]) for line in lines if (match := re.fullmatch(r"  latent \d+: ([\d.]+)", line))]
+    assert 1 <= len(values) <= 3 and values == sorted(values, reverse=True)
+    assert any(re.match(r"  meta-latent \d+: [\d.]+, shared with latents \[\d+", line) for line in lines)
+
+
+def test_a_word_that_the_text_does_not_have_is_named(run: Path):
+    with pytest.raises(SystemExit, match="no token of the text is part of 'Rome'"):
+        example("latents_of_a_word", run, "--word", "Rome")
+
+
+def test_steering_changes_the_next_token_and_strength_zero_does_not(run: Path, capsys: pytest.CaptureFixture[str]):
+    divergences: list[float] = []
+    for strength in ("20", "0"):
+        example("steer", run, "--latent", "7", "--strength", strength)
+        divergences.append(float(re.search(r"KL divergence of the next token: (\S+)", capsys.readouterr().out)[1]))  # type: ignore[index]
+    assert divergences[0] > 0.1
+    assert abs(divergences[1]) < 1e-4
+
+
+def test_own_activations_train_and_the_folder_rebuilds_new_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    example("own_activations", "--out", tmp_path / "sae", "--rows", "50000")
+    l0, unexplained = map(float, re.search(r"L0 ([\d.]+), variance unexplained ([\d.]+)", capsys.readouterr().out).groups())  # type: ignore[union-attr]
+    assert l0 == pytest.approx(3, rel=0.1)  # k of the primary
+    assert unexplained < 0.5
+
+
+def test_an_own_penalty_and_callback_are_named_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(ROOT)
+    flags = [f"--data.init_args.{name}={value}" for name, value in SMALL.items()]
+    assert main(["fit", "-c", "quickstart", "-c", "examples/own_penalty.yaml", "--run", str(tmp_path / "run"), *flags]) == 0
+    output = capsys.readouterr().out
+    assert re.findall(r"step (\d+): fvu [\d.]+, shared direction 0\.0*[1-9]", output) == ["0"]  # of 8 steps, every fiftieth
+    assert "penalty shared_direction" in output  # the closing table
