@@ -16,7 +16,8 @@ from metasae_lightning import functional
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.bootstrap import interval, jackknifed
 from metasae_lightning.evaluation.collect import Observation
-from metasae_lightning.evaluation.evaluate import Evaluation, Settings, excess_without_each, resampled, resampled_losses
+from metasae_lightning.evaluation.evaluate import Evaluation, excess_without_each, resampled, resampled_losses
+from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.metrics.cofiring import PAIR_BYTES, Firings
 
 # Above so many latents only each one's nearest are candidates: the whole matrix would take hours.

@@ -13,8 +13,9 @@ from metasae_lightning.cli import main
 from metasae_lightning.cli.arguments import data_of
 from metasae_lightning.evaluation.bootstrap import PhiByGroup, jackknifed
 from metasae_lightning.evaluation.compare import FIGURES, LOSSES, Matches, best_matches, compare, matched, splits, swapped
-from metasae_lightning.evaluation.evaluate import Settings, evaluate
+from metasae_lightning.evaluation.evaluate import evaluate
 from metasae_lightning.evaluation.saes import subject
+from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.metrics import Phi
 from metasae_lightning.metrics.cofiring import Firings
 from metasae_lightning.step import Codes

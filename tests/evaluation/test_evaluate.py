@@ -17,9 +17,10 @@ from metasae_lightning.cli.arguments import data_of
 from metasae_lightning.corpora import InMemory
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation import collect
-from metasae_lightning.evaluation.evaluate import Evaluation, Settings, evaluate, phi_by_group, resampled
+from metasae_lightning.evaluation.evaluate import Evaluation, evaluate, phi_by_group, resampled
 from metasae_lightning.evaluation.held_out_text import passages
 from metasae_lightning.evaluation.saes import Subject, subject
+from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.lm import TransformerLensLM
 from metasae_lightning.metrics import Phi, PhiSample
 from metasae_lightning.step import Batch, Codes

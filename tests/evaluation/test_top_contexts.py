@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from metasae_lightning.cli import main
 from metasae_lightning.cli.arguments import data_of
-from metasae_lightning.evaluation.evaluate import Evaluation, Settings, evaluate
+from metasae_lightning.evaluation.evaluate import Evaluation, evaluate
 from metasae_lightning.evaluation.saes import subject
+from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.evaluation.top_contexts import AFTER, BEFORE, Hits, Spelling, latents_record, top_contexts
 from tests.evaluation.test_evaluate import QUICK
 from tests.helpers.judged import run
