@@ -11,6 +11,7 @@ from rich.console import Console
 from metasae_lightning import report
 from metasae_lightning.cli.arguments import parsed, plain_parser
 from metasae_lightning.cli.measure import calibrate, compare, publish, test
+from metasae_lightning.report.write import write
 
 
 def pages(args: Sequence[str]) -> int:
@@ -21,7 +22,7 @@ def pages(args: Sequence[str]) -> int:
     parser.add_argument("--title", type=str | None, default=None, help="What the page is called; none is the runs' names.")
     given = parsed(parser, args)
     found = report.study(given.runs, given.title)
-    place = report.write(found, Path(given.out or given.runs[0]))
+    place = write(found, Path(given.out or given.runs[0]))
     console = Console()
     console.print(report.overview(found))
     for arm in found.arms:

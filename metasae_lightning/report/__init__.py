@@ -1,7 +1,20 @@
 """What was measured, for people: tables for the terminal, a page, figures; measures nothing itself."""
 
-from metasae_lightning.report.conclusions import beside_the_paper, verdict
-from metasae_lightning.report.tables import cross, differences, evaluations, overview, shared
-from metasae_lightning.report.write import Study, study, write
+from typing import TYPE_CHECKING
 
-__all__ = ["Study", "beside_the_paper", "cross", "differences", "evaluations", "overview", "shared", "study", "verdict", "write"]
+from metasae_lightning.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from metasae_lightning.report.conclusions import beside_the_paper, verdict
+    from metasae_lightning.report.tables import cross, differences, evaluations, overview, shared
+    from metasae_lightning.report.write import Study, study
+
+__all__ = ["Study", "beside_the_paper", "cross", "differences", "evaluations", "overview", "shared", "study", "verdict"]
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        **dict.fromkeys(["beside_the_paper", "verdict"], "metasae_lightning.report.conclusions"),
+        **dict.fromkeys(["cross", "differences", "evaluations", "overview", "shared"], "metasae_lightning.report.tables"),
+        **dict.fromkeys(["Study", "study"], "metasae_lightning.report.write"),
+    },
+)

@@ -57,7 +57,7 @@ def test_what_is_loaded_does_what_the_run_did(tmp_path: Path):
     with Hub(tmp_path / "hub", token=TOKEN) as hub:
         (tmp_path / "home").mkdir()
         environment = hub.environment(tmp_path / "home", HF_TOKEN=TOKEN, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-        send = "import sys; from pathlib import Path; from metasae_lightning.sae import publish; root = Path(sys.argv[1]); "
+        send = "import sys; from pathlib import Path; from metasae_lightning.sae.publish import publish; root = Path(sys.argv[1]); "
         send += "publish({name: root / name for name in sys.argv[2:]}, 'hf://someone/saes')"
         save_file({"x": x}, tmp_path / "x.safetensors")
         calls = [[send, str(tmp_path / "saes"), *folders], [LOAD, str(tmp_path / "x.safetensors"), str(tmp_path / "found"), *folders]]
