@@ -44,7 +44,7 @@ class Corpus(ABC):
         return Counted(documents, given=given)
 
     @abstractmethod
-    def identity(self) -> str:
+    def description(self) -> str:
         """What a published SAE tells of the text it was trained on."""
 
     def settings(self) -> dict[str, Any]:
@@ -55,13 +55,13 @@ class Corpus(ABC):
 def check_held_out(corpus: Corpus, held_out: float, *, seed: int, ranks: int, stall_seconds: float) -> None:
     """Every rank needs a document to validate on: better to know it before training than after."""
     missing = ranks
-    with closing(Producer(corpus.documents(seed=seed), name=f"corpus {corpus.identity()}", stall_seconds=stall_seconds)) as documents:
+    with closing(Producer(corpus.documents(seed=seed), name=f"corpus {corpus.description()}", stall_seconds=stall_seconds)) as documents:
         for document in documents:
             missing -= split_of(document, held_out) == "validation"
             if not missing:
                 return
     raise InputError(
-        f"held_out: of the documents of {corpus.identity()} a share of {held_out} is too little to validate on: "
+        f"held_out: of the documents of {corpus.description()} a share of {held_out} is too little to validate on: "
         "raise it, or set it to 0 to validate on nothing"
     )
 

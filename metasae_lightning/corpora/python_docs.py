@@ -33,7 +33,7 @@ class PythonDocs(Corpus):
         for file in files:
             yield from (text for text in _docstrings(file) if len(text) >= self.min_characters)
 
-    def identity(self) -> str:
+    def description(self) -> str:
         return f"docstrings of Python {sys.version_info.major}.{sys.version_info.minor}'s installed packages"
 
     def settings(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class HubText(Corpus):
         given = state["documents"] if state else 0
         return Counted((text for text, _ in rows({"row": given}, given=given)), given=given)
 
-    def identity(self) -> str:
+    def description(self) -> str:
         return "/".join(filter(None, [self.dataset.path, self.dataset.name]))
 
     def settings(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class SavedDataset(Corpus):
         for row in data.shuffle(seed=mix(seed, epoch), keep_in_memory=True):
             yield document_in(row, self.column, self.path)
 
-    def identity(self) -> str:
+    def description(self) -> str:
         return self.path
 
     def settings(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class TextFiles(Corpus):
             itertools.chain.from_iterable(documents_of(file, self.column) for file in files), self.shuffle_window, order
         )
 
-    def identity(self) -> str:
+    def description(self) -> str:
         return ", ".join(self.paths)
 
     def settings(self) -> dict[str, Any]:
@@ -138,5 +138,5 @@ class InMemory(Corpus):
         random.Random(mix(seed, epoch)).shuffle(order)
         return iter(order)
 
-    def identity(self) -> str:
+    def description(self) -> str:
         return self.name

@@ -67,7 +67,7 @@ class Documents:
                 documents, text = chunk.after["met"], text + any(token not in special for tokens in chunk.documents for token in tokens)
                 yield chunk
             if not text:
-                where = f"{self.corpus.identity()}: split {self.split} of held_out={self.held_out}, rank {self.rank} of {self.world_size}"
+                where = f"{self.corpus.description()}: split {self.split} of held_out={self.held_out}, rank {self.rank} of {self.world_size}"
                 raise InputError(f"corpus: not one document with text in it ({where})")
             if self.exhausted == "end":
                 return
@@ -125,7 +125,7 @@ class PackedTokens:
         self.head, self.separator = marks(documents.tokenizer, prepend_bos, name)
         self._start = state or {"place": {"epoch": 0, "reader": None, "met": 0}, "taken": 0, "waiting": []}
         source = documents.chunks(self._start["place"])
-        self._chunks = Producer(source, name=f"corpus {documents.corpus.identity()}", stall_seconds=stall_seconds)
+        self._chunks = Producer(source, name=f"corpus {documents.corpus.description()}", stall_seconds=stall_seconds)
         self._chunk: Chunk | None = None
         self._waiting: list[int] = list(map(int, self._start["waiting"]))
         self._taken, self._ended = 0, False

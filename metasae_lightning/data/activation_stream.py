@@ -67,9 +67,9 @@ class ActivationStream(Stream):
         """See the base."""
         batching = {name: value for name, value in asdict(self.batching).items() if name != "batch_size"}
         place = {"split": self.split, "rank": self.rank, "world_size": self.world_size}
-        model = {**self.language_model.identity(), "hook": ", ".join(self.language_model.hooks)}
+        model = {**self.language_model.description(), "hook": ", ".join(self.language_model.hooks)}
         return {
-            "corpus": self.corpus.identity(),
+            "corpus": self.corpus.description(),
             **self.corpus.settings(),
             **model,
             "batch_size": self.batching.batch_size,

@@ -217,7 +217,7 @@ class ActivationsDataModule(LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """What a cache of these activations is a function of: everything but what comes after the model."""
         shape = {name: getattr(self.batching, name) for name in CACHED}
-        return {"corpus": self.corpus.identity(), **self.corpus.settings(), **self.language_model.identity(), **shape}
+        return {"corpus": self.corpus.description(), **self.corpus.settings(), **self.language_model.description(), **shape}
 
     def metadata(self, hook: str | None = None) -> dict[str, Any]:
         """What a published SAE of a hook tells of its data, by SAELens's names."""
@@ -226,7 +226,7 @@ class ActivationsDataModule(LightningDataModule):
             named = {"model_name": self.language_model.name, "hook_name": hook, "dataset_path": str(self.cache.path)}
             return self.cache.record["about"][hook] if self.cache.ours else {**named, "context_size": b.context_size}
         self.language_model.load()
-        data: dict[str, Any] = {"dataset_path": self.corpus.identity(), "context_size": b.context_size, "prepend_bos": b.prepend_bos}
+        data: dict[str, Any] = {"dataset_path": self.corpus.description(), "context_size": b.context_size, "prepend_bos": b.prepend_bos}
         data |= {"held_out": b.held_out, "max_norm_ratio": b.max_norm_ratio}  # not SAELens's names: for whoever measures it
         if b.skip_positions:
             data["seqpos_slice"] = [b.skip_positions, None]

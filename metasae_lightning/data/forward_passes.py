@@ -82,7 +82,7 @@ class Rows:
             return None
         digest = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=8).hexdigest()
         if self._expected and digest != self._expected.pop(0):
-            raise InputError(f"corpus: {self.documents.corpus.identity()} is not what it was when the checkpoint was written")
+            raise InputError(f"corpus: {self.documents.corpus.description()} is not what it was when the checkpoint was written")
         keep = content(tokens, self._special, self.batching.skip_positions)
         count, block = int(keep.sum()), self.batching.block
         for begun in range(-(-self.number // block), -(-(self.number + count) // block)):
@@ -128,7 +128,7 @@ class Rows:
             before = self.number
             taken = self.take()
             if taken is None:
-                raise InputError(f"corpus: {self.documents.corpus.identity()} ended earlier than when it was counted")
+                raise InputError(f"corpus: {self.documents.corpus.description()} ended earlier than when it was counted")
             if self.number > self.first:
                 tokens, keep = taken
                 found = self.forward(tokens).flatten(0, 1)

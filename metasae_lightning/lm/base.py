@@ -19,7 +19,7 @@ from metasae_lightning.lm import device
 from metasae_lightning.lm.embedded_model import EMBEDDED, embedded_folder
 from metasae_lightning.lm.hooks import Point, attach
 from metasae_lightning.lm.loading import CONFIG_KWARGS, additive, dtype_of, hub, no_chatter
-from metasae_lightning.redaction import hidden
+from metasae_lightning.redaction import redact
 
 log = logging.getLogger(__name__)
 
@@ -249,9 +249,9 @@ class LanguageModel(ABC):
                     return getattr(config, name)
         return None
 
-    def identity(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """Everything that activations are a function of, but for the hooks."""
-        kwargs = {key: str(value) for key, value in sorted(hidden(self.model_kwargs).items())}
+        kwargs = {key: str(value) for key, value in sorted(redact(self.model_kwargs).items())}
         dtype = str(self.dtype).removeprefix("torch.")
         return {"model": self.name, "read_by": type(self).__name__, "computed_in": dtype, "model_kwargs": kwargs}
 
@@ -268,7 +268,7 @@ class LanguageModel(ABC):
             "model_class_name": "HookedTransformer" if point.lens else "AutoModelForCausalLM",
             "hook_name": point.lens or point.path,
             **({} if point.path == point.lens else {"hf_hook_name": point.path}),
-            "model_from_pretrained_kwargs": hidden(self.model_kwargs),
+            "model_from_pretrained_kwargs": redact(self.model_kwargs),
         }
 
     def _require(self) -> nn.Module:

@@ -154,7 +154,7 @@ class Numbers(Corpus):
     def documents(self, *, seed=0, epoch=0):
         yield from (f"{seed} {epoch} {i}" for i in range(35))
 
-    def identity(self):
+    def description(self):
         return "numbers"
 
 
@@ -314,7 +314,7 @@ def test_documents_in_memory_come_once_each_in_an_order_of_the_seed_and_epoch():
     first = list(corpus.documents(seed=1))
     assert sorted(first) == sorted(texts) and first == list(corpus.documents(seed=1)) and texts == [f"text {i}" for i in range(20)]
     assert first != list(corpus.documents(seed=2)) and first != list(corpus.documents(seed=1, epoch=1))
-    assert corpus.identity() == "mine" and corpus.settings() == {}
+    assert corpus.description() == "mine" and corpus.settings() == {}
 
 
 NESTED = '''

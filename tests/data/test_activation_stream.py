@@ -135,7 +135,7 @@ def test_a_corpus_that_changed_is_noticed(lm):
     batches(early, 20)
     state = early.state_dict()
     changed = stream(lm, [text.replace("fox", "cat") for text in documents()])
-    changed.corpus.identity = early.corpus.identity
+    changed.corpus.description = early.corpus.description
     changed.load_state_dict(state)
     with pytest.raises(InputError, match="is not what it was when the checkpoint was written"):
         batches(changed, 1)
@@ -215,7 +215,7 @@ def test_several_hooks_from_one_pass_are_each_their_own(folders):
     for name in names:
         single = HuggingFaceLM(folders["llama"], name, device="cpu")
         single.load()
-        assert torch.equal(given.at(name).activations, next(iter(stream(single))).activations)
+        assert torch.equal(given.select_hook(name).activations, next(iter(stream(single))).activations)
     with pytest.raises(InputError, match="a list of different ones"):
         HuggingFaceLM(folders["llama"], [HOOK, HOOK])
 

@@ -95,5 +95,5 @@ class Texts(Corpus):
         order = [*self.texts[start:], *self.texts[:start]]
         return iter(order if epoch % 2 == 0 else order[::-1])
 
-    def identity(self) -> str:
+    def description(self) -> str:
         return f"{len(self.texts)} texts"
