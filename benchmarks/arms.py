@@ -54,10 +54,10 @@ def names(recipe: str) -> list[str]:
     """The arms of a recipe."""
     import yaml
 
-    from metasae_lightning.cli.grid import named
+    from metasae_lightning.cli.grid import changes_by_arm
 
     tree: dict[str, Any] = yaml.safe_load((ROOT / "configs" / f"{recipe}.yaml").read_text())
-    return list(named(tree["arms"], tree["grid"]))
+    return list(changes_by_arm(tree["arms"], tree["grid"]))
 
 
 def same(one: Path, other: Path, arm: str) -> bool:

@@ -1,5 +1,5 @@
 """The command line `metasae`."""
 
-from metasae_lightning.cli.lightning_cli import main
+from metasae_lightning.cli.entry import main
 
 __all__ = ["main"]

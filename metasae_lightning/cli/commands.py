@@ -1,66 +1,133 @@
-"""The commands beside LightningCLI's own, by name."""
+"""The table of commands. Imports nothing heavy: `metasae --help` prints it at once."""
 
-import logging
-import sys
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from rich.console import Console
-
-from metasae_lightning import report
-from metasae_lightning.cli.arguments import parsed, plain_parser
-from metasae_lightning.cli.measure import calibrate, compare, publish, test
-from metasae_lightning.report.write import write
-
-
-def pages(args: Sequence[str]) -> int:
-    """Write what runs come to."""
-    parser = plain_parser("report", "What was found out about runs, as a page that needs no network, figures and tables; measures nothing.")
-    parser.add_argument("runs", nargs="+", type=str, help="Runs, with all their arms, or single arms.")
-    parser.add_argument("--out", type=str | None, default=None, help="Where the page goes; none is the run, of several the first.")
-    parser.add_argument("--title", type=str | None, default=None, help="What the page is called; none is the runs' names.")
-    given = parsed(parser, args)
-    found = report.study(given.runs, given.title)
-    place = write(found, Path(given.out or given.runs[0]))
-    console = Console()
-    console.print(report.overview(found))
-    for arm in found.arms:
-        for what in arm.missing:
-            console.print(f"{arm.name}: {what}", markup=False, highlight=False)
-    console.print(found.verdict.sentence, markup=False, highlight=False)
-    for line in found.verdict.beside:
-        console.print(line, markup=False, highlight=False)
-    console.print(f"the page: {place}", markup=False, highlight=False, soft_wrap=True)
-    return 0
+# Options of LightningCLI and of ours that help and completion name: option, placeholder of its value, one line.
+CONFIG = ("-c/--config", "RECIPE", "A shipped recipe or overlay by name, or a YAML file. Several are merged, the last one wins.")
+CKPT_PATH = ("--ckpt_path", "FILE", "Checkpoint to start from; `last` is the run's newest.")
+RUN = ("--run", "FOLDER", "Folder of the run: config, metrics, checkpoints and SAEs.")
+FIT_OPTIONS = (
+    CONFIG,
+    RUN,
+    CKPT_PATH,
+    ("--arms", "YAML", "SAEs to train side by side on the same batches: a name and the changed model arguments of each."),
+    ("--grid", "YAML", "Lists of values by argument: one arm for each combination. `seed` repeats every arm with each seed."),
+    ("--only", "YAML", "List of the arms to train in this run."),
+    ("--memory_gib", "GIB", "Memory limit of each device. A run that needs more is refused before it loads anything."),
+    ("--print_config", None, "Print the merged configuration and exit."),
+)
+CACHE_OPTIONS = (
+    CONFIG,
+    ("--shard_gib", "GIB", "Size of one file of the cache."),
+    ("--store", "DTYPE", "Stored type: float32 or float16."),
+)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    **{"test": test, "calibrate": calibrate, "compare": compare, "report": pages, "publish": publish}
-}
+@dataclass(frozen=True)
+class Command:
+    """One command of `metasae`."""
+
+    name: str
+    """The word after `metasae`."""
+    summary: str
+    """What the command does, in one line."""
+    example: str
+    """A command line to copy."""
+    implementation: str
+    """`module:function` that runs the command; imported when the command is called."""
+    options: Sequence[tuple[str, str | None, str]] = ()
+    """Options shown by help, of a command whose real parser is LightningCLI's."""
+
+    @property
+    def is_lightning(self) -> bool:
+        """Whether LightningCLI parses and runs the command."""
+        return self.implementation.endswith("lightning_cli:run")
 
 
-def run(args: Sequence[str]) -> int:
-    """Run the command that a line names."""
-    with telling():
-        return COMMANDS[args[0]](args[1:])
+LIGHTNING = "metasae_lightning.cli.lightning_cli:run"
+EVALUATE = "metasae_lightning.cli.measure:evaluate_saes"
+TABLE = (
+    Command(
+        "fit", "Train a primary SAE and a meta SAE, or several arms side by side.", "metasae fit -c quickstart", LIGHTNING, FIT_OPTIONS
+    ),
+    Command(
+        "validate",
+        "Run the validation of a recipe on a checkpoint.",
+        "metasae validate -c quickstart --ckpt_path runs/quickstart/checkpoints/last.ckpt",
+        LIGHTNING,
+        (CONFIG, CKPT_PATH, RUN),
+    ),
+    Command("test", "Same as evaluate; with -c and --ckpt_path, run a recipe's test on a checkpoint.", "metasae test runs/a", EVALUATE),
+    Command(
+        "cache",
+        "Write a recipe's activations to disk, to train without the language model.",
+        "metasae cache -c quickstart --data.init_args.cache activations",
+        LIGHTNING,
+        CACHE_OPTIONS,
+    ),
+    Command("evaluate", "Measure exported SAEs on held-out tokens.", "metasae evaluate runs/a runs/b", EVALUATE),
+    Command(
+        "calibrate",
+        "Set the thresholds of an exported SAE for a target L0.",
+        "metasae calibrate runs/a --rule rate --l0 32",
+        "metasae_lightning.cli.measure:calibrate_thresholds",
+    ),
+    Command(
+        "compare",
+        "Compare two SAEs: differences, matched latents, splits and merges.",
+        "metasae compare runs/a runs/b",
+        "metasae_lightning.cli.measure:compare_saes",
+    ),
+    Command(
+        "report",
+        "Write the results of finished runs as a page, figures and tables.",
+        "metasae report runs/a runs/b --out page",
+        "metasae_lightning.cli.report:write_report",
+    ),
+    Command(
+        "publish",
+        "Write a run's SAEs and a model card to a folder or to the Hugging Face Hub.",
+        "metasae publish runs/a hf://OWNER/NAME",
+        "metasae_lightning.cli.publish:publish_saes",
+    ),
+    Command("recipes", "List the shipped recipes and overlays.", "metasae recipes", "metasae_lightning.cli.recipes:list_recipes"),
+    Command(
+        "completion",
+        "Print the completion script of a shell, bash or zsh.",
+        'eval "$(metasae completion bash)"',
+        "metasae_lightning.cli.completion:print_script",
+    ),
+)
+COMMANDS = {command.name: command for command in TABLE}
 
 
-def is_ours(args: Sequence[str]) -> bool:
-    """Whether a command line is one of these commands', and not LightningCLI's."""
-    lightnings = any(word in ("-c", "--config", "--ckpt_path") or word.startswith(("--config=", "--ckpt_path=")) for word in args)
-    return bool(args) and args[0] in COMMANDS and not (args[0] == "test" and lightnings)
+def overview() -> str:
+    """The text of `metasae --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {command.name:{width}}  {command.summary}" for command in TABLE]
+    return "\n".join(
+        [
+            "usage: metasae COMMAND ...",
+            "",
+            "Train a sparse autoencoder (SAE) jointly with a meta SAE on its decoder; measure, report and publish it.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "options:",
+            "  -h, --help  Show this text. metasae COMMAND --help shows a command's options.",
+            "  --version   Show the version.",
+            "",
+            f"Example: {COMMANDS['fit'].example}",
+        ]
+    )
 
 
-@contextmanager
-def telling() -> Generator[None, None, None]:
-    """Say on stderr what is being done."""
-    logger, handler = logging.getLogger("metasae_lightning"), logging.StreamHandler(sys.stderr)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+def is_lightning_test(words: Sequence[str]) -> bool:
+    """Whether the words of `metasae test` name a recipe or a checkpoint: LightningCLI's test, not the evaluation of exported SAEs.
+
+    >>> is_lightning_test(["-c", "quickstart", "--ckpt_path", "last"]), is_lightning_test(["runs/a"])
+    (True, False)
+    """
+    return any(word.partition("=")[0] in ("-c", "--config", "--ckpt_path") for word in words)

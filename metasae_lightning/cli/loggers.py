@@ -1,4 +1,4 @@
-"""Where a run logs to: CSV, and TensorBoard with a run for each arm, so that arms lie over each other in one plot."""
+"""The default loggers: CSV, and TensorBoard with one TensorBoard run for each arm, so that one plot shows all arms."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,44 +8,47 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 
-class ArmBoards(TensorBoardLogger):
-    """Figures that begin with an arm's name go into that arm's run, without it; others into the folder itself.
+class TensorBoardByArm(TensorBoardLogger):
+    """Metrics named `ARM/NAME` go into the TensorBoard run of that arm as `NAME`; all others into the folder itself.
 
     Args:
-        save_dir: The run's directory.
+        save_dir: The run's folder.
         arms: The arms' names.
     """
 
     def __init__(self, save_dir: str | Path, arms: Sequence[str]) -> None:
         super().__init__(str(save_dir), name="tensorboard", version="")
-        self._boards = {arm: TensorBoardLogger(str(save_dir), name="tensorboard", version=arm) for arm in arms}
+        self._loggers = {arm: TensorBoardLogger(str(save_dir), name="tensorboard", version=arm) for arm in arms}
 
     def of(self, arm: str) -> TensorBoardLogger:
-        """An arm's run."""
-        return self._boards[arm]
+        """The logger of an arm."""
+        return self._loggers[arm]
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Each figure where it belongs."""
-        left = dict(metrics)
-        for arm, board in self._boards.items():
-            own = {key: left.pop(key) for key in list(left) if key.startswith(f"{arm}/")}
-            if own:
-                board.log_metrics({key.removeprefix(f"{arm}/"): value for key, value in own.items()}, step)
-        if left:
-            super().log_metrics(left, step)
+        """Log each metric to the run of its arm."""
+        rest = dict(metrics)
+        for arm, logger in self._loggers.items():
+            of_arm = {key: rest.pop(key) for key in list(rest) if key.startswith(f"{arm}/")}
+            if of_arm:
+                logger.log_metrics({key.removeprefix(f"{arm}/"): value for key, value in of_arm.items()}, step)
+        if rest:
+            super().log_metrics(rest, step)
 
     def finalize(self, status: str) -> None:
-        """Write what is left."""
-        for board in self._boards.values():
-            board.finalize(status)
+        """Flush all loggers."""
+        for logger in self._loggers.values():
+            logger.finalize(status)
         super().finalize(status)
 
 
-def loggers(run: str, arms: Sequence[str] = ()) -> list[Any]:
-    """The default loggers, which need no account; TensorBoard's has a run for each arm."""
-    # Lightning's CSV logger deletes the file that is there: a resumed run keeps the earlier part beside it.
+def default_loggers(run: str, arms: Sequence[str] = ()) -> list[Any]:
+    """CSV and TensorBoard loggers, which need no account; with arms, TensorBoard has one run for each."""
+    # Lightning's CSV logger deletes an existing file: a resumed run keeps the earlier part under another name.
     earlier = Path(run) / "metrics.csv"
     if earlier.exists() and not rank_zero_only.rank:  # pyright: ignore[reportFunctionMemberAccess]
         part = next(i for i in range(1, 10_000) if not earlier.with_name(f"metrics.{i}.csv").exists())
         earlier.rename(earlier.with_name(f"metrics.{part}.csv"))
-    return [CSVLogger(run, name="", version=""), ArmBoards(run, arms) if arms else TensorBoardLogger(run, name="tensorboard", version="")]
+    return [
+        CSVLogger(run, name="", version=""),
+        TensorBoardByArm(run, arms) if arms else TensorBoardLogger(run, name="tensorboard", version=""),
+    ]

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
+from rich.console import Console
 
 from metasae_lightning import functional
+from metasae_lightning.cli.arguments import data_for, open_saes, recipe_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.evaluate import versions
 from metasae_lightning.evaluation.held_out_text import as_record, held_out, identity
 from metasae_lightning.evaluation.matched_l0 import sample
 from metasae_lightning.evaluation.saes import Subject, device_of, only_hook
-from metasae_lightning.redaction import hidden
+from metasae_lightning.redaction import redact
 from metasae_lightning.report import model_card
-from metasae_lightning.run_folder import of_arm, read
+from metasae_lightning.run_folder import arm_record, read_record
 from metasae_lightning.sae import pretrained
-from metasae_lightning.sae.publish import HUB, README, RECORD, Destination, publish, stage
+from metasae_lightning.sae.publish import HUB, README, RECORD, Destination, destination, publish, stage
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,26 @@ NORMALIZERS = {
 ABOUT = ("trained_as", "normalizer", "normalizer_is", "thresholds", "penalties", "n_p", "n_m", "meta", "init_from", "recipe", "versions")
 
 
+def publish_saes(args: Namespace) -> int:
+    """The command `publish`: write a run's SAEs and a model card to a folder or the Hub, after loading them back and measuring them."""
+    args.data = None
+    dest = destination(args.dest, private=args.private, revision=args.revision)
+    (sae,) = open_saes([args.run], None)
+    if sae.run is None:
+        raise InputError(f"{args.run} is no run: its recipe and its measurements are published along")
+    overrides = {key: args[key] for key in ("model_name", "dataset_path") if args[key]}
+    for key in ("model_name", "dataset_path"):
+        if (value := sae.metadata.get(key)) and Path(str(value)).exists() and key not in overrides:
+            log.warning("%s is %s, a local path: give its public name with --%s NAME", key, value, key)
+    place, record = publish_run(
+        sae, data_for(sae, args), dest, recipe_of(sae), name=args.id, tokens=args.tokens, replace=args.replace, overrides=overrides
+    )
+    measured = record["measured"]
+    Console().print(f"{record['id']}: FVU {measured['fvu']:.4f}, L0 {measured['l0']:.2f} on {measured['tokens']:,} validation tokens")
+    Console().print(f"published: {place}", soft_wrap=True)
+    return 0
+
+
 def publish_run(
     one: Subject,
     data: Any,
@@ -55,7 +78,7 @@ def publish_run(
     """Publish a run's SAEs under `name` and `name-meta`, measured on the run's own data; returns where they are and what was recorded."""
     name = name or str(one.metadata.get("hook_name") or one.name)
     found = measured(one, data, tokens)
-    kept = of_arm(read(one.record), one.arm)
+    kept = arm_record(read_record(one.record), one.arm)
     check(one, found, kept)
     density, probe = found.pop("density"), found.pop("probe")
     record = record_of(one, recipe, kept, found, overrides or {}, name, tested(one, data, kept))
@@ -183,7 +206,7 @@ def record_of(
         "recipe": {key: recipe[key] for key in ("seed_everything", "model", "data") if key in recipe},
         "versions": versions(),
     }
-    return hidden(abroad(record, renamed))
+    return redact(abroad(record, renamed))
 
 
 def thresholds(one: Subject, kept: Mapping[str, Any]) -> str | None:

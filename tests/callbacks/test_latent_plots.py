@@ -19,7 +19,7 @@ from torch import Tensor
 from metasae_lightning import functional
 from metasae_lightning.callbacks import Figures, HeldOut
 from metasae_lightning.callbacks.latent_plots import tail
-from metasae_lightning.cli.lightning_cli import RECIPES
+from metasae_lightning.cli.recipes import RECIPES
 from metasae_lightning.metrics import PhiSample
 from metasae_lightning.penalties import Decomposability
 from metasae_lightning.step import Batch, Codes

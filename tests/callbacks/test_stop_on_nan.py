@@ -14,10 +14,10 @@ from torch.optim import SGD
 
 from metasae_lightning.callbacks import StopOnNaN
 from metasae_lightning.cli import main
-from metasae_lightning.cli.lightning_cli import RECIPES
+from metasae_lightning.cli.recipes import RECIPES
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Decomposability, Penalty
-from metasae_lightning.sae.nonfinite import first_broken
+from metasae_lightning.sae.nonfinite import first_nonfinite
 from metasae_lightning.step import Batch
 from metasae_lightning.training import JointSAE
 from tests.helpers.architectures import ARCHITECTURES, activations, config
@@ -153,7 +153,7 @@ def test_a_bad_state_is_refused_before_the_good_checkpoint_goes(tmp_path: Path, 
     (named,) = (path for path in left if f"the last good checkpoint is {path};" in str(stopped.value))
     resumed = fitted(tmp_path, module=joint(), ckpt_path=named)
     assert int(torch.load(named, weights_only=False)["state_dict"]["primary.steps"]) == 6
-    assert int(resumed.primary.steps) == 10 and first_broken(resumed.state_dict()) is None
+    assert int(resumed.primary.steps) == 10 and first_nonfinite(resumed.state_dict()) is None
 
 
 # Such a checkpoint asks no callback.
@@ -221,8 +221,8 @@ def test_no_architecture_is_stopped_without_cause_or_changed(name: str, tmp_path
 
 def test_large_is_not_infinite():
     large = torch.full((4,), 3e38)
-    assert not large.sum().isfinite() and first_broken({"a": large, "b": torch.tensor([1e300], dtype=torch.float64)}) is None
-    assert first_broken({"count": torch.tensor(3), "a": large, "b": torch.tensor([torch.inf])}) == "b"
+    assert not large.sum().isfinite() and first_nonfinite({"a": large, "b": torch.tensor([1e300], dtype=torch.float64)}) is None
+    assert first_nonfinite({"count": torch.tensor(3), "a": large, "b": torch.tensor([torch.inf])}) == "b"
 
 
 @pytest.mark.parametrize("name", ["quickstart", "synthetic", "gpt2_large_l20", "gemma2_9b_l23"])

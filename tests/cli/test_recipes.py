@@ -13,8 +13,9 @@ import torch
 from sae_lens import SAE
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, PretrainedConfig
 
-from metasae_lightning.cli import lightning_cli
-from metasae_lightning.cli.lightning_cli import RECIPES, MetasaeCLI
+from metasae_lightning.cli import main
+from metasae_lightning.cli.lightning_cli import MetasaeCLI
+from metasae_lightning.cli.recipes import RECIPES
 from tests.helpers.models import documents, save_model, tokenizer
 
 # lightning 2.6 passes `skip_none`, which jsonargparse 4.53 deprecates: https://github.com/Lightning-AI/pytorch-lightning
@@ -117,7 +118,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, Any]:
     monkeypatch.setattr(MetasaeCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(MetasaeCLI, "_run_subcommand", lambda self, subcommand: None)
     with torch.random.fork_rng():
-        assert lightning_cli.main(["fit", *(word for name in names for word in ("-c", name))]) == 0
+        assert main(["fit", *(word for name in names for word in ("-c", name))]) == 0
     return seen[0]
 
 
@@ -246,7 +247,7 @@ def fit(run: Path, *names: str, **overrides: Any) -> dict[str, Any]:
     """A real `metasae fit`; returns what the finished run's checkpoint holds. In a keyword, `__` stands for `.init_args.`."""
     configs = [word for name in names for word in ("-c", name)]
     flags = [word for key, value in overrides.items() for word in (f"--{key.replace('__', '.init_args.')}", str(value))]
-    assert lightning_cli.main(["fit", *configs, "--run", str(run), *flags]) == 0
+    assert main(["fit", *configs, "--run", str(run), *flags]) == 0
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=False, mmap=True)["state_dict"]
 
 

@@ -123,7 +123,7 @@ def test_an_sae_that_does_not_say_what_it_reads_gives_one_line(tmp_path: Path, c
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["test"], "test: name a run, a SAELens folder or RELEASE:ID"),
+        (["test"], "name a run, a SAELens folder or RELEASE:ID"),
         (["test", "nowhere"], "'nowhere' is no folder, and no SAE on the Hub"),
         (["test", "{empty}"], "is neither a run, which has saes/primary, nor a SAELens folder"),
         (["test", "{run}", "--tokens=many"], "tokens: expected"),
@@ -217,7 +217,7 @@ def test_an_sae_comes_from_the_hub_by_its_name(tmp_path: Path):
 def test_runs_on_other_data_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     one, two = run(tmp_path, "one"), run(tmp_path, "two")
     (two / "config.yaml").write_text(yaml.safe_dump({"data": recipe(tmp_path, held_out=0.3)}))
-    assert "were made on other data (held_out is 0.2 and 0.3)" in failing(capsys, "compare", str(one), str(two))
+    assert "were trained on different data (held_out is 0.2 and 0.3)" in failing(capsys, "compare", str(one), str(two))
     assert main(["compare", str(one), str(two), "--data", str(one / "config.yaml"), "--out", str(tmp_path / "c.json"), *QUICK]) == 0
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from lightning import Trainer
 
-from metasae_lightning.cli import commands, lightning_cli
+from metasae_lightning import report
+from metasae_lightning.cli import lightning_cli, main, measure
+from metasae_lightning.cli import publish as publish_command
+from metasae_lightning.cli.commands import is_lightning_test
 from metasae_lightning.cli.lightning_cli import MetasaeCLI
 from metasae_lightning.errors import InputError
 
@@ -17,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 FIT = re.compile(r"^    (metasae (?:fit|cache) [^#\n]*)", re.MULTILINE)
 # What a launcher is given to run: the command line behind `cli.py` or `metasae`.
 LAUNCHED = re.compile(r"^    (?:torchrun|srun) [^#\n]*?(?:cli\.py|metasae) (fit [^#\n]*)", re.MULTILINE)
-MEASURING = re.compile(r"^    (metasae (?:test|calibrate|compare|report|publish) [^#\n]*)", re.MULTILINE)
+MEASURING = re.compile(r"^    (metasae (?:test|evaluate|calibrate|compare|report|publish) [^#\n]*)", re.MULTILINE)
 COMMANDS = [line.strip() for text in DOCUMENTS for line in FIT.findall(text.read_text().replace("\\\n", " "))]
 COMMANDS += [f"metasae {line.strip()}" for text in DOCUMENTS for line in LAUNCHED.findall(text.read_text().replace("\\\n", " "))]
 # Overlays that a document shows, by the name that it gives them.
@@ -41,22 +44,23 @@ def test_a_command_of_the_documents_parses(command: str, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     for name, overlay in OVERLAYS.items():
         Path(name).write_text(overlay)
-    assert lightning_cli.main(shlex.split(command)[1:]) == 0
+    assert main(shlex.split(command)[1:]) == 0
     assert seen[0].startswith("runs/")
 
 
 @pytest.mark.parametrize("command", [line.strip() for text in DOCUMENTS for line in MEASURING.findall(text.read_text())])
 def test_a_measuring_command_of_the_documents_parses(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def opened(places: list[str], out: str | None = None) -> None:
+    def stop(places: list[str], out: str | None = None) -> None:
         raise InputError(f"opens {len(places)}")
 
-    monkeypatch.setattr(measure, "opened", opened)
-    monkeypatch.setattr(commands.report, "study", opened)
+    monkeypatch.setattr(measure, "open_saes", stop)
+    monkeypatch.setattr(publish_command, "open_saes", stop)
+    monkeypatch.setattr(report, "study", stop)
     words = shlex.split(command)[1:]
     if "--ckpt_path" in words:
-        assert not commands.is_ours(words)
+        assert is_lightning_test(words)
         return
-    assert lightning_cli.main(words) == 2
+    assert main(words) == 2
     assert re.search(r"metasae: error: opens [12]$", capsys.readouterr().err.strip())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from metasae_lightning.cli import lightning_cli
+from metasae_lightning.cli import main
 from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.data.activation_stream import ActivationStream
 from metasae_lightning.errors import InputError
@@ -110,7 +110,7 @@ def test_the_command_line_says_it_in_a_line(
     machine(0)
     name = f"--data.init_args.language_model.init_args.name={folder}"
     hook = "--data.init_args.language_model.init_args.hook=blocks.1.hook_resid_post"
-    assert lightning_cli.main(["fit", "-c", "quickstart", "-c", "solo", *words, "--run", str(tmp_path / "run"), name, hook]) == 2
+    assert main(["fit", "-c", "quickstart", "-c", "solo", *words, "--run", str(tmp_path / "run"), name, hook]) == 2
     assert f"metasae: error: {says}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

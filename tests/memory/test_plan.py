@@ -17,7 +17,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from metasae_lightning import ActivationsDataModule, JointSAE
 from metasae_lightning.callbacks import Export
-from metasae_lightning.cli import lightning_cli
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import HuggingFaceLM, LanguageModel, device
 from metasae_lightning.memory import plan as planning
@@ -184,7 +183,7 @@ def test_a_run_that_does_not_fit_is_told_what_to_change():
 
 
 def fit(run: Path, *flags: str) -> int:
-    return lightning_cli.main(["fit", "-c", "synthetic", "--run", str(run), "--data.init_args.tokens", "2048", *flags])
+    return main(["fit", "-c", "synthetic", "--run", str(run), "--data.init_args.tokens", "2048", *flags])
 
 
 def test_over_the_limit_nothing_is_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -198,7 +197,7 @@ def test_over_the_limit_nothing_is_begun(tmp_path: Path, capsys: pytest.CaptureF
 def test_no_model_is_loaded_for_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(LanguageModel, "load", lambda self: pytest.fail("loaded"))
     name = f"--data.init_args.language_model.init_args.name={save_model(tmp_path / 'model', 'llama', layers=16)}"
-    assert lightning_cli.main(["fit", "-c", "quickstart", "--run", str(tmp_path / "run"), "--memory_gib", "0.1", name]) == 2
+    assert main(["fit", "-c", "quickstart", "--run", str(tmp_path / "run"), "--memory_gib", "0.1", name]) == 2
     assert "language model" in capsys.readouterr().err
 
 

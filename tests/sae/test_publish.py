@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from metasae_lightning.cli import main
 from metasae_lightning.errors import InputError
-from metasae_lightning.redaction import hidden
+from metasae_lightning.redaction import redact
 from metasae_lightning.report import model_card
 from metasae_lightning.sae import pretrained
 from metasae_lightning.sae.publish import destination
@@ -89,7 +89,7 @@ def test_a_folder_holds_what_others_load(place: Path, tmp_path: Path, capsys: py
     assert (
         "decomposability at weight 0.3" in page and "It was not evaluated on test documents" in page and f'load_from_disk("{HOOK}")' in page
     )
-    assert "which others do not have" in said.err
+    assert "a local path: give its public name" in said.err
     everything = b"".join(tree(tmp_path / "out").values()) + said.out.encode() + said.err.encode()
     assert TOKEN.encode() not in everything and b"whichissecret" not in everything
 
@@ -206,7 +206,7 @@ def test_an_sae_that_is_not_what_the_run_left_stays_at_home(place: Path, tmp_pat
         (["ONE", "out", "--tokens", "0"], "tokens must be at least 1, got 0"),
         (["ONE/config.yaml", "out"], "config.yaml"),
         (["ONE", "ONE/config.yaml"], "is a file, and SAEs go into a folder"),
-        (["ONE/saes/meta", "out"], "is no run: its recipe and what it was measured on are published along"),
+        (["ONE/saes/meta", "out"], "is no run: its recipe and its measurements are published along"),
         (["ONE", "out", "--idd", "x"], "there is no option idd (did you mean id?)"),
     ],
 )
@@ -303,10 +303,10 @@ def test_a_notebook_publishes_folders(tmp_path: Path):
 
 def test_what_opens_doors_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("HF_TOKEN", "a-token-of-another-form")
-    assert hidden({"a": [{"use_auth_token": 1, "b": "x a-token-of-another-form y"}], "n": 3}) == {"a": [{"b": "x hf_*** y"}], "n": 3}
+    assert redact({"a": [{"use_auth_token": 1, "b": "x a-token-of-another-form y"}], "n": 3}) == {"a": [{"b": "x hf_*** y"}], "n": 3}
     honest = {"sequence_separator_token": "eos", "training_tokens": 5, "path": "/data/hf_cache/hf_datasets/c4"}
-    assert hidden(honest) == honest
-    assert hidden(dict.fromkeys(("access_token", "hub_token", "Authorization", "api_key", "HF_TOKEN", "my_password"), "x")) == {}
+    assert redact(honest) == honest
+    assert redact(dict.fromkeys(("access_token", "hub_token", "Authorization", "api_key", "HF_TOKEN", "my_password"), "x")) == {}
     sae(model_from_pretrained_kwargs={"token": TOKEN, "revision": "main"}).save_model(tmp_path / "one")
     (tmp_path / "one" / ".env").write_text(TOKEN)
     publish_folders({"one": tmp_path / "one"}, tmp_path / "out")

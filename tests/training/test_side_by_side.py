@@ -20,7 +20,7 @@ from torch.optim import Adam
 from metasae_lightning import JointSAE, SideBySide, SyntheticDataModule
 from metasae_lightning.callbacks import Export, HeldOut, StopOnNaN, Summary
 from metasae_lightning.cli import main
-from metasae_lightning.cli.grid import expanded
+from metasae_lightning.cli.grid import expand
 from metasae_lightning.errors import InputError
 from metasae_lightning.memory.plan import memory_plan
 from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
@@ -282,7 +282,7 @@ MODEL: dict[str, Any] = {
 
 def test_a_grid_is_its_combinations_and_a_seed_is_every_arms():
     arms = {"solo": {"penalties": {}}, "wide": {"primary.init_args.d_sae": 16}}
-    found = expanded(MODEL, arms, {"weight": [0.1, 1.0], "sigma_sq": [0.3, 1.0, 3.0], "seed": [0, 1]})["init_args"]["arms"]
+    found = expand(MODEL, arms, {"weight": [0.1, 1.0], "sigma_sq": [0.3, 1.0, 3.0], "seed": [0, 1]})["init_args"]["arms"]
     assert len(found) == (2 + 6) * 2
     assert found["solo-seed1"]["init_args"] == {**MODEL["init_args"], "penalties": {}, "seed": 1}
     changed = found["weight1.0-sigma_sq3.0-seed0"]["init_args"]
@@ -291,10 +291,10 @@ def test_a_grid_is_its_combinations_and_a_seed_is_every_arms():
     )
     assert found["wide-seed0"]["init_args"]["primary"]["init_args"] == {"d_sae": 16, "k": 2}
     assert MODEL["init_args"]["primary"]["init_args"]["d_sae"] == 8
-    assert list(expanded(MODEL, arms, {}, only=["wide"])["init_args"]["arms"]) == ["wide"]
+    assert list(expand(MODEL, arms, {}, only=["wide"])["init_args"]["arms"]) == ["wide"]
     # What is replaced whole is replaced first, also where a part is named in short.
     own = {"weight": 0.5, "penalties": {"d": {"init_args": {"weight": 0.25}}}}
-    assert expanded(MODEL, {"a": own}, {})["init_args"]["arms"]["a"]["init_args"]["penalties"]["d"]["init_args"]["weight"] == 0.5
+    assert expand(MODEL, {"a": own}, {})["init_args"]["arms"]["a"]["init_args"]["penalties"]["d"]["init_args"]["weight"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -302,14 +302,14 @@ def test_a_grid_is_its_combinations_and_a_seed_is_every_arms():
     [
         ({}, {"weight": 0.3}, (), "grid.weight must be a list"),
         ({"a": {}}, {}, ("b",), "there is no arm 'b' among a"),
-        ({"a": {"primry.k": 1}}, {}, (), "arms.a: primry.k is a part of nothing"),
+        ({"a": {"primry.k": 1}}, {}, (), "arms.a: the model has no primry that primry.k could be a part of"),
         ({"weight0.1": {}}, {"weight": [0.1]}, (), "'weight0.1' is there twice"),
         ({"a": {}}, {"seed": [0, 0]}, (), "one is there twice"),
     ],
 )
 def test_a_grid_that_cannot_be(arms: Any, grid: Any, only: Any, says: str):
     with pytest.raises(InputError, match=says):
-        expanded(MODEL, arms, grid, only)
+        expand(MODEL, arms, grid, only)
 
 
 SMALL = ["--data.init_args.tokens", "12288", "--data.init_args.validation_tokens", "4096", "--data.init_args.test_tokens", "4096"]

@@ -1,0 +1,142 @@
+"""The entry point `metasae`: finds the command, imports it, and prints one line for every error that a user can cause.
+
+Help, the version and mistyped names are answered before torch or Lightning is imported.
+"""
+
+import gc
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from metasae_lightning.cli.commands import COMMANDS, LIGHTNING, Command, is_lightning_test, overview
+from metasae_lightning.cli.console_output import progress_on_stderr, quiet_lightning
+from metasae_lightning.cli.recipes import with_recipe_paths
+from metasae_lightning.errors import InputError, did_you_mean
+
+HELP, VERSION, HELP_ALL = ("-h", "--help"), "--version", "--help_all"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line, by default the process's own; returns the exit status."""
+    words = list(sys.argv[1:] if args is None else args)
+    try:
+        return run(words, owns_process=args is None)
+    except user_errors() as error:
+        from metasae_lightning.cli.parser_errors import parser_error_line
+
+        if os.environ.get("METASAE_DEBUG"):
+            raise
+        return print_error(parser_error_line(error))
+    except (OSError, RuntimeError) as error:
+        from metasae_lightning.cli.parser_errors import machine_error_line
+
+        if os.environ.get("METASAE_DEBUG") or not (line := machine_error_line(error)):
+            raise
+        return print_error(line)
+    except KeyboardInterrupt:
+        sys.stderr.write("metasae: stopped\n")
+        return 130
+
+
+def run(words: list[str], owns_process: bool) -> int:
+    """Answer help and version, or import and run the command.
+
+    Args:
+        words: The command line.
+        owns_process: Whether the process runs nothing else, so that its memory settings may change.
+    """
+    if not words or words[0] in HELP:
+        print(overview())
+        return 0
+    if words[0] == VERSION:
+        print(f"metasae {installed_version()}")
+        return 0
+    command = find_command(words)
+    to_lightning = command.is_lightning or (command.name == "test" and (HELP_ALL in words or is_lightning_test(words)))
+    if any(word in HELP for word in words):
+        print_help(command)
+        return 0
+    words = with_recipe_paths(words, data_is_recipe=not to_lightning)
+    if to_lightning:
+        return run_lightning(["--help" if word == HELP_ALL else word for word in words], owns_process)
+    from metasae_lightning.cli.parsers import parse, parser_for
+
+    arguments = parse(parser_for(command), words[1:])
+    implementation = pkgutil.resolve_name(command.implementation)
+    keep_memory(owns_process)
+    with quiet_lightning(), progress_on_stderr():
+        return implementation(arguments)
+
+
+def run_lightning(words: list[str], owns_process: bool) -> int:
+    """Import LightningCLI and run one of its commands."""
+    run_command = pkgutil.resolve_name(LIGHTNING)
+    keep_memory(owns_process)
+    with quiet_lightning():
+        return run_command(words)
+
+
+def print_help(command: Command) -> None:
+    """Print the help of a command."""
+    if command.is_lightning:
+        from metasae_lightning.cli.lightning_help import help_parser
+
+        help_parser(command).print_help()
+    else:
+        from metasae_lightning.cli.parsers import parser_for
+
+        parser_for(command).print_help()
+
+
+def keep_memory(owns_process: bool) -> None:
+    """In a process of its own: spare garbage collection the imported modules, and keep freed blocks for the next step."""
+    if owns_process and "torch" in sys.modules:
+        from metasae_lightning.memory.malloc import keep_freed
+
+        gc.freeze()
+        keep_freed()
+
+
+def find_command(words: Sequence[str]) -> Command:
+    """The command of a command line, also behind LightningCLI's own options (`metasae -c FILE fit`)."""
+    if words[0] in COMMANDS:
+        return COMMANDS[words[0]]
+    if not words[0].startswith("-"):
+        raise InputError(f"there is no command {words[0]}{did_you_mean(words[0], COMMANDS, n=1) or '; see metasae --help'}")
+    for word in words:
+        if word in COMMANDS:
+            return COMMANDS[word]
+    raise InputError(
+        f"there is no option {words[0]}{did_you_mean(words[0], (*HELP, VERSION), n=1) or '; metasae --help lists all commands'}"
+    )
+
+
+def installed_version() -> str:
+    """The version of the installed package."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("metasae-lightning")
+    except PackageNotFoundError:
+        return "(not installed: a bare checkout)"
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """Exceptions that a user's input causes. A library that is not imported has raised none of its own."""
+    names = (("jsonargparse", "ArgumentError"), ("lightning.fabric.utilities.exceptions", "MisconfigurationException"))
+    return (InputError, *(getattr(sys.modules[module], name) for module, name in names if module in sys.modules))
+
+
+def print_error(message: str) -> int:
+    """Print an error line, with the rank if there are several; returns the exit status."""
+    number = rank()
+    sys.stderr.write(f"metasae: error: {f'rank {number}: ' if number else ''}{message}\n")
+    return 2
+
+
+def rank() -> int:
+    """This process's rank, as Lightning knows it, or as the launcher has set it before Lightning is imported."""
+    if (module := sys.modules.get("lightning.fabric.utilities.rank_zero")) is not None:
+        return module.rank_zero_only.rank or 0
+    return next((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if os.environ.get(name, "").isdigit()), 0)

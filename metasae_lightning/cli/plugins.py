@@ -1,0 +1,55 @@
+"""The classes that YAML can name. jsonargparse resolves short names such as `Decomposability` among the imported subclasses only."""
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from jsonargparse.typing import register_type
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+
+from metasae_lightning.corpora.base import Corpus
+from metasae_lightning.lm.base import LanguageModel
+from metasae_lightning.penalties import Penalty
+from metasae_lightning.sae import SAEMetadata
+
+BASES = (Penalty, Corpus, LanguageModel, Callback, LightningModule, LightningDataModule)
+PACKAGES = tuple(f"metasae_lightning{package}" for package in ("", ".callbacks", ".corpora", ".data", ".lm", ".training"))
+
+# Metadata that SAELens derives from the config and its own version.
+DERIVED = {"sae_lens_version", "sae_lens_training_version", "training_architecture", "training_architecture_details"}
+
+
+def load_plugins() -> None:
+    """Import every class that a recipe can name."""
+    for package in map(importlib.import_module, PACKAGES):
+        for name in package.__all__:
+            getattr(package, name)
+
+
+def class_names() -> set[str]:
+    """The short names of all imported classes that YAML can name."""
+    return {cls.__name__ for base in BASES for cls in descendants(base)}
+
+
+def argument_names() -> set[str]:
+    """The argument names of this package's classes that YAML can name."""
+    ours = [cls for base in BASES for cls in descendants(base) if cls.__module__.startswith("metasae_lightning.")]
+    return {name for cls in ours for name in inspect.signature(cls).parameters}
+
+
+def descendants(cls: type) -> Iterator[type]:
+    """A class and all its subclasses."""
+    yield cls
+    for child in cls.__subclasses__():
+        yield from descendants(child)
+
+
+def user_metadata(metadata: SAEMetadata) -> dict[str, Any]:
+    """The metadata that the user gave in a config, without SAELens's own: jsonargparse shares one default among all configs."""
+    return {key: value for key, value in metadata.items() if key not in DERIVED}
+
+
+# jsonargparse could write SAEMetadata, which has no fixed fields, but not read it back.
+register_type(SAEMetadata, serializer=user_metadata, deserializer=lambda record: SAEMetadata(**record))
+load_plugins()

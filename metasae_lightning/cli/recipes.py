@@ -1,0 +1,79 @@
+"""The shipped recipes and overlays: their names, their first lines, and a name after `-c` turned into a path."""
+
+import difflib
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from metasae_lightning.errors import InputError
+
+RECIPES = Path(__file__).parents[1] / "configs"
+FLAGS = ("-c", "--config")
+
+
+def list_recipes(args: Namespace) -> int:
+    """The command `recipes`: print every shipped YAML with its first comment line."""
+    paths = sorted(RECIPES.glob("*.yaml"))
+    width = max(len(path.stem) for path in paths)
+    for title, is_recipe_group in (("recipes", True), ("overlays, to add to a recipe: metasae fit -c RECIPE -c OVERLAY", False)):
+        print(f"{title}:")
+        for path in paths:
+            if is_recipe(path) == is_recipe_group:
+                print(f"  {path.stem:{width}}  {summary(path)}")
+        print()
+    print(f"files: {RECIPES}")
+    return 0
+
+
+def recipe_names() -> list[str]:
+    """The names that `-c` takes beside paths."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def summary(path: Path) -> str:
+    """The first comment line of a YAML file."""
+    with path.open(encoding="utf-8") as file:
+        return file.readline().removeprefix("#").strip()
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a YAML file has both data and a model: an overlay changes only parts of them."""
+    keys = set(re.findall(r"^(\w+):", path.read_text(encoding="utf-8"), re.MULTILINE))
+    return {"data", "model"} <= keys
+
+
+def with_recipe_paths(words: Sequence[str], data_is_recipe: bool = False) -> list[str]:
+    """The words of a command line, with the path of a shipped recipe in place of its name after `-c` or `--config`.
+
+    Args:
+        words: The command line.
+        data_is_recipe: Whether the value of `--data` must be a recipe or a file too; LightningCLI's `--data` also takes a class.
+    """
+    return list(_resolved(words, data_is_recipe))
+
+
+def _resolved(words: Sequence[str], data_is_recipe: bool) -> Iterator[str]:
+    for before, word in zip(["", *words], words, strict=False):
+        flag, equals, value = word.partition("=")
+        if equals and flag == "--config":
+            yield f"{flag}={recipe_path(value, flag)}"
+        elif before in FLAGS or (before == "--data" and data_is_recipe):
+            yield recipe_path(word, before)
+        elif before == "--data" and not Path(word).exists() and word.removesuffix(".yaml") in recipe_names():
+            yield str(RECIPES / f"{word.removesuffix('.yaml')}.yaml")
+        else:
+            yield word
+
+
+def recipe_path(word: str, flag: str = "-c") -> str:
+    """The path of a shipped recipe for its name; a file's path, or YAML text, stays as it is."""
+    shipped = RECIPES / f"{word.removesuffix('.yaml')}.yaml"
+    is_yaml_text = not re.fullmatch(r"[^\s:{}\[\]]+", word)
+    if is_yaml_text or Path(word).exists():
+        return word
+    if shipped.parent == RECIPES and shipped.exists():
+        return str(shipped)
+    near = difflib.get_close_matches(Path(word).stem, recipe_names(), n=1)
+    hint = f"did you mean {near[0]}?" if near else "`metasae recipes` lists the recipes"
+    raise InputError(f"{flag} {word}: there is no such file or recipe ({hint})")

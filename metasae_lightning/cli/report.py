@@ -1,0 +1,25 @@
+"""The command `report`. Needs neither torch nor Lightning."""
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+from rich.console import Console
+
+from metasae_lightning import report
+from metasae_lightning.report.write import write
+
+
+def write_report(args: Namespace) -> int:
+    """Write the results of finished runs as a page, and print the overview and the conclusion."""
+    study = report.study(args.runs, args.title)
+    page = write(study, Path(args.out or args.runs[0]))
+    console = Console()
+    console.print(report.overview(study))
+    for arm in study.arms:
+        for line in arm.missing:
+            console.print(f"{arm.name}: {line}", markup=False, highlight=False)
+    console.print(study.verdict.sentence, markup=False, highlight=False)
+    for line in study.verdict.beside:
+        console.print(line, markup=False, highlight=False)
+    console.print(f"the page: {page}", markup=False, highlight=False, soft_wrap=True)
+    return 0
