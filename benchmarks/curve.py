@@ -49,7 +49,7 @@ def penalty_gradient(joint: JointSAE, step: int, *, rows: float = 1.0, again: bo
     """Of the penalty as it is now, by one of the ways to make it."""
     W_dec = joint.primary.W_dec.detach().clone().requires_grad_()
     assert joint.meta is not None
-    Decomposability(0.3, rows=rows)(W_dec, partial(joint.meta.reconstruct, again=again), step).backward()
+    Decomposability(0.3, rows=rows)(W_dec, partial(joint.meta.reconstruct, reuse_support=again), step).backward()
     assert W_dec.grad is not None
     return W_dec.grad
 
@@ -90,14 +90,14 @@ def main() -> None:
             for name, found in apart.items():
                 found.append(losses[name] / losses["dense"] - 1)
             if step % MACRO == 0:  # the first step after a meta phase: what the approximation would hold
-                fast.meta.reconstruct(unit_rows(fast.primary.W_dec.detach()), again=True)  # type: ignore[union-attr]
+                fast.meta.reconstruct(unit_rows(fast.primary.W_dec.detach()), reuse_support=True)  # type: ignore[union-attr]
             if step % MACRO == MACRO - 2:
                 exact = penalty_gradient(fast, step)
                 for name, how in INEXACT.items():
                     off = (penalty_gradient(fast, step, **how) - exact).norm() / exact.norm()
                     errors.setdefault(name, []).append(off.item())
             if step % 50 == 49:
-                searches = fast.meta._passes.screen.searches  # type: ignore[union-attr]
+                searches = fast.meta._forward_pass.screen.searches  # type: ignore[union-attr]
                 far = ", ".join(f"{name} {max(map(abs, found)):.1e}" for name, found in apart.items())
                 print(f"step {step + 1}: loss {losses['sparse']:.4f}, from dense at most: {far}; {searches} searches", flush=True)
     stream.close()

@@ -92,7 +92,7 @@ class Export(Observer):
         for batch in data.val_dataloader() if data is not None and is_overridden("val_dataloader", data) else ():
             if sum(len(x) for x in self._samples) >= self.calibration_tokens:
                 break
-            self._samples.append(Batch.of(batch).at(hook).activations.detach().cpu())
+            self._samples.append(Batch.of(batch).select_hook(hook).activations.detach().cpu())
         return self._samples
 
     def _write(
@@ -116,5 +116,5 @@ class Export(Observer):
 
 def started(learner: Any) -> dict[str, str]:
     """What an SAE started from, if it was another one."""
-    origin = getattr(learner, "origin", None)
-    return {} if origin is None else {"init_from": origin.place}
+    init_from = learner.config.init_from
+    return {} if init_from is None else {"init_from": init_from.place}

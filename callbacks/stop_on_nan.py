@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.sae.nonfinite import first_broken
+from metasae_lightning.sae.nonfinite import first_nonfinite
 from metasae_lightning.step import Batch, StepOutput
 from metasae_lightning.training.arm_callbacks import NotFinite, Observer
 
@@ -34,7 +34,7 @@ class StopOnNaN(Observer):
         output: StepOutput = outputs["output"]
         activations = Batch.of(batch).activations
         if output.skipped >= self.skips:  # all ranks have counted the same
-            what = f"{output.broken} was not finite in the last of {output.skipped} steps that were left out in a row,"
+            what = f"{output.bad_tensor} was not finite in the last of {output.skipped} steps that were left out in a row,"
             self._stop(trainer, pl_module, what, activations)
         if (batch_idx + 1) % self.every == 0 or trainer.is_last_batch:
             shown = {} if output.skipped else figures(output)
@@ -49,7 +49,7 @@ class StopOnNaN(Observer):
         self._look(trainer, pl_module, checkpoint["state_dict"])
 
     def _look(self, trainer: Trainer, pl_module: Any, named: Mapping[str, Tensor], activations: Tensor | None = None) -> None:
-        broken = first_broken(named)
+        broken = first_nonfinite(named)
         # All ranks stop where one does: the others would wait for it for ever.
         if trainer.strategy.reduce_boolean_decision(broken is None, all=True):
             return

@@ -32,10 +32,10 @@ class Batch:
         activations = self.activations.to(*args, **kwargs)
         return replace(self, activations=activations, features=self.features and self.features.to(activations.device))
 
-    def at(self, hook: str | None) -> "Batch":
+    def select_hook(self, hook: str | None) -> "Batch":
         """The columns of one hook; all of them where none is named.
 
-        >>> Batch(torch.tensor([[1.0, 2.0, 3.0]]), {"a": 1, "b": 2}).at("b").activations.tolist()
+        >>> Batch(torch.tensor([[1.0, 2.0, 3.0]]), {"a": 1, "b": 2}).select_hook("b").activations.tolist()
         [[2.0, 3.0]]
         """
         if hook is None or len(self.widths) < 2:
@@ -92,10 +92,10 @@ class Codes:
         """The same on another device."""
         return Codes(self.rows.to(device), self.latents.to(device), self.values.to(device), self.shape)
 
-    def of(self, rows: slice) -> "Codes":
+    def slice_rows(self, rows: slice) -> "Codes":
         """The codes of consecutive tokens.
 
-        >>> codes = Codes.from_dense(torch.eye(3)).of(slice(1, 3))
+        >>> codes = Codes.from_dense(torch.eye(3)).slice_rows(slice(1, 3))
         >>> codes.rows.tolist(), codes.latents.tolist(), codes.shape
         ([0, 1], [1, 2], (2, 3))
         """
@@ -113,7 +113,7 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class Reading:
+class StepStats:
     """What one SAE's forward pass on one batch showed."""
 
     loss: Float[Tensor, ""]
@@ -134,7 +134,7 @@ class StepOutput:
 
     loss: Float[Tensor, ""]
     """Everything that was minimised: the primary's loss plus the weighted penalties."""
-    primary: Reading
+    primary: StepStats
     """The primary SAE on this batch."""
     codes: Codes
     """Its latent activations."""
@@ -142,14 +142,14 @@ class StepOutput:
     """Its reconstruction of the batch, in raw space."""
     penalties: Mapping[str, Tensor] = field(default_factory=dict)
     """Each penalty's value, before its weight."""
-    meta: Reading | None = None
+    meta: StepStats | None = None
     """The meta SAE's last step, where this step ended a macro-step."""
     skipped: int = 0
     """How many steps of one SAE, in a row up to its last, were left out because something was not finite."""
-    broken: str | None = None
+    bad_tensor: str | None = None
     """What was not, in the last of them."""
 
-    def figures(self) -> dict[str, Any]:
+    def scalars(self) -> dict[str, Any]:
         """Everything that is one number, by the names that it is logged under."""
         found: dict[str, Any] = {"train/loss": self.loss}
         for role, reading in (("train", self.primary), ("meta", self.meta)):

@@ -239,5 +239,5 @@ def training(model: JointSAE, rows: int, *, precision: str = "32-true", gpu: boo
 def _age(learner: Learner) -> None:
     """A step at which everything acts: warm-ups are over, statistics are there and every latent is dead."""
     learner.initialized.fill_(True)
-    learner.silent_for.fill_(learner.dead_after)
+    learner.silent_for.fill_(learner.config.dead_after)
     learner.steps.fill_(2520 * 10**6)  # a multiple of every small number, for penalties that act every so many steps

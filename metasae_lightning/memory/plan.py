@@ -16,7 +16,7 @@ from metasae_lightning.lm.device import seat
 from metasae_lightning.memory import measure, scaled_copies
 from metasae_lightning.memory.measure import Rise
 from metasae_lightning.memory.table import GIB, Line, Plan, mib
-from metasae_lightning.training.checkpoint_files import WholeFiles
+from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO
 from metasae_lightning.training.joint import JointSAE
 from metasae_lightning.training.side_by_side import SideBySide
 
@@ -171,7 +171,7 @@ def _training(model: JointSAE, data: Any, trainer: Any, wide: int, shards: int) 
     yield Line("optimisers' state", here, state, f"{seen.optimizer:.3g} times the parameters", "another optimiser, or lower primary.d_sae")
     if model.meta is not None and seen.kept and kind == "cpu":  # elsewhere nothing is screened
         yield Line("decoder rows as they were", here, round(seen.kept * wide), "what the critic's candidates are from", "kernels: dense")
-    split = f" in {model.primary.micro_batches} parts" if model.primary.micro_batches > 1 else ""
+    split = f" in {model.primary.config.micro_batches} parts" if model.primary.config.micro_batches > 1 else ""
     how = f"{rows:,} rows{split} and the penalties, when latents are dead"
     yield _phase("a primary step", here, seen.primary, how, "raise micro_batches or lower batch_size", kind="batch")
     if model.meta is not None:
@@ -181,7 +181,7 @@ def _training(model: JointSAE, data: Any, trainer: Any, wide: int, shards: int) 
     yield _phase("a held-out batch", here, seen.evaluation, f"{rows:,} rows", "lower batch_size", kind="batch")
     if trainer.world_size > 1 and shards == 1:
         yield Line("DDP's buckets", here, measure.parameters(model) * wide, "as large as the gradients, on each rank", "fewer latents")
-    if trainer.checkpoint_callbacks and not isinstance(trainer.strategy.checkpoint_io, WholeFiles) and shards == 1:
+    if trainer.checkpoint_callbacks and not isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO) and shards == 1:
         # lightning.fabric.utilities.cloud_io._atomic_save
         rise = measure.blocks([sum(measure.size(learner) * wide for learner in measure.learners(model).values()) + state])
         yield replace(_phase("a checkpoint", "cpu", rise, "written to memory before the disk", kind="file"), arms="each")

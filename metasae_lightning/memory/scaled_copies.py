@@ -7,7 +7,7 @@ from typing import Any
 
 from metasae_lightning.penalties import Penalties
 from metasae_lightning.sae.learner import Learner
-from metasae_lightning.sae.normalizers import normalizer_of
+from metasae_lightning.sae.normalizers import make_normalizer
 from metasae_lightning.training.joint import JointSAE
 
 SIZES = ("d_in", "d_sae", "k", "matryoshka_widths", "chunk_size")
@@ -41,12 +41,12 @@ def _like(model: JointSAE, primary_cfg: Any, meta_cfg: Any, meta_rows: int | Non
         meta_cfg,
         dict(penalties.named()),
         n_p=10**9,
-        decoder_rows="unit" if primary.decoder_rows == "unit" else "free",
+        decoder_rows=primary.config.decoder_rows,
         b_dec_init="zeros",
         primary_optimizer=callables["primary"],
         meta_optimizer=callables["meta"],
-        clip_grad_norm=primary.clip_grad_norm,
-        micro_batches=primary.micro_batches,
+        clip_grad_norm=primary.config.clip_grad_norm,
+        micro_batches=primary.config.micro_batches,
         critic_supports=model.critic_supports,
         meta_rows=meta_rows,
         kernels=model.kernels,
@@ -59,7 +59,7 @@ def _config(learner: Learner, device: str, sizes: Sequence[str], factor: float) 
     cfg = copy.deepcopy(learner.sae.cfg)
     cfg.device = device
     cfg = dataclasses.replace(cfg, **{name: _divided(getattr(cfg, name), factor) for name in sizes if hasattr(cfg, name)})
-    cfg.normalize_activations = next(name for name in NORMALIZERS if type(normalizer_of(name, 1)) is type(learner.normalizer))
+    cfg.normalize_activations = next(name for name in NORMALIZERS if type(make_normalizer(name, 1)) is type(learner.normalizer))
     return cfg
 
 

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from metasae_lightning import functional
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import BatchTopKTrainingSAEConfig
-from metasae_lightning.sae.learner import Learner
+from metasae_lightning.sae.learner import Learner, LearnerConfig
 
 
 class Decomposition(Metric):
@@ -83,8 +83,8 @@ class Decomposition(Metric):
         # As SAELens's own trainer has it: free rows, gradients clipped at 1, and dead so late that 1,500 steps know no auxiliary loss.
         dead = 2001 * self.batch_size
         with torch.enable_grad():
-            critic = Learner(cfg, role="critic", seed=seed, decoder_rows="free", b_dec_init="zeros", dead_after=dead, clip_grad_norm=1.0)
-            critic = critic.to(rows.device)
+            config = LearnerConfig(dead_after=dead, decoder_rows="free", clip_grad_norm=1.0)
+            critic = Learner(cfg, config, role="critic", seed=seed).to(rows.device)
             optimizer = Adam(critic.parameters(), lr=self.lr, fused=True)
             generator = torch.Generator().manual_seed(seed)
             critic.initialize(rows)

@@ -1,8 +1,6 @@
 """A training SAE saved as an inference SAE that works on raw activations, and checked on them."""
 
 import copy
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metasae_lightning.atomic_files import put
+from metasae_lightning.atomic_files import draft_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae.normalizers import Normalizer
 from metasae_lightning.sae.pretrained import AnySAE, load_pretrained, measure, pre_activations, set_thresholds
@@ -57,17 +55,12 @@ def export(
     """
     folder = Path(folder)
     twin = _raw_twin(sae, weights or sae.state_dict(), normalizer, updates, metadata or {})
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
     try:
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        twin.save_inference_model(draft)
-        record = _checked(draft, samples, target_l0=_target_l0(sae), tolerance=tolerance)
-        put(draft, folder)
+        with draft_of(folder) as draft:
+            twin.save_inference_model(draft)
+            record = _checked(draft, samples, target_l0=_target_l0(sae), tolerance=tolerance)
     except OSError as error:
         raise InputError(f"cannot write the SAE folder {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return replace(record, folder=str(folder))
 
 

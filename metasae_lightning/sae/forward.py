@@ -1,9 +1,6 @@
-"""A training SAE run forwards: by SAELens's own code, or for the top-k family by kernels that leave the zeros out."""
+"""The forward pass of a training SAE: by SAELens's own code, or for the top-k family by kernels that skip zeros."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, final
 
 import torch
@@ -18,245 +15,253 @@ from metasae_lightning import compute
 from metasae_lightning.compute.process_group import Crew, Ranks
 from metasae_lightning.compute.sharding import added, first, mine, own, shared
 from metasae_lightning.errors import InputError
+from metasae_lightning.sae.forward_result import ForwardResult
 from metasae_lightning.sae.pretrained import AnySAE
 from metasae_lightning.schedules import warm_up
 from metasae_lightning.step import Codes
 
 Kernels = Literal["sparse", "dense"]
 BatchCut = Literal["global", "local"]
-"""Whose activations a batch top-k SAE ranks together: every rank's, or each rank's own."""
-# SAELens's own classes alone: what a class made from one of them does instead is not known here.
-FAMILY = (TopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE)
+"""Whether a batch top-k SAE ranks the activations of all ranks' batches together (`global`) or of each rank's batch (`local`)."""
+# Exactly these classes: a subclass may compute something else, which the sparse kernels would not reproduce.
+TOP_K_CLASSES = (TopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE)
 
-# Where the latents are in what can be divided among ranks.
+# The dimension of the latents in each parameter that can be sharded.
 LATENTS = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
 
 
-@dataclass(frozen=True)
-class Forward:
-    """What a training forward pass gives, in the SAE's own space."""
-
-    loss: Tensor
-    """The architecture's loss."""
-    losses: dict[str, Tensor]
-    """Its parts by SAELens's names."""
-    codes: Codes
-    """The latents' activations."""
-    rebuild: Callable[[], Tensor]
-    """Gives what follows."""
-
-    @cached_property
-    def reconstruction(self) -> Float[Tensor, "row d_in"]:
-        """The rows rebuilt, detached; made when it is first asked for."""
-        return self.rebuild()
-
-
-class Passes(ABC):
-    """How one SAE is run."""
+class ForwardPass(ABC):
+    """Training and reading with one SAE, in its normalised space."""
 
     def __init__(self, sae: AnySAE) -> None:
         self.sae: Any = sae
-        self.held: tuple[Tensor, Tensor] | None = None
-        """Rows and latents that `read` keeps `again`."""
+        self.cached_support: tuple[Tensor, Tensor] | None = None
+        """Row and latent indices of the nonzeros that `read` with `reuse_support` keeps."""
         self.crew = Crew()
-        """Through whose batches one cut is made, and who has other latents."""
+        """The ranks whose batches are ranked together, and those that have the other latents."""
 
     @abstractmethod
     def join(self, crew: Crew, cut: BatchCut) -> None:
-        """Train beside other ranks, whose batches are parts of one."""
+        """Train together with other ranks, each of which has part of the batch or part of the latents."""
 
     @abstractmethod
-    def divide(self) -> None:
-        """Be told that each rank is to have its part of the latents."""
+    def check_divisible(self) -> None:
+        """Raise where the forward pass cannot work on a shard of the latents."""
 
     @abstractmethod
-    def train(self, z: Float[Tensor, "row d_in"], *, dead: Bool[Tensor, " d_sae"], step: int, alone: bool) -> Forward:
-        """The loss on these rows; what the architecture counts moves. `alone`: no gradient from before is wanted any more."""
+    def train(self, z: Float[Tensor, "row d_in"], *, dead: Bool[Tensor, " d_sae"], step: int, fresh_gradients: bool) -> ForwardResult:
+        """The loss on these rows; the architecture's running statistics are updated.
+
+        `fresh_gradients`: no earlier gradient is in use, so the backward pass may write the gradients into buffers of earlier steps.
+        """
 
     @abstractmethod
-    def read(self, z: Float[Tensor, "row d_in"], *, again: bool = False, lent: bool = False) -> tuple[Codes, Float[Tensor, "row d_in"]]:
-        """Codes and reconstruction by the training rule; nothing moves. `again`: what is held is kept, nothing ranked. `lent`: the next
-        reading may write over the reconstruction."""
+    def read(
+        self, z: Float[Tensor, "row d_in"], *, reuse_support: bool = False, reuse_output: bool = False
+    ) -> tuple[Codes, Float[Tensor, "row d_in"]]:
+        """Codes and reconstruction by the training rule; no statistic is updated.
+
+        `reuse_support`: keep the active latents of the previous such call instead of running top-k. `reuse_output`: return a shared
+        buffer, valid until the next such call.
+        """
 
 
-def passes_of(sae: AnySAE, kernels: Kernels, *, recurring: int = 0) -> Passes:
-    """The kernels that were asked for, where the architecture has them; `recurring` rows are those of the last batch, moved a little."""
-    return Sparse(sae, compute.Screen(recurring) if recurring else None) if kernels == "sparse" and type(sae) in FAMILY else Dense(sae)
+def forward_pass_for(sae: AnySAE, kernels: Kernels, *, n_fixed_rows: int = 0) -> ForwardPass:
+    """The sparse kernels for the top-k family where `kernels` is `sparse`, otherwise SAELens's own forward pass.
+
+    `n_fixed_rows`: a batch of this many rows holds the previous batch's rows, changed a little, as decoder rows do; 0 if none does.
+    """
+    if kernels == "dense" or type(sae) not in TOP_K_CLASSES:
+        return DenseForward(sae)
+    return SparseForward(sae, compute.Screen(n_fixed_rows) if n_fixed_rows else None)
 
 
 @final
-class Dense(Passes):
+class DenseForward(ForwardPass):
     """SAELens's own forward pass."""
 
     def join(self, crew: Crew, cut: BatchCut) -> None:
-        """See the class; a cut through several ranks' batches is nothing that SAELens knows."""
+        """Refuse a top-k over the batches of several ranks, which SAELens cannot compute."""
         if isinstance(self.sae, BatchTopKTrainingSAE) and cut == "global" and not crew.all.alone:
             raise InputError(
-                f"SAELens's own {type(self.sae).__name__} ranks each process's batch apart: set kernels: sparse where it is one of "
-                f"{', '.join(kind.__name__ for kind in FAMILY)}, or batch_cut: local"
+                f"SAELens's own {type(self.sae).__name__} ranks each process's batch separately: set kernels: sparse where it is one of "
+                f"{', '.join(cls.__name__ for cls in TOP_K_CLASSES)}, or batch_cut: local"
             )
 
-    def divide(self) -> None:
-        """See the class; a part of the latents is nothing that SAELens knows, even where it is all of them."""
+    def check_divisible(self) -> None:
+        """Refuse: SAELens's code needs all latents."""
         raise InputError(
             f"latents are divided by the sparse kernels alone, got kernels: dense or a {type(self.sae).__name__}: set kernels: sparse, "
-            f"and one of {', '.join(kind.__name__ for kind in FAMILY)}, or trainer.strategy: ddp"
+            f"and one of {', '.join(cls.__name__ for cls in TOP_K_CLASSES)}, or trainer.strategy: ddp"
         )
 
-    def train(self, z: Tensor, *, dead: Tensor, step: int, alone: bool) -> Forward:
-        """See the class; coefficients are warmed up as SAELens's trainer does."""
+    def train(self, z: Tensor, *, dead: Tensor, step: int, fresh_gradients: bool) -> ForwardResult:
+        """SAELens's training forward pass, its coefficients warmed up as SAELens's trainer does; `fresh_gradients` makes no difference."""
         coefficients: dict[str, float] = {}
-        for name, given in self.sae.get_coefficients().items():
-            value, steps = given if isinstance(given, TrainCoefficientConfig) else (given, 0)
+        for name, coefficient in self.sae.get_coefficients().items():
+            value, steps = coefficient if isinstance(coefficient, TrainCoefficientConfig) else (coefficient, 0)
             coefficients[name] = value * warm_up(step, steps)
         out = self.sae.training_forward_pass(
             TrainStepInput(sae_in=z, coefficients=coefficients, dead_neuron_mask=dead, n_training_steps=step, is_logging_step=False)
         )
-        return Forward(out.loss, out.losses, Codes.from_dense(out.feature_acts), lambda: out.sae_out.detach())
+        return ForwardResult(out.loss, out.losses, Codes.from_dense(out.feature_acts), lambda: out.sae_out.detach())
 
-    def read(self, z: Tensor, *, again: bool = False, lent: bool = False) -> tuple[Codes, Tensor]:
-        """See the class; SAELens's own code knows neither."""
+    def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
+        """SAELens's encoder and decoder, computed anew at each call; the two options make no difference."""
         acts = self.sae.encode(z)
         return Codes.from_dense(acts), self.sae.decode(acts)
 
 
 @final
-class Sparse(Passes):
-    """The same function for SAELens's top-k, batch top-k and matryoshka SAEs, and the same gradients.
+class SparseForward(ForwardPass):
+    """The same function and the same gradients as SAELens's top-k, batch top-k and matryoshka SAEs, computed without the zeros.
 
-    A decoder that is rescaled by its rows' norms has them in what is kept and nowhere else: what multiplies an activation divides it again
-    before it is decoded.
+    With `rescale_acts_by_decoder_norm`, SAELens multiplies activations by the decoder rows' norms before the top-k and divides by them
+    before decoding: here the norms take part in the ranking and in the returned codes only.
     """
 
     def __init__(self, sae: AnySAE, screen: compute.Screen | None = None) -> None:
         super().__init__(sae)
         self.screen = screen
-        self._near: float | None = None
+        # The smallest activation that the last top-k kept: where the next search begins.
+        self._last_cut: float | None = None
         self._gradients = compute.Memory()
-        # Rows that come again are many; a batch's may still be looked at when the next one is there.
+        # Fixed rows are overwritten in place. The rows of a new batch are not: the previous ones may still be in use.
         self._rows = compute.Memory() if screen is not None else None
 
     def join(self, crew: Crew, cut: BatchCut) -> None:
-        """See the class."""
+        """Rank the activations of all ranks' batches together, or of this rank's batch; latents may be sharded in both cases."""
         self.crew = crew if cut == "global" else crew.within
 
-    def divide(self) -> None:
-        """It asks each time which latents there are."""
+    def check_divisible(self) -> None:
+        """Accept: the kernels look up at each call which latents this rank has."""
 
-    def train(self, z: Tensor, *, dead: Tensor, step: int, alone: bool) -> Forward:
-        """See the class."""
+    def train(self, z: Tensor, *, dead: Tensor, step: int, fresh_gradients: bool) -> ForwardResult:
+        """The architecture's mean squared errors and its auxiliary loss on the dead latents; a threshold is updated as SAELens does."""
         W_dec, b_dec = own(self.sae.W_dec), own(self.sae.b_dec)
-        z, silent = z.to(W_dec.dtype), dead.nonzero().flatten()
-        apart = mine(silent, self.sae.W_dec, self.crew.latents)
-        found = self._encode(z, apart, alone)
-        memory, beside = self._gradients if alone else None, self.crew.latents
+        z, all_dead = z.to(W_dec.dtype), dead.nonzero().flatten()
+        dead_latents = mine(all_dead, self.sae.W_dec, self.crew.latents)
+        encoded = self._encode(z, dead_latents, fresh_gradients)
+        buffers, ranks = self._gradients if fresh_gradients else None, self.crew.latents
         if len(self._widths) == 1:
-            error, off, rows = compute.squared_error(
-                found.values, found.pattern, W_dec, b_dec, z, apart, memory, self._rows if alone else None, beside
+            row_buffers = self._rows if fresh_gradients else None
+            error, difference, dead_rows = compute.squared_error(
+                encoded.values, encoded.pattern, W_dec, b_dec, z, dead_latents, buffers, row_buffers, ranks
             )
-            losses, left = {"mse_loss": error}, [off.neg()] if len(silent) else []
+            losses, residuals = {"mse_loss": error}, [difference.neg()] if len(all_dead) else []
         else:
-            parts, rows = self._levels(found, apart, W_dec, b_dec, memory)
-            losses, left = {"mse_loss": _error(parts[-1], z)}, list(z - parts.detach())
-            off = parts[-1].detach() - z
-            losses |= {f"inner_mse_loss_{width}": _error(part, z) for width, part in zip(self._widths[:-1], parts, strict=False)}
-        losses["auxiliary_reconstruction_loss"] = self._auxiliary(left, apart, found.apart, rows) if len(silent) else z.new_zeros(())
-        codes = self._codes(found)
-        if hasattr(self.sae, "update_topk_threshold") and found.edge is not None:
-            self.sae.update_topk_threshold(codes.values.new_tensor([found.edge]))
-        return Forward(sum(losses.values(), z.new_zeros(())), losses, codes, lambda: z + off)
+            reconstructions, dead_rows = self._decode_levels(encoded, dead_latents, W_dec, b_dec, buffers)
+            losses, residuals = {"mse_loss": _error(reconstructions[-1], z)}, list(z - reconstructions.detach())
+            difference = reconstructions[-1].detach() - z
+            inner = zip(self._widths[:-1], reconstructions, strict=False)
+            losses |= {f"inner_mse_loss_{width}": _error(reconstruction, z) for width, reconstruction in inner}
+        auxiliary = self._auxiliary_loss(residuals, dead_latents, encoded.apart, dead_rows) if len(all_dead) else z.new_zeros(())
+        losses["auxiliary_reconstruction_loss"] = auxiliary
+        codes = self._codes(encoded)
+        if hasattr(self.sae, "update_topk_threshold") and encoded.edge is not None:
+            self.sae.update_topk_threshold(codes.values.new_tensor([encoded.edge]))
+        return ForwardResult(sum(losses.values(), z.new_zeros(())), losses, codes, lambda: z + difference)
 
     @torch.no_grad()
-    def read(self, z: Tensor, *, again: bool = False, lent: bool = False) -> tuple[Codes, Tensor]:
-        """See the class."""
-        z, held = z.to(self.sae.W_dec.dtype), self.held if again else None
-        if held is not None and len(held[0]) and held[0][-1] >= len(z):
-            held = None  # of other rows
-        found = self._encode(z, None, alone=True) if held is None else self._held(z, *held)
-        if again:
-            self.held = found.pattern.rows, found.pattern.columns
+    def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
+        """Codes and reconstruction by top-k, or with `reuse_support` on the latents that were active before."""
+        z, support = z.to(self.sae.W_dec.dtype), self.cached_support if reuse_support else None
+        if support is not None and len(support[0]) and support[0][-1] >= len(z):
+            support = None  # cached for a larger batch, hence for other rows
+        encoded = self._encode(z, None, fresh_gradients=True) if support is None else self._encode_support(z, *support)
+        if reuse_support:
+            self.cached_support = encoded.pattern.rows, encoded.pattern.columns
         with torch.autocast(z.device.type, enabled=False):
-            into = compute.LENT.take("rebuilt", z.shape, found.values) if lent else None
-            rebuilt = found.pattern.product(found.values, own(self.sae.W_dec), into)
-            self.crew.latents.sum_(rebuilt)
-            return self._codes(found), rebuilt.add_(own(self.sae.b_dec))
+            buffer = compute.LENT.take("rebuilt", z.shape, encoded.values) if reuse_output else None
+            reconstruction = encoded.pattern.product(encoded.values, own(self.sae.W_dec), buffer)
+            self.crew.latents.sum_(reconstruction)
+            return self._codes(encoded), reconstruction.add_(own(self.sae.b_dec))
 
-    def _encode(self, z: Tensor, apart: Tensor | None, alone: bool) -> compute.Encoded:
+    def _encode(self, z: Tensor, dead_latents: Tensor | None, fresh_gradients: bool) -> compute.Encoded:
+        """The top-k activations, and all activations of the dead latents."""
         sae = self.sae
         each_row = not isinstance(sae, BatchTopKTrainingSAE)
-        rule = compute.Rule(sae.cfg.k, each_row, self._near, self.screen, self.crew)
+        rule = compute.Rule(sae.cfg.k, each_row, self._last_cut, self.screen, self.crew)
         origin = shared(own(sae.b_dec), self.crew.latents) if sae.cfg.apply_b_dec_to_input else None
-        memory: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if alone else {}
-        found = compute.encode(z, own(sae.W_enc), own(sae.b_enc), rule, origin=origin, scale=self._norms, apart=apart, **memory)
-        self._near = found.edge
-        return found
+        buffers: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if fresh_gradients else {}
+        encoded = compute.encode(z, own(sae.W_enc), own(sae.b_enc), rule, origin=origin, scale=self._norms, apart=dead_latents, **buffers)
+        self._last_cut = encoded.edge
+        return encoded
 
-    def _levels(
-        self, found: compute.Encoded, apart: Tensor, W_dec: Tensor, b_dec: Tensor, memory: compute.Memory | None
-    ) -> tuple[Tensor, Tensor]:
-        """What the latents up to each width rebuild, the last all of them, and the decoder's rows apart."""
-        pattern, order = _by_level(found.pattern, [width - self._first for width in self._widths])
-        rebuilt, rows = compute.decode(found.values[order], pattern, W_dec, apart, memory)
-        rebuilt = added(rebuilt, self.crew.latents)
-        return rebuilt.view(len(self._widths), -1, rebuilt.shape[1]).cumsum(0) + b_dec, rows
-
-    def _held(self, z: Tensor, rows: Tensor, columns: Tensor) -> compute.Encoded:
+    def _encode_support(self, z: Tensor, rows: Tensor, columns: Tensor) -> compute.Encoded:
+        """The activations of given rows and latents alone, without top-k."""
         sae, columns = self.sae, columns.to(z.device)
         pattern = compute.Pattern(rows.to(z.device), columns, (len(z), sae.cfg.d_sae))
         z = z - sae.b_dec if sae.cfg.apply_b_dec_to_input else z
         values = pattern.sampled(z, sae.W_enc.T.contiguous()) + sae.b_enc[columns]
         return compute.Encoded(values.relu(), pattern, z.new_empty(len(z), 0), None)
 
+    def _decode_levels(
+        self, encoded: compute.Encoded, dead_latents: Tensor, W_dec: Tensor, b_dec: Tensor, buffers: compute.Memory | None
+    ) -> tuple[Tensor, Tensor]:
+        """The reconstruction by the latents below each matryoshka width (the last by all latents), and the dead latents' decoder rows."""
+        pattern, order = _split_by_level(encoded.pattern, [width - self._first for width in self._widths])
+        reconstructions, dead_rows = compute.decode(encoded.values[order], pattern, W_dec, dead_latents, buffers)
+        reconstructions = added(reconstructions, self.crew.latents)
+        return reconstructions.view(len(self._widths), -1, reconstructions.shape[1]).cumsum(0) + b_dec, dead_rows
+
     @property
     def _norms(self) -> Tensor | None:
+        """The norms of the decoder rows, where the architecture ranks activations times norms."""
         return own(self.sae.W_dec).detach().norm(dim=-1) if self.sae.cfg.rescale_acts_by_decoder_norm else None
 
     @property
     def _first(self) -> int:
-        """The first of this rank's latents."""
+        """Index of the first latent of this rank's shard."""
         return first(self.sae.W_dec, self.crew.latents)
 
     @property
     def _widths(self) -> list[int]:
+        """The matryoshka widths; for other architectures the number of latents alone."""
         return getattr(self.sae.cfg, "matryoshka_widths", [self.sae.cfg.d_sae])
 
-    def _codes(self, found: compute.Encoded) -> Codes:
-        values, norms = found.values.detach(), self._norms
-        scaled = values if norms is None else values * norms[found.pattern.columns]
-        return Codes(found.pattern.rows, found.pattern.columns, scaled, found.pattern.shape)
+    def _codes(self, encoded: compute.Encoded) -> Codes:
+        """The activations as SAELens reports them: times the decoder rows' norms, where the architecture multiplies by them."""
+        values, norms = encoded.values.detach(), self._norms
+        scaled = values if norms is None else values * norms[encoded.pattern.columns]
+        return Codes(encoded.pattern.rows, encoded.pattern.columns, scaled, encoded.pattern.shape)
 
-    def _auxiliary(self, left: list[Tensor], apart: Tensor, acts: Tensor, rows: Tensor) -> Tensor:
-        """What the dead make of what the living `left`, as SAELens has it; level by level where that is asked for."""
+    def _auxiliary_loss(self, residuals: list[Tensor], dead_latents: Tensor, acts: Tensor, dead_rows: Tensor) -> Tensor:
+        """SAELens's auxiliary loss: how well the largest dead latents reconstruct the residual that the active ones leave.
+
+        With `use_matryoshka_aux_loss`, the sum over levels: the dead latents of each level reconstruct the residual of that level.
+        """
         widths = self._widths if getattr(self.sae.cfg, "use_matryoshka_aux_loss", False) else self._widths[-1:]
-        borders = [0, *torch.searchsorted(apart, apart.new_tensor(widths) - self._first).tolist()]
-        norms, wanted, total, beside = self._norms, rows.shape[1] // 2, rows.new_zeros(()), self.crew.latents
-        for begin, end, error in zip(borders[:-1], borders[1:], left[-len(widths) :], strict=True):
-            counts = beside.each(end - begin, rows)
+        borders = [0, *torch.searchsorted(dead_latents, dead_latents.new_tensor(widths) - self._first).tolist()]
+        norms, k_aux, total, ranks = self._norms, dead_rows.shape[1] // 2, dead_rows.new_zeros(()), self.crew.latents
+        for begin, end, residual in zip(borders[:-1], borders[1:], residuals[-len(widths) :], strict=True):
+            counts = ranks.each(end - begin, dead_rows)
             if not sum(counts):
                 continue
-            of_level = acts[:, begin:end]
-            if sum(counts) > wanted:
-                ranked = of_level.detach() if norms is None else of_level.detach() * norms[apart[begin:end]]
-                of_level = of_level * _chosen(ranked, wanted, max(counts), beside)
-            total = total + min(sum(counts) / wanted, 1.0) * _error(added(of_level @ rows[begin:end], beside), error)
+            level_acts = acts[:, begin:end]
+            if sum(counts) > k_aux:
+                scores = level_acts.detach() if norms is None else level_acts.detach() * norms[dead_latents[begin:end]]
+                level_acts = level_acts * _topk_mask(scores, k_aux, max(counts), ranks)
+            total = total + min(sum(counts) / k_aux, 1.0) * _error(added(level_acts @ dead_rows[begin:end], ranks), residual)
         return self.sae.cfg.aux_loss_coefficient * total
 
 
-def _chosen(ranked: Tensor, wanted: int, most: int, ranks: Ranks) -> Tensor:
-    """Which of a row's are the `wanted` largest, on all ranks together, of which none has more than `most`."""
-    own_columns = ranked.topk(min(wanted, ranked.shape[1]), sorted=False).indices
-    short = min(wanted, most) - own_columns.shape[1]
-    candidates = torch.nn.functional.pad(ranked.gather(1, own_columns), (0, short), value=-torch.inf)
-    kept = compute.among(candidates, wanted, ranks)[:, : own_columns.shape[1]]
-    return torch.zeros_like(ranked, dtype=torch.bool).scatter(1, own_columns, kept)
+def _topk_mask(scores: Tensor, k: int, max_columns: int, ranks: Ranks) -> Tensor:
+    """Mask of each row's `k` largest scores among the columns of all ranks, each of which has at most `max_columns`."""
+    local_columns = scores.topk(min(k, scores.shape[1]), sorted=False).indices
+    padding = min(k, max_columns) - local_columns.shape[1]
+    candidates = torch.nn.functional.pad(scores.gather(1, local_columns), (0, padding), value=-torch.inf)
+    is_kept = compute.among(candidates, k, ranks)[:, : local_columns.shape[1]]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, local_columns, is_kept)
 
 
-def _by_level(pattern: compute.Pattern, widths: list[int]) -> tuple[compute.Pattern, Tensor]:
-    """The latents of each level as a batch of its own, one below the other, and the order that the nonzeros are in then."""
+def _split_by_level(pattern: compute.Pattern, widths: list[int]) -> tuple[compute.Pattern, Tensor]:
+    """The pattern with each matryoshka level's nonzeros in rows of their own, levels one below the other; and the nonzeros' new order."""
     level = torch.bucketize(pattern.columns, pattern.columns.new_tensor(widths), right=True)
     rows, order = (level * pattern.shape[0] + pattern.rows).sort(stable=True)
     return compute.Pattern(rows, pattern.columns[order], (len(widths) * pattern.shape[0], pattern.shape[1])), order
 
 
-def _error(rebuilt: Tensor, z: Tensor) -> Tensor:
-    return (rebuilt - z).square().sum(-1).mean()
+def _error(reconstruction: Tensor, z: Tensor) -> Tensor:
+    """Squared error summed over dimensions, mean over rows."""
+    return (reconstruction - z).square().sum(-1).mean()

@@ -1,63 +1,77 @@
-"""What a training forward pass over some rows showed."""
+"""The result of one training forward pass, and how results of several micro-batches or several ranks are put together."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from metasae_lightning import functional
 from metasae_lightning.compute.process_group import Ranks
-from metasae_lightning.step import Codes
+from metasae_lightning.step import Codes, StepStats
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One forward pass over some rows."""
+class ForwardResult:
+    """One training forward pass: its reconstruction is in the SAE's normalised space in `forward`, in raw space in `learner`."""
 
     loss: Tensor
     """The architecture's training loss, with its graph."""
     losses: Mapping[str, Tensor]
-    """Its parts, detached."""
+    """The terms of the loss, by SAELens's names."""
     codes: Codes
     """The latents' activations."""
-    rows: int
-    """How many rows there were."""
     rebuild: Callable[[], Tensor]
-    """Gives what follows."""
-    taken: bool = True
-    """Whether the step was taken that it was made for."""
+    """Computes `reconstruction` (below) on first access."""
+    applied: bool = True
+    """Whether the optimiser step was applied; false where it was skipped because of a NaN or infinity."""
 
     @cached_property
-    def reconstruction(self) -> Tensor:
-        """The rows rebuilt, in raw space, detached; made when it is first asked for."""
+    def reconstruction(self) -> Float[Tensor, "row d_in"]:
+        """The reconstructed rows, detached; computed on first access."""
         return self.rebuild()
 
-    def of(self, rows: slice, codes: Codes) -> "Pass":
-        """What it showed of some of its rows, where these are the codes of all; the loss stays that of all."""
-        return Pass(self.loss, self.losses, codes.of(rows), rows.stop - rows.start, lambda: self.reconstruction[rows])
+    def select_rows(self, rows: slice, codes: Codes) -> "ForwardResult":
+        """The result for a slice of the rows, given the codes of all of them in all latents; the loss stays that of all rows."""
+        return ForwardResult(self.loss, self.losses, codes.slice_rows(rows), lambda: self.reconstruction[rows])
 
 
-def of_all_latents(codes: Codes, first: int, latents: int, ranks: Ranks) -> Codes:
-    """Codes in all latents, of those in each rank's part of them, which begins with its `first`."""
+def gather_codes(codes: Codes, shard_offset: int, d_sae: int, ranks: Ranks) -> Codes:
+    """The codes of all latents, from each rank's codes of its own shard of latents, which starts at `shard_offset`."""
     if ranks.alone:
         return codes
-    # A double holds every index there is.
-    found = ranks.together(torch.stack([codes.rows.double(), (codes.latents + first).double(), codes.values.double()], 1))
-    rows, columns, values = found[(found[:, 0] * latents + found[:, 1]).argsort()].unbind(1)
-    return Codes(rows.long(), columns.long(), values.to(codes.values.dtype), (codes.shape[0], latents))
+    # float64 represents every row and latent index exactly.
+    gathered = ranks.together(torch.stack([codes.rows.double(), (codes.latents + shard_offset).double(), codes.values.double()], 1))
+    rows, latents, values = gathered[(gathered[:, 0] * d_sae + gathered[:, 1]).argsort()].unbind(1)
+    return Codes(rows.long(), latents.long(), values.to(codes.values.dtype), (codes.shape[0], d_sae))
 
 
-def merged(passes: list[Pass]) -> Pass:
-    """Passes over consecutive rows as one."""
-    if len(passes) == 1:
-        return passes[0]
-    rows = sum(one.rows for one in passes)
-    shares = [one.rows / max(rows, 1) for one in passes]
+def concatenate_results(results: list[ForwardResult]) -> ForwardResult:
+    """The results of consecutive micro-batches as the result of the whole batch; losses are means weighted by rows."""
+    if len(results) == 1:
+        return results[0]
+    rows = sum(result.codes.shape[0] for result in results)
+    weights = [result.codes.shape[0] / max(rows, 1) for result in results]
     losses = {
-        name: sum((one.losses[name] * share for one, share in zip(passes, shares, strict=True)), torch.zeros(()))
-        for name in passes[0].losses
+        name: sum((result.losses[name] * weight for result, weight in zip(results, weights, strict=True)), torch.zeros(()))
+        for name in results[0].losses
     }
-    loss = sum((one.loss.detach() * share for one, share in zip(passes, shares, strict=True)), torch.zeros(()))
-    codes = Codes.concatenate([one.codes for one in passes])
-    return Pass(loss, losses, codes, rows, lambda: torch.cat([one.reconstruction for one in passes]))
+    loss = sum((result.loss.detach() * weight for result, weight in zip(results, weights, strict=True)), torch.zeros(()))
+    codes = Codes.concatenate([result.codes for result in results])
+    return ForwardResult(loss, losses, codes, lambda: torch.cat([result.reconstruction for result in results]))
+
+
+def step_stats(x: Float[Tensor, "row d_in"], result: ForwardResult, *, dead: float, ranks: Ranks) -> StepStats:
+    """Loss, FVU and L0 of a step over the rows of all ranks; `x` and `result` are this rank's, `dead` is the dead fraction."""
+    if ranks.alone:
+        return StepStats(result.loss.detach(), result.losses, functional.fvu(x, result.reconstruction), result.codes.l0, dead)
+    n, total, squares, error = functional.reconstruction_sums(x, result.reconstruction)
+    means = torch.stack([result.loss.detach(), *result.losses.values(), x.new_tensor(result.codes.l0)]).double() * n
+    sums = torch.cat([torch.stack([n, squares, error]), means, total])
+    ranks.sum_(sums)
+    (n, squares, error), means, total = sums.split([3, len(means), len(total)])
+    loss, *losses, l0 = (means / n).to(x.dtype)
+    fvu = functional.fvu_of_sums((n, total, squares, error)).to(x.dtype)
+    return StepStats(loss, dict(zip(result.losses, losses, strict=True)), fvu, l0.item(), dead)

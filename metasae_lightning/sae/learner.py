@@ -1,10 +1,10 @@
-"""One SAE that learns: a SAELens training SAE with its normaliser, its decoder's constraint and its statistics.
+"""One SAE in training: a SAELens training SAE with its normaliser, its decoder constraint and its statistics.
 
-The primary and the meta SAE are both learners; they differ in what rows they are fed.
+The primary and the meta SAE are both learners. The primary reads activations, the meta SAE reads decoder rows.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,275 +20,286 @@ from metasae_lightning.compute.process_group import Crew
 from metasae_lightning.compute.row_chunks import pieces
 from metasae_lightning.compute.sharding import divide, divided, fill, first, gathered, own
 from metasae_lightning.errors import InputError
-from metasae_lightning.sae import conversion, forward, pretrained
-from metasae_lightning.sae.conversion import Adopted, Origin
-from metasae_lightning.sae.forward_result import Pass, merged, of_all_latents
-from metasae_lightning.sae.nonfinite import Guard
-from metasae_lightning.sae.normalizers import normalizer_of
-from metasae_lightning.step import Codes, Reading
+from metasae_lightning.sae import forward, pretrained
+from metasae_lightning.sae.forward_result import ForwardResult, concatenate_results, gather_codes, step_stats
+from metasae_lightning.sae.init_from import InitFrom, InitReport
+from metasae_lightning.sae.nonfinite import NonFiniteGuard
+from metasae_lightning.sae.normalizers import make_normalizer
+from metasae_lightning.step import Codes, StepStats
 
 Backward = Callable[[Tensor], None]
+"""Runs the backward pass of a loss."""
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How a learner trains its SAE, apart from the SAE's own SAELens config."""
+
+    dead_after: int
+    """A latent that was silent for this many rows is dead."""
+    decoder_rows: Literal["unit", "free"] = "unit"
+    """`unit`: remove the radial part of the decoder's gradient and renormalise the rows after each step. `free`: do neither."""
+    b_dec_init: Literal["zeros", "mean", "geometric_median"] = "zeros"
+    """The decoder bias, computed from the first rows."""
+    micro_batches: int = 1
+    """Number of parts that the rows of a step are split into; their gradients are accumulated."""
+    clip_grad_norm: float | None = None
+    """Largest norm of the SAE's gradient; None does not clip."""
+    kernels: forward.Kernels = "sparse"
+    """`sparse`: kernels that skip zeros, for the top-k family. `dense`: SAELens's own forward pass."""
+    n_fixed_rows: int = 0
+    """Number of rows of a batch that holds the same, slowly moving rows at every call (decoder rows); 0 for new rows at every call."""
+    init_from: InitFrom | None = None
+    """The SAE whose weights training starts from."""
 
 
 class Learner(nn.Module):
-    """A SAELens training SAE and everything about it that training moves."""
+    """A SAELens training SAE with everything that changes while it trains."""
 
     silent_for: Tensor
     """Rows seen by all ranks since each latent last fired: tokens for a primary, decoder rows for a meta SAE."""
     steps: Tensor
-    """Optimiser steps taken."""
+    """Number of optimiser steps applied."""
     updates: Tensor
-    """Training forward passes that moved the architecture's running statistics."""
+    """Number of training forward passes that updated the architecture's running statistics."""
     rows_seen: Tensor
-    """Rows trained on, over all ranks."""
+    """Number of rows trained on, over all ranks."""
     initialized: Tensor
-    """Whether the statistics that come from data are there."""
+    """Whether `initialize` has run."""
     measured_k: Tensor
-    """The k that an SAE to start from had, where that is asked for; 0 before."""
+    """The L0 of the source SAE, which is this SAE's k, where `init_from` has `measured_k`; 0 before `initialize`."""
 
-    def __init__(
-        self,
-        cfg: TrainingSAEConfig,
-        *,
-        role: str,
-        seed: int,
-        decoder_rows: Literal["unit", "free"],
-        b_dec_init: Literal["zeros", "mean", "geometric_median"],
-        dead_after: int,
-        micro_batches: int = 1,
-        clip_grad_norm: float | None = None,
-        origin: Origin | None = None,
-        kernels: forward.Kernels = "sparse",
-        recurring: int = 0,
-    ) -> None:
+    def __init__(self, cfg: TrainingSAEConfig, config: LearnerConfig, *, role: str, seed: int) -> None:
         super().__init__()
-        self.role, self.origin = role, origin
+        self.role, self.config = role, config
         self.sae = pretrained.build(cfg, role=role, seed=seed)
-        self._passes = forward.passes_of(self.sae, kernels, recurring=recurring)
+        self._forward_pass = forward.forward_pass_for(self.sae, config.kernels, n_fixed_rows=config.n_fixed_rows)
         self.crew = Crew()
-        self.guard: Guard | None = None
-        self.normalizer = normalizer_of(cfg.normalize_activations, cfg.d_in)
-        self.decoder_rows, self.b_dec_init, self.dead_after = decoder_rows, b_dec_init, dead_after
-        self.micro_batches, self.clip_grad_norm = micro_batches, clip_grad_norm
+        self.guard: NonFiniteGuard | None = None
+        self.normalizer = make_normalizer(cfg.normalize_activations, cfg.d_in)
         self.register_buffer("silent_for", torch.zeros(cfg.d_sae, dtype=torch.int64))
         for name in ("steps", "updates", "rows_seen"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
-        if origin is not None and origin.measured_k:
+        if config.init_from is not None and config.init_from.measured_k:
             self.register_buffer("measured_k", torch.zeros((), dtype=torch.float64))
-            self.register_load_state_dict_post_hook(_take_k)
+            self.register_load_state_dict_post_hook(_apply_measured_k)
         self._renormalize()
 
     def join(self, crew: Crew, cut: forward.BatchCut) -> None:
-        """Learn beside other ranks: each has some of a step's rows, or of the latents, and all make the same step."""
+        """Train together with other ranks: each has part of a step's rows or part of the latents, and all make the same step."""
         self.crew = crew
-        self._passes.join(crew, cut)
+        self._forward_pass.join(crew, cut)
 
     def divide(self, mesh: Any) -> None:
-        """Have each rank of a mesh keep its part of the latents, and of everything that an optimiser keeps of them."""
+        """Shard the latents over the ranks of a mesh; an optimiser's state of them is sharded with them."""
         if isinstance(self.W_dec, DTensor):
             return
-        self._passes.divide()
+        self._forward_pass.check_divisible()
         if self.sae.cfg.d_sae % mesh.size():
             raise InputError(f"{self.role}.d_sae must be a multiple of the {mesh.size()} ranks that divide it, got {self.sae.cfg.d_sae}")
         divide(self.sae, mesh, forward.LATENTS)
 
     def weights(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """The SAE's state, whole, where it is to be kept; every rank takes part."""
+        """The SAE's full state dict, on ranks with `keep`, otherwise an empty one; every rank must call this."""
         return gathered(self.sae.state_dict(), keep=keep)
 
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
-        """The decoder, one row a latent."""
+        """The decoder, one row per latent."""
         return self.sae.W_dec
 
     @property
     def dead(self) -> Tensor:
-        """Which latents have been silent for longer than the window."""
-        return self.silent_for >= self.dead_after
+        """Mask of the dead latents: silent for `dead_after` rows or longer."""
+        return self.silent_for >= self.config.dead_after
 
     @torch.no_grad()
-    def initialize(self, x: Float[Tensor, "rows d_in"]) -> Adopted | None:
-        """Take from the first rows what comes from data: the normaliser's statistics, the decoder bias or another SAE's weights. Once."""
+    def initialize(self, x: Float[Tensor, "rows d_in"]) -> InitReport | None:
+        """Compute from the first rows, once, the normaliser's statistics and the decoder bias; or convert the weights of `init_from`."""
         if self.initialized or (self.guard is not None and not x.isfinite().all()):
             return None
-        # The first batch is a training step's, and what is made of it stays: in full precision, and every rank has all of it.
-        crew, self._passes.crew = self._passes.crew, self.crew.within
+        # Every rank has the same rows here, so nothing is reduced over data ranks. Full precision, since the results are kept for the run.
+        crew, self._forward_pass.crew = self._forward_pass.crew, self.crew.within
         with torch.autocast(x.device.type, enabled=False):
-            adopted = self._begin(x)
-        self._passes.crew = crew
+            report = self._initialize(x)
+        self._forward_pass.crew = crew
         self.initialized.fill_(True)
-        return adopted
+        return report
 
-    def _begin(self, x: Tensor) -> Adopted | None:
+    def _initialize(self, x: Tensor) -> InitReport | None:
+        """Fit the normaliser, then set the decoder bias or all weights."""
         self.normalizer.fit(x)
-        if self.origin is not None:
-            return self._adopt(self.origin, x, self.normalizer.normalize(x)[0])
-        if self.b_dec_init == "mean":
+        if self.config.init_from is not None:
+            return self._load_weights(self.config.init_from, x)
+        if self.config.b_dec_init == "mean":
             fill(self.sae.b_dec, self.normalizer.normalize(x)[0].mean(0))
-        elif self.b_dec_init == "geometric_median":
+        elif self.config.b_dec_init == "geometric_median":
             fill(self.sae.b_dec, functional.geometric_median(self.normalizer.normalize(x)[0]))
         return None
 
-    def _adopt(self, origin: Origin, x: Tensor, z: Tensor) -> Adopted:
-        """The weights of the SAE to start from, measured before and after on these rows."""
-        source = origin.open(self.role, self.sae.cfg)
-        source.to(device=str(x.device), dtype=torch.float32)
-        l0, fvu = pretrained.measure(source, x.float().split(1024))
-        lost = conversion.adopt(source, self.sae, self.normalizer, z, unit_rows=self.decoder_rows == "unit")
-        origin.close()
-        if origin.measured_k:
-            if l0 == 0:
-                raise InputError(f"measured_k: no latent of {origin.place} is active on these {len(x):,} rows")
-            self.measured_k.fill_(l0)
-            _take_k(self)
-        codes, rebuilt = self._read(x)
-        kinds = source.cfg.architecture(), self.sae.cfg.architecture()
-        return Adopted(origin.place, kinds, (l0, codes.l0), (fvu, functional.fvu(x, rebuilt).item()), len(x), lost)
+    def _load_weights(self, init_from: InitFrom, x: Tensor) -> InitReport:
+        """Convert the weights of the SAE to start from; the report compares both SAEs on the rows `x`."""
+        source = init_from.load_into(self.sae, self.normalizer, x, role=self.role, unit_rows=self.config.decoder_rows == "unit")
+        if init_from.measured_k:
+            self.measured_k.fill_(source.l0)
+            _apply_measured_k(self)
+        codes, reconstruction = self._read_local(x)
+        return source.compare(self.sae.cfg.architecture(), codes.l0, functional.fvu(x, reconstruction).item())
 
-    def learn(self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, added: Tensor | None = None) -> Pass:
-        """One optimiser step on these rows and those of other ranks, in micro-batches; `added`, a sum over ranks too, joins the loss once.
+    def learn(
+        self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, extra_loss: Tensor | None = None
+    ) -> ForwardResult:
+        """One optimiser step on the rows of all ranks, in micro-batches.
 
-        Ranks that divide the latents give each other their rows, and each learns from all of them.
+        `extra_loss` is this rank's share of a loss that is summed over ranks; it is added once. Ranks that shard the latents exchange
+        their rows, and each computes on all of them.
 
-        The order is that of arXiv 2406.04093 but for renormalising last: gradient, its radial part removed, clip, step, unit rows. One
-        that a guard refuses leaves everything as it was but for the rows that are counted.
+        The order is that of arXiv 2406.04093, with the renormalisation last: gradient, removal of its radial part, clipping, step,
+        unit rows. A step that the guard skips changes nothing but `rows_seen`.
         """
         optimizer.zero_grad()
         if self.guard is not None:
-            self.guard.remember(self._moving())
-        passes: list[Pass] = []
-        count, some = int(self.crew.all.total(len(x), x)), self.crew.latents.place(len(x), x)
-        x = self.crew.latents.together(x)
-        # As many parts on every rank, for they talk to each other about each.
-        for i, rows in enumerate(x.tensor_split(self.micro_batches)):
-            # Not every optimiser's zero_grad lets go: a gradient that is still there lies in the memory that the next would be made in.
-            passes.append(self._forward(rows, alone=i == 0 and self.W_dec.grad is None))
-            backward(passes[-1].loss * (len(rows) / count))
-        if added is not None:  # on its own: then its gradient is added to the loss's in place
-            backward(added)
-        if not self.crew.rows.alone:  # what this rank's rows say nothing of is summed all the same: others wait for it
+            self.guard.remember(self._forward_state())
+        count, local_rows = int(self.crew.all.total(len(x), x)), self.crew.latents.place(len(x), x)
+        results = self._backward_micro_batches(self.crew.latents.together(x), count, backward)
+        if extra_loss is not None:  # in a backward pass of its own, which adds its gradient to that of the loss in place
+            backward(extra_loss)
+        self._reduce_gradients()
+        result = concatenate_results(results)
+        if not self.crew.latents.alone:
+            result = result.select_rows(local_rows, self._gather_codes(result.codes))
+        if self.guard is not None and self.guard.skips(self._checked_tensors(result, extra_loss), self._forward_state(), self.crew.all):
+            self.rows_seen += count
+            return replace(result, applied=False)
+        self.cached_support = None
+        self._constrain_gradient()
+        optimizer.step()
+        self._renormalize()
+        self._update_statistics(result.codes, count)
+        return result
+
+    def _backward_micro_batches(self, x: Tensor, count: int, backward: Backward) -> list[ForwardResult]:
+        """Forward and backward pass of each micro-batch; `count` is the number of rows over all ranks, which losses are divided by."""
+        results: list[ForwardResult] = []
+        # Every rank makes the same number of parts, because the ranks communicate in each of them.
+        for i, rows in enumerate(x.tensor_split(self.config.micro_batches)):
+            # Some optimisers' zero_grad keeps the gradient: it then lies in the buffer that a fresh gradient would be written to.
+            results.append(self._forward(rows, fresh_gradients=i == 0 and self.W_dec.grad is None))
+            backward(results[-1].loss * (len(rows) / count))
+        return results
+
+    def _reduce_gradients(self) -> None:
+        """Sum the gradients over data ranks, and make those of replicated parameters bit-equal on ranks that shard the latents."""
+        if not self.crew.rows.alone:  # a parameter without a gradient on this rank may have one on others, and all take part in the sum
             for parameter in self.sae.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and parameter.grad is None else parameter.grad
         gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
         self.crew.rows.sum_(*(own(gradient) for gradient in gradients))
-        # What ranks have alike stays so to the bit, in whatever order each has added up.
+        # Each rank adds up a replicated gradient in an order of its own: the first rank's result replaces the others.
         self.crew.latents.first_(*(own(gradient) for gradient in gradients if not divided(gradient)))
-        seen = merged(passes)
-        if not self.crew.latents.alone:
-            seen = seen.of(some, self._of_all(seen.codes))
-        if self.guard is not None and self.guard.refuses(self._made(seen, added), self._moving(), self.crew.all):
-            self.rows_seen += count
-            return replace(seen, taken=False)
-        self.held = None
-        self._constrain_gradient()
-        optimizer.step()
-        self._renormalize()
-        self._observe(seen.codes, count)
-        return seen
 
-    def _moving(self) -> dict[str, Tensor]:
-        """What a forward pass moves."""
+    def _forward_state(self) -> dict[str, Tensor]:
+        """Buffers that a forward pass changes; they are restored when the step is skipped."""
         return {"updates": self.updates, **dict(self.sae.named_buffers())}
 
-    def _made(self, seen: Pass, added: Tensor | None) -> dict[str, Tensor]:
-        """What a step is taken by, causes before what they lead to."""
+    def _checked_tensors(self, result: ForwardResult, extra_loss: Tensor | None) -> dict[str, Tensor]:
+        """Loss, penalty and gradients to check for NaN and infinity, in order of computation, so that the first bad one is the cause."""
         gradients = {name: parameter.grad for name, parameter in self.sae.named_parameters() if parameter.grad is not None}
-        made = {f"the {self.role} SAE's loss": seen.loss, **({} if added is None else {"the penalties' sum": added})}
-        return {**made, **{f"the gradient of {self.role}.sae.{name}": gradient for name, gradient in gradients.items()}}
+        tensors = {f"the {self.role} SAE's loss": result.loss, **({} if extra_loss is None else {"the penalties' sum": extra_loss})}
+        return tensors | {f"the gradient of {self.role}.sae.{name}": gradient for name, gradient in gradients.items()}
 
     @property
-    def held(self) -> tuple[Tensor, Tensor] | None:
-        """Rows and latents that a critic keeps `again`, where it was asked to; none after it has learnt."""
-        return self._passes.held
+    def cached_support(self) -> tuple[Tensor, Tensor] | None:
+        """Row and latent indices of the nonzeros that `read` with `reuse_support` keeps; None after each applied step."""
+        return self._forward_pass.cached_support
 
-    @held.setter
-    def held(self, places: tuple[Tensor, Tensor] | None) -> None:
-        self._passes.held = places
+    @cached_support.setter
+    def cached_support(self, indices: tuple[Tensor, Tensor] | None) -> None:
+        self._forward_pass.cached_support = indices
 
     @torch.no_grad()
-    def read(self, x: Float[Tensor, "rows d_in"], *, again: bool = False, lent: bool = False) -> tuple[Codes, Float[Tensor, "rows d_in"]]:
-        """Codes and reconstruction by the training rule; no gradient, and nothing that training moves.
+    def read(
+        self, x: Float[Tensor, "rows d_in"], *, reuse_support: bool = False, reuse_output: bool = False
+    ) -> tuple[Codes, Float[Tensor, "rows d_in"]]:
+        """Codes and reconstruction by the training rule, without gradient and without any change to the learner's statistics.
 
-        With `again` the latents that are kept are those of the first time since the SAE last learnt, for these rows little has moved. With
-        `lent` the next such reading may write over the reconstruction.
+        `reuse_support`: keep the active latents of the first such call since the last applied step instead of running top-k; for rows
+        that have moved little since. `reuse_output`: the reconstruction is in a shared buffer, valid until the next such call.
         """
         if self.crew.latents.alone:
-            return self._read(x, again=again, lent=lent)
-        some = self.crew.latents.place(len(x), x)
-        codes, rebuilt = self._read(self.crew.latents.together(x))
-        return codes.of(some), rebuilt[some]
+            return self._read_local(x, reuse_support=reuse_support, reuse_output=reuse_output)
+        local_rows = self.crew.latents.place(len(x), x)
+        codes, reconstruction = self._read_local(self.crew.latents.together(x))
+        return codes.slice_rows(local_rows), reconstruction[local_rows]
 
-    def reconstruct(self, x: Float[Tensor, "rows d_in"], *, again: bool = False, lent: bool = False) -> Float[Tensor, "rows d_in"]:
-        """The reconstruction alone: the learner as a frozen critic."""
-        return self.read(x, again=again, lent=lent)[1]
+    def reconstruct(
+        self, x: Float[Tensor, "rows d_in"], *, reuse_support: bool = False, reuse_output: bool = False
+    ) -> Float[Tensor, "rows d_in"]:
+        """The reconstruction that `read` returns: the learner as the frozen critic of a penalty."""
+        return self.read(x, reuse_support=reuse_support, reuse_output=reuse_output)[1]
 
-    def _read(self, x: Tensor, *, again: bool = False, lent: bool = False) -> tuple[Codes, Tensor]:
-        """The same of rows that every rank that has other latents has too."""
+    def _read_local(self, x: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
+        """Codes in all latents and reconstruction of rows that are the same on all ranks that shard the latents."""
         z, undo = self.normalizer.normalize(x)
-        codes, rebuilt = self._passes.read(z, again=again, lent=lent)
-        return self._of_all(codes), self.normalizer.restore(rebuilt, undo).to(x.dtype)
+        codes, reconstruction = self._forward_pass.read(z, reuse_support=reuse_support, reuse_output=reuse_output)
+        return self._gather_codes(codes), self.normalizer.restore(reconstruction, undo).to(x.dtype)
 
-    def _of_all(self, codes: Codes) -> Codes:
-        return of_all_latents(codes, first(self.W_dec, self.crew.latents), len(self.W_dec), self.crew.latents)
+    def _gather_codes(self, codes: Codes) -> Codes:
+        """Codes in all latents, from the codes of each rank's shard of latents."""
+        return gather_codes(codes, first(self.W_dec, self.crew.latents), len(self.W_dec), self.crew.latents)
 
-    def _forward(self, x: Tensor, *, alone: bool) -> Pass:
+    def _forward(self, x: Tensor, *, fresh_gradients: bool) -> ForwardResult:
+        """The training forward pass on raw rows; the loss is in normalised space, the reconstruction in raw space."""
         z, undo = self.normalizer.normalize(x)
-        out = self._passes.train(z, dead=self.dead, step=int(self.steps), alone=alone)
-        if self.crew.all.total(out.codes.values.numel(), z):  # SAELens's threshold stays where it is when nothing fires
+        out = self._forward_pass.train(z, dead=self.dead, step=int(self.steps), fresh_gradients=fresh_gradients)
+        if self.crew.all.total(out.codes.values.numel(), z):  # SAELens does not update its threshold when no latent fires
             self.updates += 1
         loss, losses = out.loss, {name: value.detach() for name, value in out.losses.items()}
-        if not len(x):  # a mean over nothing, which counts for nothing
+        if not len(x):  # the mean over no rows is NaN; its weight in the step's loss is 0
             loss, losses = loss.nan_to_num(), {name: value.nan_to_num() for name, value in losses.items()}
-        return Pass(loss, losses, out.codes, len(x), lambda: self.normalizer.restore(out.reconstruction, undo))
+        return ForwardResult(loss, losses, out.codes, lambda: self.normalizer.restore(out.reconstruction, undo))
 
     @torch.no_grad()
     def _constrain_gradient(self) -> None:
+        """Remove the radial part of the decoder's gradient, for unit rows, and clip the norm of the whole gradient."""
         gradient = self.W_dec.grad
-        if self.decoder_rows == "unit" and gradient is not None:
-            for some, rows in pieces(own(gradient), own(self.W_dec)):
-                some.copy_(functional.without_radial(some, rows))
-        if self.clip_grad_norm is not None:
-            clip_grad_norm_(self.sae.parameters(), self.clip_grad_norm)
+        if self.config.decoder_rows == "unit" and gradient is not None:
+            for chunk, rows in pieces(own(gradient), own(self.W_dec)):
+                chunk.copy_(functional.without_radial(chunk, rows))
+        if self.config.clip_grad_norm is not None:
+            clip_grad_norm_(self.sae.parameters(), self.config.clip_grad_norm)
 
     @torch.no_grad()
     def _renormalize(self) -> None:
-        if self.decoder_rows == "unit":
+        """Scale the decoder rows to length 1, for unit rows."""
+        if self.config.decoder_rows == "unit":
             for (rows,) in pieces(own(self.W_dec)):
                 rows.copy_(functional.unit_rows(rows))
-        # Outside Lightning an autocast around several steps would go on with the weights it cast for the first.
+        # Without this, one autocast context around several steps (outside Lightning) would keep using the weights cast before the first.
         torch.clear_autocast_cache()
 
     @torch.no_grad()
-    def _observe(self, codes: Codes, rows: int) -> None:
+    def _update_statistics(self, codes: Codes, rows: int) -> None:
+        """Count the step, its rows and each latent's silence; average thresholds over ranks that each rank their own batch."""
         self.steps += 1
         self.rows_seen += rows
         fired = torch.zeros_like(self.silent_for, dtype=torch.uint8)
         fired[codes.latents] = 1
         self.crew.all.largest_(fired)
         self.silent_for.add_(rows).masked_fill_(fired.bool(), 0)
-        if self._passes.crew.rows.alone and not self.crew.rows.alone:  # each has cut its own batch: the rule for inference is their mean
+        if self._forward_pass.crew.rows.alone and not self.crew.rows.alone:  # batch_cut: local gives each rank a threshold of its own
             thresholds = [buffer for buffer in self.sae.buffers() if buffer.is_floating_point()]
             self.crew.all.sum_(*thresholds)
             for threshold in thresholds:
                 threshold /= self.crew.all.world_size
 
-    def reading(self, x: Float[Tensor, "rows d_in"], seen: Pass) -> Reading:
-        """What a step on these rows, and those of other ranks, showed."""
-        dead = self.dead.float().mean().item()
-        if self.crew.all.alone:
-            return Reading(seen.loss.detach(), seen.losses, functional.fvu(x, seen.reconstruction), seen.codes.l0, dead)
-        n, total, squares, error = functional.reconstruction_sums(x, seen.reconstruction)
-        means = torch.stack([seen.loss.detach(), *seen.losses.values(), x.new_tensor(seen.codes.l0)]).double() * n
-        sums = torch.cat([torch.stack([n, squares, error]), means, total])
-        self.crew.all.sum_(sums)
-        (n, squares, error), means, total = sums.split([3, len(means), len(total)])
-        loss, *losses, l0 = (means / n).to(x.dtype)
-        fvu = functional.fvu_of_sums((n, total, squares, error)).to(x.dtype)
-        return Reading(loss, dict(zip(seen.losses, losses, strict=True)), fvu, l0.item(), dead)
+    def step_stats(self, x: Float[Tensor, "rows d_in"], result: ForwardResult) -> StepStats:
+        """Loss, FVU, L0 and dead fraction of a step, over the rows of all ranks; `x` are this rank's rows."""
+        return step_stats(x, result, dead=self.dead.float().mean().item(), ranks=self.crew.all)
 
 
-def _take_k(learner: Learner, _: object = None) -> None:
-    """Have an SAE rank by the k that was measured; a checkpoint's too."""
+def _apply_measured_k(learner: Learner, _: object = None) -> None:
+    """Set the SAE's k to `measured_k`, after a conversion or after a checkpoint was loaded."""
     if learner.measured_k > 0:
         pretrained.set_k(learner.sae, learner.measured_k.item())

@@ -1,4 +1,4 @@
-"""Steps that are left out because something in them is not finite."""
+"""Skipping optimiser steps whose loss or gradients are not finite."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,75 +10,78 @@ from metasae_lightning.compute.process_group import Ranks
 from metasae_lightning.compute.sharding import own
 
 
-class Guard:
-    """Decides of each step of one SAE, for all ranks, whether it may be taken, and counts those that may not.
+class NonFiniteGuard:
+    """Decides, for all ranks alike, whether an SAE's optimiser step is skipped because of a NaN or infinity, and counts skipped steps.
 
-    By then gradients are there and weights are as they were: all there is to undo is what the forward pass has moved.
+    It decides after the backward pass and before the optimiser's step: only the buffers that the forward pass changed are restored.
     """
 
     def __init__(self) -> None:
-        self.total = self.in_a_row = 0
-        self.broken: str | None = None
-        """What was not finite in the last step, where that was left out."""
-        self._before: dict[str, Tensor] = {}
+        self.total = 0
+        """Number of skipped steps."""
+        self.in_a_row = 0
+        """Number of steps skipped since the last applied one."""
+        self.bad_tensor: str | None = None
+        """The first tensor that was not finite in the last step, if that was skipped."""
+        self._state: dict[str, Tensor] = {}
 
-    def remember(self, moving: Mapping[str, Tensor]) -> None:
-        """What a forward pass is about to move."""
-        self._before = {name: value.clone() for name, value in moving.items()}
+    def remember(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the buffers that the coming forward pass may change."""
+        self._state = {name: value.clone() for name, value in state.items()}
 
     @torch.no_grad()
-    def refuses(self, made: Mapping[str, Tensor], moving: Mapping[str, Tensor], ranks: Ranks) -> bool:
-        """Whether what any rank has made for a step is not finite; then what was moving is as it was."""
-        broken = first_broken(made)
-        refused = bool(ranks.most(broken is not None, next(iter(made.values()))))
-        self.broken = broken or "a tensor on another rank" if refused else None
-        self.total, self.in_a_row = self.total + refused, self.in_a_row + 1 if refused else 0
-        for name, value in moving.items() if refused else ():
-            value.copy_(self._before[name])
-        return refused
+    def skips(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], ranks: Ranks) -> bool:
+        """Whether the step must be skipped because one of the `tensors` is not finite on any rank; if so, the buffers are restored."""
+        bad_tensor = first_nonfinite(tensors)
+        skipped = bool(ranks.most(bad_tensor is not None, next(iter(tensors.values()))))
+        self.bad_tensor = bad_tensor or "a tensor on another rank" if skipped else None
+        self.total, self.in_a_row = self.total + skipped, self.in_a_row + 1 if skipped else 0
+        for name, value in state.items() if skipped else ():
+            value.copy_(self._state[name])
+        return skipped
 
     def state_dict(self) -> dict[str, int]:
-        """The counts."""
+        """The two counts, for a checkpoint."""
         return {"total": self.total, "in_a_row": self.in_a_row}
 
 
-def guarded(*learners: Any) -> dict[str, Guard]:
-    """A guard for each of those that there are, by its role."""
-    found: dict[str, Guard] = {}
+def attach_guards(*learners: Any) -> dict[str, NonFiniteGuard]:
+    """Give each learner a guard; returns the guards by the learner's role. A learner may be None."""
+    guards: dict[str, NonFiniteGuard] = {}
     for learner in learners:
         if learner is not None:
-            found[learner.role] = learner.guard = Guard()
-    return found
+            guards[learner.role] = learner.guard = NonFiniteGuard()
+    return guards
 
 
-def restore(guards: Mapping[str, Guard], states: Mapping[str, Mapping[str, int]]) -> None:
-    """Go on counting; a checkpoint of a run without guards has left out none."""
+def restore_guards(guards: Mapping[str, NonFiniteGuard], states: Mapping[str, Mapping[str, int]]) -> None:
+    """Load the counts of a checkpoint; a guard that the checkpoint does not have starts at 0."""
     for role, guard in guards.items():
         state = states.get(role, {"total": 0, "in_a_row": 0})
         guard.total, guard.in_a_row = state["total"], state["in_a_row"]
 
 
-def worst(guards: Iterable[Guard]) -> dict[str, Any]:
-    """The most steps in a row that were left out up to now, and why the last of them; nothing where there are none."""
-    most = max(guards, key=lambda guard: guard.in_a_row, default=None)
-    return {"skipped": most.in_a_row, "broken": most.broken} if most is not None and most.in_a_row else {}
+def longest_skip(guards: Iterable[NonFiniteGuard]) -> dict[str, Any]:
+    """StepOutput's fields `skipped` and `bad_tensor`, of the guard with the most skipped steps in a row; empty if no step was skipped."""
+    guard = max(guards, key=lambda guard: guard.in_a_row, default=None)
+    return {"skipped": guard.in_a_row, "bad_tensor": guard.bad_tensor} if guard is not None and guard.in_a_row else {}
 
 
-def figures(guards: Iterable[Guard]) -> dict[str, float]:
-    """What is logged of them, where there are any."""
+def skipped_steps(guards: Iterable[NonFiniteGuard]) -> dict[str, float]:
+    """The logged number of skipped steps of all SAEs; empty without guards."""
     totals = [guard.total for guard in guards]
     return {"train/skipped": float(sum(totals))} if totals else {}
 
 
-def first_broken(named: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a NaN or an infinity in it, of what is divided in this rank's part.
+def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that contains a NaN or infinity; of a sharded tensor, this rank's shard is checked.
 
-    >>> first_broken({"a": torch.tensor([3e38, 3e38]), "b": torch.tensor([1.0, torch.nan])})
+    >>> first_nonfinite({"a": torch.tensor([3e38, 3e38]), "b": torch.tensor([1.0, torch.nan])})
     'b'
     """
-    floats = {name: own(value.detach()) for name, value in named.items() if value.is_floating_point()}
-    # A sum is finite only if all it adds up is: one pass and one wait for the device. Where it overflows, a closer look tells.
-    sums = [value.sum(dtype=torch.float32) for value in floats.values()]
+    local_tensors = {name: own(value.detach()) for name, value in tensors.items() if value.is_floating_point()}
+    # A finite sum proves that all terms are finite, with one wait for the device. A sum may also overflow: then each tensor is checked.
+    sums = [value.sum(dtype=torch.float32) for value in local_tensors.values()]
     if torch.stack([total.to(sums[-1].device) for total in sums]).isfinite().all():
         return None
-    return next((name for name, value in floats.items() if not value.isfinite().all()), None)
+    return next((name for name, value in local_tensors.items() if not value.isfinite().all()), None)

@@ -177,7 +177,7 @@ class Whitening(Normalizer):
         weights["b_dec"].copy_((weights["b_dec"].double() - self.mean) @ self.matrix)
 
 
-def normalizer_of(name: str, d_in: int) -> Normalizer:
+def make_normalizer(name: str, d_in: int) -> Normalizer:
     """The normaliser that SAELens calls `name`."""
     match name:
         case "none":

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +18,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from metasae_lightning import functional
-from metasae_lightning.atomic_files import put
+from metasae_lightning.atomic_files import draft_of
 from metasae_lightning.errors import InputError
-from metasae_lightning.redaction import hidden
+from metasae_lightning.redaction import redact
 
 AnySAE = TrainingSAE[Any]
 
@@ -83,7 +82,7 @@ def load_pretrained(place: str | Path, *, device: str | torch.device = "cpu") ->
         raise
     # SAELens has a loader for every lab's format, and each raises what its libraries do.
     except Exception as error:
-        said = " ".join(hidden(str(error)).split())[:300] or type(error).__name__
+        said = " ".join(redact(str(error)).split())[:300] or type(error).__name__
         raise InputError(f"{name!r} cannot be loaded as a SAELens SAE: {said}") from error
     if hasattr(sae.cfg, "d_out"):
         raise InputError(f"{name!r} is a transcoder, which does not rebuild what it reads")
@@ -109,20 +108,17 @@ def _found(name: str, device: str) -> SAE[Any]:
 def set_thresholds(folder: str | Path, threshold: Float[Tensor, " d_sae"], metadata: Mapping[str, Any]) -> None:
     """Write thresholds into a SAELens folder, and what is to be said of them into its record; the folder changes whole or not at all."""
     folder = Path(folder)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        shutil.copytree(folder, draft)
-        weights = load_file(draft / SAE_WEIGHTS_FILENAME)
-        weights["threshold"] = threshold.to(weights["threshold"])
-        (draft / SAE_WEIGHTS_FILENAME).write_bytes(save(weights))
-        record = json.loads((draft / SAE_CFG_FILENAME).read_text())
-        record["metadata"] = {**record.get("metadata", {}), **metadata}
-        (draft / SAE_CFG_FILENAME).write_text(json.dumps(record))
-        put(draft, folder)
+        with draft_of(folder) as draft:
+            shutil.copytree(folder, draft)
+            weights = load_file(draft / SAE_WEIGHTS_FILENAME)
+            weights["threshold"] = threshold.to(weights["threshold"])
+            (draft / SAE_WEIGHTS_FILENAME).write_bytes(save(weights))
+            record = json.loads((draft / SAE_CFG_FILENAME).read_text())
+            record["metadata"] = {**record.get("metadata", {}), **metadata}
+            (draft / SAE_CFG_FILENAME).write_text(json.dumps(record))
     except OSError as error:
         raise InputError(f"cannot write the SAE folder {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 @torch.no_grad()

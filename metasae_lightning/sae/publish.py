@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.redaction import hidden
+from metasae_lightning.redaction import redact
 from metasae_lightning.sae.pretrained import load_pretrained
 
 HUB = "hf://"
@@ -170,7 +170,7 @@ class Hub(Destination):
             raise
         except Exception as error:
             causes = [error, error.__cause__] if error.__cause__ else [error]
-            said = "; ".join(" ".join(hidden(f"{type(cause).__name__}: {cause}").split())[:300] for cause in causes)
+            said = "; ".join(" ".join(redact(f"{type(cause).__name__}: {cause}").split())[:300] for cause in causes)
             raise InputError(f"{self.place}: the Hub did not do as asked, which can be tried again: {said}") from None
 
 
@@ -256,5 +256,5 @@ def copy(folder: Path, draft: Path, **said: Any) -> None:
         if (folder / name).exists():
             shutil.copyfile(folder / name, draft / name)
     record = json.loads((folder / SAE_CFG_FILENAME).read_text())
-    record["metadata"] = hidden({**record.get("metadata", {}), **said})
+    record["metadata"] = redact({**record.get("metadata", {}), **said})
     (draft / SAE_CFG_FILENAME).write_text(json.dumps(record, indent=1) + "\n")

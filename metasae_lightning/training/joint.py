@@ -20,13 +20,13 @@ from metasae_lightning.compute.sharding import own, share, whole
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Critic, Penalties, Penalty
 from metasae_lightning.sae import TrainingSAEConfig
-from metasae_lightning.sae.conversion import Adopted, Origin
 from metasae_lightning.sae.forward import BatchCut, Kernels
-from metasae_lightning.sae.forward_result import Pass
-from metasae_lightning.sae.learner import Learner
-from metasae_lightning.sae.nonfinite import figures, guarded, restore, worst
-from metasae_lightning.schedules import bound, meta_steps_after, meta_steps_in
-from metasae_lightning.step import Batch, Evaluation, Reading, StepOutput
+from metasae_lightning.sae.forward_result import ForwardResult
+from metasae_lightning.sae.init_from import InitFrom, InitReport
+from metasae_lightning.sae.learner import Learner, LearnerConfig
+from metasae_lightning.sae.nonfinite import attach_guards, longest_skip, restore_guards, skipped_steps
+from metasae_lightning.schedules import bind_schedule, meta_steps_after, meta_steps_in
+from metasae_lightning.step import Batch, Evaluation, StepOutput, StepStats
 from metasae_lightning.training import argument_checks
 
 
@@ -93,8 +93,8 @@ class JointSAE(LightningModule):
         meta_dead_after_steps: int = 5,
         seed: int = 0,
         hook: str | None = None,
-        init_from: Origin | str | None = None,
-        meta_init_from: Origin | str | None = None,
+        init_from: InitFrom | str | None = None,
+        meta_init_from: InitFrom | str | None = None,
         critic_supports: Literal["exact", "macro_step"] = "exact",
         meta_rows: int | None = None,
         kernels: Kernels = "sparse",
@@ -107,19 +107,20 @@ class JointSAE(LightningModule):
         self.penalties = Penalties(penalties or {})
         counts = {"n_p": n_p, "n_m": n_m, "micro_batches": micro_batches, "dead_after_tokens": dead_after_tokens}
         argument_checks.check_roles(primary, meta, self.penalties, counts)
-        argument_checks.check_words(self.penalties, kernels=kernels, critic_supports=critic_supports, non_finite=non_finite)
-        argument_checks.check_options(primary, meta, clip_grad_norm=clip_grad_norm, meta_rows=meta_rows, meta_init_from=meta_init_from)
+        argument_checks.check_choices(self.penalties, kernels=kernels, critic_supports=critic_supports, non_finite=non_finite)
+        argument_checks.check_optional_values(
+            primary, meta, clip_grad_norm=clip_grad_norm, meta_rows=meta_rows, meta_init_from=meta_init_from
+        )
         self.n_p, self.n_m, self.meta_rows, self.seed = n_p, n_m, meta_rows, seed
         self.critic_supports, self.kernels, self.batch_cut = critic_supports, kernels, batch_cut
-        shared: dict[str, Any] = {"decoder_rows": decoder_rows, "clip_grad_norm": clip_grad_norm, "kernels": kernels}
-        own: dict[str, Any] = {"b_dec_init": b_dec_init, "micro_batches": micro_batches, "origin": Origin.of(init_from)}
-        self.primary = Learner(primary, role="primary", seed=seed, dead_after=dead_after_tokens, **own, **shared)
+        options = partial(LearnerConfig, decoder_rows=decoder_rows, clip_grad_norm=clip_grad_norm, kernels=kernels)
+        of_primary = options(dead_after_tokens, b_dec_init=b_dec_init, micro_batches=micro_batches, init_from=InitFrom.of(init_from))
+        self.primary = Learner(primary, of_primary, role="primary", seed=seed)
         self.meta: Learner | None = None
         if meta is not None:
-            window = meta_dead_after_steps * (meta_rows or primary.d_sae)
-            more: dict[str, Any] = {"b_dec_init": "zeros", "origin": Origin.of(meta_init_from), "recurring": primary.d_sae}
-            self.meta = Learner(meta, role="meta", seed=seed + 1, dead_after=window, **more, **shared)
-        self.guards = guarded(self.primary, self.meta) if non_finite == "skip" else {}
+            window, source = meta_dead_after_steps * (meta_rows or primary.d_sae), InitFrom.of(meta_init_from)
+            self.meta = Learner(meta, options(window, n_fixed_rows=primary.d_sae, init_from=source), role="meta", seed=seed + 1)
+        self.guards = attach_guards(self.primary, self.meta) if non_finite == "skip" else {}
         self._optimizer_callables = {"primary": primary_optimizer, "meta": meta_optimizer}
         self._scheduler_callables = {"primary": primary_scheduler, "meta": meta_scheduler}
         self._schedules: dict[str, LRScheduler] = {}
@@ -132,17 +133,18 @@ class JointSAE(LightningModule):
             _tell(self.primary.initialize(self.crew.all.together(batch.activations)), "primary")
         if self.meta is not None and self.primary.initialized and not self.meta.initialized:  # before it first judges
             _tell(self.meta.initialize(functional.unit_rows(whole(self.primary.W_dec.detach()))), "meta")
-        penalty, values = self.penalties.joined(*self._judged())
-        values = self.penalties.measured(*self._judged(), values, learnt=self._learnt)
-        seen = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, added=penalty)
+        penalty, values = self.penalties.loss(*self._penalty_args())
+        values = self.penalties.values_by_name(*self._penalty_args(), values, critic_is_trained=self._critic_is_trained)
+        seen = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, extra_loss=penalty)
         self._advance(self.primary, seen)
-        reading = self.primary.reading(batch.activations, seen)
-        owed = meta_steps_after(int(self.primary.steps), n_p=self.n_p, n_m=self.n_m, last=last, taken=seen.taken)
+        reading = self.primary.step_stats(batch.activations, seen)
+        owed = meta_steps_after(int(self.primary.steps), n_p=self.n_p, n_m=self.n_m, last=last, applied=seen.applied)
         judged = self._meta_phase(owed, meta_optimizer)
         if last:  # the run ends on what the last critic makes of the last decoder
-            values = self.penalties.measured(*self._judged(), {}, learnt=self._learnt)
+            values = self.penalties.values_by_name(*self._penalty_args(), {}, critic_is_trained=self._critic_is_trained)
         loss = reading.loss if penalty is None else reading.loss + self.crew.all.summed(penalty)
-        return StepOutput(loss, reading, seen.codes, seen.reconstruction, penalties=values, meta=judged, **worst(self.guards.values()))
+        skips = longest_skip(self.guards.values())
+        return StepOutput(loss, reading, seen.codes, seen.reconstruction, penalties=values, meta=judged, **skips)
 
     def evaluate(self, batch: Batch) -> Evaluation:
         """Codes and reconstruction of a batch by the training rule; nothing moves."""
@@ -166,16 +168,17 @@ class JointSAE(LightningModule):
         """Tokens trained on, over all ranks."""
         return int(self.primary.rows_seen)
 
-    def _judged(self) -> tuple[Tensor, Critic | None, int, Crew]:
+    def _penalty_args(self) -> tuple[Tensor, Critic | None, int, Crew]:
         """What penalties are made of."""
-        critic = None if self.meta is None else partial(self.meta.reconstruct, again=self.critic_supports == "macro_step", lent=True)
+        reuse_support = self.critic_supports == "macro_step"
+        critic = None if self.meta is None else partial(self.meta.reconstruct, reuse_support=reuse_support, reuse_output=True)
         return self.primary.W_dec, critic, int(self.primary.steps), self.crew
 
     @property
-    def _learnt(self) -> bool:
+    def _critic_is_trained(self) -> bool:
         return self.meta is None or bool(self.meta.steps)
 
-    def _meta_phase(self, steps: int, optimizer: Optimizer | None) -> Reading | None:
+    def _meta_phase(self, steps: int, optimizer: Optimizer | None) -> StepStats | None:
         """So many meta steps on the decoder as it is now, and what the last of them showed."""
         if self.meta is None or not steps:
             return None
@@ -189,7 +192,7 @@ class JointSAE(LightningModule):
             mine = share(decoder, chosen, self.crew)
             seen = self.meta.learn(some := rows if mine is None else rows[mine], optimizer, backward=self._backward)
             self._advance(self.meta, seen)
-            judged = None if left else self.meta.reading(some, seen)
+            judged = None if left else self.meta.step_stats(some, seen)
         return judged
 
     def _backward(self, loss: Tensor) -> None:
@@ -200,9 +203,10 @@ class JointSAE(LightningModule):
         with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
             self.manual_backward(loss)
 
-    def _advance(self, learner: Learner, seen: Pass) -> None:
-        if not seen.taken and learner.guard is not None:
-            rank_zero_info(f"{learner.role}: a step was left out after {self.rows_seen:,} tokens: {learner.guard.broken} was not finite")
+    def _advance(self, learner: Learner, seen: ForwardResult) -> None:
+        if not seen.applied and learner.guard is not None:
+            reason = f"{learner.guard.bad_tensor} was not finite"
+            rank_zero_info(f"{learner.role}: a step was left out after {self.rows_seen:,} tokens: {reason}")
         elif learner.role in self._schedules:
             self._schedules[learner.role].step()
 
@@ -232,10 +236,10 @@ class JointSAE(LightningModule):
         """Look at the SAEs to start from; a run that goes on does not need them."""
         tell = getattr(getattr(self.trainer, "datamodule", None), "metadata", None)
         for learner in filter(None, (self.primary, self.meta)):
-            if learner.origin is not None and not learner.initialized:
-                learner.origin.open(learner.role, learner.sae.cfg)
+            if learner.config.init_from is not None and not learner.initialized:
+                learner.config.init_from.open(learner.role, learner.sae.cfg)
                 if learner is self.primary and tell is not None:
-                    learner.origin.check(tell(*([self.hook] if self.hook else [])))
+                    learner.config.init_from.check(tell(*([self.hook] if self.hook else [])))
 
     def configure_optimizers(self) -> Any:
         """One optimiser, and one schedule where given, for each SAE."""
@@ -248,31 +252,31 @@ class JointSAE(LightningModule):
             optimizers.append(optimizer)
             if (scheduler := self._scheduler_callables[name]) is not None:
                 own = steps if name == "primary" else meta_steps_in(steps, n_p=self.n_p, n_m=self.n_m)
-                self._schedules[name] = bound(scheduler(optimizer), own, name)
+                self._schedules[name] = bind_schedule(scheduler(optimizer), own, name)
         return optimizers, list(self._schedules.values())
 
     def advance(self, batch: Batch, optimizers: Any) -> StepOutput:
         """A step under a trainer, which knows whether it is the last."""
         primary, meta = optimizers if self.meta is not None else (*optimizers, None)
         last = self.trainer.is_last_batch and self.trainer.current_epoch + 1 == self.trainer.max_epochs
-        return self.step(batch.at(self.hook), primary, meta, last=last)
+        return self.step(batch.select_hook(self.hook), primary, meta, last=last)
 
     def training_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:
         """Fetch the optimisers, step, log; callbacks find the StepOutput under `output`."""
         optimizers: Any = self.optimizers()
         output = self.advance(Batch.of(batch), optimizers if isinstance(optimizers, list) else [optimizers])
-        self.log_dict(self.figures(output), batch_size=len(output.reconstruction))
+        self.log_dict(self.scalars(output), batch_size=len(output.reconstruction))
         return {"loss": output.loss, "output": output}
 
     def validation_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:
         """Callbacks find the Evaluation under `output`."""
-        return {"output": self.evaluate(Batch.of(batch).at(self.hook))}
+        return {"output": self.evaluate(Batch.of(batch).select_hook(self.hook))}
 
     test_step = validation_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What a critic holds is of an earlier step's decoder: it cannot be found again."""
-        checkpoint["critic_supports"] = None if self.meta is None else self.meta.held
+        checkpoint["critic_supports"] = None if self.meta is None else self.meta.cached_support
         checkpoint["guards"] = {role: guard.state_dict() for role, guard in self.guards.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -280,14 +284,14 @@ class JointSAE(LightningModule):
         if "arms" in checkpoint:
             raise InputError(f"the checkpoint holds the arms {', '.join(checkpoint['arms'])}: go on with the recipe that has them")
         if self.meta is not None:
-            self.meta.held = checkpoint.get("critic_supports")
-        restore(self.guards, checkpoint.get("guards", {}))
+            self.meta.cached_support = checkpoint.get("critic_supports")
+        restore_guards(self.guards, checkpoint.get("guards", {}))
 
-    def figures(self, output: StepOutput) -> dict[str, Any]:
+    def scalars(self, output: StepOutput) -> dict[str, Any]:
         """What a step logs."""
-        return {**output.figures(), "train/tokens": float(self.primary.rows_seen), **figures(self.guards.values())}
+        return {**output.scalars(), "train/tokens": float(self.primary.rows_seen), **skipped_steps(self.guards.values())}
 
 
-def _tell(adopted: Adopted | None, role: str) -> None:
+def _tell(adopted: InitReport | None, role: str) -> None:
     if adopted is not None:
         rank_zero_info(f"{role} {adopted}")

@@ -112,20 +112,20 @@ def trained(**settings: object) -> JointSAE:
 
 def test_a_run_with_screens_is_the_run_without():
     fast, slow = trained(), trained(kernels="dense")
-    assert fast.meta._passes.screen.searches < 17 + 6  # type: ignore[union-attr]
+    assert fast.meta._forward_pass.screen.searches < 17 + 6  # type: ignore[union-attr]
     for name, tensor in slow.state_dict().items():
         torch.testing.assert_close(fast.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_held_supports_are_those_of_the_first_step_after_the_critic_learnt():
     module = trained(critic_supports="macro_step")
-    held, both = module.meta.held, optimizers(module)  # type: ignore[union-attr]
+    held, both = module.meta.cached_support, optimizers(module)  # type: ignore[union-attr]
     assert held is not None and int(module.primary.steps) == 17
     module.step(Batch(activations(17)), *both)
-    assert module.meta.held[1].equal(held[1])  # type: ignore[union-attr,index]
+    assert module.meta.cached_support[1].equal(held[1])  # type: ignore[union-attr,index]
     for i in range(18, 20):  # the twentieth ends a macro-step: the critic learns and lets go
         module.step(Batch(activations(i)), *both)
-    assert module.meta.held is None  # type: ignore[union-attr]
+    assert module.meta.cached_support is None  # type: ignore[union-attr]
     exact = trained()
     assert not torch.equal(exact.primary.W_dec, module.primary.W_dec)  # control: it is an approximation
 
@@ -135,7 +135,7 @@ def test_held_supports_go_through_a_checkpoint():
     module.on_save_checkpoint(checkpoint)
     other = trained(critic_supports="macro_step")
     other.load_state_dict(module.state_dict())
-    other.meta.held = None  # type: ignore[union-attr]
+    other.meta.cached_support = None  # type: ignore[union-attr]
     other.on_load_checkpoint(checkpoint)
     for each in (module, other):
         each.step(Batch(activations(17)), *optimizers(each))

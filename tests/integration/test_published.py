@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 from sae_lens import BatchTopKTrainingSAEConfig, JumpReLUTrainingSAEConfig, TopKTrainingSAEConfig
 from metasae_lightning import JointSAE, saelens
 from metasae_lightning.errors import InputError
-from metasae_lightning.origin import Origin
+from metasae_lightning.sae.init_from import InitFrom
 place, x, found = sys.argv[1], load_file(sys.argv[2])["x"], {}
 make = {"jumprelu": JumpReLUTrainingSAEConfig, "batchtopk": BatchTopKTrainingSAEConfig, "topk": TopKTrainingSAEConfig}
 try:
     for target in sys.argv[4:]:
         sizes = {"d_in": x.shape[1], "d_sae": 16384 if "16k" in place else 64, "decoder_init_norm": 1.0}
         cfg = make[target](**sizes, apply_b_dec_to_input="16k" not in place, **({"k": 4} if target == "topk" else {}))
-        module = JointSAE(cfg, decoder_rows="free", init_from=Origin(place, measured_k=target == "batchtopk"))
+        module = JointSAE(cfg, decoder_rows="free", init_from=InitFrom(place, measured_k=target == "batchtopk"))
         adopted = module.primary.initialize(x)
         codes, rebuilt = module.primary.read(x)
         print(target, adopted)

@@ -25,7 +25,7 @@ from sae_lens import (
 from metasae_lightning import functional
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Decomposability
-from metasae_lightning.sae.conversion import Adopted, Origin
+from metasae_lightning.sae.init_from import InitFrom, InitReport
 from metasae_lightning.step import Batch, Codes
 from metasae_lightning.training import JointSAE
 from tests.helpers.architectures import D_IN, activations, config, optimizers
@@ -66,9 +66,9 @@ def saved(sae: SAE[Any], folder: Path) -> str:
     return str(folder)
 
 
-def started(place: str, name: str, *, rows: str = "unit", measured_k: bool = False, **kw: Any) -> tuple[JointSAE, Adopted, torch.Tensor]:
+def started(place: str, name: str, *, rows: str = "unit", measured_k: bool = False, **kw: Any) -> tuple[JointSAE, InitReport, torch.Tensor]:
     """A module after its first look at 512 rows, which took the weights."""
-    module = JointSAE(config(name, **kw), decoder_rows=rows, init_from=Origin(place, measured_k=measured_k))  # pyright: ignore
+    module = JointSAE(config(name, **kw), decoder_rows=rows, init_from=InitFrom(place, measured_k=measured_k))  # pyright: ignore
     x = activations(0, rows=512) + OFFSET
     adopted = module.primary.initialize(x)
     assert adopted is not None
@@ -122,7 +122,7 @@ def test_what_is_done_to_each_token_is_done_again(name: str, normalizer: str, tm
 def test_one_architecture_is_another(pair: tuple[str, str], tmp_path: Path):
     sae = source(pair[0])
     module, adopted, x = started(saved(sae, tmp_path / "sae"), pair[1])
-    assert adopted.lost == [] and adopted.kinds == pair
+    assert adopted.lost == [] and adopted.architectures == pair
     same(sae, module, x)
 
 
@@ -177,7 +177,7 @@ def test_k_can_be_what_the_source_has(name: str, tmp_path: Path):
     assert abs(adopted.l0[1] - adopted.l0[0]) * 512 <= 1.01
     assert adopted.fvu[1] == pytest.approx(adopted.fvu[0], abs=1e-3)
     # A resumed run goes on with it, and needs no source.
-    again = JointSAE(config(name), init_from=Origin(str(tmp_path / "gone"), measured_k=True))
+    again = JointSAE(config(name), init_from=InitFrom(str(tmp_path / "gone"), measured_k=True))
     again.load_state_dict(module.state_dict())
     assert again.primary.sae.cfg.k == again.primary.sae.activation_fn.k == adopted.l0[0]  # pyright: ignore
     assert again.primary.initialize(x) is None
@@ -225,7 +225,7 @@ def test_mixed_precision_does_not_touch_the_weights(tmp_path: Path):
 def test_a_learner_with_a_measured_k_can_be_copied(tmp_path: Path):
     place = saved(source("jumprelu", unit=True), tmp_path / "sae")
     module, adopted, _ = started(place, "batchtopk", measured_k=True)
-    fresh = JointSAE(config("batchtopk"), init_from=Origin(place, measured_k=True)).primary
+    fresh = JointSAE(config("batchtopk"), init_from=InitFrom(place, measured_k=True)).primary
     twin = copy.deepcopy(fresh)
     twin.load_state_dict(module.primary.state_dict())
     assert twin.sae.cfg.k == adopted.l0[0] and fresh.sae.cfg.k == 4

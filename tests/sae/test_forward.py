@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metasae_lightning.sae import forward, pretrained
-from metasae_lightning.sae.forward import Dense, Forward, Sparse
+from metasae_lightning.sae.forward import DenseForward, SparseForward
+from metasae_lightning.sae.forward_result import ForwardResult
 from metasae_lightning.training import JointSAE
 from tests.helpers.architectures import D_IN, activations, config
 
 FAMILY = ("topk", "batchtopk", "matryoshka_batchtopk")
 
 
-def pair(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **settings: Any) -> tuple[Sparse, Dense]:
+def pair(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **settings: Any) -> tuple[SparseForward, DenseForward]:
     """The same SAE twice, its rows of different lengths and its biases away from 0."""
     sae: Any = pretrained.build(config(name, **settings), role="primary", seed=seed).to(dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -26,23 +27,23 @@ def pair(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **sett
         sae.W_enc.add_(0.3 * torch.randn(sae.W_enc.shape, generator=generator, dtype=dtype))
         for bias in (sae.b_enc, sae.b_dec):
             bias.copy_(0.2 * torch.randn(bias.shape, generator=generator, dtype=dtype))
-    fast, slow = forward.passes_of(sae, "sparse"), forward.passes_of(copy.deepcopy(sae), "dense")
-    assert isinstance(fast, Sparse) and isinstance(slow, Dense)
+    fast, slow = forward.forward_pass_for(sae, "sparse"), forward.forward_pass_for(copy.deepcopy(sae), "dense")
+    assert isinstance(fast, SparseForward) and isinstance(slow, DenseForward)
     return fast, slow
 
 
-def both(fast: Sparse, slow: Dense, z: Tensor, dead: Tensor) -> tuple[Forward, Forward]:
+def both(fast: SparseForward, slow: DenseForward, z: Tensor, dead: Tensor) -> tuple[ForwardResult, ForwardResult]:
     """A step's forward and backward pass of each."""
     found = []
     for passes in (fast, slow):
         for parameter in passes.sae.parameters():
             parameter.grad = None
-        found.append(passes.train(z, dead=dead, step=0, alone=True))
+        found.append(passes.train(z, dead=dead, step=0, fresh_gradients=True))
         found[-1].loss.backward()
     return found[0], found[1]
 
 
-def assert_same(fast: Sparse, slow: Dense, z: Tensor, dead: Tensor, *, rtol: float) -> None:
+def assert_same(fast: SparseForward, slow: DenseForward, z: Tensor, dead: Tensor, *, rtol: float) -> None:
     """Losses, codes, reconstruction, threshold and every gradient, to `rtol` of the largest of each."""
     ours, theirs = both(fast, slow, z, dead)
     assert set(ours.losses) == set(theirs.losses)
@@ -124,13 +125,13 @@ def test_a_wrong_gradient_would_be_seen():
 # What somebody makes of SAELens's classes may compute something else, and so may every other architecture.
 @pytest.mark.parametrize("name", ["standard", "gated", "jumprelu", "abstopk"])
 def test_others_go_through_saelens(name: str):
-    assert isinstance(forward.passes_of(pretrained.build(config(name), role="primary", seed=0), "sparse"), Dense)
+    assert isinstance(forward.forward_pass_for(pretrained.build(config(name), role="primary", seed=0), "sparse"), DenseForward)
 
 
 def test_a_subclass_goes_through_saelens():
     sae = pretrained.build(config("batchtopk"), role="primary", seed=0)
     child = type("Child", (type(sae),), {})(sae.cfg)
-    assert isinstance(forward.passes_of(child, "sparse"), Dense)
+    assert isinstance(forward.forward_pass_for(child, "sparse"), DenseForward)
 
 
 def test_gradients_that_zero_grad_keeps_are_not_added_twice():

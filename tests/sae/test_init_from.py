@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from metasae_lightning.cli import main
-from metasae_lightning.sae.conversion import disagreements, official
+from metasae_lightning.sae.init_from import mismatches, official_model_name
 from tests.helpers.judged import D_IN, HOOK, recipe, sae
 
 pytestmark = [
@@ -201,8 +201,8 @@ def test_widths_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_names_of_one_model_are_one():
-    assert official("gpt2-small") == official("gpt2") == official("openai-community/gpt2")
-    assert official("gemma-2-9b") == official("google/gemma-2-9b") != official("google/gemma-2-9b-it")
+    assert official_model_name("gpt2-small") == official_model_name("gpt2") == official_model_name("openai-community/gpt2")
+    assert official_model_name("gemma-2-9b") == official_model_name("google/gemma-2-9b") != official_model_name("google/gemma-2-9b-it")
     one = {"hook_name": "blocks.3.hook_resid_post"}
-    assert disagreements(one, {"hook_name": "model.layers.3"}) and not disagreements(one, {**one, "hf_hook_name": "model.layers.3"})
-    assert not disagreements({}, {"model_name": "gpt2", **one, "context_size": 8, "prepend_bos": True})
+    assert mismatches(one, {"hook_name": "model.layers.3"}) and not mismatches(one, {**one, "hf_hook_name": "model.layers.3"})
+    assert not mismatches({}, {"model_name": "gpt2", **one, "context_size": 8, "prepend_bos": True})

@@ -16,12 +16,12 @@ from metasae_lightning.callbacks import Checkpoints, StopOnNaN
 from metasae_lightning.compute.process_group import ALONE, Ranks
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Decomposability, Penalty
-from metasae_lightning.sae.nonfinite import Guard, first_broken
+from metasae_lightning.sae.nonfinite import NonFiniteGuard, first_nonfinite
 from metasae_lightning.schedules import WarmupDecay
 from metasae_lightning.step import Batch
 from metasae_lightning.training import JointSAE, SideBySide
-from metasae_lightning.training.argument_checks import check_words
-from metasae_lightning.training.checkpoint_files import WholeFiles, newest
+from metasae_lightning.training.argument_checks import check_choices
+from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO, newest_intact
 from tests.helpers.architectures import activations, config, optimizers
 from tests.helpers.ranks import met
 
@@ -149,7 +149,7 @@ def test_a_batch_that_is_left_out_might_not_have_been_there(architecture: str, a
     rest = [number for number in range(count + 1) if number != at]
     trainer = fitted(tmp_path, there, Batches([*range(count + 1)], bad=(at,), value=[torch.nan, torch.inf][at % 2]), StopOnNaN())
     without = fitted(tmp_path, left, Batches(rest))
-    assert not differing(everything(there, trainer), everything(left, without)) and first_broken(there.state_dict()) is None
+    assert not differing(everything(there, trainer), everything(left, without)) and first_nonfinite(there.state_dict()) is None
     assert there.rows_seen == left.rows_seen + 64 == 64 * (count + 1)
     assert trainer.callback_metrics["train/skipped"] == 1 and without.callback_metrics["train/skipped"] == 0
 
@@ -168,9 +168,9 @@ def test_a_run_that_stops_keeps_its_last_good_checkpoint(what: str, tmp_path: Pa
         InputError, match=f"not finite after 384 tokens; .* the last good checkpoint is {tmp_path}/checkpoints/tokens=320.ckpt"
     ):
         fitted(tmp_path, joint(non_finite="stop"), Batches([*range(9)]), StopOnNaN(), Poison(5, what), Checkpoints(every_tokens=64))
-    good, damaged = newest([tmp_path / "checkpoints"])
+    good, damaged = newest_intact([tmp_path / "checkpoints"])
     assert good is not None and good.name == "tokens=320.ckpt" and not damaged
-    assert first_broken(torch.load(good, weights_only=False)["state_dict"]) is None
+    assert first_nonfinite(torch.load(good, weights_only=False)["state_dict"]) is None
 
 
 def test_a_gradient_alone_is_enough(tmp_path: Path):
@@ -213,7 +213,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path):
     stopped = joint()
     with pytest.raises(InputError, match=f"{says}.* the activations of this batch are not finite either"):
         fitted(tmp_path, stopped, Batches([*range(10)], bad=(1, 2, 4, 5, 6)), StopOnNaN(skips=3))
-    assert first_broken(stopped.state_dict()) is None and int(stopped.primary.steps) == 2
+    assert first_nonfinite(stopped.state_dict()) is None and int(stopped.primary.steps) == 2
     # A penalty of a step that is tried again and again; of the meta SAE every step, with others of the primary between them.
     with pytest.raises(InputError, match=r"the penalties' sum was not finite in the last of 2 steps .* after 320 tokens"):
         fitted(tmp_path, joint(penalties={"own": AtThree(0.1)}), Batches([*range(10)]), StopOnNaN(skips=2))
@@ -222,7 +222,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path):
     with pytest.raises(InputError, match="skips must be at least 1, got 0"):
         StopOnNaN(skips=0)
     with pytest.raises(InputError, match="non_finite must be stop or skip, got 'leap'"):
-        check_words(torch.nn.ModuleDict(), critic_supports="exact", non_finite="leap")
+        check_choices(torch.nn.ModuleDict(), critic_supports="exact", non_finite="leap")
 
 
 class AtThree(Penalty):
@@ -325,7 +325,7 @@ def under_a_trainer(rank: int, folder: Path, mode: str) -> dict[str, Any]:
         strategy="ddp",
         max_epochs=1,
         default_root_dir=folder,
-        plugins=[WholeFiles()],
+        plugins=[AtomicCheckpointIO()],
         callbacks=callbacks,
         **QUIET,
     )
@@ -344,12 +344,12 @@ def test_ranks_leave_out_what_one_of_them_cannot_take(tmp_path: Path):
         assert re.match(
             f"{broken} is not finite after 640 tokens; no checkpoint .* is {tmp_path}/stop/checkpoints/tokens=512.ckpt", found["said"]
         )
-    good, damaged = newest([tmp_path / "stop" / "checkpoints"])
+    good, damaged = newest_intact([tmp_path / "stop" / "checkpoints"])
     assert good is not None and good.name == "tokens=512.ckpt" and not damaged
     last = torch.load(good, weights_only=False)["state_dict"]
-    assert first_broken(last) is None and int(last["primary.steps"]) == 4
+    assert first_nonfinite(last) is None and int(last["primary.steps"]) == 4
     found, others = one["under"]["skip"], other["under"]["skip"]
-    assert not differing(found["state"], others["state"]) and first_broken(found["state"]) is None
+    assert not differing(found["state"], others["state"]) and first_nonfinite(found["state"]) is None
     assert found["skipped"] == others["skipped"] == 2 and int(found["state"]["primary.steps"]) == 6
     # Nothing but the counts has moved between the checkpoints around a step that was left out.
     before, after = (torch.load(tmp_path / "skip" / "checkpoints" / f"tokens={tokens}.ckpt", weights_only=False) for tokens in (768, 896))
@@ -366,12 +366,12 @@ def test_ranks_leave_out_what_one_of_them_cannot_take(tmp_path: Path):
 
 
 def test_a_guard_looks_at_every_tensor_and_undoes_what_has_moved():
-    guard, still = Guard(), torch.tensor([1.0, 2.0])
+    guard, still = NonFiniteGuard(), torch.tensor([1.0, 2.0])
     guard.remember({"still": still})
     still += 1
     assert not guard.refuses({"loss": torch.tensor(1e38), "gradient": torch.full((4,), 3e38)}, {"still": still}, ALONE)
     assert still.tolist() == [2.0, 3.0] and guard.state_dict() == {"total": 0, "in_a_row": 0}
     for number, made in enumerate(({"loss": torch.tensor(torch.inf), "g": still}, {"loss": torch.tensor(1.0), "g": still / 0}), 1):
         assert guard.refuses(made, {"still": still}, ALONE) and still.tolist() == [1.0, 2.0]
-        assert guard.broken == ("loss", "g")[number - 1] and guard.state_dict() == {"total": number, "in_a_row": number}
+        assert guard.bad_tensor == ("loss", "g")[number - 1] and guard.state_dict() == {"total": number, "in_a_row": number}
     assert not guard.refuses({"loss": torch.tensor(1.0)}, {}, ALONE) and guard.state_dict() == {"total": 2, "in_a_row": 0}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from metasae_lightning import functional
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import export, forward, pretrained
-from metasae_lightning.sae.normalizers import normalizer_of
+from metasae_lightning.sae.normalizers import make_normalizer
 from metasae_lightning.sae.thresholds import global_threshold
 from metasae_lightning.step import Batch
 from metasae_lightning.training import JointSAE
@@ -86,7 +86,7 @@ def test_an_sae_of_heads_takes_heads(tmp_path: Path):
 def test_leaving_the_normaliser_out_is_noticed(tmp_path: Path):
     module = trained("batchtopk", normalize_activations="expected_average_only_in", offset=2.0)
     learner = module.primary
-    wrong = export.export(learner.sae, tmp_path / "x", normalizer=normalizer_of("none", D_IN), updates=int(learner.updates))
+    wrong = export.export(learner.sae, tmp_path / "x", normalizer=make_normalizer("none", D_IN), updates=int(learner.updates))
     x = activations(77) + 2.0
     loaded = SAE.load_from_disk(wrong.folder)
     right = SAE.load_from_disk(exported(module, tmp_path / "y").folder)
@@ -165,7 +165,7 @@ def test_saelens_layer_norm_aux_loss_would_have_raised():
     assert module.primary.dead.any()
     inside = get_sae_training_class("batchtopk")[0](config("batchtopk", normalize_activations="layer_norm"))
     with pytest.raises(ValueError, match="does not support activation normalization"):
-        forward.passes_of(inside, "dense").train(activations(0), dead=torch.ones(48, dtype=torch.bool), step=0, alone=True)
+        forward.forward_pass_for(inside, "dense").train(activations(0), dead=torch.ones(48, dtype=torch.bool), step=0, fresh_gradients=True)
 
 
 def test_no_warning_of_saelens_escapes(tmp_path: Path):

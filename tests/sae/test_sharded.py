@@ -11,11 +11,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from metasae_lightning.atomic_files import put
+from metasae_lightning import atomic_files
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import load_pretrained
 from metasae_lightning.training import JointSAE
-from metasae_lightning.training.checkpoint_files import assembled, damage, keep, newest, seal, sums
+from metasae_lightning.training.checkpoint_files import (
+    find_damage,
+    link_and_prune,
+    merge_parts,
+    newest_intact,
+    part_checksums,
+    write_checksums,
+)
 from tests.helpers.architectures import config
 
 ROOT = Path(__file__).parents[2]
@@ -59,10 +66,10 @@ def begun(run: Path, checkpoint: Path, *more: str) -> dict[str, torch.Tensor]:
 def test_a_checkpoint_of_four_ranks_is_gone_on_with_on_two_and_on_one(tmp_path: Path):
     fit(tmp_path / "four", *divided(4))
     middle = tmp_path / "four" / "checkpoints" / "tokens=8192.ckpt"
-    assert len(list(middle.glob("*.distcp"))) == 4 and damage(middle) is None
+    assert len(list(middle.glob("*.distcp"))) == 4 and find_damage(middle) is None
     two, one = begun(tmp_path / "two", middle, *divided(2)), begun(tmp_path / "one", middle)
     every = begun(tmp_path / "every", middle, "--trainer.devices", "2", "--trainer.strategy", "ddp")
-    whole = assembled(middle)
+    whole = merge_parts(middle)
     states = [{**whole["state_dict"]}, two, one, every]
     for found in states[1:]:
         assert found.keys() == one.keys() and all(torch.equal(found[name], one[name]) for name in one)
@@ -106,19 +113,19 @@ def test_a_folder_is_sealed_and_one_that_is_torn_is_passed_over(tmp_path: Path):
         for rank in (0, 1):
             (draft / f"__{rank}_0.distcp").write_bytes(bytes([number, rank]) * 50)
         (draft / ".metadata").write_bytes(b"where what is")
-        assert set(sums(draft, 0)) == {"__0_0.distcp", ".metadata"} and set(sums(draft, 1)) == {"__1_0.distcp"}
-        seal(draft, {**sums(draft, 0), **sums(draft, 1)})
-        put(draft, tmp_path / f"tokens={number}.ckpt")
+        assert set(part_checksums(draft, 0)) == {"__0_0.distcp", ".metadata"} and set(part_checksums(draft, 1)) == {"__1_0.distcp"}
+        write_checksums(draft, {**part_checksums(draft, 0), **part_checksums(draft, 1)})
+        atomic_files.replace(draft, tmp_path / f"tokens={number}.ckpt")
         os.utime(tmp_path / f"tokens={number}.ckpt", ns=(number, number))
-    assert newest([tmp_path]) == (tmp_path / "tokens=2.ckpt", {})
+    assert newest_intact([tmp_path]) == (tmp_path / "tokens=2.ckpt", {})
     torn = tmp_path / "tokens=2.ckpt" / "__1_0.distcp"
     for bad in (b"\2\1" * 49, b"\2\1" * 49 + b"\2\2", None):
         torn.unlink() if bad is None else torn.write_bytes(bad)
         os.utime(tmp_path / "tokens=2.ckpt", ns=(2, 2))
-        assert newest([tmp_path])[0] == tmp_path / "tokens=1.ckpt"
+        assert newest_intact([tmp_path])[0] == tmp_path / "tokens=1.ckpt"
     (tmp_path / ".tokens=3.ckpt.draft").mkdir()  # of a process that ended
     os.utime(tmp_path / "tokens=2.ckpt", ns=(2, 2))
-    keep(tmp_path / "tokens=2.ckpt", 1)
+    link_and_prune(tmp_path / "tokens=2.ckpt", 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "tokens=2.ckpt"]
 
 
@@ -126,7 +133,7 @@ def test_a_folder_that_cannot_be_replaced_has_its_name_still(tmp_path: Path):
     (tmp_path / "a.ckpt").mkdir()
     (tmp_path / "a.ckpt" / "part").write_text("as it was")
     with pytest.raises(FileNotFoundError):
-        put(tmp_path / "draft that is gone", tmp_path / "a.ckpt")
+        atomic_files.replace(tmp_path / "draft that is gone", tmp_path / "a.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"] and (tmp_path / "a.ckpt" / "part").read_text() == "as it was"
 
 
