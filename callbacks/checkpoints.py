@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from metasae_lightning.compute.process_group import Ranks
 from metasae_lightning.errors import InputError
-from metasae_lightning.training.checkpoint_files import keep
+from metasae_lightning.training.checkpoint_files import link_and_prune
 
 # What a run may be told, the most pressing last: each is heeded by all ranks where one has heard it.
 TOLD = [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT] if hasattr(signal, "SIGUSR1") else [signal.SIGTERM, signal.SIGINT]
@@ -95,7 +95,7 @@ class Checkpoints(Checkpoint):
         path = self.dirpath / f"tokens={tokens}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
-            keep(path, self.keep)
+            link_and_prune(path, self.keep)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._told == TOLD.index(signal.SIGINT) + 1:

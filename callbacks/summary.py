@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME as TERMINAL
 
-from metasae_lightning.run_folder import keep, of_arm, read
+from metasae_lightning.run_folder import add_entry, arm_record, read_record
 from metasae_lightning.sae.export import ExportRecord
-from metasae_lightning.training.arm_callbacks import sides
+from metasae_lightning.training.arm_callbacks import per_arm_views
 
 MEASURES = {
     "fvu": "variance unexplained",
@@ -52,13 +52,13 @@ class Summary(Callback):
             return
         path, console = Path(trainer.default_root_dir) / "evaluation.json", Console()
         found: dict[str, dict[str, Any]] = {}
-        for name, (own, _) in sides(trainer, pl_module).items():
+        for name, (own, _) in per_arm_views(trainer, pl_module).items():
             found[name] = {**grouped(own.callback_metrics, prefix), **run}
             if split == "validation":
                 found[name]["exported"] = exported(own)
-            keep(path, split, found[name], arm=name)
+            add_entry(path, split, found[name], arm=name)
         for name, why in getattr(pl_module, "stopped", {}).items():
-            keep(path, split, {"stopped": why, **run}, arm=name)
+            add_entry(path, split, {"stopped": why, **run}, arm=name)
             console.print(f"{name} has stopped: {why}", markup=False)
         root = str(trainer.default_root_dir)
         if found:
@@ -127,8 +127,8 @@ def arms_table(split: str, entries: Mapping[str, Mapping[str, Any]], run: str) -
 
 def picture(run: str | Path, svg: str | Path, split: str = "validation") -> None:
     """The table of a finished run as an SVG that needs nothing from elsewhere."""
-    record = read(Path(run) / "evaluation.json")
-    arms = {name: own for name in record.get("arms", {}) if "primary" in (own := of_arm(record, name).get(split, {}))}
+    record = read_record(Path(run) / "evaluation.json")
+    arms = {name: own for name in record.get("arms", {}) if "primary" in (own := arm_record(record, name).get(split, {}))}
     entry = next(iter(arms.values())) if arms else record[split]
     console = Console(record=True, width=110, file=io.StringIO())
     console.print(arms_table(split, arms, Path(run).name) if arms else table(split, entry, Path(run).name))

@@ -1,44 +1,68 @@
-"""Files and folders that take a name all at once, in place of what had it before."""
+"""Atomic writes: a file or folder is written under a temporary name beside its path (the draft), then renamed to its path."""
 
 import contextlib
 import os
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 
-def put(draft: Path, place: Path) -> None:
-    """Give a finished draft its name, so that a loss of power takes none of it; where that fails, what had the name before has it still.
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: after a failure the older file is still there, unchanged."""
+    with draft_of(path) as draft:
+        draft.write_bytes(content)
 
-    Only a file takes a name in one stroke. Where a folder is concerned there is a moment when neither has it.
+
+@contextlib.contextmanager
+def draft_of(path: Path) -> Generator[Path, None, None]:
+    """Give a draft path to write a file or a folder to. At the end of the block the draft replaces `path`; after an error it is removed.
+
+    Parent folders of `path` are created.
     """
-    old = place.with_name(f".{place.name}.old")
-    remove(old)
-    for part in [*draft.rglob("*"), draft]:
-        settle(part)
-    stood = place.is_dir() or (draft.is_dir() and (place.exists() or place.is_symlink()))
-    if stood:
-        place.rename(old)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.replace(place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(draft)  # of a process that had the same id and was killed
+        yield draft
+        replace(draft, path)
+    finally:
+        remove(draft)
+
+
+def replace(draft: Path, path: Path) -> None:
+    """Rename a finished draft to `path`, after an fsync, so that a loss of power loses neither. After a failure `path` is unchanged.
+
+    The rename of a file is one step. Where `path` or the draft is a folder there is a moment between two renames at which `path` does not
+    exist.
+    """
+    old = path.with_name(f".{path.name}.old")
+    remove(old)
+    for item in [*draft.rglob("*"), draft]:
+        fsync(item)
+    move_away = path.is_dir() or (draft.is_dir() and (path.exists() or path.is_symlink()))
+    if move_away:
+        path.rename(old)
+    try:
+        draft.replace(path)
     except OSError:
-        if stood:
-            old.rename(place)
+        if move_away:
+            old.rename(path)
         raise
-    with contextlib.suppress(OSError):  # it has its name; some file systems cannot settle a folder
-        settle(place.parent)
+    with contextlib.suppress(OSError):  # the rename is done; some file systems have no fsync for folders
+        fsync(path.parent)
     remove(old)
 
 
 def remove(path: Path) -> None:
-    """A file, a link or a folder, where there is one."""
+    """Delete a file, a link or a folder with its content. A path that does not exist is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    elif path.exists() or path.is_symlink():  # where nothing is, a disk that may not be written to would complain
+    elif path.exists() or path.is_symlink():  # `unlink` of a missing file raises on a read-only file system
         path.unlink(missing_ok=True)
 
 
-def settle(path: Path) -> None:
-    """Have a file, or the names in a folder, survive a loss of power."""
+def fsync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

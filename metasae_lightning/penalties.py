@@ -44,7 +44,7 @@ class Penalty(nn.Module, ABC):
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """The penalty's value at primary step `step` (from 0): a pure function of its arguments."""
 
-    def part(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
+    def rank_share(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
         """This rank's part: over ranks, parts and their gradients add up to the penalty's. One that cannot be divided is made by each.
 
         The decoder may be a DTensor, of which a rank has its rows alone.
@@ -60,7 +60,7 @@ class Penalties(nn.ModuleDict):
         """Each with its name."""
         return list(self.items())  # pyright: ignore[reportReturnType]
 
-    def joined(self, W_dec: Tensor, critic: Critic | None, step: int, crew: Crew) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def loss(self, W_dec: Tensor, critic: Critic | None, step: int, crew: Crew) -> tuple[Tensor | None, dict[str, Tensor]]:
         """This rank's part of the weighted sum that joins the loss, or none where every weight is 0 now, and the value of each that does.
 
         Weights are the papers', whose squared error is a mean over `d_in`; SAELens's is a sum, hence the factor.
@@ -71,20 +71,20 @@ class Penalties(nn.ModuleDict):
             weight = W_dec.shape[1] * penalty.weight * warm_up(step, penalty.warm_up_steps)
             if weight == 0:
                 continue
-            value = penalty.part(W_dec, critic, step, crew)
+            value = penalty.rank_share(W_dec, critic, step, crew)
             values[name] = crew.all.summed(value)
             if value.requires_grad:  # one that acts now and then alone is a plain zero in between
                 total = weight * value if total is None else total + weight * value
         return total, values
 
     @torch.no_grad()
-    def measured(
-        self, W_dec: Tensor, critic: Critic | None, step: int, crew: Crew, known: dict[str, Tensor], *, learnt: bool
+    def values_by_name(
+        self, W_dec: Tensor, critic: Critic | None, step: int, crew: Crew, known: dict[str, Tensor], *, critic_is_trained: bool
     ) -> dict[str, Tensor]:
         """Every penalty's value, those that are not known measured; one of weight 0 says nothing before its critic has `learnt`."""
         for name, penalty in self.named():
-            if name not in known and (learnt or not penalty.needs_critic):
-                known = {**known, name: crew.all.summed(penalty.part(W_dec, critic, step, crew))}
+            if name not in known and (critic_is_trained or not penalty.needs_critic):
+                known = {**known, name: crew.all.summed(penalty.rank_share(W_dec, critic, step, crew))}
         return known
 
 
@@ -108,9 +108,9 @@ class Decomposability(Penalty):
 
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """See the class."""
-        return self.part(W_dec, critic, step, Crew())
+        return self.rank_share(W_dec, critic, step, Crew())
 
-    def part(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
+    def rank_share(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
         """The mean over this rank's share of the rows, by that share."""
         assert critic is not None
         drawn, count, decoder = None, len(W_dec), own(W_dec)
@@ -144,9 +144,9 @@ class Orthogonality(Penalty):
 
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """See the class."""
-        return self.part(W_dec, critic, step, Crew())
+        return self.rank_share(W_dec, critic, step, Crew())
 
-    def part(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
+    def rank_share(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
         """Each rank finds the neighbours of its share of every chunk, which are anywhere in the decoder."""
         if step % self.every:
             return own(W_dec).new_zeros(())

@@ -12,16 +12,16 @@ KEY = re.compile(
 )
 
 
-def hidden(tree: Any) -> Any:
+def redact(tree: Any) -> Any:
     """A text or a tree of settings without what opens doors.
 
-    >>> hidden({"name": "gpt2", "hub_token": "mine", "tokens": 5, "said": ["https://me:word@host/x", "no hf_abcdefghijklmnopqrst here"]})
+    >>> redact({"name": "gpt2", "hub_token": "mine", "tokens": 5, "said": ["https://me:word@host/x", "no hf_abcdefghijklmnopqrst here"]})
     {'name': 'gpt2', 'tokens': 5, 'said': ['https://***@host/x', 'no hf_*** here']}
     """
     if isinstance(tree, Mapping):
-        return {key: hidden(value) for key, value in tree.items() if not KEY.fullmatch(str(key))}
+        return {key: redact(value) for key, value in tree.items() if not KEY.fullmatch(str(key))}
     if isinstance(tree, list | tuple):
-        return [hidden(value) for value in tree]
+        return [redact(value) for value in tree]
     if not isinstance(tree, str):
         return tree
     for own in owned():

@@ -1,81 +1,54 @@
-"""The layout of a run's folder and its JSON records."""
+"""The layout of a run's folder: the paths in it, its config and its JSON records."""
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from metasae_lightning import atomic_files
 from metasae_lightning.errors import InputError
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What a record holds; where there is none, nothing."""
-    try:
-        found = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read, and would be written over: move it away ({error})") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} cannot be read: it holds no record")
-    return found
+def config_file(run: Path) -> Path:
+    """The path of a run's config."""
+    return run / "config.yaml"
 
 
-def of_arm(record: Mapping[str, Any], arm: str) -> dict[str, Any]:
-    """An arm's part of a run's record, or all of it."""
-    return (record.get("arms") or {}).get(arm) or {} if arm else dict(record)
+def record_file(run: Path) -> Path:
+    """The path of a run's record: the results of training and evaluation, of all arms."""
+    return run / "evaluation.json"
 
 
-def keep(path: Path, kind: str, entry: Mapping[str, Any], *, arm: str = "") -> None:
-    """Add an entry to the run's record, or to an arm's part of it, without losing the others."""
-    record = read(path)
-    (record.setdefault("arms", {}).setdefault(arm, {}) if arm else record)[kind] = entry
-    write(path, record)
+def arm_folder(run: Path, arm: str) -> Path:
+    """The folder of one arm of a run with several arms."""
+    return run / "arms" / arm
 
 
-def write(path: Path, entry: Any) -> None:
-    """A record whole."""
-    put(path, (json.dumps(finite(entry), indent=1) + "\n").encode())
+def exported_sae(folder: Path, role: str = "primary") -> Path:
+    """The path of the SAELens folder that a run, or an arm, exports its `primary` or `meta` SAE to."""
+    return folder / "saes" / role
 
 
-def put(path: Path, content: bytes) -> None:
-    """A file that is whole or not there."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(content)
-        draft.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
+def is_exported(folder: Path, role: str = "primary") -> bool:
+    """Whether a run, or an arm, has exported this SAE."""
+    return (exported_sae(folder, role) / "cfg.json").exists()
 
 
-def finite(entry: Any) -> Any:
-    """With null for what is no number: JSON has none.
-
-    >>> finite({"a": [1.0, float("nan")]})
-    {'a': [1.0, None]}
-    """
-    if isinstance(entry, Mapping):
-        return {key: finite(value) for key, value in entry.items()}
-    if isinstance(entry, list | tuple):
-        return [finite(value) for value in entry]
-    return None if isinstance(entry, float) and not math.isfinite(entry) else entry
-
-
-def run_of(path: Path) -> Path | None:
-    """The run that a folder is, or is an arm of."""
-    if (path / "config.yaml").exists():
+def find_run(path: Path) -> Path | None:
+    """The run that a folder belongs to: the folder itself or, for an arm's folder, the run around it. None for any other folder."""
+    if config_file(path).exists():
         return path
     resolved = path.resolve()
-    return resolved.parents[1] if resolved.parent.name == "arms" and (resolved.parents[1] / "config.yaml").exists() else None
+    if resolved.parent.name == "arms" and config_file(resolved.parents[1]).exists():
+        return resolved.parents[1]
+    return None
 
 
-def config_of(path: Path) -> dict[str, Any]:
-    """A recipe, or a run's config, as it is written."""
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a recipe or of a run's config, as YAML gives it."""
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -85,16 +58,69 @@ def config_of(path: Path) -> dict[str, Any]:
     return tree
 
 
-def model_in(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a config's model, of which several arms are one."""
+def model_args(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a config's model; those of `SideBySide` hold the arms."""
     return (config.get("model") or {}).get("init_args") or {}
 
 
-def arms_in(path: Path) -> list[str]:
-    """The arms of a run that has several, in the order of its config, but for those that stopped before they had an SAE."""
-    if not (path / "arms").is_dir() or not (path / "config.yaml").exists():
+def exported_arms(run: Path) -> list[str]:
+    """The names of a run's arms in the order of its config, without arms that stopped before they exported an SAE.
+
+    A run of one SAE has no arms: the list is empty.
+    """
+    config = config_file(run)
+    if not (run / "arms").is_dir() or not config.exists():
         return []
-    names = model_in(config_of(path / "config.yaml")).get("arms")
+    names = model_args(read_config(config)).get("arms")
     if not names:
-        raise InputError(f"{path / 'config.yaml'} does not name the arms in {path / 'arms'}")
-    return [name for name in names if (path / "arms" / name / "saes" / "primary" / "cfg.json").exists()]
+        raise InputError(f"{config} does not name the arms in {run / 'arms'}")
+    return [name for name in names if is_exported(arm_folder(run, name))]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The content of a JSON record, or an empty dictionary where the file does not exist."""
+    try:
+        record = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read, and would be written over: move it away ({error})") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{path} cannot be read: it holds no record")
+    return record
+
+
+def arm_record(record: Mapping[str, Any], arm: str) -> dict[str, Any]:
+    """One arm's part of a run's record; the whole record where `arm` is empty."""
+    return (record.get("arms") or {}).get(arm) or {} if arm else dict(record)
+
+
+def add_entry(path: Path, kind: str, entry: Mapping[str, Any], *, arm: str = "") -> None:
+    """Add an entry to a run's record, or to an arm's part of it. Other entries stay."""
+    record = read_record(path)
+    (record.setdefault("arms", {}).setdefault(arm, {}) if arm else record)[kind] = entry
+    write_record(path, record)
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Write a JSON record in place of an older one."""
+    write_file(path, (json.dumps(null_non_finite(record), indent=1) + "\n").encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of a run atomically; a failure is an `InputError`, and an older file stays."""
+    try:
+        atomic_files.write_bytes(path, content)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def null_non_finite(tree: Any) -> Any:
+    """Replace NaN and infinite numbers by None, because JSON cannot hold them.
+
+    >>> null_non_finite({"a": [1.0, float("nan")]})
+    {'a': [1.0, None]}
+    """
+    if isinstance(tree, Mapping):
+        return {key: null_non_finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [null_non_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -10,17 +10,17 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from metasae_lightning.errors import InputError
 
 
-def meta_steps_after(step: int, *, n_p: int, n_m: int, last: bool = False, taken: bool = True) -> int:
+def meta_steps_after(step: int, *, n_p: int, n_m: int, last: bool = False, applied: bool = True) -> int:
     """Meta steps owed after primary step number `step` (from 1); a last macro-step cut short still ends with its meta phase.
 
-    After a batch whose step was not `taken`, `step` is the one before it, and what that was owed it has had unless it is cut short now.
+    After a batch whose step was not `applied`, `step` is the one before it, and what that was owed it has had unless it is cut short now.
 
     >>> [meta_steps_after(step, n_p=3, n_m=2, last=step == 5) for step in (1, 2, 3, 4, 5)]
     [0, 0, 2, 0, 2]
-    >>> [meta_steps_after(step, n_p=3, n_m=2, last=last, taken=False) for step, last in ((3, False), (3, True), (4, False), (4, True))]
+    >>> [meta_steps_after(step, n_p=3, n_m=2, last=last, applied=False) for step, last in ((3, False), (3, True), (4, False), (4, True))]
     [0, 0, 0, 2]
     """
-    if not taken:
+    if not applied:
         return n_m if last and step % n_p else 0
     return n_m if last or step % n_p == 0 else 0
 
@@ -43,10 +43,10 @@ def warm_up(step: int, steps: int) -> float:
     return 1.0 if step >= steps else step / steps
 
 
-def steps_of(length: float, total: int) -> int:
+def to_steps(length: float, total: int) -> int:
     """A length in steps: itself, or that share of `total` where it is at most 1.
 
-    >>> steps_of(0.25, 80), steps_of(1.0, 80), steps_of(10, 80)
+    >>> to_steps(0.25, 80), to_steps(1.0, 80), to_steps(10, 80)
     (20, 80, 10)
     """
     return round(length * total) if length <= 1 else round(length)
@@ -58,7 +58,7 @@ def learning_rate_factor(step: int, total: int, *, warmup: float, decay: float, 
     >>> [learning_rate_factor(s, 10, warmup=2, decay=4, shape="linear", floor=0.0) for s in (0, 1, 5, 6, 8, 9)]
     [0.5, 1.0, 1.0, 1.0, 0.5, 0.25]
     """
-    rising, falling = steps_of(warmup, total), steps_of(decay, total)
+    rising, falling = to_steps(warmup, total), to_steps(decay, total)
     if step < rising:
         return (step + 1) / rising
     into = step - (total - falling)
@@ -96,7 +96,7 @@ class WarmupDecay(LRScheduler):
     def bind(self, total_steps: int) -> None:
         """Tell the schedule how many optimiser steps the run has, unless it was given."""
         if self.total_steps is None:
-            rising, falling = (steps_of(float(self.shape[name]), total_steps) for name in ("warmup", "decay"))
+            rising, falling = (to_steps(float(self.shape[name]), total_steps) for name in ("warmup", "decay"))
             if rising + falling > total_steps + 1 and self.shape["shape"] != "constant":  # two halves may each round up
                 raise InputError(f"WarmupDecay: warmup and decay take {rising} and {falling} steps, and the run has {total_steps}")
             self.total_steps = total_steps
@@ -117,7 +117,7 @@ class WarmupDecay(LRScheduler):
         return learning_rate_factor(step, self.total_steps, **self.shape)  # pyright: ignore[reportArgumentType]
 
 
-def bound(schedule: Any, steps: float, name: str) -> LRScheduler:
+def bind_schedule(schedule: Any, steps: float, name: str) -> LRScheduler:
     """A schedule that knows the length of the run, where it wants to."""
     if isinstance(schedule, ReduceLROnPlateau):
         raise InputError(f"{name}_scheduler: ReduceLROnPlateau waits for a figure, and schedules here are functions of the step alone")

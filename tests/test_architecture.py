@@ -339,4 +339,4 @@ def test_the_folders_beside_the_package_are_linked_into_it(name: str):
 def test_annotations_are_checked_while_testing():
     with pytest.raises(TypeCheckError):
         functional.unit_rows(torch.zeros(3))
-    assert schedules.steps_of(10, 80) == 10
+    assert schedules.to_steps(10, 80) == 10

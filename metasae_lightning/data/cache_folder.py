@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from metasae_lightning.atomic_files import write_bytes
 from metasae_lightning.corpora.base import Split
 from metasae_lightning.corpora.tokenization import special_ids
 from metasae_lightning.errors import InputError
@@ -151,7 +152,7 @@ class ShardWriter:
                 size = draft.stat().st_size
                 draft.replace(self.path / name)
                 self.shards[name], self.place = size, place()
-                _write(self.path / PROGRESS, pickle.dumps((self.identity, self.shards, self.place)))
+                write_bytes(self.path / PROGRESS, pickle.dumps((self.identity, self.shards, self.place)))
         finally:
             draft.unlink(missing_ok=True)
         return contexts
@@ -161,7 +162,7 @@ class ShardWriter:
         datasets.DatasetInfo(features=self.features).write_to_directory(str(self.path))
         told = {"_data_files": [{"filename": name} for name in self.shards], "_format_type": None, "_format_columns": None, "_split": None}
         told |= {"_fingerprint": hashlib.blake2b(json.dumps(self.shards).encode(), digest_size=8).hexdigest(), "_format_kwargs": {}}
-        _write(self.path / "state.json", json.dumps({**told, "_output_all_columns": False}, indent=2).encode())
+        write_bytes(self.path / "state.json", json.dumps({**told, "_output_all_columns": False}, indent=2).encode())
 
     def _record(self, tokens: Tensor, activations: Tensor) -> pa.RecordBatch:
         columns: list[Any] = []
@@ -187,15 +188,9 @@ def check_sizes(path: Path, shards: Mapping[str, int]) -> None:
 
 def finish(path: Path, identity: Mapping[str, Any], about: Mapping[str, Any], shards: Mapping[Split, Mapping[str, int]]) -> None:
     """The record that makes a cache whole."""
-    _write(path / RECORD, json.dumps({"identity": identity, "about": about, "shards": shards}, indent=2).encode())
+    write_bytes(path / RECORD, json.dumps({"identity": identity, "about": about, "shards": shards}, indent=2).encode())
     for split in shards:
         (path / split / PROGRESS).unlink(missing_ok=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_bytes(content)
-    draft.replace(path)
 
 
 def _json(path: Path) -> Any:

@@ -146,7 +146,7 @@ class Stream(ABC):
         batch = Batch(rows.float(), hooks)
         if self.batching.max_norm_ratio is None:
             return batch
-        kept = [ordinary(batch.at(hook).activations, self.batching.max_norm_ratio) for hook in hooks]
+        kept = [ordinary(batch.select_hook(hook).activations, self.batching.max_norm_ratio) for hook in hooks]
         return Batch(batch.activations[torch.stack(kept).all(0)], hooks)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from metasae_lightning.atomic_files import draft_of
 from metasae_lightning.errors import InputError
 
 Piece = dict[str, Tensor]
@@ -41,15 +41,11 @@ class Ledger:
     def keep(self, name: str, identity: Mapping[str, Any], piece: Piece) -> None:
         """Write a piece, whole or not at all."""
         path = self.path(name, identity)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({key: value.detach().cpu().contiguous() for key, value in piece.items()}, draft)
-            draft.replace(path)
+            with draft_of(path) as draft:
+                save_file({key: value.detach().cpu().contiguous() for key, value in piece.items()}, draft)
         except (SafetensorError, OSError) as error:
             raise InputError(f"cannot write {path}: {error}") from error
-        finally:
-            draft.unlink(missing_ok=True)
 
     def piece(self, name: str, identity: Mapping[str, Any], make: Callable[[], Piece]) -> Piece:
         """A piece from the folder, or else made and kept."""

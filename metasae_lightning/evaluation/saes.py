@@ -18,7 +18,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.result_cache import Ledger, digest, fingerprint
 from metasae_lightning.lm.backends import HuggingFaceLM, TransformerLensLM
 from metasae_lightning.lm.base import LanguageModel
-from metasae_lightning.run_folder import arms_in, run_of
+from metasae_lightning.run_folder import exported_arms, find_run
 from metasae_lightning.sae import pretrained
 from metasae_lightning.step import Codes
 
@@ -115,15 +115,15 @@ def subject(place: str, *, out: str | Path | None = None, device: str | torch.de
     """The SAE of a run's folder, of a SAELens folder, or of `RELEASE:ID`."""
     path = Path(place)
     above = path.resolve().parents
-    if path.resolve().name == "primary" and above[0].name == "saes" and run_of(above[1]):
+    if path.resolve().name == "primary" and above[0].name == "saes" and find_run(above[1]):
         return subject(str(above[1]), out=out, device=device)  # a run's own, with the run's data
-    if names := arms_in(path):
+    if names := exported_arms(path):
         raise InputError(f"{place} holds the arms {', '.join(names)}: name one, such as {path / 'arms' / names[0]}")
-    if run_of(path) or (path / "saes").exists():
+    if find_run(path) or (path / "saes").exists():
         if not (path / "saes" / "primary" / "cfg.json").exists():
             raise InputError(f"{place}: the run holds no SAE under saes/primary: it did not end, or it had no Export among its callbacks")
         sae = pretrained.load_pretrained(path / "saes" / "primary", device=device)
-        root = run_of(path) or path
+        root = find_run(path) or path
         arm = "" if root == path else path.resolve().name
         return Subject(path.resolve().name, place, Path(out) if out else path, sae, run=root, arm="" if out else arm)
     if path.is_dir() and not (path / "cfg.json").exists():

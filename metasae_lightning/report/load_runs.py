@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.run_folder import config_of, model_in, of_arm, read, run_of
+from metasae_lightning.run_folder import read_config, model_args, arm_record, read_record, find_run
 
 Curve = list[tuple[float, float]]
 
@@ -83,7 +83,7 @@ def gather(places: Sequence[str]) -> list[Arm]:
     for run in runs:
         if not run.is_dir():
             raise InputError(f"{run}: there is no such run")
-        if run_of(run) is None and not (run / "evaluation.json").exists():
+        if find_run(run) is None and not (run / "evaluation.json").exists():
             raise InputError(f"{run} is no run: it has neither config.yaml nor evaluation.json")
     found = [arm for run in runs for arm in arms_of(run)]
     names = [arm.name for arm in found]
@@ -94,10 +94,10 @@ def gather(places: Sequence[str]) -> list[Arm]:
 
 def arms_of(path: Path, prefix: str = "") -> list[Arm]:
     """The arms of a run, itself where it has but one, or the arm that the folder is."""
-    whole, run = path.resolve(), run_of(path) or path
+    whole, run = path.resolve(), find_run(path) or path
     only = None if run == path else whole.name
-    model = model_in(config_of(run / "config.yaml")) if (run / "config.yaml").exists() else {}
-    record, curves = read(run / "evaluation.json"), metrics(run)
+    model = model_args(read_config(run / "config.yaml")) if (run / "config.yaml").exists() else {}
+    record, curves = read_record(run / "evaluation.json"), metrics(run)
     arms: dict[str, Any] = model.get("arms") or {}
     if not arms:
         name = prefix.rstrip("/") or whole.name
@@ -106,7 +106,7 @@ def arms_of(path: Path, prefix: str = "") -> list[Arm]:
     for name, one in arms.items():
         if only in (None, name):
             own = {key.removeprefix(f"{name}/"): curve for key, curve in curves.items() if key.startswith(f"{name}/")}
-            of = of_arm(record, name)
+            of = arm_record(record, name)
             found.append(arm_of(prefix + name, run / "arms" / name, (one or {}).get("init_args") or {}, of, own))
     return found
 

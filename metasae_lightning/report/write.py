@@ -2,16 +2,14 @@
 
 import csv
 import math
-import os
-import shutil
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from metasae_lightning import run_folder
+from metasae_lightning.atomic_files import draft_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.report import figures
 from metasae_lightning.report.conclusions import FIGURES, Beside, Verdict, beside_the_paper, verdict
@@ -86,33 +84,23 @@ def study(places: Sequence[str], title: str | None = None) -> Study:
 
 def write(found: Study, out: Path) -> Path:
     """`report.html` and `report/` with figures and tables, each whole or not there; the page's path."""
-    draft, page_draft, old = (out / f".report{part}.{os.getpid()}" for part in ("", ".html", ".old"))
     if (out / "report").exists() and not (out / "report" / "table.json").exists():
         raise InputError(f"{out / 'report'} is there and no report of ours: move it away, or name another place, --out")
     try:
-        draft.mkdir(parents=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name in another script: SVG needs no glyphs of ours
-            drawn = figures.drawn(found.groups)
-            for name, figure in drawn.items():
-                figures.save(figure, draft / f"{name}.png")
-                (draft / f"{name}.svg").write_text(figures.svg(figure, alone=True))
-            text = fitting(found, drawn)
-        tables(found, draft)
-        page_draft.write_text(text, encoding="utf-8", errors="replace")
-        if (out / "report").exists():
-            (out / "report").replace(old)
-        draft.replace(out / "report")
-        page_draft.replace(out / "report.html")
+        # The folder's block ends first: the page is replaced once the folder is.
+        with draft_of(out / "report.html") as page_draft, draft_of(out / "report") as draft:
+            draft.mkdir()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name in another script: SVG needs no glyphs of ours
+                drawn = figures.drawn(found.groups)
+                for name, figure in drawn.items():
+                    figures.save(figure, draft / f"{name}.png")
+                    (draft / f"{name}.svg").write_text(figures.svg(figure, alone=True))
+                text = fitting(found, drawn)
+            tables(found, draft)
+            page_draft.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
-    finally:
-        if old.exists() and not (out / "report").exists():  # it could not be replaced
-            old.replace(out / "report")
-        for folder in (draft, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):
-            page_draft.unlink()
     return out / "report.html"
 
 
@@ -136,4 +124,4 @@ def tables(found: Study, folder: Path) -> None:
         writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
         writer.writerows(rows)
-    run_folder.write(folder / "table.json", found.record())
+    run_folder.write_record(folder / "table.json", found.record())

@@ -14,7 +14,7 @@ from metasae_lightning.penalties import Penalty
 from metasae_lightning.sae import TrainingSAEConfig
 from metasae_lightning.training.strategy import Sharded
 
-WORDS = {"kernels": ("sparse", "dense"), "critic_supports": ("exact", "macro_step"), "non_finite": ("stop", "skip")}
+CHOICES = {"kernels": ("sparse", "dense"), "critic_supports": ("exact", "macro_step"), "non_finite": ("stop", "skip")}
 """What some arguments may be."""
 
 
@@ -36,17 +36,17 @@ def check_roles(
         rank_zero_warn("a meta SAE without penalties trains along and changes nothing: set model.penalties, or meta: null for a solo SAE")
 
 
-def check_words(penalties: torch.nn.ModuleDict, **given: str) -> None:
+def check_choices(penalties: torch.nn.ModuleDict, **given: str) -> None:
     """What is chosen by name has a name that there is, and goes with the penalties."""
     for name, value in given.items():
-        if value not in WORDS[name]:
-            raise InputError(f"{name} must be {' or '.join(WORDS[name])}, got {value!r}")
+        if value not in CHOICES[name]:
+            raise InputError(f"{name} must be {' or '.join(CHOICES[name])}, got {value!r}")
     for name, penalty in penalties.items():
         if given["critic_supports"] == "macro_step" and (share := getattr(penalty, "rows", 1.0)) < 1:
             raise InputError(f"critic_supports: macro_step is of every row, and penalties.{name} has others at each step (rows: {share})")
 
 
-def check_options(
+def check_optional_values(
     primary: TrainingSAEConfig,
     meta: TrainingSAEConfig | None,
     *,

@@ -15,9 +15,9 @@ from metasae_lightning.step import Batch, StepOutput
 _hooks = {name for name in vars(Callback) if name.startswith("on_") or name in ("setup", "teardown")}
 HOOKS = _hooks - {"on_save_checkpoint", "on_load_checkpoint"}
 # What happens inside a step is of the arm that steps.
-IN_A_STEP = {"on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"}
+STEP_HOOKS = {"on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"}
 # What Lightning lends a callback.
-LOGGING = ("log", "log_dict")
+LOG_METHODS = ("log", "log_dict")
 
 
 class Observer(Callback):
@@ -41,7 +41,7 @@ class EachArm(Callback):
 
     def __init__(self, observers: Sequence[Callback], names: Sequence[str]) -> None:
         for observer in observers:  # what Lightning gave them in an earlier run: a whole module hangs on it
-            for key in LOGGING:
+            for key in LOG_METHODS:
                 vars(observer).pop(key, None)
         self.copies = {name: copy.deepcopy(list(observers)) for name in names}
 
@@ -61,7 +61,7 @@ class EachArm(Callback):
         trainer, module = side
         try:
             for observer in self.copies[name]:
-                for key in LOGGING:
+                for key in LOG_METHODS:
                     setattr(observer, key, getattr(module, key))
                 getattr(observer, hook)(trainer, module, *given, **named)
         except NotFinite as error:
@@ -70,23 +70,23 @@ class EachArm(Callback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Each is shown its arm's weights; what it adds is kept for it."""
         added = checkpoint.setdefault("observers", {})
-        for name, side in sides(trainer, pl_module).items():
+        for name, side in per_arm_views(trainer, pl_module).items():
             own = {**checkpoint, "state_dict": side[1].state_dict()}
             self.call("on_save_checkpoint", pl_module, name, side, own)
             added[name] = {key: value for key, value in own.items() if key not in checkpoint}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """See above."""
-        for name, side in sides(trainer, pl_module).items():
+        for name, side in per_arm_views(trainer, pl_module).items():
             own = {
                 **checkpoint,
-                "state_dict": pl_module.part(checkpoint.get("state_dict", {}), name),  # a sharded one is read by its strategy
+                "state_dict": pl_module.arm_state_dict(checkpoint.get("state_dict", {}), name),  # a sharded one is read by its strategy
                 **checkpoint.get("observers", {}).get(name, {}),
             }
             self.call("on_load_checkpoint", pl_module, name, side, own)
 
 
-class StandIn:
+class Proxy:
     """Something with a few attributes of its own, and for the rest what it stands in for; it passes for one of that kind."""
 
     def __init__(self, whole: Any, **own: Any) -> None:
@@ -104,7 +104,7 @@ class StandIn:
         return type(self._whole)
 
 
-class Seen(StandIn):
+class ArmModule(Proxy):
     """An arm as a callback sees a module: its figures are logged under its name."""
 
     def __init__(self, arms: Any, name: str, trainer: Any) -> None:
@@ -120,20 +120,20 @@ class Seen(StandIn):
 
     def optimizers(self, **_: Any) -> Any:
         """The arm's own, as a module gives its own."""
-        own = self._arms.own_optimizers()[self._name]
+        own = self._arms.optimizers_by_arm()[self._name]
         return own if len(own) > 1 else own[0]
 
 
-class Board(StandIn):
+class ArmLogger(Proxy):
     """A logger that has no part for each arm, as an arm's: tags of what is drawn begin with the arm's name."""
 
     @property
     def experiment(self) -> Any:
         """What it writes with."""
-        return Writer(self._whole.experiment, _name=self._name)
+        return ArmWriter(self._whole.experiment, _name=self._name)
 
 
-class Writer(StandIn):
+class ArmWriter(Proxy):
     """What a logger writes with."""
 
     def __getattr__(self, key: str) -> Any:
@@ -144,7 +144,7 @@ class Writer(StandIn):
         return method(f"{self._name}/{tag}", *given, **named)
 
 
-class Trained(StandIn):
+class ArmTrainer(Proxy):
     """The trainer of an arm: a directory, loggers, callbacks, figures and an end of its own, and for the rest the trainer of all."""
 
     def __init__(self, trainer: Trainer, arms: Any, name: str) -> None:
@@ -158,7 +158,7 @@ class Trained(StandIn):
     @property
     def loggers(self) -> list[Any]:
         """The arm's part of each."""
-        return [logger.of(self._name) if hasattr(logger, "of") else Board(logger, _name=self._name) for logger in self._whole.loggers]
+        return [logger.of(self._name) if hasattr(logger, "of") else ArmLogger(logger, _name=self._name) for logger in self._whole.loggers]
 
     @property
     def logger(self) -> Any:
@@ -168,12 +168,12 @@ class Trained(StandIn):
     @property
     def lightning_module(self) -> Any:
         """The arm."""
-        return Seen(self._arms, self._name, self)
+        return ArmModule(self._arms, self._name, self)
 
     @property
     def optimizers(self) -> list[Any]:
         """The arm's."""
-        return [own.optimizer for own in self._arms.own_optimizers()[self._name]]
+        return [own.optimizer for own in self._arms.optimizers_by_arm()[self._name]]
 
     @property
     def should_stop(self) -> bool:
@@ -199,16 +199,16 @@ class Trained(StandIn):
         return {key.removeprefix(start): value for key, value in self._whole.callback_metrics.items() if key.startswith(start)}
 
 
-def sides(trainer: Any, pl_module: Any) -> dict[str, tuple[Any, Any]]:
+def per_arm_views(trainer: Any, pl_module: Any) -> dict[str, tuple[Any, Any]]:
     """Trainer and module of each running arm by its name; of a module without arms, itself under no name."""
     running = getattr(pl_module, "running", None)
     if running is None:
         return {"": (trainer, pl_module)}
-    own = {name: Trained(trainer, pl_module, name) for name in running}
+    own = {name: ArmTrainer(trainer, pl_module, name) for name in running}
     return {name: (trained, trained.lightning_module) for name, trained in own.items()}
 
 
-def per_arm(callbacks: Sequence[Callback], names: Sequence[str]) -> list[Callback]:
+def copy_observers_per_arm(callbacks: Sequence[Callback], names: Sequence[str]) -> list[Callback]:
     """The callbacks with all observers among them in one place, a copy for each arm."""
     for each in callbacks:
         if isinstance(each, EachArm) and list(each.copies) != list(names):
@@ -226,13 +226,13 @@ def _own(given: Any, name: str, module: Any) -> Any:
     if isinstance(given, dict) and isinstance(given.get("output"), dict):
         own = given["output"][name]
         return {"output": own, **({"loss": own.loss} if isinstance(own, StepOutput) else {})}
-    return given.at(module.hook) if isinstance(given, Batch) else given
+    return given.select_hook(module.hook) if isinstance(given, Batch) else given
 
 
 def _forwarded(hook: str) -> Callable[..., None]:
     def called(self: EachArm, trainer: Any, pl_module: Any, *given: Any, **named: Any) -> None:
-        for name, side in sides(trainer, pl_module).items():
-            if name in self.copies and (hook not in IN_A_STEP or name == pl_module.stepping):
+        for name, side in per_arm_views(trainer, pl_module).items():
+            if name in self.copies and (hook not in STEP_HOOKS or name == pl_module.current_arm):
                 own = [_own(one, name, side[1]) for one in given]
                 self.call(hook, pl_module, name, side, *own, **{key: _own(one, name, side[1]) for key, one in named.items()})
 

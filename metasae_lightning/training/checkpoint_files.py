@@ -19,20 +19,20 @@ from torch.distributed.checkpoint import filesystem, state_dict_loader
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from metasae_lightning.atomic_files import put, remove
+from metasae_lightning.atomic_files import remove, replace
 from metasae_lightning.errors import InputError
 
 LAST = "last.ckpt"
 """A link to the newest."""
-SEAL = "sums.json"
+CHECKSUMS = "sums.json"
 """In a folder of several ranks' parts, what each of them is."""
 METADATA = "meta.pt"
 """There, what is not divided."""
-IDLE = "idle_optimizers"
+IDLE_OPTIMIZERS = "idle_optimizers"
 """In that, the groups of those optimisers that have made no step, by number; the others are parts."""
 
 
-class WholeFiles(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written beside their place and read back before they take it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -48,22 +48,22 @@ class WholeFiles(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            if why := damage(draft):
+            if why := find_damage(draft):
                 raise OSError(f"what was written does not read back: {why}")
-            put(draft, place)  # where ranks that divided a dictionary may have left a folder
+            replace(draft, place)  # where ranks that divided a dictionary may have left a folder
         except Exception as error:  # torch's writer has its own words for a full disk; a callback may keep what no file holds
-            raise refused(place, error) from error
+            raise write_error(place, error) from error
         finally:
             remove(draft)
 
     def load_checkpoint(self, path: Any, *given: Any, **named: Any) -> dict[str, Any]:
         """A file that is whole, or a folder of several ranks' parts as one."""
-        if "://" not in str(path) and (why := damage(Path(path))):
-            raise damaged(Path(path), why)
-        return assembled(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, *given, **named)
+        if "://" not in str(path) and (why := find_damage(Path(path))):
+            raise damage_error(Path(path), why)
+        return merge_parts(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, *given, **named)
 
 
-def refused(place: Path, error: BaseException) -> InputError:
+def write_error(place: Path, error: BaseException) -> InputError:
     """The one line of a checkpoint that cannot be written."""
     left = shutil.disk_usage(place.parent).free / 2**20 if place.parent.exists() else 0.0
     return InputError(
@@ -72,12 +72,12 @@ def refused(place: Path, error: BaseException) -> InputError:
     )
 
 
-def damaged(path: Path, why: str) -> InputError:
+def damage_error(path: Path, why: str) -> InputError:
     """The one line of a checkpoint that is not gone on with."""
     return InputError(f"the checkpoint {path} is damaged ({why}): name an earlier one; --ckpt_path last finds the newest whole one")
 
 
-def damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """What is wrong with a file that torch wrote, or a folder of them; nothing where each part has the checksum it was written with."""
     if path.is_dir():
         return _torn(path)
@@ -89,7 +89,7 @@ def damage(path: Path) -> str | None:
     return None if bad is None else f"its part {bad} is not what was written"
 
 
-def newest(folders: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
+def newest_intact(folders: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
     """The newest whole checkpoint in some folders, and what is wrong with those that are newer."""
     found: dict[Path, int] = {}
     for path in (path.resolve() for folder in folders for path in folder.glob("*.ckpt")):
@@ -97,13 +97,13 @@ def newest(folders: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
             found[path] = path.stat().st_mtime_ns
     broken: dict[Path, str] = {}
     for path in sorted(found, key=lambda path: found[path], reverse=True):
-        if (why := damage(path)) is None:
+        if (why := find_damage(path)) is None:
             return path, broken
         broken[path] = why
     return None, broken
 
 
-def keep(path: Path, count: int) -> None:
+def link_and_prune(path: Path, count: int) -> None:
     """Point to a checkpoint as the last one, keep so many of its kind, and remove what a process left that ended while it wrote one."""
     for draft in path.parent.glob(".*.ckpt.*"):
         remove(draft)
@@ -117,9 +117,9 @@ def keep(path: Path, count: int) -> None:
         remove(old)
 
 
-def last(run: Path) -> str:
+def last_checkpoint(run: Path) -> str:
     """The newest whole checkpoint of a run; a damaged one is passed over, and that is said."""
-    path, broken = newest([run / "checkpoints", run])
+    path, broken = newest_intact([run / "checkpoints", run])
     for each, why in broken.items():
         sys.stderr.write(f"metasae: the checkpoint {each} is damaged ({why}): the one before it is tried\n")
     if path is None:
@@ -127,12 +127,12 @@ def last(run: Path) -> str:
     return str(path)
 
 
-def restarted(run: Path) -> bool:
+def is_restarted_job(run: Path) -> bool:
     """Whether a batch system has begun this job again, after one that left checkpoints: its command is the one that began the run."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0 and newest([run / "checkpoints", run])[0] is not None
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0 and newest_intact([run / "checkpoints", run])[0] is not None
 
 
-def sums(folder: Path, rank: int) -> dict[str, tuple[int, int]]:
+def part_checksums(folder: Path, rank: int) -> dict[str, tuple[int, int]]:
     """Size and checksum of what a rank wrote into a folder, the first one's with what it wrote for all."""
     found: dict[str, tuple[int, int]] = {}
     for path in folder.iterdir():
@@ -142,19 +142,19 @@ def sums(folder: Path, rank: int) -> dict[str, tuple[int, int]]:
     return found
 
 
-def seal(folder: Path, written: dict[str, tuple[int, int]]) -> None:
+def write_checksums(folder: Path, written: dict[str, tuple[int, int]]) -> None:
     """Keep what a folder's parts are, so that it is seen whether they still are."""
-    with (folder / SEAL).open("w") as file:
+    with (folder / CHECKSUMS).open("w") as file:
         json.dump(written, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
 
-def assembled(folder: Path) -> dict[str, Any]:
+def merge_parts(folder: Path) -> dict[str, Any]:
     """A folder of several ranks' parts as the checkpoint that one process writes: optimisers' state by number in place of name."""
     found = _read(folder)
     checkpoint: dict[str, Any] = torch.load(folder / METADATA, weights_only=False, map_location="cpu")
-    idle: dict[int, Any] = checkpoint.pop(IDLE, {})
+    idle: dict[int, Any] = checkpoint.pop(IDLE_OPTIMIZERS, {})
     checkpoint["state_dict"], checkpoint["optimizer_states"] = found["state_dict"], []
     for number in range(len(found) - 1):
         kept = found[f"optimizer_{number}"]
@@ -184,7 +184,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _torn(folder: Path) -> str | None:
     try:
-        written = json.loads((folder / SEAL).read_text())
+        written = json.loads((folder / CHECKSUMS).read_text())
         bad = [name for name, kept in written.items() if tuple(kept) != _sum(folder / name)]
     except (OSError, ValueError) as error:
         return " ".join(str(error).split())

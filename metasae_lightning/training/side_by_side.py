@@ -12,11 +12,11 @@ from torch import Tensor
 
 from metasae_lightning.errors import InputError
 from metasae_lightning.step import Batch, StepOutput
-from metasae_lightning.training.arm_callbacks import per_arm
+from metasae_lightning.training.arm_callbacks import copy_observers_per_arm
 from metasae_lightning.training.joint import JointSAE
 
 # What one SAE's figures begin with: an arm of such a name could not be told from them.
-TAKEN = {"train", "val", "test", "meta", "penalty", "phi", "throughput", "decoder", "evaluation"}
+RESERVED_NAMES = {"train", "val", "test", "meta", "penalty", "phi", "throughput", "decoder", "evaluation"}
 
 
 class SideBySide(LightningModule):
@@ -36,7 +36,7 @@ class SideBySide(LightningModule):
         self._keys = {name: f"arm_{name.replace('.', '_')}" for name in arms}
         self._arms = torch.nn.ModuleDict({self._keys[name]: arm for name, arm in arms.items()})
         self.stopped: dict[str, str] = {}
-        self.stepping: str | None = None
+        self.current_arm: str | None = None
         """Which arm is in its step just now."""
 
     @property
@@ -61,20 +61,20 @@ class SideBySide(LightningModule):
         if list(self.running) == [name]:  # the run ends with it: what was saved before stays what it is
             raise InputError("; ".join(f"{arm}: {reason}" for arm, reason in {**self.stopped, name: why}.items()))
         self.stopped[name] = why
-        for optimizer in self.own_optimizers()[name] if self.trainer.optimizers else ():
+        for optimizer in self.optimizers_by_arm()[name] if self.trainer.optimizers else ():
             optimizer.state.clear()
         rank_zero_warn(f"the arm {name} has stopped, and {', '.join(self.running)} go on: {why}")
 
     def configure_callbacks(self) -> list[Any]:
         """Have the trainer's callbacks that look at one SAE look at each arm."""
-        self.trainer.callbacks[:] = per_arm(self.trainer.callbacks, list(self.arms))  # pyright: ignore
+        self.trainer.callbacks[:] = copy_observers_per_arm(self.trainer.callbacks, list(self.arms))  # pyright: ignore
         return []
 
     def setup(self, stage: str) -> None:
         """Check the data against every arm."""
         for name, arm in self.arms.items():
             arm.trainer = self.trainer
-            with named(name):
+            with errors_name_arm(name):
                 arm.setup(stage)
 
     def configure_model(self) -> None:
@@ -83,13 +83,13 @@ class SideBySide(LightningModule):
     def on_fit_start(self) -> None:
         """See JointSAE."""
         for name, arm in self.arms.items():
-            with named(name):
+            with errors_name_arm(name):
                 arm.on_fit_start()
 
     def on_train_start(self) -> None:
         """See JointSAE."""
         for name, arm in self.arms.items():
-            with named(name):
+            with errors_name_arm(name):
                 arm.on_train_start()
 
     def configure_optimizers(self) -> Any:
@@ -97,7 +97,7 @@ class SideBySide(LightningModule):
         made = [arm.configure_optimizers() for arm in self.arms.values()]
         return [optimizer for optimizers, _ in made for optimizer in optimizers], [schedule for _, own in made for schedule in own]
 
-    def own_optimizers(self) -> dict[str, list[Any]]:
+    def optimizers_by_arm(self) -> dict[str, list[Any]]:
         """Each arm's."""
         optimizers: Any = self.optimizers()
         given = iter(optimizers if isinstance(optimizers, list) else [optimizers])
@@ -105,22 +105,24 @@ class SideBySide(LightningModule):
 
     def training_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:
         """A step of every arm; callbacks find the StepOutputs by name under `output`."""
-        batch, optimizers, outputs = Batch.of(batch), self.own_optimizers(), dict[str, StepOutput]()
+        batch, optimizers, outputs = Batch.of(batch), self.optimizers_by_arm(), dict[str, StepOutput]()
         for name, arm in self.running.items():
-            self.stepping = name
+            self.current_arm = name
             outputs[name] = arm.advance(batch, optimizers[name])
-        self.stepping = None
-        self.log_dict(prefixed({name: self.arms[name].figures(output) for name, output in outputs.items()}), batch_size=batch_size(outputs))
+        self.current_arm = None
+        self.log_dict(
+            prefix_with_arm({name: self.arms[name].scalars(output) for name, output in outputs.items()}), batch_size=batch_size(outputs)
+        )
         return {"output": outputs}
 
     def validation_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:
         """Callbacks find the Evaluations by name under `output`."""
         batch = Batch.of(batch)
-        return {"output": {name: arm.evaluate(batch.at(arm.hook)) for name, arm in self.running.items()}}
+        return {"output": {name: arm.evaluate(batch.select_hook(arm.hook)) for name, arm in self.running.items()}}
 
     test_step = validation_step
 
-    def part(self, state_dict: Mapping[str, Any], name: str) -> dict[str, Any]:
+    def arm_state_dict(self, state_dict: Mapping[str, Any], name: str) -> dict[str, Any]:
         """An arm's part of a checkpoint's weights."""
         start = f"_arms.{self._keys[name]}."
         return {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
@@ -143,7 +145,7 @@ class SideBySide(LightningModule):
 
 
 @contextmanager
-def named(name: str) -> Generator[None, None, None]:
+def errors_name_arm(name: str) -> Generator[None, None, None]:
     """Say which arm it is that an error is about."""
     try:
         yield
@@ -151,10 +153,10 @@ def named(name: str) -> Generator[None, None, None]:
         raise InputError(f"arms.{name}: {error}") from error
 
 
-def prefixed(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def prefix_with_arm(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Every arm's figures under its name.
 
-    >>> prefixed({"solo": {"train/loss": 1.0}, "joint": {"train/loss": 2.0}})
+    >>> prefix_with_arm({"solo": {"train/loss": 1.0}, "joint": {"train/loss": 2.0}})
     {'solo/train/loss': 1.0, 'joint/train/loss': 2.0}
     """
     return {f"{name}/{key}": value for name, own in figures.items() for key, value in own.items()}
@@ -170,9 +172,9 @@ def check_names(names: list[str]) -> None:
     if not names:
         raise InputError("arms: there is none: name at least one")
     for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", name) or name in TAKEN:
-            said = f"one of {', '.join(sorted(TAKEN))}" if name in TAKEN else "letters, digits and . _ + = - alone"
-            raise InputError(f"arms: a name is a folder's and {'may not be' if name in TAKEN else 'has'} {said}, got {name!r}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", name) or name in RESERVED_NAMES:
+            said = f"one of {', '.join(sorted(RESERVED_NAMES))}" if name in RESERVED_NAMES else "letters, digits and . _ + = - alone"
+            raise InputError(f"arms: a name is a folder's and {'may not be' if name in RESERVED_NAMES else 'has'} {said}, got {name!r}")
         if len(name) > 100:
             raise InputError(f"arms: a name is a folder's and has 100 letters at most, got {len(name)}")
     keys = [name.replace(".", "_").casefold() for name in names]

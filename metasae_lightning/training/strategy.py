@@ -8,9 +8,17 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
-from metasae_lightning.atomic_files import put, remove
+from metasae_lightning.atomic_files import remove, replace
 from metasae_lightning.errors import InputError
-from metasae_lightning.training.checkpoint_files import IDLE, METADATA, damage, damaged, refused, seal, sums
+from metasae_lightning.training.checkpoint_files import (
+    IDLE_OPTIMIZERS,
+    METADATA,
+    damage_error,
+    find_damage,
+    part_checksums,
+    write_checksums,
+    write_error,
+)
 
 
 class Sharded(ModelParallelStrategy):
@@ -49,7 +57,7 @@ class Sharded(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         draft = path.with_name(f".{path.name}.draft")
         states = checkpoint.get("optimizer_states", [])
-        checkpoint[IDLE] = {number: kept["param_groups"] for number, kept in enumerate(states) if "state" not in kept}
+        checkpoint[IDLE_OPTIMIZERS] = {number: kept["param_groups"] for number, kept in enumerate(states) if "state" not in kept}
         checkpoint["optimizer_states"] = [kept for kept in states if "state" in kept]
         try:
             self._once(lambda: (remove(draft), draft.mkdir(parents=True)))
@@ -58,10 +66,10 @@ class Sharded(ModelParallelStrategy):
             for told in parts:
                 if isinstance(told, str):
                     raise OSError(told)
-            self._once(lambda: seal(draft, {name: one for part in parts for name, one in part.items()}))
-            self._once(lambda: put(draft, path))
+            self._once(lambda: write_checksums(draft, {name: one for part in parts for name, one in part.items()}))
+            self._once(lambda: replace(draft, path))
         except OSError as error:
-            raise refused(path, error) from error
+            raise write_error(path, error) from error
         finally:
             if self.global_rank == 0:
                 remove(draft)
@@ -70,7 +78,7 @@ class Sharded(ModelParallelStrategy):
         """What this rank wrote, read back: of a large dictionary no rank has time for all. Or why it could not: others wait to hear."""
         try:
             super().save_checkpoint(checkpoint, draft, storage_options)
-            return sums(draft, self.global_rank)
+            return part_checksums(draft, self.global_rank)
         except CheckpointException as error:
             return reasons(error)
         except Exception as error:  # a callback may keep what cannot be written
@@ -79,10 +87,10 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """One that is whole."""
         path = Path(self.broadcast(checkpoint_path))
-        told = [damage(path) if self.global_rank == 0 else None]
+        told = [find_damage(path) if self.global_rank == 0 else None]
         torch.distributed.broadcast_object_list(told)
         if told[0]:
-            raise damaged(path, told[0])
+            raise damage_error(path, told[0])
         try:
             return self._parts(path, weights_only) if path.is_dir() else self._divided(path)
         except CheckpointException as error:
@@ -93,7 +101,7 @@ class Sharded(ModelParallelStrategy):
 
     def _parts(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         """What ranks that divided the latents wrote, by Lightning's reader; it knows no optimisers without state."""
-        idle = torch.load(path / METADATA, mmap=True, map_location="cpu", weights_only=False).get(IDLE, {})
+        idle = torch.load(path / METADATA, mmap=True, map_location="cpu", weights_only=False).get(IDLE_OPTIMIZERS, {})
         every = list(self.optimizers)
         self.optimizers = [optimizer for number, optimizer in enumerate(every) if number not in idle]
         try:

@@ -59,7 +59,7 @@ def trained(kind: str, dtype: torch.dtype, ranks: Ranks, dealt: str = "even") ->
         rows = activations(step).to(dtype)
         out = joint.step(Batch(rows[own(len(rows), ranks, dealt)]), primary, meta, last=step == STEPS - 1)
         dead.append(joint.primary.dead)
-        shown.append([torch.as_tensor(value).double() for value in out.figures().values()])
+        shown.append([torch.as_tensor(value).double() for value in out.scalars().values()])
     return {"state": joint.state_dict(), "shown": shown, "dead": torch.stack(dead)}
 
 

@@ -53,7 +53,7 @@ def trained(kind: str, dtype: torch.dtype, ranks: Ranks, mesh: Any = None) -> di
         rows = activations(step).to(dtype)
         out = joint.step(Batch(rows[ranks.share(len(rows))]), primary, meta, last=step == STEPS - 1)
         dead.append(joint.primary.dead)
-        shown.append([torch.as_tensor(value).double() for value in out.figures().values()])
+        shown.append([torch.as_tensor(value).double() for value in out.scalars().values()])
     gradients = {name: whole(parameter.grad) for name, parameter in joint.primary.sae.named_parameters() if parameter.grad is not None}
     held = activations(STEPS).to(dtype)
     seen = joint.evaluate(Batch(held[ranks.share(len(held))]))

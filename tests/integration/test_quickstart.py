@@ -33,7 +33,7 @@ def measured(folder: Path, x: torch.Tensor) -> tuple[float, float]:
 
 
 def checked(run: Path, x: torch.Tensor, arm: str = "") -> dict[str, float]:
-    reported = run_folder.of_arm(run_folder.read(run / "evaluation.json"), arm)["validation"]
+    reported = run_folder.arm_record(run_folder.read_record(run / "evaluation.json"), arm)["validation"]
     l0, fvu = measured((run / "arms" / arm if arm else run) / "saes" / "primary", x)
     print(f"{run.name}: on {len(x)} fresh raw tokens L0 {l0:.2f}, FVU {fvu:.4f}; the run reports FVU {reported['primary']['fvu']:.4f}")
     assert abs(l0 / 32 - 1) <= 0.02

@@ -162,7 +162,7 @@ def test_a_batch_takes_its_features_along():
     elsewhere = batch.to("meta")
     assert elsewhere.features is not None
     assert {x.device.type for x in (elsewhere.activations, elsewhere.features.rows, elsewhere.features.values)} == {"meta"}
-    assert elsewhere.features.latents.device.type == "meta" and batch.at("b").features is batch.features
+    assert elsewhere.features.latents.device.type == "meta" and batch.select_hook("b").features is batch.features
     assert Batch(torch.zeros(2, 3)).to("meta").features is None
 
 

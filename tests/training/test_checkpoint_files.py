@@ -26,7 +26,14 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Decomposability
 from metasae_lightning.synthetic import SyntheticModelConfig
 from metasae_lightning.training import JointSAE
-from metasae_lightning.training.checkpoint_files import WholeFiles, damage, keep, last, newest, restarted
+from metasae_lightning.training.checkpoint_files import (
+    AtomicCheckpointIO,
+    find_damage,
+    is_restarted_job,
+    last_checkpoint,
+    link_and_prune,
+    newest_intact,
+)
 from tests.helpers.architectures import D_IN, config
 from tests.helpers.models import documents, save_model
 
@@ -35,7 +42,7 @@ QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_
 
 
 def write(path: Path, number: float) -> None:
-    WholeFiles().save_checkpoint({"weights": torch.full((1000,), number)}, path)
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.full((1000,), number)}, path)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -77,7 +84,7 @@ def test_a_folder_that_may_not_be_written_to_any_more_keeps_what_it_has(tmp_path
     finally:
         subprocess.run(["chattr", "-i", folder], check=True)
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "tokens=128.ckpt", "tokens=192.ckpt"]
-    assert newest([folder]) == (folder / "tokens=192.ckpt", {})
+    assert newest_intact([folder]) == (folder / "tokens=192.ckpt", {})
 
 
 def test_what_does_not_read_back_is_not_given_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -102,31 +109,31 @@ def test_a_damaged_checkpoint_is_known_and_the_one_before_it_is_found(tmp_path: 
     for number in (1, 2, 3):
         write(tmp_path / f"tokens={number}.ckpt", float(number))
         os.utime(tmp_path / f"tokens={number}.ckpt", ns=(number, number))
-    assert newest([tmp_path]) == (tmp_path / "tokens=3.ckpt", {})
+    assert newest_intact([tmp_path]) == (tmp_path / "tokens=3.ckpt", {})
     spoil(tmp_path / "tokens=3.ckpt", how)
     os.utime(tmp_path / "tokens=3.ckpt", ns=(3, 3))
-    found, broken = newest([tmp_path])
+    found, broken = newest_intact([tmp_path])
     assert found == tmp_path / "tokens=2.ckpt" and list(broken) == [tmp_path / "tokens=3.ckpt"]
     with pytest.raises(InputError, match=r"tokens=3\.ckpt is damaged .* --ckpt_path last"):
-        WholeFiles().load_checkpoint(tmp_path / "tokens=3.ckpt")
-    assert damage(found) is None
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "tokens=3.ckpt")
+    assert find_damage(found) is None
 
 
 def test_a_job_that_was_started_again_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert not restarted(tmp_path)  # it had not come so far
+    assert not is_restarted_job(tmp_path)  # it had not come so far
     write(tmp_path / "checkpoints" / "tokens=1.ckpt", 1.0)
-    assert restarted(tmp_path) and last(tmp_path) == str(tmp_path / "checkpoints" / "tokens=1.ckpt")
+    assert is_restarted_job(tmp_path) and last_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / "tokens=1.ckpt")
     monkeypatch.delenv("SLURM_RESTART_COUNT")
-    assert not restarted(tmp_path)
+    assert not is_restarted_job(tmp_path)
 
 
 def test_what_a_process_left_that_ended_while_it_wrote_is_removed(tmp_path: Path):
     (tmp_path / ".tokens=1.ckpt.4242").write_bytes(b"half")
     for number in (1, 2, 3):
         write(tmp_path / f"tokens={number}.ckpt", float(number))
-        keep(tmp_path / f"tokens={number}.ckpt", 2)
+        link_and_prune(tmp_path / f"tokens={number}.ckpt", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "tokens=2.ckpt", "tokens=3.ckpt"]
 
 
@@ -144,7 +151,14 @@ class Tell(Callback):
 def fitted(folder: Path, *callbacks: Callback, checkpoint: Path | None = None, **how: Any) -> JointSAE:
     module = JointSAE(config("batchtopk"), config("topk", d_sae=8), {"d": Decomposability(0.3)}, n_p=3, n_m=2)
     data = SyntheticDataModule(SyntheticModelConfig(num_features=32, hidden_dim=D_IN, seed=0), tokens=768, batch_size=64)
-    options: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "limit_val_batches": 0, "plugins": [WholeFiles()], **QUIET, **how}
+    options: dict[str, Any] = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "limit_val_batches": 0,
+        "plugins": [AtomicCheckpointIO()],
+        **QUIET,
+        **how,
+    }
     Trainer(default_root_dir=folder, callbacks=list(callbacks), **options).fit(module, datamodule=data, ckpt_path=checkpoint)
     return module
 
@@ -169,7 +183,7 @@ def test_told_to_stop_it_writes_a_checkpoint_after_the_step_and_goes_on_from_it(
     with pytest.raises(raised):
         fitted(tmp_path, Checkpoints(), Tell(4, number))
     signal.signal(number, before)  # Lightning ignores Ctrl-C once it has heard it
-    found, broken = newest([tmp_path / "checkpoints"])
+    found, broken = newest_intact([tmp_path / "checkpoints"])
     assert found is not None and found.name == "tokens=320.ckpt" and not broken
     resumed = fitted(tmp_path / "resumed", Checkpoints(), checkpoint=found)
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
@@ -201,7 +215,7 @@ def test_a_run_goes_on_from_before_a_validation_or_from_behind_it(killed: bool, 
     with pytest.raises(RuntimeError if killed else SystemExit):
         fitted(tmp_path, first, *told, Checkpoints(every_tokens=256 if killed else None), **often)
     signal.signal(signal.SIGTERM, before)
-    found, _ = newest([tmp_path / "checkpoints"])
+    found, _ = newest_intact([tmp_path / "checkpoints"])
     assert found is not None and found.name == f"tokens={256 if killed else 512}.ckpt"
     resumed = fitted(tmp_path / "resumed", then, Checkpoints(), checkpoint=found, **often)
     assert whole.seen == first.seen + then.seen == [256, 512, 768]
@@ -244,8 +258,8 @@ def test_two_ranks_that_are_killed_or_told_to_stop_end_as_they_would_have(tmp_pa
     run = tmp_path / "run"
     for number, how in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
         process = begun(run, *ranks, *(["--ckpt_path", "last"] if number else []))
-        before, deadline = newest([run / "checkpoints"])[0], time.monotonic() + 200
-        while newest([run / "checkpoints"])[0] == before and process.poll() is None and time.monotonic() < deadline:
+        before, deadline = newest_intact([run / "checkpoints"])[0], time.monotonic() + 200
+        while newest_intact([run / "checkpoints"])[0] == before and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         if how == signal.SIGKILL:
             os.killpg(process.pid, how)
@@ -255,7 +269,7 @@ def test_two_ranks_that_are_killed_or_told_to_stop_end_as_they_would_have(tmp_pa
         # What the third goes on from is what the second wrote when it was told.
         assert ("SIGTERM: a checkpoint is written" in told) == (how == signal.SIGTERM), told[-3000:]
         assert not (run / "saes").exists(), "it had ended before"
-    newest_one, _ = newest([run / "checkpoints"])
+    newest_one, _ = newest_intact([run / "checkpoints"])
     assert newest_one is not None
     spoil(newest_one, "truncated")
     ended(run, *ranks, "--ckpt_path", "last")

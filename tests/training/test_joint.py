@@ -10,7 +10,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Decomposability, Orthogonality
 from metasae_lightning.step import Batch, StepOutput
 from metasae_lightning.training import JointSAE
-from metasae_lightning.training.argument_checks import check_words
+from metasae_lightning.training.argument_checks import check_choices
 from tests.helpers.architectures import ARCHITECTURES, D_IN, activations, config, optimizers
 
 
@@ -100,8 +100,8 @@ def test_evaluating_penalties_changes_nothing(meta: str):
     for parameter in module.parameters():
         parameter.grad = None
     before, random_state = weights(module), torch.get_rng_state()
-    values = [module.penalties.joined(*module._judged()) for _ in range(25)]
-    assert module.penalties.measured(*module._judged(), {}, learnt=True).keys() == {"d", "o"}
+    values = [module.penalties.loss(*module._penalty_args()) for _ in range(25)]
+    assert module.penalties.values_by_name(*module._penalty_args(), {}, critic_is_trained=True).keys() == {"d", "o"}
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(value[0], values[0][0]) for value in values)
@@ -127,10 +127,10 @@ def test_unit_rows_are_unit_after_every_step(primary: str):
 def test_free_rows_are_judged_by_direction():
     module = joint(decoder_rows="free")
     train(module, 4)
-    _, value = module.penalties.joined(*module._judged())
+    _, value = module.penalties.loss(*module._penalty_args())
     with torch.no_grad():
         module.primary.sae.W_dec.mul_(7)
-    _, scaled = module.penalties.joined(*module._judged())
+    _, scaled = module.penalties.loss(*module._penalty_args())
     torch.testing.assert_close(scaled["decomposability"], value["decomposability"], rtol=1e-5, atol=1e-6)
 
 
@@ -262,7 +262,7 @@ def test_a_step_is_the_algorithm_written_out():
         (lambda: JointSAE(config("batchtopk", d_sae=3)), "primary.k must lie between 1 and d_sae=3, got 4"),
         (lambda: JointSAE(config("topk"), n_p=0), "n_p must be at least 1"),
         (  # annotations refuse it first where they are checked
-            lambda: check_words(torch.nn.ModuleDict(), kernels="Sparse", critic_supports="exact"),
+            lambda: check_choices(torch.nn.ModuleDict(), kernels="Sparse", critic_supports="exact"),
             "kernels must be sparse or dense, got 'Sparse'",
         ),
         (

@@ -11,14 +11,14 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from metasae_lightning.atomic_files import put
+from metasae_lightning import atomic_files
 from metasae_lightning.callbacks import Checkpoints, Export, StopOnNaN
 from metasae_lightning.compute.process_group import Ranks
 from metasae_lightning.compute.sharding import whole
 from metasae_lightning.errors import InputError
 from metasae_lightning.step import Batch
 from metasae_lightning.training import JointSAE, SideBySide
-from metasae_lightning.training.checkpoint_files import WholeFiles, newest
+from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO, newest_intact
 from metasae_lightning.training.strategy import Sharded
 from tests.helpers.architectures import activations, config
 from tests.helpers.ranks import met
@@ -65,7 +65,7 @@ def arms() -> SideBySide:
 def fitted(folder: Path, module: Any, *callbacks: Callback, strategy: Any = None, data: Any = None, **more: Any) -> dict[str, Any]:
     """What a run left, whole, or the line that it ended with."""
     many = {"devices": 2, "strategy": strategy or Sharded()} if Ranks.joined().world_size == 2 else {"devices": 1}
-    options = {"max_epochs": 1, "accelerator": "cpu", "default_root_dir": folder, "plugins": [WholeFiles()], **QUIET, **many}
+    options = {"max_epochs": 1, "accelerator": "cpu", "default_root_dir": folder, "plugins": [AtomicCheckpointIO()], **QUIET, **many}
     saves = any(isinstance(callback, Checkpoints) for callback in callbacks)
     trainer = Trainer(**options, callbacks=list(callbacks), enable_checkpointing=saves)
     try:
@@ -187,17 +187,17 @@ def test_what_cannot_be_written_or_read_is_a_line_on_every_rank(ran: Any):
         assert "cannot be written, and those before it are as they were (rank 0: " in each["odd"]["said"]
         for name in ("wider", "wider, of one", "solo, of one"):
             assert "is of another run than this: " in each[name]["said"] and "\n" not in each[name]["said"]
-    assert newest([folder / "odd" / "checkpoints"]) == (None, {})
+    assert newest_intact([folder / "odd" / "checkpoints"]) == (None, {})
 
 
 def test_one_process_writes_where_several_left_a_folder(tmp_path: Path):
     place = tmp_path / "a.ckpt"
     place.mkdir()
     (place / "part").write_text("of several")
-    WholeFiles().save_checkpoint({"weights": torch.ones(3)}, place)
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(3)}, place)
     assert torch.load(place)["weights"].eq(1).all() and [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
     # And several where one has left a file.
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft" / "part").write_text("of several")
-    put(tmp_path / "draft", place)
+    atomic_files.replace(tmp_path / "draft", place)
     assert (place / "part").read_text() == "of several" and [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
