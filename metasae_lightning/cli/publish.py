@@ -1,4 +1,4 @@
-"""A run made public: its SAEs with everything that others need to know, loaded back and measured again before anything goes out."""
+"""The command `publish`: a run's SAEs and a model card, loaded back and measured again before anything is uploaded."""
 
 import json
 import logging
@@ -28,20 +28,31 @@ from metasae_lightning.sae.publish import HUB, README, RECORD, Destination, dest
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-# A folder that measures further than this from what its run recorded is not what the run left, or the model or the text is not: on the
-# same tokens, and on others, since documents differ.
-SAME, OTHER = 0.05, 0.3
-# What Export keeps for its check, if the recipe does not say otherwise.
-MOST = 131_072
+# Largest relative difference between a new measurement and the run's record: on the same tokens, and on other tokens, whose documents
+# differ. A larger one means that the SAE, the model or the text has changed.
+SAME_TOKENS, OTHER_TOKENS = 0.05, 0.3
+# The default number of tokens that the Export callback measures on.
+EXPORT_TOKENS = 131_072
 NORMALIZERS = {
     "none": "changes nothing",
     "layer_norm": "is applied by the SAE itself, and undone",
     "constant_norm_rescale": "is applied by the SAE itself, and undone",
 }
 
-
-# What goes into an SAE's own config too.
-ABOUT = ("trained_as", "normalizer", "normalizer_is", "thresholds", "penalties", "n_p", "n_m", "meta", "init_from", "recipe", "versions")
+# Keys of the record that are also written into the SAE's cfg.json.
+CONFIG_KEYS = (
+    "trained_as",
+    "normalizer",
+    "normalizer_is",
+    "thresholds",
+    "penalties",
+    "n_p",
+    "n_m",
+    "meta",
+    "init_from",
+    "recipe",
+    "versions",
+)
 
 
 def publish_saes(args: Namespace) -> int:
@@ -65,7 +76,7 @@ def publish_saes(args: Namespace) -> int:
 
 
 def publish_run(
-    one: Subject,
+    sae: Subject,
     data: Any,
     dest: Destination,
     recipe: Mapping[str, Any],
@@ -75,34 +86,36 @@ def publish_run(
     replace: bool = False,
     overrides: Mapping[str, str] | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """Publish a run's SAEs under `name` and `name-meta`, measured on the run's own data; returns where they are and what was recorded."""
-    name = name or str(one.metadata.get("hook_name") or one.name)
-    found = measured(one, data, tokens)
-    kept = arm_record(read_record(one.record), one.arm)
-    check(one, found, kept)
-    density, probe = found.pop("density"), found.pop("probe")
-    record = record_of(one, recipe, kept, found, overrides or {}, name, tested(one, data, kept))
-    with tempfile.TemporaryDirectory() as room:
-        folders = {name: Path(room) / "primary"}
-        about = {**(overrides or {}), "metasae_lightning": {key: record[key] for key in ABOUT}}
-        loaded = stage(one.folder / "saes" / "primary", folders[name], metadata=about, density=density)
-        if not torch.equal(loaded.encode(probe), one.sae.cpu().encode(probe)):
-            raise InputError(f"{one.place}: the folder loaded back does not encode as the run's SAE does")
+    """Publish a run's SAEs under `name` and `name-meta`, measured on the run's own data; returns their address and the record."""
+    name = name or str(sae.metadata.get("hook_name") or sae.name)
+    measured = measure_exported(sae, data, tokens)
+    run_record = arm_record(read_record(sae.record), sae.arm)
+    check_measurement(sae, measured, run_record)
+    density, probe = measured.pop("density"), measured.pop("probe")
+    evaluation = evaluation_for_page(sae, data, run_record)
+    record = publication_record(sae, recipe, run_record, measured, overrides or {}, name, evaluation)
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = {name: Path(temporary) / "primary"}
+        metadata = {**(overrides or {}), "metasae_lightning": {key: record[key] for key in CONFIG_KEYS}}
+        loaded = stage(sae.folder / "saes" / "primary", folders[name], metadata=metadata, density=density)
+        if not torch.equal(loaded.encode(probe), sae.sae.cpu().encode(probe)):
+            raise InputError(f"{sae.place}: the folder loaded back does not encode as the run's SAE does")
         if record["meta"]:
-            meta = folders[record["meta"]["id"]] = Path(room) / "meta"
-            stage(one.folder / "saes" / "meta", meta, metadata={"reads": f"unit decoder rows of {name}"})
+            meta = folders[record["meta"]["id"]] = Path(temporary) / "meta"
+            stage(sae.folder / "saes" / "meta", meta, metadata={"reads": f"unit decoder rows of {name}"})
         (folders[name] / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        there = dest.listing()
-        others = [each for each in map(partial(other, dest), sorted(there)) if each is not None and each["id"] != name]
-        before = dest.read(README) if README in there else ""
+        existing = dest.listing()
+        published = map(partial(published_record, dest), sorted(existing))
+        others = [other for other in published if other is not None and other["id"] != name]
+        old_page = dest.read(README) if README in existing else ""
         repository = dest.place.removeprefix(HUB) if dest.place.startswith(HUB) else None
-        text = model_card.page(sorted([*others, record], key=lambda each: each["id"]), repository, before)
-        stale = [f"{name}-meta"] if replace else []
-        return publish(folders, dest, card=text, replace=replace, remove=stale), record
+        text = model_card.page(sorted([*others, record], key=lambda entry: entry["id"]), repository, old_page)
+        replaced_meta = [f"{name}-meta"] if replace else []
+        return publish(folders, dest, card=text, replace=replace, remove=replaced_meta), record
 
 
-def other(dest: Destination, path: str) -> dict[str, Any] | None:
-    """The record of another SAE that is published there, if that is what a file is."""
+def published_record(dest: Destination, path: str) -> dict[str, Any] | None:
+    """The record in a published file, or None if the file is not a record of this version."""
     if not path.endswith(f"/{RECORD}"):
         return None
     try:
@@ -110,136 +123,136 @@ def other(dest: Destination, path: str) -> dict[str, Any] | None:
         if record["schema"] != SCHEMA:
             raise KeyError("schema")
     except (ValueError, KeyError, TypeError):
-        log.warning("%s of %s is not a record of this version: it gets no section on the page", path, dest.place)
+        log.warning("%s of %s is not a record of this version: the page has no section for it", path, dest.place)
         return None
     return record
 
 
-def tested(one: Subject, data: Any, kept: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The run's evaluation, where it is of these very weights and of the run's own test documents."""
-    entry = kept.get("evaluation", {})
-    if entry.get("weights") != one.identity["sae"] or entry.get("data") is None:
+def evaluation_for_page(sae: Subject, data: Any, run_record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The run's evaluation if it used these weights and the run's own test documents, else None."""
+    entry = run_record.get("evaluation", {})
+    if entry.get("weights") != sae.identity["sae"] or entry.get("data") is None:
         return None
-    own = as_record(identity(held_out(data, "test", 1)))
-    if json.loads(json.dumps(own)) != entry["data"]:
-        log.warning("%s was evaluated on other data than its own: those figures stay off the page", one.place)
+    own_data = as_record(identity(held_out(data, "test", 1)))
+    if json.loads(json.dumps(own_data)) != entry["data"]:
+        log.warning("%s was evaluated on other data than its run's: the page does not show that evaluation", sae.place)
         return None
     return {key: entry.get(key) for key in ("figures", "intervals", "tokens", "documents", "spliced_tokens", "seed")}
 
 
-def measured(one: Subject, data: Any, tokens: int | None) -> dict[str, Any]:
-    """FVU, L0, dead share and each latent's density on validation tokens, all that an export sees if no number is given."""
+def measure_exported(sae: Subject, data: Any, tokens: int | None) -> dict[str, Any]:
+    """FVU, L0, share of dead latents and density of each latent, on validation tokens; by default as many as an export measures on."""
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens must be at least 1, got {tokens}")
-    only_hook(one, data)
-    one.sae.to(device_of(data))
+    only_hook(sae, data)
+    sae.sae.to(device_of(data))
     data.setup("test")
-    samples = sample(one, data, min(data.validation_tokens, MOST) if tokens is None else tokens)
-    fired, sums = torch.zeros(len(one.W_dec), dtype=torch.int64), None
+    samples = sample(sae, data, min(data.validation_tokens, EXPORT_TOKENS) if tokens is None else tokens)
+    fired, sums = torch.zeros(len(sae.W_dec), dtype=torch.int64), None
     for x in samples:
-        codes, rebuilt = one.read(x)
+        codes, rebuilt = sae.read(x)
         fired += codes.firings().cpu()
-        added = functional.reconstruction_sums(x.float(), rebuilt)
-        sums = added if sums is None else tuple(a + b for a, b in zip(sums, added, strict=True))
+        new = functional.reconstruction_sums(x.float(), rebuilt)
+        sums = new if sums is None else tuple(a + b for a, b in zip(sums, new, strict=True))
     if sums is None:
-        raise InputError(f"{one.place}: its data give no validation token to measure on")
+        raise InputError(f"{sae.place}: its data have no validation tokens to measure on")
     count = sum(map(len, samples))
     fvu = functional.fvu_of_sums(sums).item()  # pyright: ignore[reportArgumentType]
     figures = {"tokens": count, "fvu": fvu, "l0": int(fired.sum()) / count, "dead": (fired == 0).float().mean().item()}
     return {**figures, "density": fired / count, "probe": samples[0][:64].cpu()}
 
 
-def check(one: Subject, found: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
-    """What is measured is what the run recorded when it exported, or what its thresholds were found to do when they were set anew."""
-    anew = one.metadata.get("threshold_rule") or {}
-    export = {} if anew else kept.get("validation", {}).get("exported", {}).get("primary", {})
-    for name, record in (("l0", anew or export), ("fvu", export)):
-        within = SAME if abs(found["tokens"] / (record.get("tokens") or 1) - 1) < 0.01 else OTHER
-        if (value := record.get(name)) and abs(found[name] / value - 1) > within:
+def check_measurement(sae: Subject, measured: Mapping[str, Any], run_record: Mapping[str, Any]) -> None:
+    """Reject an SAE that measures differently from the record of its export, or of its calibration if it was calibrated later."""
+    calibration = sae.metadata.get("threshold_rule") or {}
+    export = {} if calibration else run_record.get("validation", {}).get("exported", {}).get("primary", {})
+    for name, record in (("l0", calibration or export), ("fvu", export)):
+        tolerance = SAME_TOKENS if abs(measured["tokens"] / (record.get("tokens") or 1) - 1) < 0.01 else OTHER_TOKENS
+        if (value := record.get(name)) and abs(measured[name] / value - 1) > tolerance:
             raise InputError(
-                f"{one.place} measures {name} {found[name]:.4g} on {found['tokens']:,} tokens, and the run recorded {value:.4g} on "
+                f"{sae.place} measures {name} {measured[name]:.4g} on {measured['tokens']:,} tokens, and the run recorded {value:.4g} on "
                 f"{record.get('tokens', 0):,}: the SAE, the model or the text is not what it was"
             )
-    if not found["fvu"] < 1 or found["l0"] == 0:
-        raise InputError(f"{one.place} explains nothing of its activations (FVU {found['fvu']:.4g}, L0 {found['l0']:.4g})")
+    if not measured["fvu"] < 1 or measured["l0"] == 0:
+        raise InputError(f"{sae.place} explains nothing of its activations (FVU {measured['fvu']:.4g}, L0 {measured['l0']:.4g})")
 
 
-def record_of(
-    one: Subject,
+def publication_record(
+    sae: Subject,
     recipe: Mapping[str, Any],
-    kept: Mapping[str, Any],
-    found: Mapping[str, Any],
+    run_record: Mapping[str, Any],
+    measured: Mapping[str, Any],
     overrides: Mapping[str, str],
     name: str,
     evaluation: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Everything that a page says, and that who trains the next one wants to know."""
-    told = {**one.metadata, **overrides}
-    renamed = {str(one.metadata[key]): value for key, value in overrides.items() if one.metadata.get(key)}
+    """The record of a published SAE: the content of its model card and the recipe to train it again."""
+    metadata = {**sae.metadata, **overrides}
+    public_names = {str(sae.metadata[key]): value for key, value in overrides.items() if sae.metadata.get(key)}
     model: dict[str, Any] = recipe.get("model", {}).get("init_args", {})
     normalizer = str(model.get("primary", {}).get("init_args", {}).get("normalize_activations", "none"))
-    meta = (one.folder / "saes" / "meta" / "cfg.json").exists()
+    meta = (sae.folder / "saes" / "meta" / "cfg.json").exists()
     penalties = {key: part.get("init_args", {}).get("weight", 0.0) for key, part in (model.get("penalties") or {}).items()}
     record = {
         "schema": SCHEMA,
         "id": name,
-        "model": str(told.get("model_name") or "unknown"),
-        "hook": str(told.get("hook_name") or "unknown"),
-        "dataset": told.get("dataset_path"),
-        "context_size": told.get("context_size"),
-        "left_out": left_out(told),
-        "architecture": one.sae.cfg.architecture(),
-        "trained_as": str(told.get("training_architecture") or one.sae.cfg.architecture()),
-        "d_in": int(one.W_dec.shape[1]),
-        "d_sae": len(one.W_dec),
-        "thresholds": thresholds(one, kept),
-        "training_tokens": int(told.get("training_tokens") or 0),
+        "model": str(metadata.get("model_name") or "unknown"),
+        "hook": str(metadata.get("hook_name") or "unknown"),
+        "dataset": metadata.get("dataset_path"),
+        "context_size": metadata.get("context_size"),
+        "left_out": excluded_tokens(metadata),
+        "architecture": sae.sae.cfg.architecture(),
+        "trained_as": str(metadata.get("training_architecture") or sae.sae.cfg.architecture()),
+        "d_in": int(sae.W_dec.shape[1]),
+        "d_sae": len(sae.W_dec),
+        "thresholds": describe_thresholds(sae, run_record),
+        "training_tokens": int(metadata.get("training_tokens") or 0),
         "normalizer": normalizer,
         "normalizer_is": NORMALIZERS.get(normalizer, "is folded into the weights"),
         "penalties": penalties,
         "n_p": model.get("n_p", 10),
         "n_m": model.get("n_m", 5),
         "meta": {"id": f"{name}-meta", "d_sae": model["meta"]["init_args"]["d_sae"]} if meta and model.get("meta") else None,
-        "init_from": told.get("init_from"),
-        "measured": {key: found[key] for key in ("tokens", "fvu", "l0", "dead")},
+        "init_from": metadata.get("init_from"),
+        "measured": {key: measured[key] for key in ("tokens", "fvu", "l0", "dead")},
         "evaluation": evaluation,
         "recipe": {key: recipe[key] for key in ("seed_everything", "model", "data") if key in recipe},
         "versions": versions(),
     }
-    return redact(abroad(record, renamed))
+    return redact(without_local_paths(record, public_names))
 
 
-def thresholds(one: Subject, kept: Mapping[str, Any]) -> str | None:
-    """Where the thresholds are from, if the SAE has any that training did not learn."""
-    rule = one.metadata.get("threshold_rule")
+def describe_thresholds(sae: Subject, run_record: Mapping[str, Any]) -> str | None:
+    """The origin of the thresholds, or None if training learned them or the SAE has none."""
+    rule = sae.metadata.get("threshold_rule")
     if rule:
         return f"set for L0 {rule['target_l0']:g} by the rule `{rule['rule']}` on {rule['tokens']:,} validation tokens"
-    export = kept.get("validation", {}).get("exported", {}).get("primary", {})
-    if one.target_l0 is None or pretrained.pre_activations(one.sae) is None or not export:
+    export = run_record.get("validation", {}).get("exported", {}).get("primary", {})
+    if sae.target_l0 is None or pretrained.pre_activations(sae.sae) is None or not export:
         return None
     if export["calibrated"]:
         return f"one for all latents, set for L0 {export['target_l0']:g} on {export['tokens']:,} validation tokens"
     return f"one for all latents, the running mean of training at L0 {export['target_l0']:g}"
 
 
-def left_out(told: Mapping[str, Any]) -> list[str]:
-    """Which tokens neither training nor any figure knows."""
-    if not told.get("exclude_special_tokens"):
+def excluded_tokens(metadata: Mapping[str, Any]) -> list[str]:
+    """The kinds of tokens that neither training nor any measurement includes."""
+    if not metadata.get("exclude_special_tokens"):
         return []
     masks = ["special tokens"]
-    if skipped := (told.get("seqpos_slice") or [0])[0]:
+    if skipped := (metadata.get("seqpos_slice") or [0])[0]:
         masks.append(f"the first {skipped} positions of a context")
-    if most := told.get("max_norm_ratio"):
-        masks.append(f"tokens whose norm is over {most:g} times the median")
+    if max_ratio := metadata.get("max_norm_ratio"):
+        masks.append(f"tokens whose norm is over {max_ratio:g} times the median")
     return masks
 
 
-def abroad(tree: Any, renamed: Mapping[str, str]) -> Any:
-    """A tree of settings in which local paths are what others call them, or else their last part."""
+def without_local_paths(tree: Any, public_names: Mapping[str, str]) -> Any:
+    """A tree of settings with the public name, or else only the last part, in place of each local path."""
     if isinstance(tree, Mapping):
-        return {key: abroad(value, renamed) for key, value in tree.items()}
+        return {key: without_local_paths(value, public_names) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [abroad(value, renamed) for value in tree]
+        return [without_local_paths(value, public_names) for value in tree]
     if not isinstance(tree, str):
         return tree
-    return renamed.get(tree, Path(tree).name if Path(tree).is_absolute() else tree)
+    return public_names.get(tree, Path(tree).name if Path(tree).is_absolute() else tree)
