@@ -115,7 +115,7 @@ class Bench:
             hook = f"model.layers.{LAYER}"
             model = load_model("AutoModelForCausalLM", str(embedded_folder()), "cpu", {"dtype": torch.float32})
             self.store = ActivationsStore(
-                model=model, dataset=datasets.Dataset.from_dict({"text": self.corpus.given * 20}), streaming=False, hook_name=hook,
+                model=model, dataset=datasets.Dataset.from_dict({"text": self.corpus.all_documents * 20}), streaming=False, hook_name=hook,
                 hook_head_index=None, context_size=CONTEXT, d_in=576, n_batches_in_buffer=BUFFER // CONTEXT,
                 total_training_tokens=10**9, store_batch_size_prompts=PASS, train_batch_size_tokens=BATCH, prepend_bos=True,
                 normalize_activations="none", device=torch.device("cpu"), dtype="float32",

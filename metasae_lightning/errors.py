@@ -18,3 +18,12 @@ def did_you_mean(name: str, known: Iterable[str], n: int = 3) -> str:
     """
     near = difflib.get_close_matches(name, list(known), n=n)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line, cut to 300 characters; its type's name if the message is empty.
+
+    >>> one_line(ValueError("two\\nlines")), one_line(KeyError())
+    ('two lines', 'KeyError')
+    """
+    return " ".join(str(error).split())[:300] or type(error).__name__

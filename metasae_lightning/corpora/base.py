@@ -8,52 +8,60 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import Any, Literal
 
-from metasae_lightning.corpora.documents import Counted, Document, Reader
-from metasae_lightning.corpora.prefetch import Producer, alive
+from metasae_lightning.corpora.documents import CountingReader, Document, Reader
+from metasae_lightning.corpora.prefetch import Producer, heartbeat
 from metasae_lightning.errors import InputError
 
 Split = Literal["train", "validation", "test"]
 
 
 def split_of(document: Document, held_out: float) -> Split:
-    """The split a document belongs to, by a hash of its content: a share `held_out` is validation, as much again is test.
+    """The split of a document, chosen by a hash of its content.
 
-    Equal documents share a split, on every rank and in every run.
+    A fraction `held_out` of all documents is in validation and an equal fraction in test. Equal documents are in the same split,
+    on every rank and in every run.
 
     >>> split_of("some text", 0.0), split_of("some text", 0.5) in ("validation", "test")
     ('train', True)
     """
     content = document if isinstance(document, str) else " ".join(map(str, document))
     digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    place = int.from_bytes(digest, "big") / 2**64
-    return "validation" if place < held_out else "test" if place < 2 * held_out else "train"
+    fraction = int.from_bytes(digest, "big") / 2**64
+    return "validation" if fraction < held_out else "test" if fraction < 2 * held_out else "train"
 
 
 class Corpus(ABC):
-    """Documents in an order that is a function of seed and epoch."""
+    """A source of documents. Their order is a function of a seed and of the epoch."""
 
     @abstractmethod
     def documents(self, *, seed: int = 0, epoch: int = 0) -> Iterator[Document]:
-        """Every document once."""
+        """All documents of one epoch, each exactly once."""
 
     def reader(self, *, seed: int = 0, epoch: int = 0, state: dict[str, Any] | None = None) -> Reader:
-        """The same documents in the same order, from the start or from where a reader's `state()` was taken."""
-        given, documents = state["documents"] if state else 0, self.documents(seed=seed, epoch=epoch)
-        for _ in itertools.islice(documents, given):
-            alive()
-        return Counted(documents, given=given)
+        """An iterator over the same documents in the same order, which can be saved and resumed.
+
+        Without `state` it begins with the first document. With `state`, from an earlier reader's `state()`, it continues from there.
+        """
+        already_read = state["documents"] if state else 0
+        documents = self.documents(seed=seed, epoch=epoch)
+        for _ in itertools.islice(documents, already_read):
+            heartbeat()
+        return CountingReader(documents, already_read=already_read)
 
     @abstractmethod
     def description(self) -> str:
-        """What a published SAE tells of the text it was trained on."""
+        """The corpus in a few words, for messages and for the metadata of a published SAE."""
 
     def settings(self) -> dict[str, Any]:
-        """What else decides which documents there are: with the identity, that by which a checkpoint or a cache knows the text again."""
+        """Further settings that decide which documents the corpus has.
+
+        A checkpoint or an activation cache fits a corpus of the same `description()` and the same `settings()`.
+        """
         return {}
 
 
 def check_held_out(corpus: Corpus, held_out: float, *, seed: int, ranks: int, stall_seconds: float) -> None:
-    """Every rank needs a document to validate on: better to know it before training than after."""
+    """Raise an error before training if the corpus has fewer validation documents than ranks."""
     missing = ranks
     with closing(Producer(corpus.documents(seed=seed), name=f"corpus {corpus.description()}", stall_seconds=stall_seconds)) as documents:
         for document in documents:
@@ -61,19 +69,19 @@ def check_held_out(corpus: Corpus, held_out: float, *, seed: int, ranks: int, st
             if not missing:
                 return
     raise InputError(
-        f"held_out: of the documents of {corpus.description()} a share of {held_out} is too little to validate on: "
-        "raise it, or set it to 0 to validate on nothing"
+        f"held_out: {held_out} of the documents of {corpus.description()} is too few to validate on: "
+        "raise it, or set it to 0 to train without validation"
     )
 
 
-def through_window(documents: Iterable[Document], size: int, order: random.Random) -> Iterator[Document]:
-    """Documents shuffled among the next `size`, which are all that is held in memory."""
+def shuffle_in_window(documents: Iterable[Document], size: int, order: random.Random) -> Iterator[Document]:
+    """Shuffle a stream of documents with at most `size` + 1 of them in memory: each yielded document is a random one of those."""
     window: list[Document] = []
     for document in documents:
         window.append(document)
         if len(window) > size:
-            at = order.randrange(len(window))
-            window[at], window[-1] = window[-1], window[at]
+            index = order.randrange(len(window))
+            window[index], window[-1] = window[-1], window[index]
             yield window.pop()
     order.shuffle(window)
     yield from window

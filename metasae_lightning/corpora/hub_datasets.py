@@ -1,4 +1,4 @@
-"""Datasets of the hub, read through `datasets` from any place on and in spite of a connection that breaks."""
+"""Datasets on the Hugging Face Hub, read from any position, with retries after connection errors."""
 
 import copy
 import logging
@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from metasae_lightning.corpora.documents import Document, Reader, check_column, document_in, mix, one_line
-from metasae_lightning.corpora.prefetch import alive
-from metasae_lightning.errors import InputError
+from metasae_lightning.corpora.documents import Document, Reader, check_column, document_from_row, order_seed
+from metasae_lightning.corpora.prefetch import heartbeat
+from metasae_lightning.errors import InputError, one_line
 
-Place = dict[str, Any]
-# What a connection that fails raises, in the libraries that versions of `datasets` read with.
-BROKEN = {
+Position = dict[str, Any]
+"""The position after a document: plain values from which reading can continue."""
+
+# The exceptions of failed connections, in all HTTP libraries that versions of `datasets` use.
+CONNECTION_ERRORS = {
     *("builtins.ConnectionError", "builtins.TimeoutError", "asyncio.TimeoutError", "httpx.TransportError", "httpx2.TransportError"),
     *("requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError"),
     *("aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError"),
@@ -25,37 +27,43 @@ BROKEN = {
 log = logging.getLogger(__name__)
 
 
-def passing(error: BaseException) -> BaseException | None:
-    """What of an error and its causes may pass: a broken connection, a time-out, a fault of the server's; not an answer such as 404.
+def transient_error(error: BaseException) -> BaseException | None:
+    """The error, or the one among its causes, that a retry may cure; None if a retry is of no use.
 
-    >>> passing(TimeoutError("read timed out")), passing(FileNotFoundError("no such dataset"))
+    Transient are failed connections, time-outs and faults of the server. An answer such as 404 is not.
+
+    >>> transient_error(TimeoutError("read timed out")), transient_error(FileNotFoundError("no such dataset"))
     (TimeoutError('read timed out'), None)
     """
     from huggingface_hub import constants
 
     chain = [error]
-    while (deeper := chain[-1].__cause__ or chain[-1].__context__) and deeper not in chain:
-        chain.append(deeper)
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
     for link in chain:
         status = getattr(getattr(link, "response", None), "status_code", None)
         if status is not None:
             return link if status in (408, 429) or status >= 500 else None
-    # Being offline is told as a broken connection too.
-    broken = [link for link in chain if not constants.HF_HUB_OFFLINE and not BROKEN.isdisjoint(map(_library_name, type(link).__mro__))]
-    return broken[-1] if broken else None
+    # In offline mode the client raises a connection error too, and no retry helps.
+    if constants.HF_HUB_OFFLINE:
+        return None
+    failed = [link for link in chain if not CONNECTION_ERRORS.isdisjoint(map(_qualified_name, type(link).__mro__))]
+    return failed[-1] if failed else None
 
 
-def _told(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
+    """The exception's type and message on one line."""
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def _library_name(kind: type) -> str:
+def _qualified_name(kind: type) -> str:
+    """The top-level package and the name of a class, such as `httpx.TransportError`."""
     return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """One split of a dataset, and how patient to be with it."""
+    """One split of a dataset on the Hub, and the retries after a failed connection."""
 
     path: str
     name: str | None
@@ -64,118 +72,140 @@ class HubDataset:
     revision: str | None
     streaming: bool
     retries: int
-    """How often in a row to try again."""
+    """The number of retries in a row."""
     retry_seconds: float
-    """How long to wait before the first of them; each waits twice as long as the one before."""
+    """The wait before the first retry in seconds; each further retry waits twice as long."""
 
-    def rows(self, order: int, place: Place | None = None, *, given: int = 0) -> Iterator[tuple[Document, Place]]:
-        """Every document from a place on, each with the place after it; `given` were read before and are only told of."""
-        data, failures = None, 0
+    def rows(self, seed: int, position: Position | None = None, *, already_read: int = 0) -> Iterator[tuple[Document, Position]]:
+        """The documents from `position` on, each with the position after it.
+
+        `already_read` is the number of documents before `position`; only messages use it.
+        """
+        data, failures, n_read = None, 0, already_read
+        read = self._read_shards if self.streaming else self._read_downloaded
         while True:
             try:
                 data = self._open() if data is None else data
-                for text, after in (self._shards if self.streaming else self._whole)(data, order, place):
-                    given, failures, place = given + 1, 0, after
-                    yield text, after
+                for document, next_position in read(data, seed, position):
+                    n_read, failures, position = n_read + 1, 0, next_position
+                    yield document, next_position
                 return
             except InputError:
                 raise
-            # A hub that is away raises whatever its client, its HTTP library or its file reader raises.
+            # An unreachable hub raises any exception of its client, of the HTTP library or of the file reader.
             except Exception as error:
                 failures += 1
-                self._wait(error, failures, given)
+                self._wait_before_retry(error, failures, n_read)
 
-    def _wait(self, error: Exception, failures: int, given: int) -> None:
-        passes = passing(error)
-        if passes is None or failures > self.retries:
-            tried = f", after {given} documents and {self.retries} retries" if passes else f", after {given} documents" if given else ""
-            raise InputError(f"path: the dataset {self.path!r} cannot be read{tried}: {_told(passes or error)}") from error
+    def _wait_before_retry(self, error: Exception, failures: int, n_read: int) -> None:
+        """Log a warning and sleep; raise an InputError if a retry is of no use or no retries are left."""
+        transient = transient_error(error)
+        if transient is None or failures > self.retries:
+            retries = f" and {self.retries} retries" if transient else ""
+            progress = f", after {n_read} documents{retries}" if transient or n_read else ""
+            raise InputError(f"path: the dataset {self.path!r} cannot be read{progress}: {_describe_error(transient or error)}") from error
         seconds = self.retry_seconds * 2 ** (failures - 1)
         message = "the dataset %r broke off after %d documents, retry %d of %d in %g s: %s"
-        log.warning(message, self.path, given, failures, self.retries, seconds, _told(passes))
-        alive(seconds)
+        log.warning(message, self.path, n_read, failures, self.retries, seconds, _describe_error(transient))
+        heartbeat(seconds)
         time.sleep(seconds)
 
     def _open(self) -> Any:
+        """The dataset as an object of `datasets`: streamed, or downloaded first."""
         from datasets import config, load_dataset
 
-        # The hub's client tries each request 6 times in up to 83 s by itself, too short to be worth a warning. `datasets` would do
-        # that 20 times over, with waits of 5 to 60 s: half an hour to an hour for each of our own retries. 1 is once and no more; it
-        # waits even then, which our own wait makes needless.
+        # The hub's client itself tries each request 6 times in up to 83 s, too short to be worth a warning. `datasets` would repeat
+        # that 20 times with waits of 5 to 60 s: half an hour to an hour for each of our own retries. The value 1 means one try. The
+        # interval is 0 because `datasets` waits even after the last try.
         config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
         config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = 0
-        alive(0.0 if self.streaming else math.inf)  # a download takes what it takes, and times out by itself
+        # A download may take any time, and has time-outs of its own.
+        heartbeat(0.0 if self.streaming else math.inf)
         data: Any = load_dataset(self.path, self.name, split=self.split, revision=self.revision, streaming=self.streaming)
         if data.column_names is not None:
             check_column(self.column, data.column_names, self.path)
-        alive()
+        heartbeat()
         return data
 
-    def _whole(self, data: Any, order: int, place: Place | None) -> Iterator[tuple[Document, Place]]:
-        shuffled, start = data.shuffle(seed=order), place["row"] if place else 0
-        # `datasets` refuses to select nothing.
+    def _read_downloaded(self, data: Any, seed: int, position: Position | None) -> Iterator[tuple[Document, Position]]:
+        """The documents of a downloaded dataset, shuffled as a whole."""
+        shuffled, start = data.shuffle(seed=seed), position["row"] if position else 0
+        # `datasets` raises an error for an empty selection.
         rows = shuffled.select(range(start, len(shuffled))) if start < len(shuffled) else ()
         for number, row in enumerate(rows, start + 1):
-            yield document_in(row, self.column, self.path), {"row": number}
+            yield document_from_row(row, self.column, self.path), {"row": number}
 
-    def _shards(self, data: Any, order: int, place: Place | None) -> Iterator[tuple[Document, Place]]:
-        # Shuffled here and not by `datasets`, whose shuffle mixes shards in a way of its own in every version and resumes inexactly.
-        shards, (first, within) = list(range(data.num_shards)), (place["shard"], place["within"]) if place else (0, None)
-        if place and place["shards"] != len(shards):
-            raise InputError(f"path: the dataset {self.path!r} has {len(shards)} shards, it had {place['shards']} when reading began")
-        random.Random(order).shuffle(shards)
+    def _read_shards(self, data: Any, seed: int, position: Position | None) -> Iterator[tuple[Document, Position]]:
+        """The documents of a streamed dataset, shard by shard in a shuffled order of shards."""
+        # The shuffle of `datasets` would not do: its order differs between versions, and it resumes inexactly.
+        shards = list(range(data.num_shards))
+        first, within = (position["shard"], position["within"]) if position else (0, None)
+        if position and position["shards"] != len(shards):
+            raise InputError(f"path: the dataset {self.path!r} has {len(shards)} shards, it had {position['shards']} when reading began")
+        random.Random(seed).shuffle(shards)
         for number in range(first, len(shards)):
             shard = data.shard(len(shards), shards[number])
             if within is not None:
                 shard.load_state_dict(copy.deepcopy(within))
-            last = None
+            previous = None
             for row in shard:
-                if last is not None:
-                    yield last, {"shards": len(shards), "shard": number, "within": within}
-                last, within = document_in(row, self.column, self.path), shard.state_dict()
-            # Held back until the shard's end is known: to go on after its last document is to go on in the next one.
-            if last is not None:
-                yield last, {"shards": len(shards), "shard": number + 1, "within": None}
+                if previous is not None:
+                    yield previous, {"shards": len(shards), "shard": number, "within": within}
+                previous, within = document_from_row(row, self.column, self.path), shard.state_dict()
+            # The last document is yielded after the loop, because the position after it is the start of the next shard.
+            if previous is not None:
+                yield previous, {"shards": len(shards), "shard": number + 1, "within": None}
             within = None
 
 
-class Windows(Reader):
-    """Documents shuffled window by window, each window by a seed of its own.
+class WindowReader(Reader):
+    """A reader that shuffles streamed documents window by window, each window with a seed of its own.
 
-    A window is what is held in memory, and what is read again to go on from inside it.
+    One window is held in memory. To resume inside a window, the reader reads that window again from its beginning.
+
+    Args:
+        rows: Yields documents from a position on, each with the position after it.
+        size: The number of documents in a window.
+        order: The run's seed and the epoch.
+        state: An earlier reader's `state()`, to continue from there.
     """
 
     def __init__(
-        self, rows: Callable[..., Iterator[tuple[Document, Place]]], *, size: int, order: tuple[int, int], state: Place | None = None
+        self, rows: Callable[..., Iterator[tuple[Document, Position]]], *, size: int, order: tuple[int, int], state: Position | None = None
     ):
         self._size, self._order = size, order
         self._state = state or {"documents": 0, "window": 0, "at": 0, "source": None}
-        self._rows = rows(self._state["source"], given=self._state["documents"] - self._state["at"])
+        self._rows = rows(self._state["source"], already_read=self._state["documents"] - self._state["at"])
         self._window: list[Document] = []
-        self._after: Place | None = None
+        self._window_end: Position | None = None
 
     def __next__(self) -> Document:
-        at = self._state["at"]
+        """The next document of the window; at the window's end the next window is read."""
+        index = self._state["at"]
         if not self._window:
-            self._fill(at)
-        given = self._window[at]
-        self._state = {**self._state, "documents": self._state["documents"] + 1, "at": at + 1}
-        if at + 1 == len(self._window):
-            self._state |= {"window": self._state["window"] + 1, "at": 0, "source": self._after}
+            self._fill(index)
+        document = self._window[index]
+        self._state = {**self._state, "documents": self._state["documents"] + 1, "at": index + 1}
+        if index + 1 == len(self._window):
+            self._state |= {"window": self._state["window"] + 1, "at": 0, "source": self._window_end}
             self._window = []
-        return given
+        return document
 
-    def _fill(self, at: int) -> None:
+    def _fill(self, index: int) -> None:
+        """Read and shuffle the window that holds the document at `index`."""
         window: list[Document] = []
-        for text, after in islice(self._rows, self._size):
-            window.append(text)
-            self._after = after
-        if not window and not at:
+        for document, next_position in islice(self._rows, self._size):
+            window.append(document)
+            self._window_end = next_position
+        if not window and not index:
             raise StopIteration
-        if len(window) <= at:
-            raise InputError(f"path: the dataset has changed since reading began: {at} documents were read where {len(window)} are left")
-        random.Random(mix(*self._order, self._state["window"])).shuffle(window)
+        if len(window) <= index:
+            raise InputError(
+                f"path: the dataset has changed since reading began: {index} documents of a window were read, now it has {len(window)}"
+            )
+        random.Random(order_seed(*self._order, self._state["window"])).shuffle(window)
         self._window = window
 
     def state(self) -> dict[str, Any]:
+        """The number of documents read, the window's number and its start in the dataset, and the index in the window."""
         return copy.deepcopy(self._state)

@@ -1,4 +1,4 @@
-"""Something slow done ahead of time, on a thread of its own."""
+"""An iterator that runs ahead on a thread of its own."""
 
 import math
 import queue
@@ -14,111 +14,132 @@ from metasae_lightning.errors import InputError
 T = TypeVar("T")
 
 END = object()
-TOLD_EVERY, LOOKED_EVERY = 0.2, 60.0
+"""The mark after the last item."""
+POLL_SECONDS = 0.2
+"""The interval at which a waiting thread looks whether it should stop."""
+MAX_WAIT_SECONDS = 60.0
+"""The longest single wait for an item, before the stall timer is looked at again."""
+
+_current = threading.local()
 
 
-def alive(seconds: float = 0.0) -> None:
-    """Told by what makes items, on its thread: it is at work, and may be silent for so long from here on."""
-    if (beat := getattr(_beats, "shared", None)) is not None:
-        beat[0] = time.monotonic() + seconds
+def heartbeat(seconds: float = 0.0) -> None:
+    """Reset the stall timer of the `Producer` whose thread runs this; elsewhere it does nothing.
 
+    Slow code that makes items calls it, so that slow work is not mistaken for a stall.
 
-_beats = threading.local()
+    Args:
+        seconds: A silence to expect, such as the wait before a retry; the timer starts after it.
+    """
+    if (last_heartbeat := getattr(_current, "last_heartbeat", None)) is not None:
+        last_heartbeat[0] = time.monotonic() + seconds
 
 
 class Failure:
-    """Carries an error from the thread to whoever waits for the item."""
+    """An exception on its way from the thread to the caller."""
 
     def __init__(self, error: BaseException):
         self.error = error
 
 
 class Producer(Iterator[T], Generic[T]):
-    """An iterator whose next items are made on a thread: at most `ahead` of them wait, errors reach the caller in their place.
+    """Runs an iterator ahead on a thread; an exception of the iterator is raised by `next` in the place of its item.
 
     Args:
-        items: What to iterate over; only the thread touches it from now on.
-        ahead: How many finished items may wait.
-        name: What a stall is called, and the thread.
-        stall_seconds: After so long without an item, or a word of `alive`, waiting is given up with an error; none waits for ever.
+        items: The iterator to run; from now on only the thread may use it.
+        ahead: The largest number of finished items that wait for the caller.
+        name: The thread's name, also in the error about a stall.
+        stall_seconds: Waiting ends with an error after this time without an item or a `heartbeat`; None waits forever.
     """
 
     def __init__(self, items: Iterator[T], *, ahead: int = 2, name: str = "producer", stall_seconds: float | None = None):
         self.name, self.stall_seconds = name, stall_seconds
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._room, self._making, self._stop = threading.Semaphore(ahead), threading.Lock(), threading.Event()
-        self._over: Any = None
-        # The thread knows nothing of this object, so that dropping the object ends the thread.
-        self._beat = [time.monotonic()]
-        work = (items, self._ready, self._room, self._making, self._stop, self._beat)
-        self._thread = threading.Thread(target=_work, args=work, name=name, daemon=True)
+        self._free_slots, self._producing, self._stop = threading.Semaphore(ahead), threading.Lock(), threading.Event()
+        self._ending: Any = None
+        # The thread holds no reference to this object, so that garbage collection of the object ends the thread.
+        self._last_heartbeat = [time.monotonic()]
+        args = (items, self._ready, self._free_slots, self._producing, self._stop, self._last_heartbeat)
+        self._thread = threading.Thread(target=_produce, args=args, name=name, daemon=True)
         self._finalizer = weakref.finalize(self, self._stop.set)
         self._thread.start()
 
     def __next__(self) -> T:
-        if self._over is None:
+        """The next item; waits for it if it is not finished."""
+        if self._ending is None:
             item = self._wait()
             if item is not END and not isinstance(item, Failure):
-                self._room.release()
+                self._free_slots.release()
                 return item
-            self._over = item
+            self._ending = item
             self.close()
-        if isinstance(self._over, Failure):
-            raise self._over.error
+        if isinstance(self._ending, Failure):
+            raise self._ending.error
         raise StopIteration
 
     def _wait(self) -> Any:
-        began = time.monotonic()
+        """The next entry of the queue, or a `Failure` after a stall."""
+        start = time.monotonic()
         while True:
-            patience = math.inf if self.stall_seconds is None else self.stall_seconds + max(began, self._beat[0]) - time.monotonic()
-            if patience <= 0:
-                message = f"{self.name}: nothing came for {self.stall_seconds:g} s, so it is given up (stall_seconds says how long to wait)"
-                return Failure(InputError(message))
+            remaining = math.inf
+            if self.stall_seconds is not None:
+                remaining = self.stall_seconds + max(start, self._last_heartbeat[0]) - time.monotonic()
+            if remaining <= 0:
+                return Failure(InputError(f"{self.name}: nothing came for {self.stall_seconds:g} s (stall_seconds sets this limit)"))
             with suppress(queue.Empty):
-                return self._ready.get(timeout=min(patience, LOOKED_EVERY))
+                return self._ready.get(timeout=min(remaining, MAX_WAIT_SECONDS))
 
     @contextmanager
     def paused(self) -> Generator[list[T], None, None]:
-        """Hold the thread between two items, and see those that wait."""
-        with self._making:
-            waiting: list[Any] = []
+        """Pause the thread between two items, and yield the list of finished items. They stay in the queue."""
+        with self._producing:
+            entries: list[Any] = []
             while not self._ready.empty():
-                waiting.append(self._ready.get())
-            for item in waiting:
-                self._ready.put(item)
-            yield [item for item in waiting if item is not END and not isinstance(item, Failure)]
+                entries.append(self._ready.get())
+            for entry in entries:
+                self._ready.put(entry)
+            yield [entry for entry in entries if entry is not END and not isinstance(entry, Failure)]
 
     def close(self, seconds: float = 5.0) -> None:
-        """Stop after the item that is being made; a thread that hangs in a read is left to the end of the process."""
-        self._over = self._over or END
+        """Stop the thread after its current item. A thread that does not end within `seconds` is left behind, as a daemon."""
+        self._ending = self._ending or END
         self._stop.set()
-        until = time.monotonic() + seconds
-        while self._thread.is_alive() and self._thread is not threading.current_thread() and time.monotonic() < until:
-            self._room.release()
-            self._thread.join(TOLD_EVERY)
+        deadline = time.monotonic() + seconds
+        while self._thread.is_alive() and self._thread is not threading.current_thread() and time.monotonic() < deadline:
+            self._free_slots.release()
+            self._thread.join(POLL_SECONDS)
 
 
-def _work(items: Iterator[Any], ready: Any, room: threading.Semaphore, making: Any, stop: threading.Event, beat: list[float]) -> None:
+def _produce(
+    items: Iterator[Any],
+    ready: Any,
+    free_slots: threading.Semaphore,
+    producing: Any,
+    stop: threading.Event,
+    last_heartbeat: list[float],
+) -> None:
+    """The thread's loop: wait for a free slot, make one item and put it in the queue."""
     item: Any = None
-    _beats.shared = beat
+    _current.last_heartbeat = last_heartbeat
     while item is not END and not isinstance(item, Failure):
-        while not room.acquire(timeout=TOLD_EVERY):
+        while not free_slots.acquire(timeout=POLL_SECONDS):
             if stop.is_set():
                 break
-        with making:
+        with producing:
             if stop.is_set():
                 break
-            item = _made(items)
+            item = _next_entry(items)
             ready.put(item)
             if not isinstance(item, Failure) and item is not END:
-                item = None  # nothing is kept alive here while the thread waits for room
+                item = None  # a reference here would keep the item alive while the thread waits
     if hasattr(items, "close"):
         items.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _made(items: Iterator[Any]) -> Any:
+def _next_entry(items: Iterator[Any]) -> Any:
+    """The iterator's next item, `END` after the last, or its exception as a `Failure`."""
     try:
         return next(items, END)
-    # Whatever it is, it is the caller's to see.
+    # The caller's thread must see every exception, KeyboardInterrupt and SystemExit included.
     except BaseException as error:
         return Failure(error)

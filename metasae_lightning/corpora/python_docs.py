@@ -11,53 +11,63 @@ from pathlib import Path
 from typing import Any
 
 from metasae_lightning.corpora.base import Corpus
-from metasae_lightning.corpora.documents import Document, mix
+from metasae_lightning.corpora.documents import Document, order_seed
 from metasae_lightning.errors import InputError
 
-# How a docstring of some length is quoted, and where statements hold statements.
-TRIPLE = (b'"""', b"'''")
-BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
+# Triple quotes, as in docstrings of several lines.
+TRIPLE_QUOTES = (b'"""', b"'''")
+# The fields of a syntax tree node that hold nested statements.
+STATEMENT_FIELDS = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
 class PythonDocs(Corpus):
-    """The docstrings of the installed packages, parsed and never imported, in a shuffled order of files."""
+    """The docstrings of the installed Python packages, in a shuffled order of files. Files are parsed, never imported.
+
+    Args:
+        min_characters: Shorter docstrings are left out.
+    """
 
     def __init__(self, min_characters: int = 200):
         self.min_characters = min_characters
 
     def documents(self, *, seed: int = 0, epoch: int = 0) -> Iterator[Document]:
+        """All docstrings of at least `min_characters` characters."""
         files = _installed_sources()
         if not files:
             raise InputError(f"corpus: no package is installed in {sysconfig.get_path('purelib')!r}")
-        random.Random(mix(seed, epoch)).shuffle(files)
+        random.Random(order_seed(seed, epoch)).shuffle(files)
         for file in files:
             yield from (text for text in _docstrings(file) if len(text) >= self.min_characters)
 
     def description(self) -> str:
+        """The words "docstrings of ... installed packages" with the Python version."""
         return f"docstrings of Python {sys.version_info.major}.{sys.version_info.minor}'s installed packages"
 
     def settings(self) -> dict[str, Any]:
+        """The minimum length of a docstring."""
         return {"min_characters": self.min_characters}
 
 
 def _installed_sources() -> list[Path]:
+    """All Python files of the installed packages."""
     roots = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
-    # By the path inside the environment, so that two equal environments at different places give one order.
+    # Sorted by the path inside the environment: equal environments in different folders have the same order.
     return [file for _, file in sorted((str(file.relative_to(root)), file) for root in roots for file in root.rglob("*.py"))]
 
 
 def _docstrings(file: Path) -> Iterator[str]:
+    """The docstrings of the module, classes and functions in one file; none if the file cannot be parsed."""
     try:
         source = file.read_bytes()
-        if not any(quotes in source for quotes in TRIPLE):
+        if not any(quotes in source for quotes in TRIPLE_QUOTES):
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
-    # Packages ship templates and tests that are no Python, and some nest deeper than the parser goes.
+    # Some packages ship templates and test files that are not valid Python, or nested too deeply for the parser.
     except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):
         return
-    # What can hold a docstring is a statement among statements: `ast.walk` would go through every expression too.
+    # Only statements can have docstrings. `ast.walk` would visit all expressions too, which is slow.
     nodes = deque[ast.AST]([tree])
     while nodes:
         node = nodes.popleft()
@@ -65,5 +75,5 @@ def _docstrings(file: Path) -> Iterator[str]:
             text = ast.get_docstring(node)
             if text:
                 yield text
-        for block in BLOCKS:
-            nodes.extend(getattr(node, block, None) or ())
+        for field in STATEMENT_FIELDS:
+            nodes.extend(getattr(node, field, None) or ())

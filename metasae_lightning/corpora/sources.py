@@ -1,4 +1,4 @@
-"""Text sources: a dataset on the Hub, a saved dataset, text files, strings in memory."""
+"""Text sources: a dataset on the Hub, a dataset saved on disk, text files, and documents in memory."""
 
 import itertools
 import random
@@ -6,29 +6,30 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from metasae_lightning.corpora.base import Corpus, through_window
-from metasae_lightning.corpora.documents import Counted, Document, Reader, check_column, document_in, mix, one_line
-from metasae_lightning.corpora.file_formats import documents_of, expand
-from metasae_lightning.corpora.hub_datasets import HubDataset, Windows
-from metasae_lightning.errors import InputError
+from metasae_lightning.corpora.base import Corpus, shuffle_in_window
+from metasae_lightning.corpora.documents import CountingReader, Document, Reader, check_column, document_from_row, order_seed
+from metasae_lightning.corpora.file_formats import expand_path, read_documents
+from metasae_lightning.corpora.hub_datasets import HubDataset, WindowReader
+from metasae_lightning.errors import InputError, one_line
 
 
 class HubText(Corpus):
-    """A column of a hub dataset: streamed as it comes through shuffled windows, or downloaded and shuffled whole.
+    """A text column of a dataset on the Hugging Face Hub.
 
-    Streaming goes on inside a shard by reading that shard again up to there, which a name of the dataset that moves to other files
-    would spoil: `revision` pins it.
+    A streamed dataset is read in a shuffled order of shards, and documents are shuffled in windows of `shuffle_window`. A downloaded
+    dataset is shuffled as a whole. A resumed run skips the documents of its current shard that it has already read. This is exact
+    only if the files on the Hub are still the same: set `revision` to be sure.
 
     Args:
-        path: The dataset's name on the hub.
-        name: Which of its configurations.
-        split: Which of its splits; validation and test documents are held out of that one.
-        column: Where the text is, or the token ids.
-        revision: A branch, tag or commit.
-        streaming: Whether to read over the network while training, or to download first.
-        shuffle_window: How many streamed documents are shuffled among each other, and held in memory.
-        retries: How often in a row to try again after a connection that broke.
-        retry_seconds: How long to wait before the first retry; each waits twice as long as the one before.
+        path: The dataset's name on the Hub.
+        name: The dataset's configuration, if it has several.
+        split: The dataset's split to read; validation and test documents are held out of this split.
+        column: The column with the texts, or with lists of token ids.
+        revision: A branch, tag or commit of the dataset.
+        streaming: True reads over the network during training; false downloads the dataset first.
+        shuffle_window: The number of streamed documents that are held in memory and shuffled together.
+        retries: The number of retries in a row after a failed connection.
+        retry_seconds: The wait before the first retry in seconds; each further retry waits twice as long.
     """
 
     def __init__(
@@ -44,31 +45,42 @@ class HubText(Corpus):
         retries: int = 3,
         retry_seconds: float = 5.0,
     ):
-        for argument, value, least in (("shuffle_window", shuffle_window, 1), ("retries", retries, 0), ("retry_seconds", retry_seconds, 0)):
-            if value < least:
-                raise InputError(f"{argument} must be at least {least}, got {value}")
+        minima = (("shuffle_window", shuffle_window, 1), ("retries", retries, 0), ("retry_seconds", retry_seconds, 0))
+        for argument, value, minimum in minima:
+            if value < minimum:
+                raise InputError(f"{argument} must be at least {minimum}, got {value}")
         self.dataset = HubDataset(path, name, split, column, revision, streaming, retries, retry_seconds)
         self.shuffle_window = shuffle_window
 
     def documents(self, *, seed: int = 0, epoch: int = 0) -> Iterator[Document]:
+        """All documents of one epoch, in the order of `reader`."""
         return self.reader(seed=seed, epoch=epoch)
 
     def reader(self, *, seed: int = 0, epoch: int = 0, state: dict[str, Any] | None = None) -> Reader:
-        rows = partial(self.dataset.rows, mix(seed, epoch))
+        """A reader that resumes without reading the earlier documents again, except those of its current shard."""
+        rows = partial(self.dataset.rows, order_seed(seed, epoch))
         if self.dataset.streaming:
-            return Windows(rows, size=self.shuffle_window, order=(seed, epoch), state=state)
-        given = state["documents"] if state else 0
-        return Counted((text for text, _ in rows({"row": given}, given=given)), given=given)
+            return WindowReader(rows, size=self.shuffle_window, order=(seed, epoch), state=state)
+        n_read = state["documents"] if state else 0
+        return CountingReader((document for document, _ in rows({"row": n_read}, already_read=n_read)), already_read=n_read)
 
     def description(self) -> str:
+        """The dataset's name on the Hub, with its configuration."""
         return "/".join(filter(None, [self.dataset.path, self.dataset.name]))
 
     def settings(self) -> dict[str, Any]:
+        """The split, the column and the revision."""
         return {"split of it": self.dataset.split, "column": self.dataset.column, "revision": self.dataset.revision}
 
 
 class SavedDataset(Corpus):
-    """A folder that `datasets`' `save_to_disk` wrote, shuffled whole."""
+    """A folder written by `save_to_disk` of the library `datasets`; its rows are shuffled as a whole.
+
+    Args:
+        path: The folder.
+        column: The column with the texts, or with lists of token ids.
+        split: The split to read if the folder holds several.
+    """
 
     def __init__(self, path: str, column: str = "text", *, split: str = "train"):
         self.path = path
@@ -76,35 +88,43 @@ class SavedDataset(Corpus):
         self.split = split
 
     def documents(self, *, seed: int = 0, epoch: int = 0) -> Iterator[Document]:
+        """All documents of the saved split, in a shuffled order."""
         import datasets
 
         try:
             data: Any = datasets.load_from_disk(self.path)
         except (OSError, ValueError) as error:
-            raise InputError(f"path: {self.path!r} is not a folder that save_to_disk wrote: {one_line(error)}") from error
+            raise InputError(f"path: {self.path!r} is not a folder written by save_to_disk: {one_line(error)}") from error
         if isinstance(data, datasets.DatasetDict):
             if self.split not in data:
                 raise InputError(f"split: {self.path!r} has no {self.split!r}, it has {', '.join(map(str, data))}")
             data = data[self.split]
         check_column(self.column, data.column_names, self.path)
-        # A saved format would hand out tensors where the file holds lists.
+        # A format saved with the dataset would turn the lists of token ids into tensors.
         data = data.with_format(None)
-        for row in data.shuffle(seed=mix(seed, epoch), keep_in_memory=True):
-            yield document_in(row, self.column, self.path)
+        for row in data.shuffle(seed=order_seed(seed, epoch), keep_in_memory=True):
+            yield document_from_row(row, self.column, self.path)
 
     def description(self) -> str:
+        """The folder's path."""
         return self.path
 
     def settings(self) -> dict[str, Any]:
+        """The split and the column."""
         return {"split of it": self.split, "column": self.column}
 
 
 class TextFiles(Corpus):
-    """Local files, folders and globs of them: files in a shuffled order, their documents through a shuffle window.
+    """Local text files, read in a shuffled order; their documents are shuffled in a window.
 
-    A `.txt` file is one document a paragraph (a run of lines between blank ones): books and dumps are single files, and a
-    held-out split by document is only as fine as its documents. `.jsonl` and `.parquet` give a document a row, from `column`.
-    `.gz` is read too.
+    A `.txt` file has one document per paragraph (lines up to a blank line): a book or a dump is one file, and a split by document
+    needs smaller documents than that. `.jsonl` and `.parquet` files have one document per row, in `column`. `.txt` and `.jsonl` files
+    may be compressed (`.gz`).
+
+    Args:
+        paths: Files, folders and glob patterns, one or a list.
+        column: The column with the texts, or with lists of token ids, in `.jsonl` and `.parquet` files.
+        shuffle_window: The number of documents that are held in memory and shuffled together.
     """
 
     def __init__(self, paths: str | list[str], *, column: str = "text", shuffle_window: int = 1000):
@@ -113,30 +133,39 @@ class TextFiles(Corpus):
         self.shuffle_window = shuffle_window
 
     def documents(self, *, seed: int = 0, epoch: int = 0) -> Iterator[Document]:
-        files = sorted({file for path in self.paths for file in expand(path)})
-        order = random.Random(mix(seed, epoch))
+        """The documents of all files, in a shuffled order."""
+        files = sorted({file for path in self.paths for file in expand_path(path)})
+        order = random.Random(order_seed(seed, epoch))
         order.shuffle(files)
-        yield from through_window(
-            itertools.chain.from_iterable(documents_of(file, self.column) for file in files), self.shuffle_window, order
-        )
+        documents = itertools.chain.from_iterable(read_documents(file, self.column) for file in files)
+        yield from shuffle_in_window(documents, self.shuffle_window, order)
 
     def description(self) -> str:
+        """The paths, separated by commas."""
         return ", ".join(self.paths)
 
     def settings(self) -> dict[str, Any]:
+        """The column and the size of the shuffle window."""
         return {"column": self.column, "shuffle_window": self.shuffle_window}
 
 
 class InMemory(Corpus):
-    """Texts, or lists of token ids, that are there already: in a notebook, or from a source that nothing here reads."""
+    """Documents in a Python list: for a notebook, or for a source that no other class reads.
+
+    Args:
+        documents: Texts, or lists of token ids.
+        name: The corpus's description, in messages and in the metadata of a published SAE.
+    """
 
     def __init__(self, documents: list[Document], name: str = "documents in memory"):
-        self.given, self.name = documents, name
+        self.all_documents, self.name = documents, name
 
     def documents(self, *, seed: int = 0, epoch: int = 0) -> Iterator[Document]:
-        order = list(self.given)
-        random.Random(mix(seed, epoch)).shuffle(order)
+        """The documents, in a shuffled order."""
+        order = list(self.all_documents)
+        random.Random(order_seed(seed, epoch)).shuffle(order)
         return iter(order)
 
     def description(self) -> str:
+        """The name given in the constructor."""
         return self.name

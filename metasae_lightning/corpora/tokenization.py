@@ -1,4 +1,4 @@
-"""Documents tokenized and packed into contexts of one length."""
+"""Documents to tokens, and tokens packed into contexts of one length."""
 
 import itertools
 import logging
@@ -13,40 +13,42 @@ from torch import Tensor
 
 from metasae_lightning.corpora.base import Corpus, Split, split_of
 from metasae_lightning.corpora.documents import Document
-from metasae_lightning.corpora.prefetch import Producer, alive
+from metasae_lightning.corpora.prefetch import Producer, heartbeat
 from metasae_lightning.errors import InputError
 
 Exhausted = Literal["epoch", "end"]
-"""What follows when a corpus is exhausted: another epoch in another order, or the end."""
+"""The end of a corpus: `epoch` begins another epoch in another order, `end` ends the stream."""
 
-
-def special_ids(tokenizer: Any) -> list[int]:
-    """A tokenizer's special tokens; TransformerLens names some that are not in its vocabulary."""
-    return sorted({token for token in tokenizer.all_special_ids if token is not None})
-
-
-TOKENISED_AT_ONCE = 64
-# Tokenizers refuse to be used by two threads at once, and the splits of one run share theirs.
-TOKENIZING = threading.Lock()
+TOKENIZED_AT_ONCE = 64
+# A tokenizer must not run on two threads at once, and the splits of a run share one tokenizer.
+TOKENIZER_LOCK = threading.Lock()
 
 log = logging.getLogger(__name__)
 
 
+def special_ids(tokenizer: Any) -> list[int]:
+    """The ids of a tokenizer's special tokens.
+
+    TransformerLens adds special tokens that the vocabulary does not have; their id is None, and they are left out.
+    """
+    return sorted({token for token in tokenizer.all_special_ids if token is not None})
+
+
 @dataclass(frozen=True)
 class Chunk:
-    """Some documents, tokenised, and where they lie in the corpus."""
+    """Some tokenized documents, with the corpus positions before and after them."""
 
     documents: list[list[int]]
-    """Their tokens."""
-    place: dict[str, Any]
-    """Where reading stood before them: epoch, the reader's state, documents of the split met so far."""
-    after: dict[str, Any]
-    """Where it stands after them."""
+    """The token ids of each document."""
+    position: dict[str, Any]
+    """The position before these documents: the epoch, the reader's state, and the number of the split's documents read so far."""
+    next_position: dict[str, Any]
+    """The position after these documents."""
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Which documents, and in which order: those of a split, dealt to ranks in turn."""
+class TokenizedDocuments:
+    """One rank's documents of one split, tokenized: document number i of the split goes to rank i modulo `world_size`."""
 
     corpus: Corpus
     tokenizer: Any
@@ -57,43 +59,49 @@ class Documents:
     world_size: int = 1
     exhausted: Exhausted = "epoch"
 
-    def chunks(self, place: dict[str, Any]) -> Iterator[Chunk]:
-        """Their tokens from a place on, an epoch after another."""
+    def chunks(self, position: dict[str, Any]) -> Iterator[Chunk]:
+        """The documents from a position on, epoch after epoch."""
         special = set(special_ids(self.tokenizer))
-        for epoch in itertools.count(place["epoch"]):
-            # An epoch that is gone on with had text in it, or it would not have been left.
-            documents, text = place["met"], int(place["met"] > 0)
-            for chunk in self._epoch(place):
-                documents, text = chunk.after["met"], text + any(token not in special for tokens in chunk.documents for token in tokens)
+        for epoch in itertools.count(position["epoch"]):
+            n_documents = position["met"]
+            # A position inside an epoch comes from an earlier reading, which found text.
+            has_text = n_documents > 0
+            for chunk in self._epoch(position):
+                n_documents = chunk.next_position["met"]
+                has_text = has_text or any(token not in special for tokens in chunk.documents for token in tokens)
                 yield chunk
-            if not text:
-                where = f"{self.corpus.description()}: split {self.split} of held_out={self.held_out}, rank {self.rank} of {self.world_size}"
-                raise InputError(f"corpus: not one document with text in it ({where})")
+            if not has_text:
+                share = f"split {self.split} of held_out={self.held_out}, rank {self.rank} of {self.world_size}"
+                raise InputError(f"corpus: no document with text in it ({self.corpus.description()}: {share})")
             if self.exhausted == "end":
                 return
-            log.warning("the %s split's %d documents are exhausted; epoch %d begins, in another order", self.split, documents, epoch + 1)
-            place = {"epoch": epoch + 1, "reader": None, "met": 0}
+            log.warning("the %s split's %d documents are exhausted; epoch %d begins, in another order", self.split, n_documents, epoch + 1)
+            position = {"epoch": epoch + 1, "reader": None, "met": 0}
 
-    def _epoch(self, place: dict[str, Any]) -> Iterator[Chunk]:
-        reader = self.corpus.reader(seed=self.seed, epoch=place["epoch"], state=place["reader"])
-        met, mine = place["met"], list[Document]()
+    def _epoch(self, position: dict[str, Any]) -> Iterator[Chunk]:
+        """The documents of one epoch from a position on, in chunks of `TOKENIZED_AT_ONCE`."""
+        reader = self.corpus.reader(seed=self.seed, epoch=position["epoch"], state=position["reader"])
+        n_documents, pending = position["met"], list[Document]()
         for document in reader:
-            alive()
+            heartbeat()
             if split_of(document, self.held_out) != self.split:
                 continue
-            met += 1
-            if (met - 1) % self.world_size == self.rank:
-                mine.append(document)
-            if len(mine) == TOKENISED_AT_ONCE:
-                after = {"epoch": place["epoch"], "reader": reader.state(), "met": met}
-                yield Chunk(list(self._tokenised(mine)), place, after)
-                place, mine = after, []
-        if mine:
-            yield Chunk(list(self._tokenised(mine)), place, {"epoch": place["epoch"], "reader": reader.state(), "met": met})
+            n_documents += 1
+            if (n_documents - 1) % self.world_size == self.rank:
+                pending.append(document)
+            if len(pending) == TOKENIZED_AT_ONCE:
+                next_position = {"epoch": position["epoch"], "reader": reader.state(), "met": n_documents}
+                yield Chunk(list(self._tokenize(pending)), position, next_position)
+                position, pending = next_position, []
+        if pending:
+            next_position = {"epoch": position["epoch"], "reader": reader.state(), "met": n_documents}
+            yield Chunk(list(self._tokenize(pending)), position, next_position)
 
-    def _tokenised(self, documents: list[Document]) -> Iterator[list[int]]:
+    def _tokenize(self, documents: list[Document]) -> Iterator[list[int]]:
+        """The token ids of each document. Documents that are token ids already are checked against the vocabulary."""
         texts = [document for document in documents if isinstance(document, str)]
-        with TOKENIZING:  # its own warning about long texts does not know that they are packed
+        with TOKENIZER_LOCK:
+            # `verbose=False` turns off the warning about long texts: they are cut into contexts later.
             encoded = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
         for document in documents:
             if isinstance(document, str):
@@ -106,14 +114,22 @@ class Documents:
 
 
 class PackedTokens:
-    """Contexts of exactly `context_size` tokens: documents one after another, each ended by EOS, read and tokenised on a thread.
+    """Contexts of exactly `context_size` tokens, packed from documents that a thread reads and tokenizes ahead.
 
-    What a document leaves over begins the next context. `state()` between two takes is a place to go on from, exactly.
+    Documents follow one another, each with an EOS token after it. A document that does not fit continues in the next context.
+
+    Args:
+        documents: The documents to pack.
+        context_size: The number of tokens in a context, BOS included.
+        prepend_bos: Whether each context begins with a BOS token.
+        stall_seconds: Reading ends with an error after this time without a document; None waits forever.
+        name: The language model's name, for messages.
+        state: An earlier object's `state()`, to continue from there.
     """
 
     def __init__(
         self,
-        documents: Documents,
+        documents: TokenizedDocuments,
         *,
         context_size: int,
         prepend_bos: bool,
@@ -122,58 +138,65 @@ class PackedTokens:
         state: dict[str, Any] | None = None,
     ):
         self.context_size = context_size
-        self.head, self.separator = marks(documents.tokenizer, prepend_bos, name)
+        self.prefix, self.separator = boundary_tokens(documents.tokenizer, prepend_bos, name)
         self._start = state or {"place": {"epoch": 0, "reader": None, "met": 0}, "taken": 0, "waiting": []}
-        source = documents.chunks(self._start["place"])
-        self._chunks = Producer(source, name=f"corpus {documents.corpus.description()}", stall_seconds=stall_seconds)
+        chunks = documents.chunks(self._start["place"])
+        self._chunks = Producer(chunks, name=f"corpus {documents.corpus.description()}", stall_seconds=stall_seconds)
         self._chunk: Chunk | None = None
-        self._waiting: list[int] = list(map(int, self._start["waiting"]))
-        self._taken, self._ended = 0, False
+        self._tokens: list[int] = list(map(int, self._start["waiting"]))
+        """Tokens of documents that no context has yet."""
+        self._n_used, self._ended = 0, False
         if self._start["taken"] and self._next_chunk():
-            self._taken = self._start["taken"]
+            self._n_used = self._start["taken"]
 
-    def take(self, count: int) -> Int[Tensor, "context position"]:
-        """The next contexts, fewer only at the very end."""
-        body = self.context_size - len(self.head)
-        while len(self._waiting) < count * body and not self._ended:
+    def next_contexts(self, count: int) -> Int[Tensor, "context position"]:
+        """The next `count` contexts; fewer at the end of the stream, where an incomplete context is dropped."""
+        length = self.context_size - len(self.prefix)
+        while len(self._tokens) < count * length and not self._ended:
             self._add_document()
-        whole = min(count, len(self._waiting) // body)
-        packed = torch.tensor(self._waiting[: whole * body], dtype=torch.long).view(whole, body)
-        del self._waiting[: whole * body]
-        return torch.cat([torch.tensor(self.head, dtype=torch.long).expand(whole, -1), packed], 1)
+        complete = min(count, len(self._tokens) // length)
+        packed = torch.tensor(self._tokens[: complete * length], dtype=torch.long).view(complete, length)
+        del self._tokens[: complete * length]
+        return torch.cat([torch.tensor(self.prefix, dtype=torch.long).expand(complete, -1), packed], 1)
 
     def state(self) -> dict[str, Any]:
-        """Where the next `take` begins."""
-        place = self._chunk.place if self._chunk else self._start["place"]
-        return {"place": place, "after": self.reached, "taken": self._taken, "waiting": torch.tensor(self._waiting, dtype=torch.int32)}
+        """The position of the next context: a new object with this `state` continues with it."""
+        position = self._chunk.position if self._chunk else self._start["place"]
+        tokens = torch.tensor(self._tokens, dtype=torch.int32)
+        return {"place": position, "after": self.read_position, "taken": self._n_used, "waiting": tokens}
 
     @property
-    def reached(self) -> dict[str, Any]:
-        """The place that everything read so far lies before."""
-        return self._chunk.after if self._chunk else self._start.get("after", self._start["place"])
+    def read_position(self) -> dict[str, Any]:
+        """A corpus position after all documents used so far."""
+        return self._chunk.next_position if self._chunk else self._start.get("after", self._start["place"])
 
     def close(self) -> None:
-        """End the reading thread."""
+        """Stop the reading thread."""
         self._chunks.close()
 
     def _add_document(self) -> None:
-        if (self._chunk is None or self._taken == len(self._chunk.documents)) and not self._next_chunk():
+        """Append the tokens of one more document, and its separator."""
+        if (self._chunk is None or self._n_used == len(self._chunk.documents)) and not self._next_chunk():
             self._ended = True
             return
         assert self._chunk is not None
-        self._waiting += self._chunk.documents[self._taken] + self.separator
-        self._taken += 1
+        self._tokens += self._chunk.documents[self._n_used] + self.separator
+        self._n_used += 1
 
     def _next_chunk(self) -> bool:
+        """Go to the next chunk; false if there is none."""
         chunk = next(self._chunks, None)
-        self._chunk, self._taken = chunk or self._chunk, self._taken if chunk is None else 0
+        self._chunk, self._n_used = chunk or self._chunk, self._n_used if chunk is None else 0
         return chunk is not None
 
 
-def marks(tokenizer: Any, prepend_bos: bool, name: str = "") -> tuple[list[int], list[int]]:
-    """What begins a context and what ends a document; a model without BOS was trained to begin after EOS."""
+def boundary_tokens(tokenizer: Any, prepend_bos: bool, name: str = "") -> tuple[list[int], list[int]]:
+    """The tokens before each context, and the tokens after each document; each list has one token or none.
+
+    A tokenizer without BOS has its EOS before each context, because such models are trained with EOS between documents.
+    """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    begin = bos if bos is not None else eos
-    if prepend_bos and begin is None:
+    first = bos if bos is not None else eos
+    if prepend_bos and first is None:
         raise InputError(f"prepend_bos: the tokenizer of {name!r} has neither BOS nor EOS, set it to false")
-    return [begin] if prepend_bos else [], [] if eos is None else [eos]
+    return [first] if prepend_bos else [], [] if eos is None else [eos]

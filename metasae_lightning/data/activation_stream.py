@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metasae_lightning.corpora.base import Corpus, Split
 from metasae_lightning.corpora.prefetch import Producer
-from metasae_lightning.corpora.tokenization import Documents
+from metasae_lightning.corpora.tokenization import TokenizedDocuments
 from metasae_lightning.data.batching import Batching
 from metasae_lightning.data.forward_passes import Rows
 from metasae_lightning.data.stream import Handed, Stream
@@ -136,7 +136,7 @@ class ActivationStream(Stream):
 
     def _rows(self, rank: int, cursor: dict[str, Any], first: int = 0) -> Rows:
         batching = self.batching
-        documents = Documents(
+        documents = TokenizedDocuments(
             self.corpus,
             self.language_model.tokenizer,
             self.split,

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from metasae_lightning.corpora.tokenization import Documents, PackedTokens, special_ids
+from metasae_lightning.corpora.tokenization import PackedTokens, TokenizedDocuments, special_ids
 from metasae_lightning.data.batching import Batching
 from metasae_lightning.data.masks import content, own_document
 from metasae_lightning.errors import InputError
@@ -33,7 +33,7 @@ class Rows:
 
     def __init__(
         self,
-        documents: Documents,
+        documents: TokenizedDocuments,
         language_model: LanguageModel,
         batching: Batching,
         *,
@@ -77,7 +77,7 @@ class Rows:
     def take(self) -> tuple[Int[Tensor, "context position"], Tensor] | None:
         """The next forward pass's contexts and which of their tokens are rows; nothing at the end."""
         before = self._tokens.state()
-        tokens = self._tokens.take(self.batching.forward_batch)
+        tokens = self._tokens.next_contexts(self.batching.forward_batch)
         if not len(tokens):
             return None
         digest = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=8).hexdigest()
@@ -116,7 +116,7 @@ class Rows:
     @property
     def reached(self) -> dict[str, Any]:
         """The place in the corpus that everything read so far lies before."""
-        return self._tokens.reached
+        return self._tokens.read_position
 
     def close(self) -> None:
         """Read no further."""
@@ -144,7 +144,7 @@ class Rows:
     @property
     def begun(self) -> bool:
         """Whether a context begins with BOS."""
-        return bool(self._tokens.head)
+        return bool(self._tokens.prefix)
 
     def visible(self, tokens: Int[Tensor, "context position"]) -> Bool[Tensor, "context position position"] | None:
         """What each token may attend to, documents apart where that is asked for and can be had."""

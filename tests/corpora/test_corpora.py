@@ -207,7 +207,7 @@ def test_a_dataset_that_changed_since_the_state_was_taken_is_told(tmp_path):
     (path / "train-5.jsonl").unlink()
     for file in path.glob("*"):
         file.write_text('{"text": "less"}')
-    with pytest.raises(InputError, match="has changed since reading began: 7 documents were read where 1 are left"):
+    with pytest.raises(InputError, match="has changed since reading began: 7 documents of a window were read, now it has 1"):
         list(HubText(str(path), shuffle_window=8).reader(state=reader.state()))
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from metasae_lightning.corpora.prefetch import Producer, alive
+from metasae_lightning.corpora.prefetch import Producer, heartbeat
 from metasae_lightning.errors import InputError
 
 
@@ -62,7 +62,7 @@ def test_a_stall_is_named_and_given_up():
 
 
 # Skipping to a place, waiting for a retry, downloading: nothing comes, and nothing is wrong.
-@pytest.mark.parametrize("word", [lambda: alive(), lambda: alive(1.0)])
+@pytest.mark.parametrize("word", [lambda: heartbeat(), lambda: heartbeat(1.0)])
 def test_what_says_that_it_is_alive_is_waited_for(word):
     def items():
         for _ in range(8):
