@@ -1,4 +1,4 @@
-"""Joint training: a primary SAE on activations, a meta SAE on its decoder, and the penalty that one puts on the other."""
+"""Joint training: a primary SAE on activations, a meta SAE on its decoder rows, and penalties on the primary's decoder."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -38,34 +38,34 @@ def adam(params: Iterable[Any]) -> Optimizer:
 class JointSAE(LightningModule):
     """A primary SAE trained jointly with a meta SAE that judges how decomposable its decoder rows are (arXiv 2604.03436).
 
-    Each macro-step is `n_p` primary steps on activations, then `n_m` meta steps on the decoder. With `meta: null` and `penalties: {}`
-    it trains the solo SAE.
+    A macro-step is `n_p` primary steps on activations, then `n_m` meta steps on the decoder rows. With `meta: null` and `penalties: {}`
+    the module trains the primary alone: the solo SAE.
 
     Args:
         primary: SAELens training config of the SAE on activations.
         meta: SAELens training config of the SAE on the primary's decoder rows, or none.
-        penalties: What joins the primary's loss, by the name it is logged under.
+        penalties: Penalties that are added to the primary's loss; each key is the name in the logs.
         n_p: Primary optimiser steps in a macro-step.
         n_m: Meta optimiser steps in a macro-step.
         decoder_rows: `unit` projects the decoder's gradient and renormalises after every step; `free` leaves both alone, as SAELens.
-        b_dec_init: The primary's decoder bias from the first batch.
-        primary_optimizer: Called with the primary's parameters.
-        meta_optimizer: Called with the meta's parameters.
-        primary_scheduler: Called with the primary's optimiser, stepped after each of its steps.
-        meta_scheduler: Called with the meta's optimiser, stepped after each of its steps.
-        clip_grad_norm: Largest gradient norm of each SAE, or none.
-        micro_batches: Into how many parts a batch is split, their gradients accumulated before the one step.
-        dead_after_tokens: A primary latent silent for so many tokens is dead.
-        meta_dead_after_steps: A meta latent silent for so many meta steps, times the rows that each reads, is dead.
-        seed: Seed of both SAEs' initial weights.
-        hook: Which of the data's hooks this one reads, where they give several.
-        init_from: An SAE whose weights the primary starts from: a run, a SAELens folder, or RELEASE:ID on the Hub.
-        meta_init_from: The same for the meta SAE.
-        critic_supports: When the critic ranks its latents: at every step, or, an approximation, at the first after each meta phase.
-        meta_rows: How many rows, drawn anew, a meta step reads; none is all of them, as in the paper.
-        kernels: `sparse` leaves zeros out where the architecture is of the top-k family; `dense` is SAELens's own forward pass.
-        batch_cut: Whether a batch top-k SAE keeps the largest activations of all ranks' batches together, `global`, or of each, `local`.
-        non_finite: Whether `StopOnNaN` ends the run where a loss or gradient is not finite, `stop`, or all ranks skip the step, `skip`.
+        b_dec_init: How the primary's decoder bias is initialised: zeros, or the mean or geometric median of the first batch.
+        primary_optimizer: Makes the primary's optimiser from its parameters.
+        meta_optimizer: Makes the meta SAE's optimiser from its parameters.
+        primary_scheduler: Makes the primary's learning rate schedule from its optimiser; one schedule step for each optimiser step.
+        meta_scheduler: Makes the meta SAE's learning rate schedule from its optimiser; one schedule step for each optimiser step.
+        clip_grad_norm: Largest gradient norm of each SAE; null does not clip.
+        micro_batches: Number of parts that a batch is split into; gradients of the parts are accumulated before the one step.
+        dead_after_tokens: A primary latent that did not fire for this many tokens is dead.
+        meta_dead_after_steps: A meta latent that did not fire for this many full meta steps is dead.
+        seed: Seed of the initial weights of both SAEs.
+        hook: The hook whose activations this module trains on; needed where the data have several hooks.
+        init_from: The SAE whose weights the primary starts from: a run, a SAELens folder, or RELEASE:ID on the Hub.
+        meta_init_from: The SAE whose weights the meta SAE starts from: a run, a SAELens folder, or RELEASE:ID on the Hub.
+        critic_supports: When the critic runs top-k: `exact`, at every step; `macro_step`, once after each meta phase (approximate).
+        meta_rows: Number of decoder rows, drawn anew, that a meta step reads; null reads all rows, as in the paper.
+        kernels: `sparse` skips zeros for architectures of the top-k family; `dense` is SAELens's own forward pass.
+        batch_cut: A batch top-k SAE keeps the largest activations of all ranks' batches together (`global`) or of each rank's (`local`).
+        non_finite: On a loss or gradient that is not finite: `stop` lets `StopOnNaN` end the run; `skip` skips the step on all ranks.
     """
 
     critic_supports: Literal["exact", "macro_step"]
@@ -128,39 +128,36 @@ class JointSAE(LightningModule):
     def step(
         self, batch: Batch, primary_optimizer: Optimizer, meta_optimizer: Optimizer | None = None, *, last: bool = False
     ) -> StepOutput:
-        """One primary step and, where it ends a macro-step, the meta phase: the algorithm."""
-        if not self.primary.initialized:  # by what all ranks' first batches say
-            _tell(self.primary.initialize(self.crew.all.together(batch.activations)), "primary")
-        if self.meta is not None and self.primary.initialized and not self.meta.initialized:  # before it first judges
-            _tell(self.meta.initialize(functional.unit_rows(whole(self.primary.W_dec.detach()))), "meta")
+        """Take one primary step and, at the end of a macro-step, the meta phase. This is the whole algorithm."""
+        if not self.primary.initialized:  # from the first batches of all ranks
+            _log_init(self.primary.initialize(self.crew.all.together(batch.activations)), "primary")
+        if self.meta is not None and self.primary.initialized and not self.meta.initialized:  # before its first use as critic
+            _log_init(self.meta.initialize(functional.unit_rows(whole(self.primary.W_dec.detach()))), "meta")
         penalty, values = self.penalties.loss(*self._penalty_args())
         values = self.penalties.values_by_name(*self._penalty_args(), values, critic_is_trained=self._critic_is_trained)
-        seen = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, extra_loss=penalty)
-        self._advance(self.primary, seen)
-        reading = self.primary.step_stats(batch.activations, seen)
-        owed = meta_steps_after(int(self.primary.steps), n_p=self.n_p, n_m=self.n_m, last=last, applied=seen.applied)
-        judged = self._meta_phase(owed, meta_optimizer)
-        if last:  # the run ends on what the last critic makes of the last decoder
+        result = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, extra_loss=penalty)
+        self._step_schedule(self.primary, result)
+        stats = self.primary.step_stats(batch.activations, result)
+        meta_steps = meta_steps_after(int(self.primary.steps), n_p=self.n_p, n_m=self.n_m, last=last, applied=result.applied)
+        meta_stats = self._meta_phase(meta_steps, meta_optimizer)
+        if last:  # report the final decoder's penalties, by the final critic
             values = self.penalties.values_by_name(*self._penalty_args(), {}, critic_is_trained=self._critic_is_trained)
-        loss = reading.loss if penalty is None else reading.loss + self.crew.all.summed(penalty)
+        loss = stats.loss if penalty is None else stats.loss + self.crew.all.summed(penalty)
         skips = longest_skip(self.guards.values())
-        return StepOutput(loss, reading, seen.codes, seen.reconstruction, penalties=values, meta=judged, **skips)
+        return StepOutput(loss, stats, result.codes, result.reconstruction, penalties=values, meta=meta_stats, **skips)
 
     def evaluate(self, batch: Batch) -> Evaluation:
-        """Codes and reconstruction of a batch by the training rule; nothing moves."""
+        """Codes and reconstruction of a batch, with the activation function of training. Changes no state."""
         return Evaluation(batch.activations, *self.primary.read(batch.activations))
 
     def join(self, ranks: Ranks, mesh: Any = None) -> None:
-        """Train beside other ranks: batches are parts of one, and the penalty's and the meta SAE's rows are divided.
-
-        On a mesh, as Lightning's `ModelParallelStrategy` makes it, the primary's latents are divided along its second side.
-        """
+        """Train together with other ranks, on parts of one batch; on a device mesh, shard the primary along its `tensor_parallel` side."""
         argument_checks.check_ranks(ranks, self.critic_supports)
         self.crew = Crew.of(ranks, mesh)
         self.primary.join(self.crew, self.batch_cut)
         if mesh is not None:
             self.primary.divide(mesh["tensor_parallel"])
-        if self.meta is not None:  # each has all of it
+        if self.meta is not None:  # every rank has the whole meta SAE
             self.meta.join(Crew.of(ranks), self.batch_cut)
 
     @property
@@ -169,49 +166,53 @@ class JointSAE(LightningModule):
         return int(self.primary.rows_seen)
 
     def _penalty_args(self) -> tuple[Tensor, Critic | None, int, Crew]:
-        """What penalties are made of."""
+        """Arguments of every penalty: decoder, critic (the frozen meta SAE), primary step, process groups."""
         reuse_support = self.critic_supports == "macro_step"
         critic = None if self.meta is None else partial(self.meta.reconstruct, reuse_support=reuse_support, reuse_output=True)
         return self.primary.W_dec, critic, int(self.primary.steps), self.crew
 
     @property
     def _critic_is_trained(self) -> bool:
+        """Whether the meta SAE has taken a step: an untrained critic says nothing about the decoder."""
         return self.meta is None or bool(self.meta.steps)
 
     def _meta_phase(self, steps: int, optimizer: Optimizer | None) -> StepStats | None:
-        """So many meta steps on the decoder as it is now, and what the last of them showed."""
+        """Take `steps` meta steps on the current decoder rows; returns the statistics of the last step."""
         if self.meta is None or not steps:
             return None
         assert optimizer is not None
-        decoder, judged = self.primary.W_dec.detach(), None
+        decoder, stats = self.primary.W_dec.detach(), None
         rows = functional.unit_rows(own(decoder))
-        for left in reversed(range(steps)):
-            chosen = None
-            if self.meta_rows is not None:  # not in the order that a penalty of the same seed draws
-                chosen = order(len(decoder), step=int(self.meta.steps), seed=self.seed + 1)[: self.meta_rows]
-            mine = share(decoder, chosen, self.crew)
-            seen = self.meta.learn(some := rows if mine is None else rows[mine], optimizer, backward=self._backward)
-            self._advance(self.meta, seen)
-            judged = None if left else self.meta.step_stats(some, seen)
-        return judged
+        for steps_left in reversed(range(steps)):
+            drawn = None
+            if self.meta_rows is not None:  # another seed than a penalty's, which would draw the same rows
+                drawn = order(len(decoder), step=int(self.meta.steps), seed=self.seed + 1)[: self.meta_rows]
+            indices = share(decoder, drawn, self.crew)
+            meta_batch = rows if indices is None else rows[indices]
+            result = self.meta.learn(meta_batch, optimizer, backward=self._backward)
+            self._step_schedule(self.meta, result)
+            stats = None if steps_left else self.meta.step_stats(meta_batch, result)
+        return stats
 
     def _backward(self, loss: Tensor) -> None:
-        if self._trainer is None:  # a notebook, a test: there is no strategy and no scaler to go through
+        """Backward pass through Lightning's strategy and precision plugin; plain where there is no trainer."""
+        if self._trainer is None:  # in a notebook or a test
             return loss.backward()
-        # Gradients are summed once, before the step that takes them: not by each of its passes.
+        # DDP would sum gradients over ranks in every backward pass; the learner sums them once, before the step.
         strategy = self.trainer.strategy
         with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
             self.manual_backward(loss)
 
-    def _advance(self, learner: Learner, seen: ForwardResult) -> None:
-        if not seen.applied and learner.guard is not None:
+    def _step_schedule(self, learner: Learner, result: ForwardResult) -> None:
+        """Step the SAE's learning rate schedule; where its optimiser step was skipped, log the reason instead."""
+        if not result.applied and learner.guard is not None:
             reason = f"{learner.guard.bad_tensor} was not finite"
-            rank_zero_info(f"{learner.role}: a step was left out after {self.rows_seen:,} tokens: {reason}")
+            rank_zero_info(f"{learner.role}: a step was skipped after {self.rows_seen:,} tokens: {reason}")
         elif learner.role in self._schedules:
             self._schedules[learner.role].step()
 
     def setup(self, stage: str) -> None:
-        """Check the data against the SAEs, and let penalties look at the trainer."""
+        """Check trainer and data, join the other ranks, and set up penalties."""
         if stage == "fit":
             argument_checks.check_trainer(self.trainer)
         self.join(Ranks.joined(), getattr(self.trainer.strategy, "device_mesh", None))
@@ -220,29 +221,29 @@ class JointSAE(LightningModule):
             penalty.setup(self.trainer)  # pyright: ignore
 
     def configure_model(self) -> None:
-        """Lightning's place for dividing a module; `setup` has done it."""
+        """Do nothing: Lightning's strategies require this hook for sharding, and `setup` has sharded the primary already."""
 
     def on_fit_start(self) -> None:
-        """Have what is wrong with an SAE to start from said before the run begins, where it is known whether it goes on."""
+        """Load the SAEs given by `init_from`, so that an error comes before the run begins. Only where a checkpoint is restored by now."""
         if not self.trainer.strategy.restore_checkpoint_after_setup:
-            self._open_origins()
+            self._load_init_from()
 
     def on_train_start(self) -> None:
-        """Or else now."""
-        self._open_origins()
+        """Load the SAEs given by `init_from` if `on_fit_start` could not yet; check that all ranks have equally many batches."""
+        self._load_init_from()
         argument_checks.check_batches(self.trainer, self.crew.all, self.rows_seen)
 
-    def _open_origins(self) -> None:
-        """Look at the SAEs to start from; a run that goes on does not need them."""
-        tell = getattr(getattr(self.trainer, "datamodule", None), "metadata", None)
+    def _load_init_from(self) -> None:
+        """Load and check the SAEs given by `init_from`, except in a resumed run, whose SAEs are initialised."""
+        metadata = getattr(getattr(self.trainer, "datamodule", None), "metadata", None)
         for learner in filter(None, (self.primary, self.meta)):
             if learner.config.init_from is not None and not learner.initialized:
                 learner.config.init_from.open(learner.role, learner.sae.cfg)
-                if learner is self.primary and tell is not None:
-                    learner.config.init_from.check(tell(*([self.hook] if self.hook else [])))
+                if learner is self.primary and metadata is not None:
+                    learner.config.init_from.check(metadata(*([self.hook] if self.hook else [])))
 
     def configure_optimizers(self) -> Any:
-        """One optimiser, and one schedule where given, for each SAE."""
+        """One optimiser for each SAE, and a learning rate schedule for each SAE that has one."""
         steps = self.trainer.estimated_stepping_batches
         optimizers: list[Optimizer] = []
         for name, learner in (("primary", self.primary), ("meta", self.meta)):
@@ -251,36 +252,36 @@ class JointSAE(LightningModule):
             optimizer = self._optimizer_callables[name](learner.parameters())
             optimizers.append(optimizer)
             if (scheduler := self._scheduler_callables[name]) is not None:
-                own = steps if name == "primary" else meta_steps_in(steps, n_p=self.n_p, n_m=self.n_m)
-                self._schedules[name] = bind_schedule(scheduler(optimizer), own, name)
+                sae_steps = steps if name == "primary" else meta_steps_in(steps, n_p=self.n_p, n_m=self.n_m)
+                self._schedules[name] = bind_schedule(scheduler(optimizer), sae_steps, name)
         return optimizers, list(self._schedules.values())
 
     def advance(self, batch: Batch, optimizers: Any) -> StepOutput:
-        """A step under a trainer, which knows whether it is the last."""
+        """Take a step under a trainer, which knows whether this is the last step of the run."""
         primary, meta = optimizers if self.meta is not None else (*optimizers, None)
         last = self.trainer.is_last_batch and self.trainer.current_epoch + 1 == self.trainer.max_epochs
         return self.step(batch.select_hook(self.hook), primary, meta, last=last)
 
     def training_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:
-        """Fetch the optimisers, step, log; callbacks find the StepOutput under `output`."""
+        """Take a step with Lightning's optimisers and log it; callbacks get the StepOutput under the key `output`."""
         optimizers: Any = self.optimizers()
         output = self.advance(Batch.of(batch), optimizers if isinstance(optimizers, list) else [optimizers])
         self.log_dict(self.scalars(output), batch_size=len(output.reconstruction))
         return {"loss": output.loss, "output": output}
 
     def validation_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:
-        """Callbacks find the Evaluation under `output`."""
+        """Evaluate a batch; callbacks get the Evaluation under the key `output`."""
         return {"output": self.evaluate(Batch.of(batch).select_hook(self.hook))}
 
     test_step = validation_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What a critic holds is of an earlier step's decoder: it cannot be found again."""
+        """Save the counts of skipped steps and the critic's cached support, which cannot be recomputed from the current decoder."""
         checkpoint["critic_supports"] = None if self.meta is None else self.meta.cached_support
         checkpoint["guards"] = {role: guard.state_dict() for role, guard in self.guards.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See above."""
+        """Restore the counts of skipped steps and the critic's cached support."""
         if "arms" in checkpoint:
             raise InputError(f"the checkpoint holds the arms {', '.join(checkpoint['arms'])}: go on with the recipe that has them")
         if self.meta is not None:
@@ -288,10 +289,11 @@ class JointSAE(LightningModule):
         restore_guards(self.guards, checkpoint.get("guards", {}))
 
     def scalars(self, output: StepOutput) -> dict[str, Any]:
-        """What a step logs."""
+        """The values that a step logs, by name."""
         return {**output.scalars(), "train/tokens": float(self.primary.rows_seen), **skipped_steps(self.guards.values())}
 
 
-def _tell(adopted: InitReport | None, role: str) -> None:
-    if adopted is not None:
-        rank_zero_info(f"{role} {adopted}")
+def _log_init(report: InitReport | None, role: str) -> None:
+    """Log which SAE an SAE was initialised from."""
+    if report is not None:
+        rank_zero_info(f"{role} {report}")
