@@ -8,12 +8,13 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from lightning import LightningDataModule
 
-import metasae_lightning.cli.plugins  # noqa: F401  short class names in a recipe
+from metasae_lightning.cli.plugins import load_plugins
 from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.saes import Subject, check_same_activations, corpus_of, model_of, subject
 from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.lm import device
+from metasae_lightning.run_folder import exported_arms, read_config
 
 
 def settings_of(args: Namespace) -> Settings:
@@ -70,6 +71,7 @@ def check_same_data(saes: Sequence[Subject], args: Namespace) -> None:
 
 def data_of(path: Path) -> Any:
     """The data module that a recipe or a run's config.yaml describes."""
+    load_plugins()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
     return parser.instantiate_classes(parser.parse_object({"data": tree_of(path)["data"]}))["data"]

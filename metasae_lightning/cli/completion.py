@@ -39,8 +39,8 @@ def completion_script(shell: str) -> str:
             elif action.nargs != 0:
                 setattr(action, "complete", shtab.FILE)  # noqa: B010
     names = " ".join(recipe_names())
-    preamble = {
+    functions = {
         "bash": f'{FUNCTION}() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}',
         "zsh": f"{FUNCTION}() {{ _values recipe {names}; _files; }}",
     }
-    return shtab.complete(root, shell, preamble=preamble)
+    return shtab.complete(root, shell, preamble=functions[shell])

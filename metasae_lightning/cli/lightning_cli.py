@@ -17,7 +17,7 @@ from metasae_lightning import callbacks
 from metasae_lightning.cli.grid import expand, select_arms
 from metasae_lightning.cli.loggers import default_loggers
 from metasae_lightning.cli.parser_errors import parser_error_line
-from metasae_lightning.cli.plugins import argument_names, class_names
+from metasae_lightning.cli.plugins import argument_names, class_names, load_plugins
 from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.memory.plan import announce
@@ -166,6 +166,7 @@ class MetasaeCLI(LightningCLI):
 
 def run(words: list[str]) -> int:
     """Parse and run a command of LightningCLI."""
+    load_plugins()
     strict = {"exit_on_error": False, "allow_abbrev": False}
     MetasaeCLI(
         LightningModule,

@@ -89,10 +89,10 @@ def calibrate_thresholds(args: Namespace) -> int:
     samples = sample(sae, data, settings.calibration_tokens)
     before = mean_l0(sae, samples)
     result = calibrate(scores, samples, l0, rule)
-    entry = {"rule": rule, "target_l0": l0, "l0_before": before, "l0": result.l0, "few_firings": result.few, "tokens": result.tokens}
+    entry = {"rule": rule, "target_l0": l0, "l0_before": before, "l0": result.l0, "few_firings": result.n_rare, "tokens": result.tokens}
     pretrained.set_thresholds(folder, result.threshold, {"threshold_rule": entry})
     run_folder.add_entry(sae.record, "calibration", entry, arm=sae.arm)
-    few = f", {result.few:,} latents that fired too rarely share one threshold" if rule == "rate" else ""
+    few = f", {result.n_rare:,} latents that fired too rarely share one threshold" if rule == "rate" else ""
     Console().print(f"{folder}: L0 {before:.2f} -> {result.l0:.2f} by the rule {rule!r} on {result.tokens:,} validation tokens{few}")
     return 0
 

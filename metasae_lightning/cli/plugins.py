@@ -52,4 +52,3 @@ def user_metadata(metadata: SAEMetadata) -> dict[str, Any]:
 
 # jsonargparse could write SAEMetadata, which has no fixed fields, but not read it back.
 register_type(SAEMetadata, serializer=user_metadata, deserializer=lambda record: SAEMetadata(**record))
-load_plugins()
