@@ -64,7 +64,7 @@ def _set(subject: Subject, l0: float, rule: Rule, data: Any, tokens: int, sample
             log.info("thresholds by the rule %r on %s validation tokens", rule, f"{tokens:,}")
             samples.extend(sample(subject, data, tokens))
         found = calibrate(scores, samples, l0, rule)
-        told = {"l0": found.l0, "few": found.few, "on": found.tokens}
+        told = {"l0": found.l0, "few": found.n_rare, "on": found.tokens}
         return {"threshold": found.threshold, **{name: torch.tensor(value) for name, value in told.items()}}
 
     text = [passage.digest for passage in passages(stream, tokens)]

@@ -1,8 +1,8 @@
-"""An inference SAE's weights in a training SAE: the same function where the two architectures permit it, and the reason where not.
+"""Conversion of an inference SAE's weights into a training SAE: the same function where the two architectures permit it.
 
-With `h = (x - b_dec) W_enc + b_enc`, standard, gated and JumpReLU SAEs all keep `h` where it exceeds a threshold, and each can be written
-as the other two where that threshold allows; top-k ones rank `h` instead. Decoder rows of any length, a decoder bias that the encoder
-subtracts or not, and activations scaled or whitened by an affine map are three ways of writing one function.
+With `h = (x - b_dec) W_enc + b_enc`, standard, gated and JumpReLU SAEs all keep `h` where it exceeds a threshold. Each can be written as
+one of the other two, if that one can express the threshold. Top-k SAEs rank `h` instead. Three differences never change the function:
+the length of the decoder rows, whether the encoder subtracts `b_dec`, and an affine map of the activations (scaling, whitening).
 """
 
 import copy
@@ -19,82 +19,86 @@ from metasae_lightning.sae.normalizers import ExpectedAverage, Normalizer
 from metasae_lightning.sae.thresholds import global_threshold
 
 Weights = dict[str, Tensor]
-# Rows this near to length 1 are unit: to divide by their length would change bits and nothing else.
-UNIT = 2e-6
-RANKED = ("topk", "batchtopk", "matryoshka_batchtopk")
-GATES = ("standard", "gated", "jumprelu")
-OWN = {"W_enc", "W_dec", "b_dec", "b_enc", "b_gate", "b_mag", "r_mag", "threshold"}
+# Rows whose length is this close to 1 stay as they are: a division would only change rounding.
+UNIT_TOLERANCE = 2e-6
+TOP_K = ("topk", "batchtopk", "matryoshka_batchtopk")
+THRESHOLDED = ("standard", "gated", "jumprelu")
+KNOWN_WEIGHTS = {"W_enc", "W_dec", "b_dec", "b_enc", "b_gate", "b_mag", "r_mag", "threshold"}
 
 
 @torch.no_grad()
 def transfer_weights(source: Any, target: Any, normalizer: Normalizer, z: Float[Tensor, "row d_in"], *, unit_rows: bool) -> list[str]:
-    """Give a training SAE that lives in a normaliser's space the weights of an inference SAE that takes raw activations.
+    """Set the weights of `target`, a training SAE in a normaliser's space, to those of `source`, an inference SAE on raw activations.
 
-    `z` are some activations in that space, on which a threshold is set where the source has none. Returns what could not be kept exactly.
+    `z` are activations in the normaliser's space; a threshold is computed from them where the source has none. Returns one sentence for
+    each property that could not be kept exactly.
     """
     check_normalizers(source, normalizer)
     source = copy.deepcopy(source).to(device=str(z.device), dtype=target.W_dec.dtype)
-    # What ranks latents is then the pre-activation itself.
+    # After folding, latents are ranked by the pre-activation itself.
     if getattr(source.cfg, "rescale_acts_by_decoder_norm", False):
         source.fold_W_dec_norm()
-    found = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
-    weights = {name: tensor for name, tensor in found.items() if name in OWN}
-    if other := sorted(set(found) - OWN):
-        raise InputError(f"init_from: what {', '.join(other)} of {source.cfg.architecture()!r} do is not known here")
-    kinds = source.cfg.architecture(), target.cfg.architecture()
-    theirs, ours = int(source.cfg.apply_b_dec_to_input), int(target.cfg.apply_b_dec_to_input)
+    state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+    weights = {name: tensor for name, tensor in state.items() if name in KNOWN_WEIGHTS}
+    if unknown := sorted(set(state) - KNOWN_WEIGHTS):
+        raise InputError(f"init_from: the weights {', '.join(unknown)} of a {source.cfg.architecture()!r} SAE cannot be converted")
+    architectures = source.cfg.architecture(), target.cfg.architecture()
+    # How often each encoder subtracts b_dec from its input: 0 or 1.
+    source_centring, target_centring = int(source.cfg.apply_b_dec_to_input), int(target.cfg.apply_b_dec_to_input)
     if normalizer.shifts:
-        subtract(weights, 1 - theirs)
-        theirs = 1
+        subtract_b_dec(weights, 1 - source_centring)
+        source_centring = 1
     normalizer.unfold(weights)
-    subtract(weights, ours - theirs)
+    subtract_b_dec(weights, target_centring - source_centring)
     lost = [
-        *rewritten(weights, *kinds, k=getattr(source.cfg, "k", None), z=z, centred=bool(ours)),
-        *settings(source.cfg, target.cfg, normalizer),
+        *convert_architecture(weights, *architectures, k=getattr(source.cfg, "k", None), z=z, centred=bool(target_centring)),
+        *setting_differences(source.cfg, target.cfg, normalizer),
     ]
     if unit_rows or getattr(target.cfg, "rescale_acts_by_decoder_norm", False):
-        lost += to_unit_rows(weights, ranked=set(kinds) <= {*RANKED, "abstopk"})
-    wanted = dict(target.named_parameters())
-    if wanted.keys() != weights.keys():
-        raise InputError(f"init_from: {kinds[0]!r} has {', '.join(sorted(weights))}, and {kinds[1]!r} wants {', '.join(sorted(wanted))}")
-    for name, parameter in wanted.items():
+        lost += to_unit_rows(weights, ranked=set(architectures) <= {*TOP_K, "abstopk"})
+    parameters = dict(target.named_parameters())
+    if parameters.keys() != weights.keys():
+        source_names, target_names = ", ".join(sorted(weights)), ", ".join(sorted(parameters))
+        raise InputError(f"init_from: {architectures[0]!r} has {source_names}, and {architectures[1]!r} wants {target_names}")
+    for name, parameter in parameters.items():
         fill(parameter, weights[name])
     return lost
 
 
-def settings(source: Any, target: Any, normalizer: Normalizer) -> Sequence[str]:
-    """What both configs have, and an encoder goes by, where it differs."""
+def setting_differences(source: Any, target: Any, normalizer: Normalizer) -> Sequence[str]:
+    """One sentence for each encoder setting that both configs have, with different values."""
     scale = normalizer.factor.item() if isinstance(normalizer, ExpectedAverage) else 1.0
-    found: list[str] = []
+    differences: list[str] = []
     for name in ("k", "residual_threshold", "max_iterations", "stop_on_duplicate_support"):
         theirs, ours = (getattr(cfg, name, None) for cfg in (source, target))
         if name == "residual_threshold" and theirs is not None:
             theirs = theirs * scale
         if hasattr(source, name) and hasattr(target, name) and theirs != ours:
-            found.append(f"{name} is {ours:g}, where the source has {theirs:g}" if theirs and ours else f"{name} is {ours}, not {theirs}")
-    return found
+            numbers = f"{name} is {ours:g}, where the source has {theirs:g}" if theirs and ours else f"{name} is {ours}, not {theirs}"
+            differences.append(numbers)
+    return differences
 
 
 def check_normalizers(source: Any, normalizer: Normalizer) -> None:
-    """What is done to each token apart is no affine map, and cannot be folded or unfolded."""
+    """Refuse to replace a per-token normaliser: it is not an affine map, so weights can neither fold it in nor unfold it."""
     theirs, ours = str(source.cfg.normalize_activations), normalizer.per_token
     if (theirs if theirs != "none" else None) != ours:
-        want = f"normalize_activations: {theirs}" if theirs != "none" else "none, expected_average_only_in or covariance_whitening"
+        demand = f"normalize_activations: {theirs}" if theirs != "none" else "none, expected_average_only_in or covariance_whitening"
         raise InputError(
-            f"init_from: the SAE takes activations normalised by {theirs!r}, for which no other normaliser can stand: set {want}"
+            f"init_from: the SAE takes activations normalised by {theirs!r}, which no other normaliser can replace: set {demand}"
         )
 
 
 def encoder_biases(weights: Weights) -> dict[str, Tensor | float]:
-    """The biases behind the encoder, each with what its own copy of the encoder is multiplied by."""
+    """The encoder's biases by name, each with the factor of `W_enc` in its pre-activation (`exp(r_mag)` for `b_mag`, otherwise 1)."""
     scales: dict[str, Tensor | float] = {"b_enc": 1.0, "b_gate": 1.0}
     if "r_mag" in weights:
         scales["b_mag"] = weights["r_mag"].exp()
     return {name: scale for name, scale in scales.items() if name in weights}
 
 
-def subtract(weights: Weights, times: int) -> None:
-    """Have the encoder's input subtract the decoder's bias so many times more, and its own biases make up for it."""
+def subtract_b_dec(weights: Weights, times: int) -> None:
+    """Rewrite the encoder for an input from which `b_dec` is subtracted `times` more; its biases change so that its output stays."""
     if not times or not weights["b_dec"].any():
         return
     if not (biases := encoder_biases(weights)):
@@ -104,29 +108,35 @@ def subtract(weights: Weights, times: int) -> None:
         weights[name] += shift * scale
 
 
-def rewritten(weights: Weights, source: str, target: str, *, k: float | None, z: Float[Tensor, "row d_in"], centred: bool) -> Sequence[str]:
-    """One architecture's weights as another's, in place; what is lost by it."""
+def convert_architecture(
+    weights: Weights, source: str, target: str, *, k: float | None, z: Float[Tensor, "row d_in"], centred: bool
+) -> Sequence[str]:
+    """Rewrite one architecture's weights as another's, in place; returns a sentence for each property that is lost.
+
+    `k`: the source's, for top-k. `z`: rows to compute a threshold from. `centred`: whether the encoder subtracts `b_dec`.
+    """
     if source == target:
         if source == "jumprelu":
-            weights["threshold"].clamp_(min=0)  # activations are not negative: below 0 a threshold does nothing
+            weights["threshold"].clamp_(min=0)  # a negative threshold acts like 0, since activations are not negative
         return []
-    if source not in (*GATES, *RANKED) or target not in (*GATES, *RANKED):
+    if source not in (*THRESHOLDED, *TOP_K) or target not in (*THRESHOLDED, *TOP_K):
         raise InputError(f"init_from: a {source!r} SAE cannot be written as a {target!r} one")
     if source == "gated":
         ungate(weights)
-    if target in RANKED:
+    if target in TOP_K:
         weights.pop("threshold", None)
-        theirs = "ranks each token's" if source in RANKED else "has thresholds"
+        theirs = "ranks each token's" if source in TOP_K else "has thresholds"
         return [f"{target!r} ranks {'each token' if target == 'topk' else 'a batch'}'s activations where {source!r} {theirs}"]
     if target == "standard":
-        held = weights.pop("threshold", None)
-        return [f"'standard' activates what {source!r} held back"] if source in RANKED or (held is not None and held.any()) else []
+        threshold = weights.pop("threshold", None)
+        is_lost = source in TOP_K or (threshold is not None and threshold.any())
+        return [f"'standard' keeps activations that {source!r} sets to 0"] if is_lost else []
     lost: list[str] = []
-    if source in RANKED:
+    if source in TOP_K:
         assert k is not None
-        value, _ = global_threshold(scores_of(weights, centred), [z], float(k))
+        value, _ = global_threshold(pre_activations_of(weights, centred), [z], float(k))
         weights["threshold"] = torch.full_like(weights["b_enc"], value)
-        lost.append(f"one threshold for all, set on {len(z):,} tokens, where {source!r} ranks each token's activations")
+        lost.append(f"one threshold for all latents, set on {len(z):,} tokens, where {source!r} ranks each token's activations")
     threshold = weights.pop("threshold", torch.zeros_like(weights["b_enc"])).clamp(min=0)
     if target == "jumprelu":
         weights["threshold"] = threshold
@@ -137,25 +147,25 @@ def rewritten(weights: Weights, source: str, target: str, *, k: float | None, z:
 
 
 def ungate(weights: Weights) -> None:
-    """A gated encoder by its magnitudes alone: the gate is open where the magnitude exceeds `b_mag - exp(r_mag) b_gate`."""
+    """Rewrite a gated encoder as one with thresholds: its gate is open where the magnitude exceeds `b_mag - exp(r_mag) b_gate`."""
     scale = weights.pop("r_mag").exp()
     weights["W_enc"] = weights["W_enc"] * scale
     weights["b_enc"] = weights.pop("b_mag")
     weights["threshold"] = (weights["b_enc"] - scale * weights.pop("b_gate")).clamp(min=0)
 
 
-def scores_of(weights: Weights, centred: bool) -> Callable[[Tensor], Tensor]:
-    """The pre-activations, a function of activations in these weights' space."""
+def pre_activations_of(weights: Weights, centred: bool) -> Callable[[Tensor], Tensor]:
+    """A function from normalised activations to pre-activations; `centred`: the encoder subtracts `b_dec` from its input."""
     return lambda z: (z - weights["b_dec"] * centred) @ weights["W_enc"] + weights["b_enc"]
 
 
 def to_unit_rows(weights: Weights, *, ranked: bool) -> Sequence[str]:
-    """Decoder rows of length 1, and latents that are as much larger; what is lost where latents are ranked."""
+    """Scale decoder rows to length 1 and activations by the old lengths, in place; returns a sentence where that changes a ranking."""
     norms = weights["W_dec"].norm(dim=-1)
     low, high = norms.aminmax()
     if low == 0:
         raise InputError(f"init_from: {int((norms == 0).sum())} decoder rows are zero, which have no direction: set decoder_rows: free")
-    if (norms - 1).abs().max() <= UNIT:
+    if (norms - 1).abs().max() <= UNIT_TOLERANCE:
         return []
     weights["W_dec"] /= norms[:, None]
     if "W_enc" not in weights:
@@ -164,5 +174,5 @@ def to_unit_rows(weights: Weights, *, ranked: bool) -> Sequence[str]:
     for name in ("b_enc", "b_gate", "b_mag", "threshold"):
         if name in weights:
             weights[name] *= norms
-    even = bool(high / low < 1 + UNIT)
+    even = bool(high / low < 1 + UNIT_TOLERANCE)
     return [f"decoder rows had lengths from {low:.3g} to {high:.3g}, which now weigh on the ranking"] if ranked and not even else []

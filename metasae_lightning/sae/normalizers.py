@@ -1,6 +1,6 @@
-"""What is done to an activation before an SAE sees it, and undone after: SAELens's five normalisers, outside the SAE.
+"""SAELens's five normalisers of activations, applied before an SAE and undone after it, as modules outside the SAE.
 
-Outside, because then every loss (the auxiliary one too) lives in one space, and because folding into an exported SAE has one place.
+They are outside because then every loss, the auxiliary one too, is in one space, and because one method folds each into an exported SAE.
 """
 
 from abc import ABC, abstractmethod
@@ -12,52 +12,55 @@ from torch import Tensor, nn
 
 from metasae_lightning.errors import InputError
 
-Undo = tuple[Tensor, Tensor]
+ScaleShift = tuple[Tensor, Tensor]
 """Scale and shift that take a reconstruction back to raw space."""
 
 
 class Normalizer(nn.Module, ABC):
-    """Raw activations to an SAE's space and back."""
+    """A map from raw activations to an SAE's normalised space, and back."""
 
     per_token: str | None = None
-    """SAELens's name for what is done to each token apart, which inference repeats; none for an affine map, which weights take up."""
+    """SAELens's name of a per-token normaliser, which inference repeats; None for an affine map, which is folded into the weights."""
     shifts: bool = False
-    """Whether an affine map moves the origin."""
+    """Whether it is an affine map with a shift."""
 
     def fit(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Estimate what is needed from a sample; per-token normalisers need nothing."""
+        """Estimate the statistics from a sample; per-token normalisers have none."""
 
     @abstractmethod
-    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
-        """The SAE's input and what undoes it."""
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], ScaleShift]:
+        """The SAE's input, and the scale and shift for `restore`."""
 
-    def restore(self, z: Float[Tensor, "batch d_in"], undo: Undo) -> Float[Tensor, "batch d_in"]:
-        """A reconstruction back in raw space, `z * scale + shift`."""
+    def restore(self, z: Float[Tensor, "batch d_in"], undo: ScaleShift) -> Float[Tensor, "batch d_in"]:
+        """The reconstruction in raw space: `z * scale + shift`."""
         scale, shift = undo
         return z * scale + shift
 
     @abstractmethod
     def fold(self, sae: Any) -> None:
-        """Make a SAELens SAE that lived in normalised space work on raw activations, in place."""
+        """Change a SAELens SAE for normalised activations, in place, into one for raw activations."""
 
     def unfold(self, weights: dict[str, Tensor]) -> None:
-        """The way back: weights for raw activations as those for normalised ones; where it `shifts`, the encoder must subtract `b_dec`."""
+        """The inverse of `fold`: change weights for raw activations, in place, into weights for normalised ones.
+
+        With `shifts` the encoder must subtract `b_dec` from its input.
+        """
 
 
 @final
 class Identity(Normalizer):
     """`none`: the SAE sees raw activations."""
 
-    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
-        """See the class."""
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], ScaleShift]:
+        """The activations themselves."""
         return x, (x.new_ones(()), x.new_zeros(()))
 
-    def restore(self, z: Float[Tensor, "batch d_in"], undo: Undo) -> Float[Tensor, "batch d_in"]:
-        """Nothing to do."""
+    def restore(self, z: Float[Tensor, "batch d_in"], undo: ScaleShift) -> Float[Tensor, "batch d_in"]:
+        """The reconstruction itself."""
         return z
 
     def fold(self, sae: Any) -> None:
-        """Nothing to do."""
+        """Change nothing: the SAE already works on raw activations."""
 
 
 @final
@@ -66,15 +69,15 @@ class LayerNorm(Normalizer):
 
     per_token = "layer_norm"
 
-    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
-        """See the class."""
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], ScaleShift]:
+        """Each token minus its mean, divided by its standard deviation."""
         mean = x.mean(-1, keepdim=True)
         centred = x - mean
         std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5  # torch's std is ten times as slow
         return centred / (std + 1e-5), (std, mean)
 
     def fold(self, sae: Any) -> None:
-        """SAELens normalises each token at inference itself."""
+        """Set the config so that SAELens normalises each token at inference."""
         sae.cfg.normalize_activations = "layer_norm"
 
 
@@ -84,19 +87,19 @@ class ConstantNorm(Normalizer):
 
     per_token = "constant_norm_rescale"
 
-    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
-        """See the class."""
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], ScaleShift]:
+        """Each token divided by its norm over `sqrt(d_in)`."""
         scale = x.norm(dim=-1, keepdim=True).clamp(min=1e-12) / x.shape[-1] ** 0.5
         return x / scale, (scale, x.new_zeros(()))
 
     def fold(self, sae: Any) -> None:
-        """SAELens rescales each token at inference itself."""
+        """Set the config so that SAELens rescales each token at inference."""
         sae.cfg.normalize_activations = "constant_norm_rescale"
 
 
 @final
 class ExpectedAverage(Normalizer):
-    """`expected_average_only_in`: one factor for all tokens, so that their mean norm is `sqrt(d_in)`."""
+    """`expected_average_only_in`: one factor for all tokens, by which their mean norm becomes `sqrt(d_in)`."""
 
     factor: Tensor
 
@@ -105,23 +108,23 @@ class ExpectedAverage(Normalizer):
         self.register_buffer("factor", torch.zeros((), dtype=torch.float64))
 
     def fit(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """See the class."""
+        """Set the factor to `sqrt(d_in)` over the mean norm of the sample."""
         self.factor.fill_(x.shape[-1] ** 0.5 / x.double().norm(dim=-1).mean().item())
 
-    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
-        """See the class."""
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], ScaleShift]:
+        """`x * factor`."""
         factor = self.factor.to(x.dtype)
         return x * factor, (1 / factor, x.new_zeros(()))
 
     def fold(self, sae: Any) -> None:
-        """Into the weights, by SAELens's own method."""
+        """Fold it into the weights with SAELens's method."""
         sae.fold_activation_norm_scaling_factor(self.factor.item())
 
     def unfold(self, weights: dict[str, Tensor]) -> None:
-        """`x = z / factor`."""
+        """Substitute `x = z / factor` in the weights."""
         factor = self.factor.item()
         weights["b_dec"] *= factor
-        if "W_enc" in weights:  # rows that are their own encoder are directions, and stay
+        if "W_enc" in weights:  # without an encoder (matching pursuit), decoder rows are directions, which a factor does not change
             weights["W_dec"] *= factor
             weights["W_enc"] /= factor
 
@@ -156,20 +159,20 @@ class Whitening(Normalizer):
         self.matrix.copy_(vectors * values.rsqrt())
         self.inverse.copy_(values.sqrt()[:, None] * vectors.T)
 
-    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], ScaleShift]:
         """`z = (x - mean) M`."""
         return (x - self.mean.to(x.dtype)) @ self.matrix.to(x.dtype), (x.new_ones(()), x.new_zeros(()))
 
-    def restore(self, z: Float[Tensor, "batch d_in"], undo: Undo) -> Float[Tensor, "batch d_in"]:
+    def restore(self, z: Float[Tensor, "batch d_in"], undo: ScaleShift) -> Float[Tensor, "batch d_in"]:
         """`x = z M^-1 + mean`."""
         return z @ self.inverse.to(z.dtype) + self.mean.to(z.dtype)
 
     def fold(self, sae: Any) -> None:
-        """Into the weights, by SAELens's own method."""
+        """Fold it into the weights with SAELens's method."""
         sae.fold_activation_whitening(mean=self.mean, whitening_matrix=self.matrix, unwhitening_matrix=self.inverse)
 
     def unfold(self, weights: dict[str, Tensor]) -> None:
-        """`x = z M^-1 + mean`."""
+        """Substitute `x = z M^-1 + mean` in the weights."""
         if "W_enc" not in weights:
             raise InputError("covariance_whitening: a decoder that is its own encoder cannot be whitened")
         weights["W_enc"].copy_(self.inverse @ weights["W_enc"].double())
@@ -178,7 +181,7 @@ class Whitening(Normalizer):
 
 
 def make_normalizer(name: str, d_in: int) -> Normalizer:
-    """The normaliser that SAELens calls `name`."""
+    """A new normaliser by SAELens's name for it."""
     match name:
         case "none":
             return Identity()

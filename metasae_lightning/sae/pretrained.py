@@ -1,4 +1,4 @@
-"""SAELens SAEs: training SAEs built from a config, published SAEs loaded, measured and given thresholds."""
+"""SAELens SAEs: build a training SAE from a config; load, measure and change the thresholds of an inference SAE."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ AnySAE = TrainingSAE[Any]
 
 
 def build(cfg: TrainingSAEConfig, *, role: str, seed: int) -> AnySAE:
-    """The training SAE of a config, in normalised space, initialised from `seed` alone."""
+    """A training SAE by its config, initialised from `seed` alone. Its own normaliser is off, since a learner's `Normalizer` does that."""
     _check(cfg, role)
     cfg = copy.deepcopy(cfg)
     cfg.normalize_activations = "none"
@@ -39,6 +39,7 @@ def build(cfg: TrainingSAEConfig, *, role: str, seed: int) -> AnySAE:
 
 
 def _check(cfg: TrainingSAEConfig, role: str) -> None:
+    """Refuse a config that cannot be trained here."""
     k = getattr(cfg, "k", None)
     if k is not None and not 0 < k <= cfg.d_sae:
         raise InputError(f"{role}.k must lie between 1 and d_sae={cfg.d_sae}, got {k}")
@@ -53,60 +54,61 @@ def _check(cfg: TrainingSAEConfig, role: str) -> None:
 
 
 def set_k(sae: AnySAE, k: float) -> None:
-    """Have a top-k SAE keep another number of latents, whole where it ranks each token apart."""
-    rule: Any = sae.activation_fn
-    if not hasattr(rule, "k"):
+    """Change the k of a top-k SAE; a batch top-k SAE accepts a fraction, one that ranks each token gets the nearest integer."""
+    activation: Any = sae.activation_fn
+    if not hasattr(activation, "k"):
         raise InputError(f"measured_k: a {sae.cfg.architecture()!r} SAE has no k")
-    sae.cfg.k = rule.k = k if isinstance(rule, BatchTopK) else max(1, round(k))
+    sae.cfg.k = activation.k = k if isinstance(activation, BatchTopK) else max(1, round(k))
 
 
 PreActivations = Callable[[Tensor], Float[Tensor, "batch d_sae"]]
 
 
 def pre_activations(sae: Any) -> PreActivations | None:
-    """What an inference SAE compares with its thresholds, a function of raw activations; none where it has no thresholds."""
+    """A function from raw activations to the values that an inference SAE compares with its thresholds; None for an SAE without them."""
     if not isinstance(getattr(sae, "threshold", None), Tensor):
         return None
     return lambda x: sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
 
 
 def load_pretrained(place: str | Path, *, device: str | torch.device = "cpu") -> SAE[Any]:
-    """A SAELens SAE for inference: from a folder, or by `RELEASE:ID` or `OWNER/REPOSITORY:ID` from the Hub."""
+    """Load a SAELens SAE for inference, from a folder, or from the Hub by `RELEASE:ID` or `OWNER/REPOSITORY:ID`."""
     name = str(place)
     try:
         with warnings.catch_warnings():
-            # How the model is to be loaded; `subjects.model_of` does so.
+            # The warning is about loading the language model, which `evaluation.saes` does with these arguments.
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
-            sae: Any = _found(name, str(device))
+            sae: Any = _load(name, str(device))
     except InputError:
         raise
-    # SAELens has a loader for every lab's format, and each raises what its libraries do.
+    # SAELens has a loader for each lab's format, and each may raise any exception of its libraries.
     except Exception as error:
-        said = " ".join(redact(str(error)).split())[:300] or type(error).__name__
-        raise InputError(f"{name!r} cannot be loaded as a SAELens SAE: {said}") from error
+        reason = " ".join(redact(str(error)).split())[:300] or type(error).__name__
+        raise InputError(f"{name!r} cannot be loaded as a SAELens SAE: {reason}") from error
     if hasattr(sae.cfg, "d_out"):
-        raise InputError(f"{name!r} is a transcoder, which does not rebuild what it reads")
+        raise InputError(f"{name!r} is a transcoder, which does not reconstruct its input")
     if sae.cfg.normalize_activations in ("expected_average_only_in", "constant_scalar_rescale", "covariance_whitening"):
-        scale = f"normalize_activations: {sae.cfg.normalize_activations}"
-        raise InputError(f"{name!r} takes activations that were scaled by a factor it does not hold ({scale}): fold it in first")
-    if broken := [key for key, tensor in sae.state_dict().items() if not tensor.isfinite().all()]:
-        raise InputError(f"{name!r} holds numbers that are none (NaN or infinite) in {', '.join(broken)}")
-    if getattr(sae, "hook_z_reshaping_mode", False):  # heads come flattened here
+        setting = f"normalize_activations: {sae.cfg.normalize_activations}"
+        raise InputError(f"{name!r} takes activations scaled by a factor that its files do not have ({setting}): fold the factor in first")
+    if bad_tensors := [key for key, tensor in sae.state_dict().items() if not tensor.isfinite().all()]:
+        raise InputError(f"{name!r} has NaN or infinite numbers in {', '.join(bad_tensors)}")
+    if getattr(sae, "hook_z_reshaping_mode", False):  # activations of heads are flattened before the SAE here
         sae.turn_off_forward_pass_hook_z_reshaping()
     return sae.eval().requires_grad_(False)
 
 
-def _found(name: str, device: str) -> SAE[Any]:
+def _load(name: str, device: str) -> SAE[Any]:
+    """The SAE as SAELens loads it."""
     if Path(name).is_dir():
         return SAE.load_from_disk(name, device=device)
     release, _, sae_id = name.partition(":")
     if not sae_id:
-        raise InputError(f"{name!r} is no folder, and no SAE on the Hub: that would be RELEASE:ID")
+        raise InputError(f"{name!r} is neither a folder nor an SAE on the Hub, which would be RELEASE:ID")
     return SAE.from_pretrained(release, sae_id, device=device)
 
 
 def set_thresholds(folder: str | Path, threshold: Float[Tensor, " d_sae"], metadata: Mapping[str, Any]) -> None:
-    """Write thresholds into a SAELens folder, and what is to be said of them into its record; the folder changes whole or not at all."""
+    """Replace the thresholds in a SAELens folder and add `metadata` to its config, atomically."""
     folder = Path(folder)
     try:
         with draft_of(folder) as draft:
@@ -123,12 +125,12 @@ def set_thresholds(folder: str | Path, threshold: Float[Tensor, " d_sae"], metad
 
 @torch.no_grad()
 def measure(sae: SAE[Any], samples: Sequence[Tensor]) -> tuple[float, float]:
-    """L0 and FVU over all samples of raw activations, from global sums."""
+    """L0 and FVU over all samples of raw activations, from sums over all of them."""
     active, sums = 0, None
     for x in samples:
         codes = sae.encode(x)
         active += int(codes.count_nonzero())
-        added = functional.reconstruction_sums(x, sae.decode(codes))
-        sums = added if sums is None else tuple(a + b for a, b in zip(sums, added, strict=True))
+        batch_sums = functional.reconstruction_sums(x, sae.decode(codes))
+        sums = batch_sums if sums is None else tuple(a + b for a, b in zip(sums, batch_sums, strict=True))
     assert sums is not None
     return active / sum(len(x) for x in samples), functional.fvu_of_sums(sums).item()  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Firing thresholds for inference, where no batch is there to rank latents against."""
+"""Thresholds that replace BatchTopK's ranking of a batch at inference, where each token is encoded without a batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,70 +14,72 @@ from metasae_lightning.errors import InputError
 
 PreActivations = Callable[[Tensor], Float[Tensor, "batch d_sae"]]
 Rule = Literal["global", "rate", "eer"]
-# A rate known from fewer firings than this is hardly known: such a latent takes the one threshold of all.
-FEW = 5
-# Of each latent's own range, for equal error rates.
+# A latent that fires less often than this on the sample gets the global threshold: its own rate is too uncertain.
+MIN_FIRINGS = 5
+# Histogram bins over each latent's range, for the rule `eer`.
 BINS = 1024
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds, and what they were found on."""
+    """The thresholds of all latents, and the sample they were computed on."""
 
     threshold: Float[Tensor, " d_sae"]
-    """A latent fires above its own."""
+    """A latent fires where its pre-activation exceeds its threshold."""
     rule: Rule
-    """How they were found."""
+    """The rule they were computed by."""
     l0: float
-    """Mean number of latents that fire on a token of the sample, by these thresholds."""
-    few: int
-    """How many latents fired too rarely for a threshold of their own and took the one of all."""
+    """Mean number of latents that fire per token of the sample, with these thresholds."""
+    n_rare: int
+    """Number of latents that got the global threshold, because they fired too rarely for one of their own."""
     tokens: int
-    """Tokens of the sample."""
+    """Number of tokens in the sample."""
 
 
 @torch.no_grad()
 def calibrate(pre_activations: PreActivations, samples: Sequence[Tensor], k: float, rule: Rule = "rate") -> Calibration:
-    """Thresholds at which latents fire as BatchTopK has them fire on batches of held-out activations.
+    """Thresholds with which latents fire like under BatchTopK, computed on batches of held-out activations.
 
-    `global`: one threshold, at which `k` latents fire on a token. `rate`: each latent's own, at which it fires on as many tokens as
-    under BatchTopK. `eer`: each latent's own, at which as large a share of its firings is missed as of its silences is broken; a latent
-    is silent so much oftener than not that this makes it fire more often than BatchTopK does, and L0 with it.
+    `global`: one threshold for all latents, with which `k` of them fire per token. `rate`: a threshold per latent, with which it fires on
+    as many tokens as under BatchTopK. `eer`: a threshold per latent with equal error rates, the fraction of its BatchTopK firings that it
+    misses and the fraction of the other tokens on which it fires. Because a latent is silent on most tokens, `eer` makes it fire more
+    often than BatchTopK does, and raises L0.
 
     >>> scores = torch.tensor([[3.0, 0.1], [2.0, 0.2], [0.0, 1.0], [0.0, 0.3]])
     >>> calibrate(lambda x: x, [scores], k=0.75, rule="global").l0
     0.75
     """
-    one, _ = global_threshold(pre_activations, samples, k)
+    shared_threshold, _ = global_threshold(pre_activations, samples, k)
     width = pre_activations(samples[0][:1]).shape[1]
-    threshold, few = torch.full((width,), one, dtype=torch.float64), torch.zeros(width, dtype=torch.bool)
+    threshold, is_rare = torch.full((width,), shared_threshold, dtype=torch.float64), torch.zeros(width, dtype=torch.bool)
     if rule != "global":
-        found, firings = (_rates if rule == "rate" else _equal_errors)(pre_activations, samples, k, width)
-        few = firings < FEW
-        # What never fired must not begin to: its largest value is not above what BatchTopK asked for in that batch.
-        threshold = torch.where(few, torch.maximum(threshold, found) if rule == "rate" else threshold, found)
+        own_threshold, firings = (_equal_rates if rule == "rate" else _equal_errors)(pre_activations, samples, k, width)
+        is_rare = firings < MIN_FIRINGS
+        # A latent that never fired must not start to: for it `own_threshold` is its largest value, which BatchTopK did not keep.
+        rare_threshold = torch.maximum(threshold, own_threshold) if rule == "rate" else threshold
+        threshold = torch.where(is_rare, rare_threshold, own_threshold)
     active = sum(int((pre_activations(x).relu() > threshold.to(x)).count_nonzero()) for x in samples)
     tokens = sum(len(x) for x in samples)
-    return Calibration(threshold.float(), rule, active / tokens, int(few.sum()), tokens)
+    return Calibration(threshold.float(), rule, active / tokens, int(is_rare.sum()), tokens)
 
 
-def kept(values: Float[Tensor, "batch d_sae"], k: float) -> Float[Tensor, "batch d_sae"]:
-    """Which pre-activations BatchTopK keeps of a batch, as ones."""
+def batchtopk_mask(values: Float[Tensor, "batch d_sae"], k: float) -> Float[Tensor, "batch d_sae"]:
+    """Ones where BatchTopK keeps a pre-activation of the batch, zeros elsewhere."""
     flat = values.relu().flatten()
     mask = torch.zeros_like(flat)
     mask[largest(flat, int(k * len(values)))] = 1
     return (mask * (flat > 0)).view_as(values)
 
 
-def _rates(pre_activations: PreActivations, samples: Sequence[Tensor], k: float, width: int) -> tuple[Tensor, Tensor]:
-    """Between each latent's last value that its rate lets fire and the next."""
+def _equal_rates(pre_activations: PreActivations, samples: Sequence[Tensor], k: float, width: int) -> tuple[Tensor, Tensor]:
+    """Per latent: the threshold for its rate under BatchTopK, midway between two values of the sample; and its number of firings."""
     firings, lowest = torch.zeros(width, dtype=torch.int64), float("inf")
     for x in samples:
         values = pre_activations(x).relu()
-        mask = kept(values, k) > 0
+        mask = batchtopk_mask(values, k) > 0
         firings += mask.sum(0).cpu()
         lowest = min(lowest, values[mask].min().item() if mask.any() else lowest)
-    # Every value that any batch kept is at least the lowest of them: what lies above it is enough to count from the top.
+    # No batch keeps a value below `lowest`, so the values from `lowest` up are enough to find the n-th largest of each latent.
     latents, tops = list[Tensor](), list[Tensor]()
     for x in samples:
         values = pre_activations(x).relu()
@@ -91,22 +93,23 @@ def _rates(pre_activations: PreActivations, samples: Sequence[Tensor], k: float,
     begins = counts.cumsum(0) - counts
     value = torch.cat([value[order], torch.zeros(1, dtype=torch.float64)])
     last = torch.where(firings > 0, value[(begins + firings - 1).clamp(0, len(value) - 1)], float("inf"))
-    # Where all that was offered may fire, the next value is not known, but that it is less than what any batch kept.
-    less = lowest * (1 - 2**-20) if lowest < float("inf") else 0.0
-    following = torch.where(counts > firings, value[(begins + firings).clamp(max=len(value) - 1)], torch.where(firings > 0, less, 0.0))
-    return torch.where(firings > 0, (last + following) / 2, following), firings
+    # A latent all of whose collected values fire: its next value was not collected, but is below `lowest`.
+    below_lowest = lowest * (1 - 2**-20) if lowest < float("inf") else 0.0
+    uncollected = torch.where(firings > 0, below_lowest, 0.0)
+    next_value = torch.where(counts > firings, value[(begins + firings).clamp(max=len(value) - 1)], uncollected)
+    return torch.where(firings > 0, (last + next_value) / 2, next_value), firings
 
 
 def _equal_errors(pre_activations: PreActivations, samples: Sequence[Tensor], k: float, width: int) -> tuple[Tensor, Tensor]:
-    """From histograms of each latent's kept and other values over its own range."""
+    """Per latent: the threshold of equal error rates, from histograms of the values that BatchTopK keeps and drops; and its firings."""
     top = torch.stack([pre_activations(x).relu().amax(0).double().cpu() for x in samples]).amax(0).clamp(min=1e-12)
     histograms = torch.zeros(2, width * BINS, dtype=torch.float64)
     for x in samples:
         values = pre_activations(x).relu()
-        mask = (kept(values, k) > 0).cpu().flatten()
-        place = (values.double().cpu() / top * BINS).long().clamp(max=BINS - 1) + torch.arange(width) * BINS
+        mask = (batchtopk_mask(values, k) > 0).cpu().flatten()
+        bins = (values.double().cpu() / top * BINS).long().clamp(max=BINS - 1) + torch.arange(width) * BINS
         for histogram, chosen in zip(histograms, (mask, ~mask), strict=True):
-            histogram += torch.bincount(place.flatten()[chosen], minlength=width * BINS)
+            histogram += torch.bincount(bins.flatten()[chosen], minlength=width * BINS)
     hits, others = histograms.view(2, width, BINS)
     at = functional.equal_error_bin(hits, others)
     return top * at / BINS, hits.sum(1).long()
@@ -120,32 +123,33 @@ def global_threshold(
     *,
     now: Tensor | float = 0.0,
 ) -> tuple[float, float]:
-    """The one threshold at which latents fire `target_l0` times a token on these samples, exactly but for ties; and L0 at the one of `now`.
+    """The threshold for all latents with which L0 is `target_l0` on these samples, up to ties; and the L0 with the threshold `now`.
 
-    It is the `target_l0 * tokens`-th largest pre-activation of the sample. Each batch offers what lies above a cut, which the first
-    batch's largest few set; where that was too little, they set it anew with twice as many.
+    It lies midway between the `target_l0 * tokens`-th largest pre-activation of the sample and the next. Only values above a cut are
+    collected, which is set by the largest `margin * target_l0` values per token of the first batch; where too few values exceed it, the
+    pass is repeated with twice the margin.
 
     >>> global_threshold(lambda x: x, [torch.tensor([[3.0, 1.0], [2.0, 0.5]])], target_l0=1.0)
     (1.5, 2.0)
     """
     tokens = sum(len(x) for x in samples)
-    wanted, share = max(1, round(target_l0 * tokens)), 2.0
+    count, margin = max(1, round(target_l0 * tokens)), 2.0
     while True:
-        offers: list[Tensor] = []
+        collected: list[Tensor] = []
         cut, active = 0.0, 0
         for x in samples:
             values = pre_activations(x).relu().flatten()
             if not values.isfinite().all():
                 raise InputError("the SAE has diverged: its activations are not finite, and no threshold can be set")
             active += int((values.view(len(x), -1) > now).count_nonzero())
-            few = int(share * target_l0 * len(x)) + 1
-            if not offers and few < int(values.count_nonzero()):
-                cut = values[largest(values, few)].min().item()
-            offers.append(values[values > cut])
-        pooled = torch.cat(offers)
-        if pooled.numel() > wanted:
-            kept, dropped = pooled.topk(wanted + 1).values[-2:].tolist()
-            return (kept + dropped) / 2, active / tokens
+            n_largest = int(margin * target_l0 * len(x)) + 1
+            if not collected and n_largest < int(values.count_nonzero()):
+                cut = values[largest(values, n_largest)].min().item()
+            collected.append(values[values > cut])
+        pooled = torch.cat(collected)
+        if pooled.numel() > count:
+            last_kept, first_dropped = pooled.topk(count + 1).values[-2:].tolist()
+            return (last_kept + first_dropped) / 2, active / tokens
         if cut == 0:
             return 0.0, active / tokens
-        share *= 2
+        margin *= 2

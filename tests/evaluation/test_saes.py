@@ -124,7 +124,7 @@ def test_an_sae_that_does_not_say_what_it_reads_gives_one_line(tmp_path: Path, c
     ("args", "says"),
     [
         (["test"], "name a run, a SAELens folder or RELEASE:ID"),
-        (["test", "nowhere"], "'nowhere' is no folder, and no SAE on the Hub"),
+        (["test", "nowhere"], "'nowhere' is neither a folder nor an SAE on the Hub"),
         (["test", "{empty}"], "is neither a run, which has saes/primary, nor a SAELens folder"),
         (["test", "{run}", "--tokens=many"], "tokens: expected"),
         (["test", "{run}", "--rul=rate"], "there is no option rul"),
@@ -237,7 +237,7 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path):
     scaled = sae()
     scaled.cfg.normalize_activations = "expected_average_only_in"
     scaled.save_model(tmp_path / "scaled")
-    with pytest.raises(InputError, match="scaled by a factor it does not hold"):
+    with pytest.raises(InputError, match="scaled by a factor that its files do not have"):
         pretrained.load_pretrained(tmp_path / "scaled")
     sizes = {"d_in": 32, "d_out": 32, "d_sae": 8, "dtype": "float32", "device": "cpu"}
     transcoder = JumpReLUTranscoder(JumpReLUTranscoderConfig(**sizes, apply_b_dec_to_input=False))

@@ -145,7 +145,7 @@ def unknown_architecture(place: Path) -> None:
     [
         (lose_a_tensor, 'Missing key(s) in state_dict: "b_enc"'),
         (change_a_shape, "size mismatch for b_enc"),
-        (put_a_nan, "holds numbers that are none (NaN or infinite) in W_enc"),
+        (put_a_nan, "has NaN or infinite numbers in W_enc"),
         (pickled, "cannot be loaded as a SAELens SAE"),
         (torch_saved, "cannot be loaded as a SAELens SAE"),
         (without_weights, "sae_weights.safetensors"),
@@ -171,7 +171,7 @@ def test_a_broken_folder_is_refused(
     ("model", "says"),
     [
         ({"init_from": "no/such:thing"}, "'no/such:thing' cannot be loaded as a SAELens SAE"),
-        ({"init_from": "nowhere"}, "'nowhere' is no folder, and no SAE on the Hub: that would be RELEASE:ID"),
+        ({"init_from": "nowhere"}, "'nowhere' is neither a folder nor an SAE on the Hub, which would be RELEASE:ID"),
         ({"init_from": "gpt2-small-res-jb:blocks.99.hook_resid_pre"}, "ID blocks.99.hook_resid_pre not found in release"),
         ({"meta_init_from": "SOURCE", "meta": None, "penalties": {}}, "meta_init_from: there is no meta SAE: set model.meta"),
         ({"init_from": {"place": "SOURCE", "anyway": ["weather"]}}, "anyway: expected one of 'model', 'hook', 'context', got weather"),

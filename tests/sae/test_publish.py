@@ -192,7 +192,7 @@ def test_an_sae_that_is_not_what_the_run_left_stays_at_home(place: Path, tmp_pat
     assert "explains nothing of its activations" in failing(capsys, place, "out")
     weights["W_dec"][0, 0] = float("inf")
     save_file(weights, place / "saes" / "primary" / "sae_weights.safetensors")
-    assert "holds numbers that are none (NaN or infinite) in W_dec" in failing(capsys, place, "out")
+    assert "has NaN or infinite numbers in W_dec" in failing(capsys, place, "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,8 +1,6 @@
 """Runs whose dictionary is divided: their checkpoints load on any number of ranks, and are there whole or not at all."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from metasae_lightning.training.checkpoint_files import (
     write_checksums,
 )
 from tests.helpers.architectures import config
+from tests.helpers.command_line import CommandLine
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"tokens": 16_384, "batch_size": 256, "validation_tokens": 2048}
@@ -34,12 +33,10 @@ def fit(run: Path, *more: str, callbacks: list[Any] = [{"class_path": "Export"}]
     often = {"class_path": "Checkpoints", "init_args": {"every_tokens": 4096, "keep": 4}}
     overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": [*callbacks, often]}}))
     sizes = [f"--data.init_args.{name}={value}" for name, value in SIZES.items()]
-    words = [sys.executable, str(ROOT / "cli.py"), "fit", "-c", "synthetic", "-c", str(overlay), "--run", str(run), *sizes, *more]
-    done = subprocess.run(
-        words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == rc, done.stderr[-3000:]
-    return done.stderr
+    command = CommandLine(["fit", "-c", "synthetic", "-c", str(overlay), "--run", str(run), *sizes, *more], cwd=ROOT)
+    _, printed = command.communicate()
+    assert command.returncode == rc, printed[-3000:]
+    return printed
 
 
 def divided(ranks: int, *more: str) -> list[str]:
@@ -78,8 +75,8 @@ def test_a_checkpoint_of_four_ranks_is_gone_on_with_on_two_and_on_one(tmp_path: 
 
     # On as many ranks, which divide latents and rows otherwise, it comes to the same; and the last of them writes a folder of one SAE.
     mesh = {"class_path": "metasae_lightning.strategy.Sharded", "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 2}}
-    (tmp_path / "mesh.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": mesh, "devices": 4}}))
-    fit(tmp_path / "square", "-c", str(tmp_path / "mesh.yaml"), "--ckpt_path", str(middle))
+    (tmp_path / "mesh.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": mesh}}))
+    fit(tmp_path / "square", "-c", str(tmp_path / "mesh.yaml"), "--trainer.devices", "4", "--ckpt_path", str(middle))
     expected, found = weights(tmp_path / "four"), weights(tmp_path / "square")
     for name, value in expected.items():
         assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
@@ -157,8 +154,8 @@ def test_what_cannot_be_divided_is_refused():
 
 def test_sizes_that_do_not_make_up_the_ranks_are_refused(tmp_path: Path):
     mesh = {"class_path": "metasae_lightning.strategy.Sharded", "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 2}}
-    (tmp_path / "mesh.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": mesh, "devices": 2}}))
-    told = fit(tmp_path / "run", "-c", str(tmp_path / "mesh.yaml"), rc=2)
+    (tmp_path / "mesh.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": mesh}}))
+    told = fit(tmp_path / "run", "-c", str(tmp_path / "mesh.yaml"), "--trainer.devices", "2", rc=2)
     assert (
         "error: trainer.strategy: The sizes data_parallel_size=2 and tensor_parallel_size=2 multiplied should equal the world size (2)"
         in told

@@ -68,7 +68,7 @@ def test_rules_hold_on_fresh_tokens_of_a_real_model(tmp_path: Path):
             set_anew = calibrate(scores, known, K, rule)
             one.threshold = torch.nn.Parameter(set_anew.threshold)
             found[rule] = (*found.get(rule, ()), l0(one, other))  # pyright: ignore[reportArgumentType]
-            print(f"{rule}: L0 {found[rule][-1]:.2f} on fresh tokens, {set_anew.l0:.2f} on the sample, {set_anew.few} rare latents")
+            print(f"{rule}: L0 {found[rule][-1]:.2f} on fresh tokens, {set_anew.l0:.2f} on the sample, {set_anew.n_rare} rare latents")
     assert found["rate"] == pytest.approx((K, K), rel=0.04)
     assert sum(found["rate"]) / 2 == pytest.approx(K, rel=0.005)
     assert sum(found["eer"]) / 2 > 1.02 * K

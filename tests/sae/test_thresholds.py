@@ -6,7 +6,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from metasae_lightning import functional
-from metasae_lightning.sae.thresholds import calibrate, global_threshold, kept
+from metasae_lightning.sae.thresholds import batchtopk_mask, calibrate, global_threshold
 
 K = 3.0
 
@@ -28,10 +28,10 @@ def rates(batches: list[torch.Tensor], threshold: torch.Tensor) -> torch.Tensor:
 def test_rate_fires_as_often_as_batchtopk_exactly_on_the_sample_and_nearly_on_fresh_tokens():
     sample, fresh = scores(0), scores(1)
     found = calibrate(lambda x: x, sample, K)
-    wanted = sum(kept(x, K).sum(0) for x in sample)
+    wanted = sum(batchtopk_mask(x, K).sum(0) for x in sample)
     own = wanted >= 5
     assert torch.equal((rates(sample, found.threshold) * found.tokens).round()[own], wanted[own])
-    assert found.few == int((~own).sum()) and found.tokens == 40 * 256
+    assert found.n_rare == int((~own).sum()) and found.tokens == 40 * 256
     assert found.l0 == pytest.approx(K, rel=0.01)
     l0 = rates(fresh, found.threshold).sum().item()
     assert l0 == pytest.approx(K, rel=0.02)
@@ -42,7 +42,7 @@ def test_equal_error_rates_are_equal_and_inflate_l0():
     found = calibrate(lambda x: x, sample, K, "eer")
     for latent in range(20, 64, 7):
         values = torch.cat([x[:, latent].relu() for x in sample])
-        hits = torch.cat([kept(x, K)[:, latent] for x in sample]).bool()
+        hits = torch.cat([batchtopk_mask(x, K)[:, latent] for x in sample]).bool()
         fires = values > found.threshold[latent]
         missed, false = (hits & ~fires).sum() / hits.sum(), (~hits & fires).sum() / (~hits).sum()
         assert missed.item() == pytest.approx(false.item(), abs=0.02)
@@ -60,7 +60,7 @@ def test_the_crossing_of_two_normals_is_found():
 
 def test_global_is_one_threshold_and_k_a_token():
     found = calibrate(lambda x: x, scores(0), K, "global")
-    assert found.threshold.unique().numel() == 1 and found.l0 == pytest.approx(K, rel=1e-3) and found.few == 0
+    assert found.threshold.unique().numel() == 1 and found.l0 == pytest.approx(K, rel=1e-3) and found.n_rare == 0
 
 
 # A latent that never fired under BatchTopK stays silent; one with a handful takes the common threshold if its own is lower.
@@ -70,7 +70,7 @@ def test_latents_with_few_firings_are_counted_and_do_not_begin_to_fire():
         x[:, 0] = 0.9 * global_threshold(lambda y: y, [x], K)[0] * torch.rand(len(x), generator=torch.Generator().manual_seed(0))
         x[:, 1] = -1.0
     found = calibrate(lambda x: x, sample, K)
-    assert found.few >= 2
+    assert found.n_rare >= 2
     assert rates(sample, found.threshold)[:2].tolist() == [0.0, 0.0]
 
 
