@@ -1,23 +1,24 @@
-"""The one exception a user can cause; the command line prints it as a line, everything else is a bug and keeps its traceback."""
+"""`InputError`, the exception for mistakes of the user. The command line prints it as one line; any other exception is a bug and keeps
+its traceback."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message names the argument, the demand and what came."""
+    """The user gave something that cannot be used. The message names the argument, what it must be, and what it was."""
 
 
 def did_you_mean(name: str, known: Iterable[str], n: int = 3) -> str:
-    """A suffix naming the nearest known names, or nothing where none is near.
+    """A suffix for an error message with the known names most similar to `name`; empty where no name is similar.
 
     >>> did_you_mean("batch_sise", ["batch_size", "tokens"])
     ' (did you mean batch_size?)'
     >>> did_you_mean("zzz", ["batch_size"])
     ''
     """
-    near = difflib.get_close_matches(name, list(known), n=n)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
+    similar = difflib.get_close_matches(name, list(known), n=n)
+    return f" (did you mean {' or '.join(similar)}?)" if similar else ""
 
 
 def one_line(error: BaseException) -> str:

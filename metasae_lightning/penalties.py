@@ -1,4 +1,4 @@
-"""What is added to the primary's loss: `Penalty` and its final children. The formulas are in `functional`."""
+"""Penalties that are added to the primary's loss. Their formulas are in `functional`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.schedules import warm_up
 
 Critic = Callable[[Float[Tensor, "d_sae d_in"]], Float[Tensor, "d_sae d_in"]]
-"""The frozen meta SAE: unit decoder rows in, their reconstruction out, no gradient, no state moved. Both are lent: the next use of
-the critic may write over them."""
+"""The frozen meta SAE as a function from unit decoder rows to their reconstruction. It computes no gradient and changes no state. The
+result may lie in a buffer that the next call overwrites."""
 
 
 class Penalty(nn.Module, ABC):
-    """A scalar on the primary's decoder, weighted and possibly warmed up.
+    """A scalar function of the primary's decoder that is added to the loss with a weight.
 
-    `weight` is the paper's: against a squared error that is a mean over `d_in` and the batch. Over the first `warm_up_steps` primary
-    steps it rises linearly from 0. A weight of 0 leaves the run bit-equal to one without the penalty, and the value is still measured.
+    `weight` is the weight in the paper, where the squared error is a mean over `d_in` and the batch. It rises linearly from 0 over the
+    first `warm_up_steps` primary steps. With weight 0 a run is bit-equal to one without the penalty, and the value is still logged.
     """
 
     needs_critic: bool = False
@@ -38,32 +38,33 @@ class Penalty(nn.Module, ABC):
         self.warm_up_steps = warm_up_steps
 
     def setup(self, trainer: Any) -> None:
-        """For a penalty that needs more of the run than the decoder and the critic; called once before training."""
+        """Called once before training, for a penalty that needs more of the run than the decoder and the critic. Default: nothing."""
 
     @abstractmethod
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
-        """The penalty's value at primary step `step` (from 0): a pure function of its arguments."""
+        """The penalty's value at primary step `step` (from 0). A pure function of its arguments."""
 
     def rank_share(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
-        """This rank's part: over ranks, parts and their gradients add up to the penalty's. One that cannot be divided is made by each.
+        """This rank's share: the sum of the shares over ranks is the penalty, for values and for gradients.
 
-        The decoder may be a DTensor, of which a rank has its rows alone.
+        By default every rank computes the whole penalty and divides it by the number of ranks; override this to divide the work. `W_dec`
+        may be a DTensor, of which this rank holds only its own rows.
         """
         value = self(whole(W_dec), critic, step)
         return value if crew.all.alone else value / crew.all.world_size
 
 
 class Penalties(nn.ModuleDict):
-    """Penalties by the names that they are logged under."""
+    """Penalties by their names in the logs."""
 
     def named(self) -> list[tuple[str, Penalty]]:
-        """Each with its name."""
+        """Pairs of name and penalty."""
         return list(self.items())  # pyright: ignore[reportReturnType]
 
     def loss(self, W_dec: Tensor, critic: Critic | None, step: int, crew: Crew) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """This rank's part of the weighted sum that joins the loss, or none where every weight is 0 now, and the value of each that does.
+        """This rank's share of the weighted penalty loss (None if all weights are 0 now), and the value of each penalty with a weight.
 
-        Weights are the papers', whose squared error is a mean over `d_in`; SAELens's is a sum, hence the factor.
+        Weights are multiplied by `d_in`: the papers' squared error is a mean over `d_in`, SAELens's is a sum.
         """
         total: Tensor | None = None
         values: dict[str, Tensor] = {}
@@ -73,7 +74,7 @@ class Penalties(nn.ModuleDict):
                 continue
             value = penalty.rank_share(W_dec, critic, step, crew)
             values[name] = crew.all.summed(value)
-            if value.requires_grad:  # one that acts now and then alone is a plain zero in between
+            if value.requires_grad:  # `Orthogonality` with `every` > 1 is a constant 0 at most steps
                 total = weight * value if total is None else total + weight * value
         return total, values
 
@@ -81,7 +82,10 @@ class Penalties(nn.ModuleDict):
     def values_by_name(
         self, W_dec: Tensor, critic: Critic | None, step: int, crew: Crew, known: dict[str, Tensor], *, critic_is_trained: bool
     ) -> dict[str, Tensor]:
-        """Every penalty's value, those that are not known measured; one of weight 0 says nothing before its critic has `learnt`."""
+        """The value of every penalty: the `known` ones, and all others computed here.
+
+        Before the critic has taken a step (`critic_is_trained`), penalties that need it and are not known are left out.
+        """
         for name, penalty in self.named():
             if name not in known and (critic_is_trained or not penalty.needs_critic):
                 known = {**known, name: crew.all.summed(penalty.rank_share(W_dec, critic, step, crew))}
@@ -92,8 +96,8 @@ class Penalties(nn.ModuleDict):
 class Decomposability(Penalty):
     """Mean decomposability of the decoder rows by the critic, `mean_i exp(-||W_i - What_i||^2 / sigma_sq)` (arXiv 2604.03436).
 
-    With `rows` < 1 the mean is over that share of the rows, drawn anew at each step: cheaper, unbiased but for the critic's threshold being
-    that of the rows drawn, and noisy.
+    With `rows` < 1 the mean is over that fraction of the rows, drawn anew at each step. This is cheaper and noisy. It is unbiased, except
+    that a batch top-k critic sets its threshold from the drawn rows only.
     """
 
     needs_critic = True
@@ -103,37 +107,37 @@ class Decomposability(Penalty):
         if sigma_sq <= 0:
             raise InputError(f"Decomposability: sigma_sq must be positive, got {sigma_sq}")
         if not 0 < rows <= 1:
-            raise InputError(f"Decomposability: rows is the share of the decoder that a step looks at, above 0 and up to 1, got {rows}")
+            raise InputError(f"Decomposability: rows is the fraction of decoder rows that a step uses, above 0 and up to 1, got {rows}")
         self.sigma_sq, self.rows, self.seed = sigma_sq, rows, seed
 
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
-        """See the class."""
+        """Mean decomposability of all rows, or of the rows drawn for this step."""
         return self.rank_share(W_dec, critic, step, Crew())
 
     def rank_share(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
-        """The mean over this rank's share of the rows, by that share."""
+        """The mean over the rows that this rank processes, times the fraction of all rows that these are."""
         assert critic is not None
         drawn, count, decoder = None, len(W_dec), own(W_dec)
         if self.rows < 1:
             count = max(1, round(self.rows * len(W_dec)))
             drawn = order(len(W_dec), step=step, seed=self.seed)[:count]
-        chosen = share(W_dec, drawn, crew)
+        indices = share(W_dec, drawn, crew)
         with torch.no_grad():
-            some = decoder if chosen is None else decoder.index_select(0, chosen)
-            reconstruction = critic(functional.unit_rows(some, LENT.take("unit", some.shape, some)))
+            rows = decoder if indices is None else decoder.index_select(0, indices)
+            reconstruction = critic(functional.unit_rows(rows, LENT.take("unit", rows.shape, rows)))
 
-        def of_rows(rows: Tensor, rebuilt: Tensor) -> tuple[Tensor, Tensor]:
-            return functional.decomposability_with_slope(rows, rebuilt.to(rows.dtype), self.sigma_sq)
+        def value_and_slope(chunk: Tensor, rebuilt: Tensor) -> tuple[Tensor, Tensor]:
+            return functional.decomposability_with_slope(chunk, rebuilt.to(chunk.dtype), self.sigma_sq)
 
-        mean = mean_over_rows(of_rows, decoder, reconstruction, chosen)
+        mean = mean_over_rows(value_and_slope, decoder, reconstruction, indices)
         return mean if crew.all.alone else mean * (len(reconstruction) / count)
 
 
 @final
 class Orthogonality(Penalty):
-    """Mean squared cosine of each row to its nearest neighbour within a random chunk, a new partition each step (arXiv 2509.22033).
+    """Mean squared cosine between each row and its nearest neighbour in a random chunk of rows (arXiv 2509.22033).
 
-    With `every` > 1 it acts on every so-manieth step only, `every` times as strongly.
+    Chunks are drawn anew at each step. With `every` > 1 the penalty acts at every `every`-th step only, `every` times as strongly.
     """
 
     def __init__(self, weight: float = 0.25, chunk_size: int = 8192, every: int = 1, seed: int = 0, warm_up_steps: int = 0) -> None:
@@ -143,11 +147,11 @@ class Orthogonality(Penalty):
         self.chunk_size, self.every, self.seed = chunk_size, every, seed
 
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
-        """See the class."""
+        """Mean squared cosine to the nearest neighbour, with the chunks of this step."""
         return self.rank_share(W_dec, critic, step, Crew())
 
     def rank_share(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
-        """Each rank finds the neighbours of its share of every chunk, which are anywhere in the decoder."""
+        """The sum over this rank's slice of every chunk, divided by the number of all rows. Neighbours are searched in the whole chunk."""
         if step % self.every:
             return own(W_dec).new_zeros(())
         W_dec = whole(W_dec)

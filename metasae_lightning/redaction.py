@@ -1,37 +1,37 @@
-"""What must not be shown or written: tokens and passwords, in texts and in trees of settings."""
+"""Redaction: access tokens and passwords are removed from texts and settings before they are shown or written."""
 
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
-LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
-KEY = re.compile(
+HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+URL_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
+SECRET_SETTING = re.compile(
     r"token|.*(auth|access|hub|hf|api|bearer|refresh)_?token|.*(secret|password|passwd|authorization|api_?key).*", re.IGNORECASE
 )
 
 
 def redact(tree: Any) -> Any:
-    """A text or a tree of settings without what opens doors.
+    """A copy of a text, or of nested settings, without secrets: settings that hold one are left out, tokens in texts become `hf_***`.
 
     >>> redact({"name": "gpt2", "hub_token": "mine", "tokens": 5, "said": ["https://me:word@host/x", "no hf_abcdefghijklmnopqrst here"]})
     {'name': 'gpt2', 'tokens': 5, 'said': ['https://***@host/x', 'no hf_*** here']}
     """
     if isinstance(tree, Mapping):
-        return {key: redact(value) for key, value in tree.items() if not KEY.fullmatch(str(key))}
+        return {key: redact(value) for key, value in tree.items() if not SECRET_SETTING.fullmatch(str(key))}
     if isinstance(tree, list | tuple):
         return [redact(value) for value in tree]
     if not isinstance(tree, str):
         return tree
-    for own in owned():
-        tree = tree.replace(own, "hf_***")
-    return LOGIN.sub(r"\1***@", TOKEN.sub("hf_***", tree))
+    for token in user_tokens():
+        tree = tree.replace(token, "hf_***")
+    return URL_LOGIN.sub(r"\1***@", HUB_TOKEN.sub("hf_***", tree))
 
 
-def owned() -> set[str]:
-    """The tokens that the Hub's client would use, wherever it has them from."""
+def user_tokens() -> set[str]:
+    """The Hub tokens of this user, from the environment and from the Hub client's own files."""
     from huggingface_hub import get_token
 
-    found = {get_token(), os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")}
-    return {token for token in found if token and len(token) > 4}
+    tokens = {get_token(), os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")}
+    return {token for token in tokens if token and len(token) > 4}

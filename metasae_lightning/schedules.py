@@ -1,4 +1,4 @@
-"""Schedules: who steps when, warm-up, and the learning rate's shape."""
+"""Schedules: when primary and meta SAE take steps, warm-up of penalties, and learning rates."""
 
 import math
 from typing import Any, Literal
@@ -11,9 +11,10 @@ from metasae_lightning.errors import InputError
 
 
 def meta_steps_after(step: int, *, n_p: int, n_m: int, last: bool = False, applied: bool = True) -> int:
-    """Meta steps owed after primary step number `step` (from 1); a last macro-step cut short still ends with its meta phase.
+    """Number of meta steps to take after primary step number `step` (from 1): `n_m` at the end of each macro-step, otherwise 0.
 
-    After a batch whose step was not `applied`, `step` is the one before it, and what that was owed it has had unless it is cut short now.
+    The `last` step of a run ends its macro-step early, with a full meta phase. A primary step that was not `applied` (skipped) does not
+    count: `step` is then the number of the step before it, whose meta phase, if it had one, is over.
 
     >>> [meta_steps_after(step, n_p=3, n_m=2, last=step == 5) for step in (1, 2, 3, 4, 5)]
     [0, 0, 2, 0, 2]
@@ -26,7 +27,7 @@ def meta_steps_after(step: int, *, n_p: int, n_m: int, last: bool = False, appli
 
 
 def meta_steps_in(steps: float, *, n_p: int, n_m: int) -> float:
-    """Meta steps of a whole run of `steps` primary steps, which may have no end.
+    """Number of meta steps in a run of `steps` primary steps; infinite for an infinite run.
 
     >>> meta_steps_in(5, n_p=3, n_m=2)
     4
@@ -35,7 +36,7 @@ def meta_steps_in(steps: float, *, n_p: int, n_m: int) -> float:
 
 
 def warm_up(step: int, steps: int) -> float:
-    """Factor of a coefficient at a step (from 0): rises linearly from 0 to 1 over `steps`, as SAELens's coefficients do.
+    """Factor of a coefficient at step `step` (from 0). It rises linearly from 0 to 1 over `steps`, as SAELens's coefficients do.
 
     >>> [warm_up(step, 4) for step in (0, 1, 4, 9)], warm_up(0, 0)
     ([0.0, 0.25, 1.0, 1.0], 1.0)
@@ -44,7 +45,7 @@ def warm_up(step: int, steps: int) -> float:
 
 
 def to_steps(length: float, total: int) -> int:
-    """A length in steps: itself, or that share of `total` where it is at most 1.
+    """Convert a length to steps: a number above 1 is a number of steps, a number up to 1 is a fraction of `total`.
 
     >>> to_steps(0.25, 80), to_steps(1.0, 80), to_steps(10, 80)
     (20, 80, 10)
@@ -53,24 +54,24 @@ def to_steps(length: float, total: int) -> int:
 
 
 def learning_rate_factor(step: int, total: int, *, warmup: float, decay: float, shape: str, floor: float) -> float:
-    """Factor of the learning rate at optimiser step `step` (from 0): linear warm-up, level, then decay to `floor`.
+    """Factor of the learning rate at optimiser step `step` (from 0): linear warm-up, constant part, then decay to `floor`.
 
     >>> [learning_rate_factor(s, 10, warmup=2, decay=4, shape="linear", floor=0.0) for s in (0, 1, 5, 6, 8, 9)]
     [0.5, 1.0, 1.0, 1.0, 0.5, 0.25]
     """
-    rising, falling = to_steps(warmup, total), to_steps(decay, total)
-    if step < rising:
-        return (step + 1) / rising
-    into = step - (total - falling)
-    if shape == "constant" or into <= 0:
+    warmup_steps, decay_steps = to_steps(warmup, total), to_steps(decay, total)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    decay_step = step - (total - decay_steps)
+    if shape == "constant" or decay_step <= 0:
         return 1.0
-    done = min(into / falling, 1.0)
-    left = 1 - done if shape == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return floor + (1 - floor) * left
+    progress = min(decay_step / decay_steps, 1.0)
+    factor = 1 - progress if shape == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return floor + (1 - floor) * factor
 
 
 class WarmupDecay(LRScheduler):
-    """Learning rate with linear warm-up, a level part, and a linear or cosine decay; its length is bound when the run's is known.
+    """Learning rate with linear warm-up, a constant part, and linear or cosine decay, over the length of the run.
 
     Example in YAML:
         primary_scheduler: {class_path: WarmupDecay, init_args: {warmup: 0.05, decay: 0.2, shape: linear}}
@@ -90,25 +91,28 @@ class WarmupDecay(LRScheduler):
             raise InputError(f"WarmupDecay: warmup, decay and floor must not be negative, got {warmup}, {decay}, {floor}")
         self.shape: dict[str, float | str] = {"warmup": warmup, "decay": decay, "shape": shape, "floor": floor}
         self.total_steps = total_steps
+        # True where the user gave `total_steps`. The name of this attribute is a key in checkpoints.
         self._given = total_steps is not None
         super().__init__(optimizer)
 
     def bind(self, total_steps: int) -> None:
-        """Tell the schedule how many optimiser steps the run has, unless it was given."""
+        """Set the length of the run in optimiser steps, unless the user gave `total_steps`."""
         if self.total_steps is None:
-            rising, falling = (to_steps(float(self.shape[name]), total_steps) for name in ("warmup", "decay"))
-            if rising + falling > total_steps + 1 and self.shape["shape"] != "constant":  # two halves may each round up
-                raise InputError(f"WarmupDecay: warmup and decay take {rising} and {falling} steps, and the run has {total_steps}")
+            warmup_steps, decay_steps = (to_steps(float(self.shape[name]), total_steps) for name in ("warmup", "decay"))
+            if warmup_steps + decay_steps > total_steps + 1 and self.shape["shape"] != "constant":  # each may be rounded up
+                raise InputError(
+                    f"WarmupDecay: warmup and decay take {warmup_steps} and {decay_steps} steps, and the run has {total_steps}"
+                )
             self.total_steps = total_steps
             for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
                 group["lr"] = base * self._factor(self.last_epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Without a length that was only bound: a resumed run may have a larger budget."""
+        """State for checkpoints. A length set by `bind` is left out: a resumed run may be longer."""
         return {key: value for key, value in super().state_dict().items() if key != "total_steps" or self._given}
 
     def get_lr(self) -> list[float | Tensor]:
-        """The rate of each parameter group at this step."""
+        """Learning rate of each parameter group at this step."""
         return [base * self._factor(self.last_epoch) for base in self.base_lrs]
 
     def _factor(self, step: int) -> float:
@@ -118,9 +122,9 @@ class WarmupDecay(LRScheduler):
 
 
 def bind_schedule(schedule: Any, steps: float, name: str) -> LRScheduler:
-    """A schedule that knows the length of the run, where it wants to."""
+    """Check a learning rate schedule of the user's, and give a `WarmupDecay` the length of the run in optimiser steps."""
     if isinstance(schedule, ReduceLROnPlateau):
-        raise InputError(f"{name}_scheduler: ReduceLROnPlateau waits for a figure, and schedules here are functions of the step alone")
+        raise InputError(f"{name}_scheduler: ReduceLROnPlateau waits for a metric, and schedules here are functions of the step alone")
     if isinstance(schedule, WarmupDecay):
         if steps == float("inf") and schedule.total_steps is None:
             raise InputError(f"{name}_scheduler needs the length of the run: give WarmupDecay total_steps, or data with a length")

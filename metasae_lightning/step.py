@@ -1,4 +1,4 @@
-"""The frozen types that every room speaks: what a step receives and what it returns."""
+"""Frozen types that all packages share: the batch that a step receives and the results that it returns."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,29 +11,29 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Activations of one training step, one row a token."""
+    """Activations of one training step, one row per token."""
 
     activations: Float[Tensor, "batch d_in"]
     widths: Mapping[str, int] = field(default_factory=dict)
-    """The hooks that lie side by side in the columns, and how wide each is; nothing where there is one, or none has a name."""
+    """Width of each hook's columns, in their order, where several hooks lie side by side. Empty where the data name no hook."""
     features: "Codes | None" = None
-    """The true features' activations, where the data are planted and held out."""
+    """Activations of the true features: for held-out synthetic data only."""
 
     @classmethod
     def of(cls, activations: "Batch | Tensor") -> "Batch":
-        """A batch of whatever a source yields: a plain tensor will do."""
+        """A `Batch` from a batch or from a plain tensor of activations."""
         return activations if isinstance(activations, Batch) else cls(activations)
 
     def __len__(self) -> int:
         return self.activations.shape[0]
 
     def to(self, *args: Any, **kwargs: Any) -> "Batch":
-        """Lightning moves a batch by this method."""
+        """A copy on another device. Lightning calls this to move a batch."""
         activations = self.activations.to(*args, **kwargs)
         return replace(self, activations=activations, features=self.features and self.features.to(activations.device))
 
     def select_hook(self, hook: str | None) -> "Batch":
-        """The columns of one hook; all of them where none is named.
+        """The batch with one hook's columns only; the whole batch where `hook` is None.
 
         >>> Batch(torch.tensor([[1.0, 2.0, 3.0]]), {"a": 1, "b": 2}).select_hook("b").activations.tolist()
         [[2.0, 3.0]]
@@ -79,7 +79,7 @@ class Codes:
 
     @classmethod
     def concatenate(cls, parts: "list[Codes]") -> "Codes":
-        """Codes of consecutive micro-batches as those of the whole batch."""
+        """Concatenate the codes of consecutive micro-batches into those of the whole batch."""
         if len(parts) == 1:
             return parts[0]
         offsets = torch.tensor([p.shape[0] for p in parts]).cumsum(0).tolist()
@@ -89,7 +89,7 @@ class Codes:
         return cls(torch.cat(rows), torch.cat(latents), torch.cat(values), (offsets[-1], parts[0].shape[1]))
 
     def to(self, device: torch.device | str) -> "Codes":
-        """The same on another device."""
+        """A copy on another device."""
         return Codes(self.rows.to(device), self.latents.to(device), self.values.to(device), self.shape)
 
     def slice_rows(self, rows: slice) -> "Codes":
@@ -99,73 +99,75 @@ class Codes:
         >>> codes.rows.tolist(), codes.latents.tolist(), codes.shape
         ([0, 1], [1, 2], (2, 3))
         """
-        at = slice(*torch.searchsorted(self.rows, self.rows.new_tensor([rows.start, rows.stop])).tolist())
-        return Codes(self.rows[at] - rows.start, self.latents[at], self.values[at], (rows.stop - rows.start, self.shape[1]))
+        nonzeros = slice(*torch.searchsorted(self.rows, self.rows.new_tensor([rows.start, rows.stop])).tolist())
+        return Codes(
+            self.rows[nonzeros] - rows.start, self.latents[nonzeros], self.values[nonzeros], (rows.stop - rows.start, self.shape[1])
+        )
 
     def firings(self) -> Int[Tensor, " d_sae"]:
-        """How many tokens each latent fired on."""
+        """Number of tokens that each latent fired on."""
         return torch.bincount(self.latents, minlength=self.shape[1])
 
     @property
     def l0(self) -> float:
-        """Mean number of active latents a token."""
+        """Mean number of active latents per token."""
         return self.values.numel() / max(self.shape[0], 1)
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one SAE's forward pass on one batch showed."""
+    """Statistics of one SAE's forward pass on one batch."""
 
     loss: Float[Tensor, ""]
     """The architecture's own training loss, in its normalised space."""
     losses: Mapping[str, Tensor]
-    """Its parts by SAELens's names."""
+    """The terms of the loss by SAELens's names."""
     fvu: Float[Tensor, ""]
     """Fraction of variance unexplained on this batch, in raw space."""
     l0: float
-    """Mean number of active latents a row."""
+    """Mean number of active latents per row."""
     dead: float
-    """Share of latents silent for longer than the dead window."""
+    """Fraction of latents that have not fired for longer than the dead window."""
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What `training_step` hands to the callbacks, and the only thing they see of a step."""
+    """Result of `training_step` for the callbacks, which see nothing else of a step."""
 
     loss: Float[Tensor, ""]
-    """Everything that was minimised: the primary's loss plus the weighted penalties."""
+    """The loss that was minimised: the primary's loss plus the weighted penalties."""
     primary: StepStats
-    """The primary SAE on this batch."""
+    """Statistics of the primary SAE."""
     codes: Codes
-    """Its latent activations."""
+    """Latent activations of the primary SAE."""
     reconstruction: Float[Tensor, "batch d_in"]
-    """Its reconstruction of the batch, in raw space."""
+    """Reconstruction of the batch by the primary SAE, in raw space."""
     penalties: Mapping[str, Tensor] = field(default_factory=dict)
-    """Each penalty's value, before its weight."""
+    """Value of each penalty, not multiplied by its weight."""
     meta: StepStats | None = None
-    """The meta SAE's last step, where this step ended a macro-step."""
+    """Statistics of the last meta step, where this step ended a macro-step."""
     skipped: int = 0
-    """How many steps of one SAE, in a row up to its last, were left out because something was not finite."""
+    """Number of consecutive steps of one SAE, up to its latest, that were skipped because a tensor was not finite."""
     bad_tensor: str | None = None
-    """What was not, in the last of them."""
+    """Name of the tensor that was not finite in the latest skipped step."""
 
     def scalars(self) -> dict[str, Any]:
-        """Everything that is one number, by the names that it is logged under."""
-        found: dict[str, Any] = {"train/loss": self.loss}
-        for role, reading in (("train", self.primary), ("meta", self.meta)):
-            if reading is not None:
-                found |= {f"{role}/fvu": reading.fvu, f"{role}/l0": reading.l0, f"{role}/dead": reading.dead}
-                found |= {f"{role}/{name}": value for name, value in reading.losses.items()}
-        return found | {f"penalty/{name}": value for name, value in self.penalties.items()}
+        """All single numbers of the step, by their names in the logs."""
+        values: dict[str, Any] = {"train/loss": self.loss}
+        for role, stats in (("train", self.primary), ("meta", self.meta)):
+            if stats is not None:
+                values |= {f"{role}/fvu": stats.fvu, f"{role}/l0": stats.l0, f"{role}/dead": stats.dead}
+                values |= {f"{role}/{name}": value for name, value in stats.losses.items()}
+        return values | {f"penalty/{name}": value for name, value in self.penalties.items()}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a validation or test step hands to the callbacks."""
+    """Result of a validation or test step for the callbacks."""
 
     activations: Float[Tensor, "batch d_in"]
-    """The batch."""
+    """Activations of the batch."""
     codes: Codes
-    """The primary's latent activations."""
+    """Latent activations of the primary SAE."""
     reconstruction: Float[Tensor, "batch d_in"]
-    """Its reconstruction, in raw space."""
+    """Reconstruction of the batch by the primary SAE, in raw space."""

@@ -1,4 +1,4 @@
-"""The public place of `Sharded`, which saved configs name."""
+"""`Sharded` under the name that saved configs use: `metasae_lightning.strategy.Sharded`."""
 
 from metasae_lightning.training.strategy import Sharded
 

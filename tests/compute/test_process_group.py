@@ -152,7 +152,7 @@ def cut_on_rank(rank: int, folder: str) -> None:
     assert number.item() == 0
     with pytest.raises(InputError, match="data: ranks must have equally many training batches, and have 7, 7, 8"):
         check_batches(trainer(7 + (rank == 2)), ranks, 640)
-    with pytest.raises(InputError, match="ranks went on from different checkpoints, after 640, 640, 1280 tokens"):
+    with pytest.raises(InputError, match="ranks resumed from different checkpoints, after 640, 640, 1280 tokens"):
         check_batches(trainer(7), ranks, 640 * (1 + (rank == 2)))
     whole = ranks.together(torch.full((rank, 2), float(rank)))  # the first has none
     assert whole.tolist() == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]

@@ -24,7 +24,7 @@ from metasae_lightning.cli import main
 from metasae_lightning.data import SyntheticDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Decomposability
-from metasae_lightning.synthetic import SyntheticModelConfig
+from metasae_lightning.data.synthetic import SyntheticModelConfig
 from metasae_lightning.training import JointSAE
 from metasae_lightning.training.checkpoint_files import (
     AtomicCheckpointIO,
@@ -35,6 +35,7 @@ from metasae_lightning.training.checkpoint_files import (
     newest_intact,
 )
 from tests.helpers.architectures import D_IN, config
+from tests.helpers.command_line import CommandLine
 from tests.helpers.models import documents, save_model
 
 ROOT = Path(__file__).parents[2]
@@ -238,10 +239,15 @@ def begun(run: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
+def forked(run: Path, *more: str) -> CommandLine:
+    """The same command in processes that need not import everything again."""
+    return CommandLine(command(run, *more)[2:], cwd=ROOT)
+
+
 def ended(run: Path, *more: str) -> None:
-    process = begun(run, *more)
-    _, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told[-3000:]
+    process = forked(run, *more)
+    _, printed = process.communicate()
+    assert process.returncode == 0, printed[-3000:]
 
 
 def same(one: Path, two: Path) -> bool:
@@ -257,12 +263,12 @@ def test_two_ranks_that_are_killed_or_told_to_stop_end_as_they_would_have(tmp_pa
     ended(tmp_path / "whole", *ranks)
     run = tmp_path / "run"
     for number, how in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
-        process = begun(run, *ranks, *(["--ckpt_path", "last"] if number else []))
+        process = forked(run, *ranks, *(["--ckpt_path", "last"] if number else []))
         before, deadline = newest_intact([run / "checkpoints"])[0], time.monotonic() + 200
         while newest_intact([run / "checkpoints"])[0] == before and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         if how == signal.SIGKILL:
-            os.killpg(process.pid, how)
+            process.kill()
         else:
             process.send_signal(how)
         _, told = process.communicate(timeout=200)

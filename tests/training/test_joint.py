@@ -267,7 +267,7 @@ def test_a_step_is_the_algorithm_written_out():
         ),
         (
             lambda: JointSAE(config("topk"), config("topk"), {"d": Decomposability(0.3, rows=0.5)}, critic_supports="macro_step"),
-            "critic_supports: macro_step is of every row, and penalties.d",
+            "critic_supports: macro_step needs all rows, and penalties.d",
         ),
         (lambda: JointSAE(config("topk"), clip_grad_norm=0.0), "clip_grad_norm must be more than 0"),
         (lambda: JointSAE(config("topk", dtype="bfloat16")), "primary.dtype must be float32"),

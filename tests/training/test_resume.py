@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from metasae_lightning.cli import main
 from metasae_lightning.cli.loggers import loggers
+from tests.helpers.command_line import CommandLine
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,8 +29,9 @@ def command(run: Path, checkpoint: bool) -> list[str]:
 
 
 def finished(run: Path, checkpoint: bool = False) -> None:
-    done = subprocess.run(command(run, checkpoint), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = CommandLine(command(run, checkpoint)[2:], cwd=ROOT)
+    _, printed = process.communicate()
+    assert process.returncode == 0, printed[-2000:]
 
 
 def environment() -> dict[str, str]:

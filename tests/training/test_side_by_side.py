@@ -24,7 +24,7 @@ from metasae_lightning.cli.grid import expand
 from metasae_lightning.errors import InputError
 from metasae_lightning.memory.plan import memory_plan
 from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
-from metasae_lightning.synthetic import SyntheticModelConfig
+from metasae_lightning.data.synthetic import SyntheticModelConfig
 from metasae_lightning.training.arm_callbacks import EachArm, Observer
 from tests.helpers.architectures import D_IN, Batches, config
 

@@ -154,7 +154,7 @@ P, M = "--model.init_args.primary.init_args", "--model.init_args.meta.init_args"
         (["--trainer.max_steps", "10"], r"the budget is data.init_args.tokens"),
         (["--trainer.precision", "bf16-true"], r"precision must be 32-true, 64-true or bf16-mixed"),
         (["--trainer.gradient_clip_val", "1.0"], r"manual optimization"),
-        (["--model.init_args.primary_scheduler.class_path", "torch.optim.lr_scheduler.ReduceLROnPlateau"], r"waits for a figure"),
+        (["--model.init_args.primary_scheduler.class_path", "torch.optim.lr_scheduler.ReduceLROnPlateau"], r"waits for a metric"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
