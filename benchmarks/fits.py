@@ -98,7 +98,7 @@ def plans(case: Case) -> Iterator[tuple[str, Plan]]:
         (f"each of {RANKS}, sharded, an eighth of batch_size", "auto", RANKS, RANKS),
     ]
     for way, device, ranks, shards in ways:
-        with tempfile.TemporaryDirectory() as folder, patch.object(device, "gpus", lambda: 2 * RANKS):
+        with tempfile.TemporaryDirectory() as folder, patch.object(device, "count_gpus", lambda: 2 * RANKS):
             yield way, memory_plan(model_of(case, tree), data_of(case, tree, folder, device, shards), trainer_of(tree, ranks, shards))
 
 

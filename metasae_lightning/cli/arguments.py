@@ -50,7 +50,7 @@ def data_for(sae: Subject, args: Namespace) -> Any:
         sizes |= {"held_out": metadata.get("held_out") or 0.05, "max_norm_ratio": metadata.get("max_norm_ratio")}
         data = ActivationsDataModule(model_of(sae), corpus_of(sae), tokens=4096, skip_positions=skip, **sizes)
     if args.device is not None and isinstance(data, ActivationsDataModule):
-        data.language_model.place(device.found(args.device))
+        data.language_model.set_device(device.parse_device(args.device))
     return data
 
 

@@ -126,13 +126,13 @@ class ActivationsDataModule(LightningDataModule):
         """Load the model up to the hook, or open the cache."""
         if self.cache is not None and self.reading_cache:
             try:
-                tokenizer = fingerprint(self.language_model.read_tokenizer())
+                tokenizer = fingerprint(self.language_model.load_tokenizer())
             except InputError:  # a cache needs no model; one of ours knows its special tokens
                 tokenizer = None
             self.cache.open(self.identity(), self.language_model.hooks, tokenizer)
             return
         if (strategy := self._strategy) is not None:
-            self.language_model.place(device.seat(self.language_model.asked, strategy))
+            self.language_model.set_device(device.assign_device(self.language_model.requested_device, strategy))
         self.language_model.load()
         self._warn_once()
         if stage == "fit" and self.batching.held_out:
@@ -144,7 +144,7 @@ class ActivationsDataModule(LightningDataModule):
             return
         self._told, name = True, self.language_model.name
         ends = self.language_model.tokenizer.eos_token_id is not None
-        if not (self.batching.cross_document_attention or (ends and self.language_model.separates(self.batching.context_size))):
+        if not (self.batching.cross_document_attention or (ends and self.language_model.can_separate_documents(self.batching.context_size))):
             why = "" if ends else ", since its tokenizer has no EOS to end documents with"
             rank_zero_warn(
                 f"{name} cannot be kept from attending across the documents of a context{why}: it does "
@@ -261,7 +261,7 @@ class ActivationsDataModule(LightningDataModule):
     @property
     def _special(self) -> list[int]:
         assert self.cache is not None
-        return self.cache.record["about"]["special"] if self.cache.ours else special_ids(self.language_model.read_tokenizer())
+        return self.cache.record["about"]["special"] if self.cache.ours else special_ids(self.language_model.load_tokenizer())
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank's place: a checkpoint is one file, and ranks read at different paces."""

@@ -148,7 +148,7 @@ class Rows:
 
     def visible(self, tokens: Int[Tensor, "context position"]) -> Bool[Tensor, "context position position"] | None:
         """What each token may attend to, documents apart where that is asked for and can be had."""
-        apart = not self.batching.cross_document_attention and self.language_model.separates(tokens.shape[1])
+        apart = not self.batching.cross_document_attention and self.language_model.can_separate_documents(tokens.shape[1])
         return own_document(tokens, self.separator, begun=self.begun) if apart and self.separator is not None else None
 
     def forward(self, tokens: Int[Tensor, "context position"]) -> Float[Tensor, "context position d_model"]:

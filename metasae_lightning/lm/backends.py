@@ -1,4 +1,4 @@
-"""Language models by the hook's name in either dialect, loaded up to the hook and no further."""
+"""The two backends of language models: transformers and TransformerLens. Both load only the layers up to the last hook."""
 
 import contextlib
 import inspect
@@ -11,82 +11,117 @@ from transformer_lens import HookedTransformer, loading_from_pretrained
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from metasae_lightning.lm.base import LanguageModel, Mask, Tokens
-from metasae_lightning.lm.hooks import Point, cut, deepest, expected_leftovers, layers_path, lens_points, locate, unknown_hook
-from metasae_lightning.lm.loading import CONFIG_KWARGS, LOADER_KWARGS, check_kwargs, converting, hub, is_lens_folder, lens_folder
+from metasae_lightning.lm.hooks import (
+    HookLocation,
+    ignore_dropped_layers,
+    layer_stack_path,
+    layers_needed,
+    locate,
+    locate_in_lens,
+    truncate_config,
+    unknown_hook,
+)
+from metasae_lightning.lm.loading import (
+    CONFIG_KWARGS,
+    LOADER_KWARGS,
+    check_kwargs,
+    hub_errors,
+    is_lens_folder,
+    lens_errors,
+    load_lens_folder,
+)
 
 __all__ = ["HuggingFaceLM", "LanguageModel", "TransformerLensLM"]
 
 
 class HuggingFaceLM(LanguageModel):
-    """Any hub name or local folder that transformers' `AutoModelForCausalLM` reads; layers after the hook are not loaded."""
+    """A causal language model of transformers: any Hub name or local folder that `AutoModelForCausalLM` reads."""
 
-    def _outline(self, folder: str) -> tuple[dict[str, Any], list[Point], contextlib.AbstractContextManager[None]]:
-        """The config cut to the hooks, their places, and a context in which the checkpoint's other layers are no surprise."""
+    def _prepare(self, folder: str) -> tuple[dict[str, Any], list[HookLocation], contextlib.AbstractContextManager[None]]:
+        """The arguments of `from_config` with the config cut after the last hook, the hooks' locations, and a context for loading.
+
+        In that context the weights of the layers left out give no warning.
+        """
         check_kwargs(self.model_kwargs, (*CONFIG_KWARGS, *LOADER_KWARGS))
-        shared = {k: v for k, v in self.model_kwargs.items() if k in CONFIG_KWARGS}
-        with hub(self.name):
-            config = AutoConfig.from_pretrained(folder, **shared)
+        config_kwargs = {k: v for k, v in self.model_kwargs.items() if k in CONFIG_KWARGS}
+        with hub_errors(self.name):
+            config = AutoConfig.from_pretrained(folder, **config_kwargs)
             trust = {"trust_remote_code": True} if self.model_kwargs.get("trust_remote_code") else {}
             with torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(config, **trust)
-        points, stack = [locate(hook, skeleton) for hook in self.hooks], layers_path(skeleton)
-        dropped = cut(config, None if self._whole else deepest(points))
-        return {"config": config, **trust}, points, expected_leftovers(type(skeleton), stack, dropped)
+        locations, stack_path = [locate(hook, skeleton) for hook in self.hooks], layer_stack_path(skeleton)
+        dropped = truncate_config(config, None if self._is_complete else layers_needed(locations))
+        return {"config": config, **trust}, locations, ignore_dropped_layers(type(skeleton), stack_path, dropped)
 
-    def _skeleton(self, folder: str) -> tuple[nn.Module, list[Point]]:
-        given, points, _ = self._outline(folder)
+    def _skeleton(self, folder: str) -> tuple[nn.Module, list[HookLocation]]:
+        """The transformers model on the meta device, and the hooks' locations."""
+        config_args, locations, _ = self._prepare(folder)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(**given, dtype=self.dtype).eval()
+            skeleton = AutoModelForCausalLM.from_config(**config_args, dtype=self.dtype).eval()
         skeleton.config.use_cache = False
-        return skeleton, points
+        return skeleton, locations
 
-    def _load(self, folder: str) -> tuple[nn.Module, list[Point], Any]:
-        given, points, leftovers = self._outline(folder)
-        with hub(self.name), leftovers:
-            kwargs = {**self.model_kwargs, "dtype": self.dtype, **given}
-            proxy: Any = load_model("AutoModelForCausalLM", folder, self.device, kwargs, hook_names=[point.path for point in points])
+    def _load(self, folder: str) -> tuple[nn.Module, list[HookLocation], Any]:
+        """The transformers model with its weights, the hooks' locations, and the tokenizer."""
+        config_args, locations, ignore_dropped = self._prepare(folder)
+        with hub_errors(self.name), ignore_dropped:
+            kwargs = {**self.model_kwargs, "dtype": self.dtype, **config_args}
+            proxy: Any = load_model(
+                "AutoModelForCausalLM", folder, self.device, kwargs, hook_names=[location.path for location in locations]
+            )
         proxy.model.config.use_cache = False
-        return proxy.model, points, proxy.tokenizer
+        return proxy.model, locations, proxy.tokenizer
 
     def _run(self, root: Any, tokens: Tokens, mask: Mask) -> Any:
+        """One forward pass; a mask replaces the model's own."""
         return root(tokens, **({} if mask is None else {"attention_mask": mask})).logits
 
 
 class TransformerLensLM(LanguageModel):
-    """A model as TransformerLens's `HookedTransformer` has it, unprocessed; a local folder where it converts that architecture."""
+    """A language model as TransformerLens's `HookedTransformer`, with unprocessed weights.
 
-    def _outline(self, folder: str) -> tuple[dict[str, Any], list[Point], bool]:
-        """What TransformerLens is given, the hooks' places, and whether the folder is a local one."""
+    It reads the models that TransformerLens knows by name, and local folders of architectures that it can convert.
+    """
+
+    def _prepare(self, folder: str) -> tuple[dict[str, Any], list[HookLocation], bool]:
+        """The arguments for TransformerLens, the hooks' locations, and whether the folder is a local one."""
         known = (*inspect.signature(HookedTransformer.from_pretrained).parameters, *CONFIG_KWARGS, *LOADER_KWARGS)
         check_kwargs(self.model_kwargs, [k for k in known if k not in ("model_name", "device", "dtype", "from_pretrained_kwargs")])
-        local = is_lens_folder(folder)
-        with converting(self.name):
+        is_folder = is_lens_folder(folder)
+        with lens_errors(self.name):
             config = loading_from_pretrained.get_pretrained_model_config(folder)
-        points = lens_points(self.hooks, self.name, config)
-        layers = {} if self._whole else {"first_n_layers": deepest(points)}
-        return {**self.model_kwargs, **layers, "dtype": self.dtype}, points, local
+        locations = locate_in_lens(self.hooks, self.name, config)
+        layers = {} if self._is_complete else {"first_n_layers": layers_needed(locations)}
+        return {**self.model_kwargs, **layers, "dtype": self.dtype}, locations, is_folder
 
     @property
-    def _repository(self) -> str:
-        with converting(self.name):
+    def _tokenizer_source(self) -> str:
+        """The model's name on the Hub: TransformerLens has short names of its own, such as `gpt2-small`."""
+        with lens_errors(self.name):
             return self._folder if is_lens_folder(self._folder) else loading_from_pretrained.get_official_model_name(self._folder)
 
-    def _skeleton(self, folder: str) -> tuple[nn.Module, list[Point]]:
-        given, points, _ = self._outline(folder)
-        with converting(self.name), torch.device("meta"):
-            config = loading_from_pretrained.get_pretrained_model_config(folder, device="meta", **given)
-            return HookedTransformer(config, move_to_device=False), points
+    def _skeleton(self, folder: str) -> tuple[nn.Module, list[HookLocation]]:
+        """The `HookedTransformer` on the meta device, and the hooks' locations."""
+        args, locations, _ = self._prepare(folder)
+        with lens_errors(self.name), torch.device("meta"):
+            config = loading_from_pretrained.get_pretrained_model_config(folder, device="meta", **args)
+            return HookedTransformer(config, move_to_device=False), locations
 
-    def _load(self, folder: str) -> tuple[nn.Module, list[Point], Any]:
-        given, points, local = self._outline(folder)
-        with converting(self.name):
-            model: Any = lens_folder(folder, self.device, given) if local else load_model("HookedTransformer", folder, self.device, given)
-        for asked, point in zip(self.hooks, points, strict=True):
-            if point.path not in model.hook_dict:
-                raise unknown_hook(asked, self.name, model.hook_dict)
-        return model, points, model.tokenizer
+    def _load(self, folder: str) -> tuple[nn.Module, list[HookLocation], Any]:
+        """The `HookedTransformer` with its weights, the hooks' locations, and the tokenizer."""
+        args, locations, is_folder = self._prepare(folder)
+        with lens_errors(self.name):
+            if is_folder:
+                model: Any = load_lens_folder(folder, self.device, args)
+            else:
+                model = load_model("HookedTransformer", folder, self.device, args)
+        for hook, location in zip(self.hooks, locations, strict=True):
+            if location.path not in model.hook_dict:
+                raise unknown_hook(hook, self.name, model.hook_dict)
+        return model, locations, model.tokenizer
 
     def _run(self, root: Any, tokens: Tokens, mask: Mask) -> Any:
+        """One forward pass without a mask; a mask raises an error."""
         if mask is not None:
-            raise NotImplementedError("TransformerLens masks padding only")
+            raise NotImplementedError("TransformerLens takes masks for padding only")
         return root(tokens, return_type="logits", prepend_bos=False)

@@ -1,11 +1,11 @@
-"""A language model read at its hooks and no further: what every backend has in common."""
+"""The base class of language models: activations at hooks, with a forward pass that ends at the last hook."""
 
 import contextlib
 import copy
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import device
 from metasae_lightning.lm.embedded_model import EMBEDDED, embedded_folder
-from metasae_lightning.lm.hooks import Point, attach
-from metasae_lightning.lm.loading import CONFIG_KWARGS, additive, dtype_of, hub, no_chatter
+from metasae_lightning.lm.hooks import HookLocation, attach
+from metasae_lightning.lm.loading import CONFIG_KWARGS, additive_mask, hub_errors, parse_dtype, quiet_loading
 from metasae_lightning.redaction import redact
 
 log = logging.getLogger(__name__)
@@ -26,23 +26,23 @@ log = logging.getLogger(__name__)
 Tokens = Int[Tensor, "context position"]
 Mask = Float[Tensor, "context 1 position position"] | None
 
-# Hooks are the module's: a pass of another thread, of a stream that is made ahead, would end at them.
-PASSING = threading.Lock()
+# Hooks are attached to the module, which threads share: a forward pass of another thread would call them too.
+FORWARD_LOCK = threading.Lock()
 
 
-class _Reached(Exception):
+class _LastHookReached(Exception):
     """Ends a forward pass at the last hook."""
 
 
 class LanguageModel(ABC):
-    """A causal language model read at one hook, or at several in one pass; nothing is loaded before `load`.
+    """A causal language model whose activations are taken at one hook, or at several in one pass. `load` loads it, not the constructor.
 
     Args:
-        name: A name on the hub, or a local folder.
-        hook: Where activations are taken, or several such places.
-        device: Where it lies: `auto` is its SAE's GPU, `own` one that no SAE of this machine is on, or a name such as `cuda:1` or `cpu`.
-        dtype: What it computes in.
-        model_kwargs: More for the backend's `from_pretrained`.
+        name: A model's name on the Hub, or a local folder.
+        hook: The hook at which activations are taken, or a list of hooks.
+        device: `auto` for the GPU of its SAE, `own` for a GPU without an SAE, or a name such as `cuda:1` or `cpu`.
+        dtype: The dtype of the model's weights and computations.
+        model_kwargs: Further arguments of the backend's `from_pretrained`.
     """
 
     def __init__(
@@ -51,50 +51,50 @@ class LanguageModel(ABC):
         self.name = name
         self.hooks = [hook] if isinstance(hook, str) else list(hook)
         if not self.hooks or len(set(self.hooks)) < len(self.hooks):
-            raise InputError(f"hook: one name, or a list of different ones, got {hook}")
-        self.dtype = dtype_of(dtype)
+            raise InputError(f"hook: expected one name or a list of different names, got {hook}")
+        self.dtype = parse_dtype(dtype)
         self.model_kwargs = dict(model_kwargs or {})
-        self.asked = device
-        self._placed: torch.device | None = None
+        self.requested_device = device
+        self._device: torch.device | None = None
         self._root: nn.Module | None = None
-        self._points: list[Point] = []
+        self._locations: list[HookLocation] = []
         self._tokenizer: Any = None
         self._widths: dict[str, int] = {}
-        self._separates: bool | None = None
-        self._whole = False
+        self._separates_documents: bool | None = None
+        self._is_complete = False
 
     def load(self) -> None:
-        """Load the model up to the hook, once, leaving the global random state alone."""
+        """Load the model up to its last hook, unless it is loaded. The global random state does not change."""
         if self._root is not None:
             return
-        # Constructors initialise what the checkpoint then overwrites, from the global generator.
-        with torch.random.fork_rng(), no_chatter():
-            root, points, tokenizer = self._load(self._folder)
-        self._root, self._points, self._tokenizer = root.eval().requires_grad_(False), points, tokenizer
+        # The constructor draws random weights from the global generator before the checkpoint's weights replace them.
+        with torch.random.fork_rng(), quiet_loading():
+            root, locations, tokenizer = self._load(self._folder)
+        self._root, self._locations, self._tokenizer = root.eval().requires_grad_(False), locations, tokenizer
         try:
-            # Sizes that no table of positions or batch of one shares by accident.
-            found = self._reach(torch.zeros(2, 3, dtype=torch.long), None)
+            # 2 x 3 tokens: a tensor of another kind, such as a table of positions, hardly has these first two sizes.
+            outputs = self._hook_outputs(torch.zeros(2, 3, dtype=torch.long), None)
         except InputError:
             self._root = None
             raise
-        self._widths = dict(zip(self.hooks, (part.shape[-1] for part in found), strict=True))
+        self._widths = dict(zip(self.hooks, (output.shape[-1] for output in outputs), strict=True))
 
-    def place(self, device: torch.device | str) -> None:
-        """Load it there."""
-        self._placed = torch.device(device)
+    def set_device(self, device: torch.device | str) -> None:
+        """Choose the device on which `load` will put the model."""
+        self._device = torch.device(device)
 
     def skeleton(self) -> "LanguageModel":
-        """This model on torch's meta device: it has sizes and no weights, and nothing is loaded."""
+        """A copy on torch's meta device: its parameters have shapes but no values, and no weights are read."""
         twin = copy.copy(self)
-        with torch.random.fork_rng(), no_chatter():
-            twin._root, twin._points = self._skeleton(self._folder)
+        with torch.random.fork_rng(), quiet_loading():
+            twin._root, twin._locations = self._skeleton(self._folder)
         return twin
 
     def complete(self) -> "LanguageModel":
-        """This model loaded to its end, a second time: for what only its predictions tell."""
+        """A second, loaded copy with all layers, whose predictions (`logits`) can be computed."""
         twin = copy.copy(self)
-        twin._root, twin._whole = None, True
-        log.warning("%s is loaded whole, to measure its predictions", self.name)
+        twin._root, twin._is_complete = None, True
+        log.warning("%s is loaded a second time, with all layers, to measure its predictions", self.name)
         twin.load()
         return twin
 
@@ -105,64 +105,77 @@ class LanguageModel(ABC):
         *,
         edit: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "context position vocabulary"]:
-        """The predictions of a complete model, where wanted with the first hook's activations replaced by what `edit` makes of them."""
-        if not self._whole:
-            raise RuntimeError(f"{self.name}: it ends at its hook; complete() has the rest")
+        """The logits of a model from `complete`, in float32.
 
-        def by(found: Tensor) -> Tensor | None:
-            return None if edit is None else edit(found.flatten(2).float()).to(found.dtype).view_as(found)
+        Args:
+            tokens: The contexts.
+            visible: The attention mask, as in `activations`.
+            edit: A function whose output replaces the activations at the first hook.
+        """
+        if not self._is_complete:
+            raise RuntimeError(f"{self.name}: the layers after the hook are not loaded; use the model that complete() returns")
 
-        with self._attached([by]):
+        def replace(activations: Tensor) -> Tensor | None:
+            return None if edit is None else edit(activations.flatten(2).float()).to(activations.dtype).view_as(activations)
+
+        with self._hooked([replace]):
             return self._forward(tokens, visible).float()
 
     @property
     def _folder(self) -> str:
+        """The name for the backend: a Hub name, a local folder, or the folder of the embedded model."""
         return str(embedded_folder()) if self.name == EMBEDDED else self.name
 
     @abstractmethod
-    def _load(self, folder: str) -> tuple[nn.Module, list[Point], Any]:
-        """The root module, the hooks' places in it and the tokenizer."""
+    def _load(self, folder: str) -> tuple[nn.Module, list[HookLocation], Any]:
+        """The model's root module, the hooks' locations in it, and the tokenizer."""
 
     @abstractmethod
-    def _skeleton(self, folder: str) -> tuple[nn.Module, list[Point]]:
-        """What `_load` loads, without weights and tokenizer."""
+    def _skeleton(self, folder: str) -> tuple[nn.Module, list[HookLocation]]:
+        """The same root module on the meta device, and the hooks' locations."""
 
     @abstractmethod
     def _run(self, root: Any, tokens: Tokens, mask: Mask) -> Any:
-        """One forward pass: its predictions, unless a hook ends it before."""
+        """One forward pass; returns the logits, unless a hook ends it earlier."""
 
     def activations(
         self, tokens: Int[Tensor, "context position"], visible: Bool[Tensor, "context position position"] | None = None
     ) -> Float[Tensor, "context position d_model"]:
-        """The hooks' float32 activations, heads flattened, one hook beside the other; the forward pass ends at the last.
+        """The activations at the hooks, in float32, concatenated over hooks; the forward pass ends at the last hook.
 
-        `visible[c, q, k]` tells which tokens k a token q of context c may attend to, where the model `separates`.
+        Args:
+            tokens: The contexts.
+            visible: An attention mask: `visible[c, q, k]` is true if token q of context c may attend to token k. Only a model for
+                which `can_separate_documents` is true takes one.
         """
-        found = self._reach(tokens, visible)
-        return found[0] if len(found) == 1 else torch.cat([part.to(self.device) for part in found], -1)
+        outputs = self._hook_outputs(tokens, visible)
+        return outputs[0] if len(outputs) == 1 else torch.cat([output.to(self.device) for output in outputs], -1)
 
-    def _reach(self, tokens: Tokens, visible: Tensor | None) -> list[Tensor]:
-        found = dict[int, Tensor]()
+    def _hook_outputs(self, tokens: Tokens, visible: Tensor | None) -> list[Tensor]:
+        """The activations at each hook, from one forward pass that ends at the last hook."""
+        outputs = dict[int, Tensor]()
 
-        def keep(place: int, value: Any) -> None:
-            found[place] = self._per_token(self.hooks[place], value, tokens)
-            if len(found) == len(self._points):
-                raise _Reached
+        def collect(number: int, value: Any) -> None:
+            outputs[number] = self._check_shape(self.hooks[number], value, tokens)
+            if len(outputs) == len(self._locations):
+                raise _LastHookReached
 
-        with self._attached([partial(keep, place) for place in range(len(self._points))]), contextlib.suppress(_Reached):
+        callbacks = [partial(collect, number) for number in range(len(self._locations))]
+        with self._hooked(callbacks), contextlib.suppress(_LastHookReached):
             self._forward(tokens, visible)
-        missed = [hook for place, hook in enumerate(self.hooks) if place not in found]
-        if missed:
-            raise InputError(f"hook: {missed[0]!r} is not reached by a forward pass of {self.name!r}")
-        return [found[place] for place in range(len(self._points))]
+        missing = [hook for number, hook in enumerate(self.hooks) if number not in outputs]
+        if missing:
+            raise InputError(f"hook: {missing[0]!r} is not reached by a forward pass of {self.name!r}")
+        return [outputs[number] for number in range(len(self._locations))]
 
     @contextlib.contextmanager
-    def _attached(self, uses: list[Callable[[Any], Tensor | None]]) -> Generator[None, None, None]:
-        """One forward pass with these at the first hooks, and no other thread's pass beside it."""
-        root = self._require()
-        # A caller's autocast would make the activations depend on who asks for them; the meta device has none.
-        with PASSING, torch.no_grad(), torch.autocast(self.device.type.replace("meta", "cpu"), enabled=False):
-            handles = [attach(root.get_submodule(point.path), point, use) for point, use in zip(self._points, uses, strict=False)]
+    def _hooked(self, callbacks: Sequence[Callable[[Any], Tensor | None]]) -> Generator[None, None, None]:
+        """Attach the callbacks to the first hooks for one forward pass, while other threads wait."""
+        root = self._loaded_root()
+        # Activations must not depend on a caller's autocast. The meta device has no autocast of its own to turn off.
+        with FORWARD_LOCK, torch.no_grad(), torch.autocast(self.device.type.replace("meta", "cpu"), enabled=False):
+            pairs = zip(self._locations, callbacks, strict=False)
+            handles = [attach(root.get_submodule(location.path), location, callback) for location, callback in pairs]
             try:
                 yield
             finally:
@@ -170,79 +183,83 @@ class LanguageModel(ABC):
                     handle.remove()
 
     def _forward(self, tokens: Tokens, visible: Tensor | None) -> Any:
-        mask = None if visible is None else additive(visible.to(self.device), self.dtype)
-        return self._run(self._require(), tokens.to(self.device), mask)
+        """One forward pass on the model's device, with `visible` as an additive mask."""
+        mask = None if visible is None else additive_mask(visible.to(self.device), self.dtype)
+        return self._run(self._loaded_root(), tokens.to(self.device), mask)
 
     @staticmethod
-    def _per_token(hook: str, activations: Any, tokens: Tensor) -> Tensor:
-        """The hook's output, where it is one vector a token."""
+    def _check_shape(hook: str, activations: Any, tokens: Tensor) -> Tensor:
+        """The activations in float32 with attention heads flattened; an error if they are not one vector per token."""
         if not isinstance(activations, Tensor) or activations.ndim < 3 or activations.shape[:2] != tokens.shape:
             shape = tuple(activations.shape) if isinstance(activations, Tensor) else type(activations).__name__
             raise InputError(f"hook: {hook!r} must give one vector a token (context x position x width), it gives {shape}")
         return activations.flatten(2).float()
 
-    def read_tokenizer(self) -> Any:
-        """The tokenizer without the model."""
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer; the model itself need not be loaded."""
         if self._tokenizer is None:
-            shared = {k: v for k, v in self.model_kwargs.items() if k in CONFIG_KWARGS}
-            with no_chatter(), hub(self.name):
-                self._tokenizer = AutoTokenizer.from_pretrained(self._repository, **shared)
+            kwargs = {k: v for k, v in self.model_kwargs.items() if k in CONFIG_KWARGS}
+            with quiet_loading(), hub_errors(self.name):
+                self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_source, **kwargs)
         return self._tokenizer
 
     @property
-    def _repository(self) -> str:
-        """Where the tokenizer is."""
+    def _tokenizer_source(self) -> str:
+        """The Hub name or local folder of the tokenizer."""
         return self._folder
 
-    def separates(self, length: int) -> bool:
-        """Whether the backend can keep documents apart in contexts so long: tried, since an unknown mask is ignored in silence."""
-        if self._separates is None:
-            self._separates = self._try_separation()
-        config: Any = getattr(self._require(), "config", None)
+    def can_separate_documents(self, length: int) -> bool:
+        """Whether an attention mask can keep documents apart in contexts of this length.
+
+        A trial forward pass decides, because models ignore an unsuitable mask without an error.
+        """
+        if self._separates_documents is None:
+            self._separates_documents = self._try_separation()
+        config: Any = getattr(self._loaded_root(), "config", None)
         window = getattr(config.get_text_config(), "sliding_window", None) if config is not None else None
-        # A mask of ours replaces the layers' own, which longer contexts would need.
-        return self._separates and (window is None or length <= window)
+        # The mask replaces the model's own sliding-window mask, which has an effect in contexts longer than the window.
+        return self._separates_documents and (window is None or length <= window)
 
     def _try_separation(self) -> bool:
-        """Two contexts of two documents that differ in the first: the second must not notice."""
+        """Whether the mask works: of two contexts that differ in the first document, the activations of the second are equal."""
         tokens = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 7, 8, 4, 5, 6]])
         visible = torch.ones(6, 6).tril().bool()
         visible[3:, 1:3] = False
         try:
-            found = self.activations(tokens, visible.expand(2, -1, -1))
+            activations = self.activations(tokens, visible.expand(2, -1, -1))
         except (TypeError, ValueError, RuntimeError, NotImplementedError):
             return False
-        one, two = found[:, 3:]
-        return torch.allclose(one, two, rtol=1e-3, atol=1e-3 * one.abs().max().item())
+        first, second = activations[:, 3:]
+        return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * first.abs().max().item())
 
     @property
     def widths(self) -> dict[str, int]:
-        """Each hook's width, as seen in a forward pass, in the order of the activations' columns."""
-        self._require()
+        """The width of each hook's activations, in the order of their columns."""
+        self._loaded_root()
         return self._widths
 
     @property
     def d_model(self) -> int:
-        """The activations' width: the hook's, or all hooks' together."""
+        """The width of the activations: the sum of all hooks' widths."""
         return sum(self.widths.values())
 
     @property
     def tokenizer(self) -> Any:
-        """The model's own tokenizer."""
-        self._require()
+        """The loaded model's tokenizer."""
+        self._loaded_root()
         return self._tokenizer
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go in."""
+        """The device of a loaded model's first layer, to which tokens are moved; before loading, the chosen device."""
         if self._root is not None:
             return next(self._root.parameters()).device
-        return self._placed or device.found(self.asked)
+        return self._device or device.parse_device(self.requested_device)
 
     @property
     def n_ctx(self) -> int | None:
-        """The longest context the model takes, where its config says."""
-        root = self._require()
+        """The length of the longest context that the model takes; None if its config does not say."""
+        root = self._loaded_root()
         for config in (getattr(root, "cfg", None), getattr(root, "config", None)):
             for name in ("n_ctx", "max_position_embeddings"):
                 if isinstance(getattr(config, name, None), int):
@@ -250,28 +267,32 @@ class LanguageModel(ABC):
         return None
 
     def description(self) -> dict[str, Any]:
-        """Everything that activations are a function of, but for the hooks."""
+        """The model, backend, dtype and arguments: everything that determines the activations, except the hooks."""
         kwargs = {key: str(value) for key, value in sorted(redact(self.model_kwargs).items())}
         dtype = str(self.dtype).removeprefix("torch.")
         return {"model": self.name, "read_by": type(self).__name__, "computed_in": dtype, "model_kwargs": kwargs}
 
     def metadata(self, hook: str | None = None) -> dict[str, Any]:
-        """What a published SAE of this hook (of the first, if none is named) tells of its model, by SAELens's names.
+        """The entries about this model in the metadata of an SAE, with SAELens's keys.
 
-        `hook_name` is TransformerLens's where it has one, the dialect that the readers of SAELens folders speak;
-        `hf_hook_name` is the module's path on the transformers backend.
+        `hook_name` is the hook's TransformerLens name if it has one, because tools that read SAELens folders expect it.
+        `hf_hook_name` is the module path of the transformers backend.
+
+        Args:
+            hook: The SAE's hook; by default the first.
         """
-        self._require()
-        point = self._points[self.hooks.index(hook) if hook else 0]
+        self._loaded_root()
+        location = self._locations[self.hooks.index(hook) if hook else 0]
         return {
             "model_name": self.name,
-            "model_class_name": "HookedTransformer" if point.lens else "AutoModelForCausalLM",
-            "hook_name": point.lens or point.path,
-            **({} if point.path == point.lens else {"hf_hook_name": point.path}),
+            "model_class_name": "HookedTransformer" if location.lens_name else "AutoModelForCausalLM",
+            "hook_name": location.lens_name or location.path,
+            **({} if location.path == location.lens_name else {"hf_hook_name": location.path}),
             "model_from_pretrained_kwargs": redact(self.model_kwargs),
         }
 
-    def _require(self) -> nn.Module:
+    def _loaded_root(self) -> nn.Module:
+        """The root module; an error if the model is not loaded."""
         if self._root is None:
-            raise RuntimeError(f"{self.name}: load() comes first")
+            raise RuntimeError(f"{self.name}: the model is not loaded, call load() first")
         return self._root

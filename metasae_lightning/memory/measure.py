@@ -157,7 +157,7 @@ def reading(model: LanguageModel, contexts: int, positions: int, *, apart: bool 
             forward = Live().during(lambda: skeleton.activations(tokens, visible if apart else None))
         except (TypeError, ValueError, RuntimeError, NotImplementedError):  # a model that takes no such mask runs without
             forward = Live().during(lambda: skeleton.activations(tokens))
-    root = skeleton._require()  # pyright: ignore[reportPrivateUsage]
+    root = skeleton._loaded_root()  # pyright: ignore[reportPrivateUsage]
     return Reading(size(root), forward)
 
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.lm.device import seat
+from metasae_lightning.lm.device import assign_device
 from metasae_lightning.memory import measure, scaled_copies
 from metasae_lightning.memory.measure import Rise
 from metasae_lightning.memory.table import GIB, Line, Plan, mib
@@ -120,7 +120,7 @@ def _language_model(data: Any, strategy: Any) -> Iterator[Line]:
     model = getattr(data, "language_model", None)
     if model is None or getattr(data, "cache", None) is not None:
         return
-    device = str(seat(model.asked, strategy))
+    device = str(assign_device(model.requested_device, strategy))
     contexts, positions = _setting(data, "forward_batch"), _setting(data, "context_size")
     seen = measure.reading(model, contexts, positions, apart=not _setting(data, "cross_document_attention", True))
     dtype = str(model.dtype).removeprefix("torch.")
@@ -141,7 +141,7 @@ def _buffer(model: JointSAE, data: Any, strategy: Any) -> Iterator[Line]:
         return
     rows, width = min(rows, data.tokens), model.primary.W_dec.shape[1] * len(language_model.hooks)
     dtype = getattr(torch, _setting(data, "buffer_dtype", "float32"))
-    device, here = str(seat(language_model.asked, strategy)), str(strategy.root_device)
+    device, here = str(assign_device(language_model.requested_device, strategy)), str(strategy.root_device)
     ahead, device = _ahead(data, device, here), "cpu" if _setting(data, "buffer_device", "model") == "cpu" else device
     how = f"{rows:,} rows of {width} numbers, {str(dtype).removeprefix('torch.')}"
     buffer = Line("shuffle buffer", device, rows * width * dtype.itemsize, how, "lower buffer_size")

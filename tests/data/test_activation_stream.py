@@ -45,9 +45,9 @@ def test_a_document_does_not_see_the_one_before_it(folders, architecture):
     model = HuggingFaceLM(folders[architecture], HOOK, device="cpu")
     model.load()
     if architecture == "gemma2":  # whose layers see four tokens back
-        assert model.separates(4) and not model.separates(9)
+        assert model.can_separate_documents(4) and not model.can_separate_documents(9)
         return
-    assert model.separates(9)
+    assert model.can_separate_documents(9)
     # BOS, a document of three tokens and its EOS, one of four: the same second document behind two different first ones.
     one, two = torch.tensor([[0, 9, 8, 7, 1, 20, 21, 22, 23]]), torch.tensor([[0, 30, 31, 32, 1, 20, 21, 22, 23]])
     apart = [model.activations(tokens, own_document(tokens, 1, begun=True))[0] for tokens in (one, two)]
@@ -61,7 +61,7 @@ def test_a_document_does_not_see_the_one_before_it(folders, architecture):
 def test_a_backend_that_cannot_mask_says_so(folders):
     model = TransformerLensLM(folders["gpt2"], HOOK, device="cpu")
     model.load()
-    assert not model.separates(9)
+    assert not model.can_separate_documents(9)
     with pytest.raises(NotImplementedError):
         model.activations(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, 3).tril().bool())
 

@@ -195,7 +195,7 @@ def test_another_model_or_tokenizer_is_refused(place: Path, cache: Path, tmp_pat
         other.setup()
     record = json.loads((cache / "cache.json").read_text())
     same_name = data(place, cache)
-    same_name.language_model.read_tokenizer().add_special_tokens({"pad_token": "<pad>"})
+    same_name.language_model.load_tokenizer().add_special_tokens({"pad_token": "<pad>"})
     with pytest.raises(InputError, match=f"tokenizer: {record['identity']['tokenizer']} there"):
         same_name.setup()
 

@@ -69,7 +69,7 @@ def test_figures_are_those_of_saelens_run_evals(tmp_path: Path):
         **dict.fromkeys([f"compute_{name}" for name in ("kl", "ce_loss", "l2_norms", "sparsity_metrics", "variance_metrics")], True),
     )
     store: Any = Store(tokens)
-    theirs, _ = run_evals(judged.sae, store, model.complete()._require(), ActivationScaler(), everything, exclude_special_tokens=False)
+    theirs, _ = run_evals(judged.sae, store, model.complete()._loaded_root(), ActivationScaler(), everything, exclude_special_tokens=False)
     ours, splice = found.entry["figures"]["reconstruction"], found.entry["figures"]["splice"]
     quality, kept = theirs["reconstruction_quality"], theirs["model_performance_preservation"]
     assert 0.2 < ours["fvu"] < 5 and ours["fvu"] == pytest.approx(1 - quality["explained_variance"], abs=1e-4)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from metasae_lightning.cli import main
 from metasae_lightning.corpora import PythonDocs
 from metasae_lightning.lm.embedded_model import embedded_folder
-from metasae_lightning.lm.loading import lens_folder
+from metasae_lightning.lm.loading import load_lens_folder
 from tests.helpers.judged import HOOK
 from tests.helpers.models import documents, save_model
 from tests.sae.test_init_from import written
@@ -36,7 +36,7 @@ EVERYTHING: dict[str, Any] = dict.fromkeys(
 
 def hooked(folder: Path) -> Any:
     """A model folder as SAELens's hooked transformer; its `from_pretrained` knows the Hub's names alone."""
-    plain: Any = lens_folder(str(folder), torch.device("cpu"), {"dtype": torch.float32})
+    plain: Any = load_lens_folder(str(folder), torch.device("cpu"), {"dtype": torch.float32})
     model = HookedSAETransformer(plain.cfg, tokenizer=plain.tokenizer)
     model.load_state_dict(plain.state_dict())
     return model.eval()

@@ -15,7 +15,7 @@ from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.data.activation_stream import ActivationStream
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import HuggingFaceLM, device
-from metasae_lightning.lm.device import found, own, seat
+from metasae_lightning.lm.device import assign_device, parse_device, spare_gpus
 from tests.data.test_stream import batches, same, stream
 from tests.helpers.models import Texts, documents, save_model
 
@@ -38,7 +38,7 @@ def lm(folder: str) -> HuggingFaceLM:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda there: monkeypatch.setattr(device, "gpus", lambda: there)
+    return lambda there: monkeypatch.setattr(device, "count_gpus", lambda: there)
 
 
 def ranks(*numbers: int, rank: int = 0) -> Any:
@@ -51,7 +51,7 @@ def ranks(*numbers: int, rank: int = 0) -> Any:
 @pytest.mark.parametrize(("asked", "numbers"), [("own", [4, 5, 6, 7]), ("auto", [0, 1, 2, 3]), ("cuda", [0, 1, 2, 3]), ("cpu", [None] * 4)])
 def test_each_rank_has_its_own(asked: str, numbers: list[int | None], rank: int, machine: Any):
     machine(8)
-    assert seat(asked, ranks(0, 1, 2, 3, rank=rank)).index == numbers[rank]
+    assert assign_device(asked, ranks(0, 1, 2, 3, rank=rank)).index == numbers[rank]
 
 
 # One process has what is named; its own is the first that the SAE is not on; a CPU's SAE may have a model on the first GPU.
@@ -59,26 +59,26 @@ def test_each_rank_has_its_own(asked: str, numbers: list[int | None], rank: int,
 def test_one_rank_has_what_it_asks_for(asked: str, home: int | None, there: int, machine: Any):
     machine(2)
     one = SimpleNamespace(root_device=CPU if home is None else torch.device("cuda", home))
-    assert seat(asked, one) == torch.device("cuda", there)
+    assert assign_device(asked, one) == torch.device("cuda", there)
 
 
 @pytest.mark.parametrize(
-    ("there", "taken", "says"),
+    ("there", "used", "says"),
     [
         (6, [0, 1, 2, 3], "8 on this machine, and there is cpu and cuda:0 to cuda:5: lower trainer.devices to 3, or set"),
         (1, [0], "2 on this machine, and there is cpu and cuda:0: set language_model.device to auto"),
     ],
 )
-def test_fewer_gpus_than_it_takes_is_a_line(there: int, taken: list[int], says: str):
+def test_fewer_gpus_than_it_takes_is_a_line(there: int, used: list[int], says: str):
     with pytest.raises(InputError) as caught:
-        own(taken, ranks=len(taken), there=there)
+        spare_gpus(used, ranks=len(used), n_gpus=there)
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_one_gpu_for_the_models_of_all_ranks_is_refused(machine: Any):
     machine(8)
-    with pytest.raises(InputError, match="device: cuda:5 would hold a language model of each of 2 ranks: own gives each a GPU"):
-        seat("cuda:5", ranks(0, 1))
+    with pytest.raises(InputError, match="device: cuda:5 would hold the language models of all 2 ranks: own gives each its own GPU"):
+        assign_device("cuda:5", ranks(0, 1))
 
 
 @pytest.mark.parametrize(
@@ -88,19 +88,19 @@ def test_one_gpu_for_the_models_of_all_ranks_is_refused(machine: Any):
 def test_a_device_that_is_not_there_is_a_line(asked: str, there: int, says: str, machine: Any):
     machine(there)
     with pytest.raises(InputError, match=f"^device: '{asked}' is not there: there is {says}$"):
-        found(asked)
+        parse_device(asked)
 
 
 # Without an SAE to lie beside, as in a measurement, there is nothing to keep away from.
 def test_alone_a_model_lies_where_it_can(machine: Any):
     machine(0)
-    assert [found(asked) for asked in ("auto", "own", "cpu")] == [CPU] * 3
+    assert [parse_device(asked) for asked in ("auto", "own", "cpu")] == [CPU] * 3
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["-c", "two_devices"], "device: own is a GPU for the language model of each rank beside those of the SAEs, 1 on this machine"),
+        (["-c", "two_devices"], "device: own needs a GPU for each rank's language model besides those of the SAEs, 1 on this machine"),
         (["--data.init_args.language_model.init_args.device", "cuda:9"], "device: 'cuda:9' is not there: there is cpu alone"),
     ],
 )
@@ -181,7 +181,7 @@ def test_a_data_module_asks_its_trainer(folder: str, monkeypatch: pytest.MonkeyP
     strategy = SimpleNamespace(root_device=META)
     data.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)  # type: ignore[assignment]
     asked: list[Any] = []
-    monkeypatch.setattr(device, "seat", lambda name, among: asked.append((name, among)) or CPU)
+    monkeypatch.setattr(device, "assign_device", lambda name, among: asked.append((name, among)) or CPU)
     data.setup("fit")
     assert asked == [("own", strategy)]
     assert data.language_model.device == CPU

@@ -313,5 +313,5 @@ def embedded_cache(tmp_path_factory):
 def test_transformer_lens_names_find_their_tokenizer(monkeypatch):
     asked = []
     monkeypatch.setattr("metasae_lightning.lm.base.AutoTokenizer.from_pretrained", lambda name, **_: asked.append(name) or "a tokenizer")
-    assert TransformerLensLM("gpt2-small", "blocks.1.hook_resid_post").read_tokenizer() == "a tokenizer"
+    assert TransformerLensLM("gpt2-small", "blocks.1.hook_resid_post").load_tokenizer() == "a tokenizer"
     assert asked == ["gpt2"]

@@ -57,7 +57,7 @@ def test_arithmetic_on_two_types_counts_the_copy_it_makes():
 
 
 def held(model: LanguageModel) -> int:
-    return measure.size(model._require())
+    return measure.size(model._loaded_root())
 
 
 @pytest.mark.parametrize("apart", [False, True])

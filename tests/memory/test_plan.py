@@ -119,9 +119,9 @@ def on_gpus(*numbers: int, rank: int = 0, **more: Any) -> Any:
 
 # On a GPU: the model passes through the host, batches are made beside the steps, and the buffer may stay behind.
 def test_every_thing_is_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(device, "gpus", lambda: 1)
+    monkeypatch.setattr(device, "count_gpus", lambda: 1)
     data = activations(tmp_path, buffer_device="cpu")
-    data.language_model.asked = "cuda:0"
+    data.language_model.requested_device = "cuda:0"
     plan = memory_plan(JointSAE(config("topk", d_in=32)), data, on_gpus(0, checkpoint_callbacks=[1]))
     on_host = {line.what for line in plan.lines if line.device == "cpu"}
     assert on_host == {"this process", "loading it", "shuffle buffer", "a checkpoint"}
@@ -134,16 +134,16 @@ def test_every_thing_is_on_its_device(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("asked", ["cuda", "auto"])
 def test_a_device_has_one_name(asked: str, tmp_path: Path):
     data = activations(tmp_path)
-    data.language_model.asked = asked
+    data.language_model.requested_device = asked
     plan = memory_plan(JointSAE(config("topk", d_in=32)), data, on_gpus(0, 1, rank=1))
     assert {line.device for line in plan.lines} == {"cpu", "cuda:1"}
 
 
 # Of four GPUs the second rank has numbers 1 and 3. Two batches of 256 rows of 32 float32 wait where the SAE is.
 def test_a_language_model_with_a_gpu_of_its_own_is_counted_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(device, "gpus", lambda: 4)
+    monkeypatch.setattr(device, "count_gpus", lambda: 4)
     data = activations(tmp_path)
-    data.language_model.asked = "own"
+    data.language_model.requested_device = "own"
     plan = memory_plan(JointSAE(config("topk", d_in=32)), data, on_gpus(0, 1, rank=1))
     assert {line.what for line in plan.lines if line.device == "cuda:3"} == {"language model", "its forward pass", "shuffle buffer"}
     assert by_name(plan)["batches made ahead"] == Line(
