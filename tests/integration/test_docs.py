@@ -40,7 +40,7 @@ def test_a_command_of_the_documents_parses(command: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(MetasaeCLI, "instantiate_classes", lambda self: seen.append(self.run_directory.as_posix()))
     monkeypatch.setattr(MetasaeCLI, "_run_subcommand", lambda self, subcommand: None)
     (tmp_path / "there.ckpt").touch()
-    monkeypatch.setattr(lightning_cli, "last", lambda run: "there.ckpt")  # of a run that is gone on with
+    monkeypatch.setattr(lightning_cli, "last_checkpoint", lambda run: "there.ckpt")  # of a run that is gone on with
     monkeypatch.chdir(tmp_path)
     for name, overlay in OVERLAYS.items():
         Path(name).write_text(overlay)

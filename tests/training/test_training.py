@@ -78,7 +78,7 @@ def test_the_exported_sae_does_what_the_run_reports(run: Path):
 
 
 def synthetic_model() -> Any:
-    from metasae_lightning.synthetic import SyntheticModelConfig
+    from metasae_lightning.data.synthetic import SyntheticModelConfig
 
     return SyntheticModelConfig(num_features=256, hidden_dim=64, std_firing_magnitudes=0.3, seed=0)
 
