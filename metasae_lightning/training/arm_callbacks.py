@@ -1,4 +1,4 @@
-"""Callbacks that look at one SAE, and how several arms are shown to them, each as if it were alone."""
+"""Callbacks for one SAE (`Observer`), and how `SideBySide` runs them: a copy for each arm, which sees that arm only."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -8,177 +8,182 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from metasae_lightning import run_folder
 from metasae_lightning.errors import InputError
 from metasae_lightning.step import Batch, StepOutput
 
-# What Lightning calls a callback by.
+# Names of the hooks that Lightning calls on a callback.
 _hooks = {name for name in vars(Callback) if name.startswith("on_") or name in ("setup", "teardown")}
 HOOKS = _hooks - {"on_save_checkpoint", "on_load_checkpoint"}
-# What happens inside a step is of the arm that steps.
+# Hooks that Lightning calls inside a step: they go to the arm that is taking its step.
 STEP_HOOKS = {"on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"}
-# What Lightning lends a callback.
+# Methods that Lightning sets on a callback for the time of a hook.
 LOG_METHODS = ("log", "log_dict")
 
 
 class Observer(Callback):
-    """A callback that looks at one SAE: a JointSAE, the StepOutput or the Evaluation under `output`.
+    """A callback for one SAE: its hooks get a JointSAE, and a StepOutput or Evaluation under the key `output`.
 
-    Beside others there is a copy for each arm, which sees that arm, its outputs, its loggers and its directory.
+    With `SideBySide` each arm has its own copy, which sees the arm's module, outputs, loggers and directory.
     """
 
 
 class NotFinite(InputError):
-    """An SAE has become NaN: alone, that ends its run; beside others, its arm."""
+    """An SAE has become NaN or infinite. This ends the run; with several arms it ends the arm only."""
 
 
 class EachArm(Callback):
-    """A copy of some observers for each arm, called in turn.
+    """Copies of observers for each arm. Each hook is passed on to the copies, arm by arm.
+
+    The class name is a key in checkpoints.
 
     Args:
-        observers: What looks at one SAE.
-        names: The arms.
+        observers: The callbacks to copy.
+        names: Names of the arms.
     """
 
     def __init__(self, observers: Sequence[Callback], names: Sequence[str]) -> None:
-        for observer in observers:  # what Lightning gave them in an earlier run: a whole module hangs on it
+        for observer in observers:  # methods of an earlier run refer to its module, which would be copied too
             for key in LOG_METHODS:
                 vars(observer).pop(key, None)
         self.copies = {name: copy.deepcopy(list(observers)) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the copies keep."""
-        return {name: {own.state_key: own.state_dict() for own in copies} for name, copies in self.copies.items()}
+        """State of every copy, by arm and by the copy's key."""
+        return {name: {observer.state_key: observer.state_dict() for observer in copies} for name, copies in self.copies.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See above."""
+        """Restore the state of every copy."""
         for name, copies in self.copies.items():
-            for own in copies:
-                if state := state_dict.get(name, {}).get(own.state_key):
-                    own.load_state_dict(state)
+            for observer in copies:
+                if state := state_dict.get(name, {}).get(observer.state_key):
+                    observer.load_state_dict(state)
 
-    def call(self, hook: str, pl_module: Any, name: str, side: tuple[Any, Any], *given: Any, **named: Any) -> None:
-        """Call one arm's observers; one that finds the arm broken stops it."""
-        trainer, module = side
+    def call(self, hook: str, pl_module: Any, name: str, view: tuple[Any, Any], *args: Any, **kwargs: Any) -> None:
+        """Call a hook of one arm's observers with the arm's view of trainer and module. `NotFinite` stops the arm."""
+        trainer, module = view
         try:
             for observer in self.copies[name]:
                 for key in LOG_METHODS:
                     setattr(observer, key, getattr(module, key))
-                getattr(observer, hook)(trainer, module, *given, **named)
+                getattr(observer, hook)(trainer, module, *args, **kwargs)
         except NotFinite as error:
             pl_module.stop(name, str(error))
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Each is shown its arm's weights; what it adds is kept for it."""
+        """Show each arm's observers a checkpoint with the arm's weights, and save the entries that they add."""
         added = checkpoint.setdefault("observers", {})
-        for name, side in per_arm_views(trainer, pl_module).items():
-            own = {**checkpoint, "state_dict": side[1].state_dict()}
-            self.call("on_save_checkpoint", pl_module, name, side, own)
-            added[name] = {key: value for key, value in own.items() if key not in checkpoint}
+        for name, view in per_arm_views(trainer, pl_module).items():
+            arm_checkpoint = {**checkpoint, "state_dict": view[1].state_dict()}
+            self.call("on_save_checkpoint", pl_module, name, view, arm_checkpoint)
+            added[name] = {key: value for key, value in arm_checkpoint.items() if key not in checkpoint}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """See above."""
-        for name, side in per_arm_views(trainer, pl_module).items():
-            own = {
+        """Show each arm's observers a checkpoint with the arm's weights and the entries that they added."""
+        for name, view in per_arm_views(trainer, pl_module).items():
+            arm_checkpoint = {
                 **checkpoint,
-                "state_dict": pl_module.arm_state_dict(checkpoint.get("state_dict", {}), name),  # a sharded one is read by its strategy
+                "state_dict": pl_module.arm_state_dict(
+                    checkpoint.get("state_dict", {}), name
+                ),  # no weights there under `Sharded`, which loads them itself
                 **checkpoint.get("observers", {}).get(name, {}),
             }
-            self.call("on_load_checkpoint", pl_module, name, side, own)
+            self.call("on_load_checkpoint", pl_module, name, view, arm_checkpoint)
 
 
 class Proxy:
-    """Something with a few attributes of its own, and for the rest what it stands in for; it passes for one of that kind."""
+    """Forwards attribute access to the wrapped object, except for the overrides given. isinstance sees the wrapped object's class."""
 
-    def __init__(self, whole: Any, **own: Any) -> None:
-        vars(self).update(own, _whole=whole)
+    def __init__(self, wrapped: Any, **overrides: Any) -> None:
+        vars(self).update(overrides, _wrapped=wrapped)
 
     def __getattr__(self, key: str) -> Any:
-        return getattr(self._whole, key)
+        return getattr(self._wrapped, key)
 
     def __setattr__(self, key: str, value: Any) -> None:
-        setattr(self._whole, key, value)
+        setattr(self._wrapped, key, value)
 
     @property
     def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What annotations and isinstance see."""
-        return type(self._whole)
+        """The class of the wrapped object, for annotations and isinstance."""
+        return type(self._wrapped)
 
 
 class ArmModule(Proxy):
-    """An arm as a callback sees a module: its figures are logged under its name."""
+    """An arm's module as its observers see it: logged names begin with the arm's name."""
 
     def __init__(self, arms: Any, name: str, trainer: Any) -> None:
         super().__init__(arms.arms[name], _arms=arms, _name=name, trainer=trainer)
 
-    def log_dict(self, figures: Mapping[str, Any], **how: Any) -> None:
-        """Log under the arm's name."""
-        self._arms.log_dict({f"{self._name}/{key}": value for key, value in figures.items()}, **how)
+    def log_dict(self, values: Mapping[str, Any], **kwargs: Any) -> None:
+        """Log several values under the arm's name."""
+        self._arms.log_dict({f"{self._name}/{key}": value for key, value in values.items()}, **kwargs)
 
-    def log(self, name: str, value: Any, **how: Any) -> None:
-        """Log under the arm's name."""
-        self._arms.log(f"{self._name}/{name}", value, **how)
+    def log(self, name: str, value: Any, **kwargs: Any) -> None:
+        """Log one value under the arm's name."""
+        self._arms.log(f"{self._name}/{name}", value, **kwargs)
 
     def optimizers(self, **_: Any) -> Any:
-        """The arm's own, as a module gives its own."""
-        own = self._arms.optimizers_by_arm()[self._name]
-        return own if len(own) > 1 else own[0]
+        """The arm's optimisers: a list or, like Lightning's method, a single one."""
+        optimizers = self._arms.optimizers_by_arm()[self._name]
+        return optimizers if len(optimizers) > 1 else optimizers[0]
 
 
 class ArmLogger(Proxy):
-    """A logger that has no part for each arm, as an arm's: tags of what is drawn begin with the arm's name."""
+    """An arm's view of a logger that has no logger for each arm: the tags of figures begin with the arm's name."""
 
     @property
     def experiment(self) -> Any:
-        """What it writes with."""
-        return ArmWriter(self._whole.experiment, _name=self._name)
+        """The logger's writer, with tags under the arm's name."""
+        return ArmWriter(self._wrapped.experiment, _name=self._name)
 
 
 class ArmWriter(Proxy):
-    """What a logger writes with."""
+    """An arm's view of a logger's writer: the tags of all `add_...` methods begin with the arm's name."""
 
     def __getattr__(self, key: str) -> Any:
-        method = getattr(self._whole, key)
+        method = getattr(self._wrapped, key)
         return partial(self._tagged, method) if key.startswith("add_") else method
 
-    def _tagged(self, method: Any, tag: str, *given: Any, **named: Any) -> Any:
-        return method(f"{self._name}/{tag}", *given, **named)
+    def _tagged(self, method: Any, tag: str, *args: Any, **kwargs: Any) -> Any:
+        return method(f"{self._name}/{tag}", *args, **kwargs)
 
 
 class ArmTrainer(Proxy):
-    """The trainer of an arm: a directory, loggers, callbacks, figures and an end of its own, and for the rest the trainer of all."""
+    """The trainer as an arm's observers see it: with the arm's directory, loggers, callbacks, optimisers, metrics and stop flag."""
 
     def __init__(self, trainer: Trainer, arms: Any, name: str) -> None:
         super().__init__(trainer, _arms=arms, _name=name)
 
     @property
     def default_root_dir(self) -> str:
-        """The arm's folder in the run's."""
-        return str(Path(self._whole.default_root_dir) / "arms" / self._name)
+        """The arm's folder inside the run's folder."""
+        return str(run_folder.arm_folder(Path(self._wrapped.default_root_dir), self._name))
 
     @property
     def loggers(self) -> list[Any]:
-        """The arm's part of each."""
-        return [logger.of(self._name) if hasattr(logger, "of") else ArmLogger(logger, _name=self._name) for logger in self._whole.loggers]
+        """The arm's view of each logger."""
+        return [logger.of(self._name) if hasattr(logger, "of") else ArmLogger(logger, _name=self._name) for logger in self._wrapped.loggers]
 
     @property
     def logger(self) -> Any:
-        """The first of them."""
+        """The arm's view of the first logger."""
         return next(iter(self.loggers), None)
 
     @property
     def lightning_module(self) -> Any:
-        """The arm."""
+        """The arm's module."""
         return ArmModule(self._arms, self._name, self)
 
     @property
     def optimizers(self) -> list[Any]:
-        """The arm's."""
-        return [own.optimizer for own in self._arms.optimizers_by_arm()[self._name]]
+        """The arm's optimisers, without Lightning's wrapper."""
+        return [optimizer.optimizer for optimizer in self._arms.optimizers_by_arm()[self._name]]
 
     @property
     def should_stop(self) -> bool:
-        """Whether the arm, or all of them, should."""
-        return self._whole.should_stop or self._name in self._arms.stopped
+        """Whether the arm, or the whole run, is to stop."""
+        return self._wrapped.should_stop or self._name in self._arms.stopped
 
     def __setattr__(self, key: str, value: Any) -> None:
         if key == "should_stop" and value:
@@ -188,57 +193,60 @@ class ArmTrainer(Proxy):
 
     @property
     def callbacks(self) -> list[Callback]:
-        """The arm's copies."""
-        every: list[Any] = self._whole.callbacks
-        return [own for each in every if isinstance(each, EachArm) for own in each.copies[self._name]]
+        """The arm's copies of the observers."""
+        callbacks: list[Any] = self._wrapped.callbacks
+        return [observer for callback in callbacks if isinstance(callback, EachArm) for observer in callback.copies[self._name]]
 
     @property
     def callback_metrics(self) -> dict[str, Any]:
-        """The arm's figures."""
-        start = f"{self._name}/"
-        return {key.removeprefix(start): value for key, value in self._whole.callback_metrics.items() if key.startswith(start)}
+        """The arm's logged values, without the arm's name."""
+        prefix = f"{self._name}/"
+        return {key.removeprefix(prefix): value for key, value in self._wrapped.callback_metrics.items() if key.startswith(prefix)}
 
 
 def per_arm_views(trainer: Any, pl_module: Any) -> dict[str, tuple[Any, Any]]:
-    """Trainer and module of each running arm by its name; of a module without arms, itself under no name."""
+    """Each running arm's view of trainer and module, by name. A module without arms has one view: itself, with an empty name."""
     running = getattr(pl_module, "running", None)
     if running is None:
         return {"": (trainer, pl_module)}
-    own = {name: ArmTrainer(trainer, pl_module, name) for name in running}
-    return {name: (trained, trained.lightning_module) for name, trained in own.items()}
+    trainers = {name: ArmTrainer(trainer, pl_module, name) for name in running}
+    return {name: (arm_trainer, arm_trainer.lightning_module) for name, arm_trainer in trainers.items()}
 
 
 def copy_observers_per_arm(callbacks: Sequence[Callback], names: Sequence[str]) -> list[Callback]:
-    """The callbacks with all observers among them in one place, a copy for each arm."""
-    for each in callbacks:
-        if isinstance(each, EachArm) and list(each.copies) != list(names):
-            raise InputError(f"the trainer's callbacks are of the arms {', '.join(each.copies)}: take a new trainer")
+    """Replace all observers among the callbacks by one `EachArm`, at the position of the first observer."""
+    for callback in callbacks:
+        if isinstance(callback, EachArm) and list(callback.copies) != list(names):
+            raise InputError(f"the trainer's callbacks belong to the arms {', '.join(callback.copies)}: take a new trainer")
     observers = [callback for callback in callbacks if isinstance(callback, Observer)]
     if not observers:
         return list(callbacks)
-    at = min(place for place, callback in enumerate(callbacks) if isinstance(callback, Observer))
-    others = [[c for c in some if not isinstance(c, Observer)] for some in (callbacks[:at], callbacks[at:])]
-    return [*others[0], EachArm(observers, names), *others[1]]
+    first = min(position for position, callback in enumerate(callbacks) if isinstance(callback, Observer))
+    before, after = ([c for c in part if not isinstance(c, Observer)] for part in (callbacks[:first], callbacks[first:]))
+    return [*before, EachArm(observers, names), *after]
 
 
-def _own(given: Any, name: str, module: Any) -> Any:
-    """What of a hook's arguments is of an arm: its outputs, its hook's columns."""
-    if isinstance(given, dict) and isinstance(given.get("output"), dict):
-        own = given["output"][name]
-        return {"output": own, **({"loss": own.loss} if isinstance(own, StepOutput) else {})}
-    return given.select_hook(module.hook) if isinstance(given, Batch) else given
+def _arm_argument(argument: Any, name: str, module: Any) -> Any:
+    """An argument of a hook as one arm sees it: the arm's own output, the columns of its hook in a batch, anything else unchanged."""
+    if isinstance(argument, dict) and isinstance(argument.get("output"), dict):
+        output = argument["output"][name]
+        return {"output": output, **({"loss": output.loss} if isinstance(output, StepOutput) else {})}
+    return argument.select_hook(module.hook) if isinstance(argument, Batch) else argument
 
 
-def _forwarded(hook: str) -> Callable[..., None]:
-    def called(self: EachArm, trainer: Any, pl_module: Any, *given: Any, **named: Any) -> None:
-        for name, side in per_arm_views(trainer, pl_module).items():
+def _forward_to_arms(hook: str) -> Callable[..., None]:
+    """Make the method of `EachArm` that passes this hook on to the arms' observers."""
+
+    def call_arms(self: EachArm, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        for name, view in per_arm_views(trainer, pl_module).items():
             if name in self.copies and (hook not in STEP_HOOKS or name == pl_module.current_arm):
-                own = [_own(one, name, side[1]) for one in given]
-                self.call(hook, pl_module, name, side, *own, **{key: _own(one, name, side[1]) for key, one in named.items()})
+                arm_args = [_arm_argument(value, name, view[1]) for value in args]
+                arm_kwargs = {key: _arm_argument(value, name, view[1]) for key, value in kwargs.items()}
+                self.call(hook, pl_module, name, view, *arm_args, **arm_kwargs)
 
-    called.__name__, called.__doc__ = hook, "To each arm's observers."
-    return called
+    call_arms.__name__, call_arms.__doc__ = hook, "Call this hook of each arm's observers."
+    return call_arms
 
 
 for _hook in HOOKS:
-    setattr(EachArm, _hook, _forwarded(_hook))
+    setattr(EachArm, _hook, _forward_to_arms(_hook))

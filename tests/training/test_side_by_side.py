@@ -177,7 +177,7 @@ def test_what_a_callback_does_it_does_to_its_arm(tmp_path: Path):
     first = min(joint().state_dict())
     # Of c, which had stopped, there is nothing: its observers were not asked.
     assert [mine for mine, _ in Curious.loaded[:2]] == [(first, 48), (first, 96)]
-    with pytest.raises(InputError, match="the trainer's callbacks are of the arms a, b, c: take a new trainer"):
+    with pytest.raises(InputError, match="the trainer's callbacks belong to the arms a, b, c: take a new trainer"):
         trainer.fit(SideBySide({"d": joint()}), Batches(4), Batches(1, 1000))
     with pytest.raises(InputError, match=r"the checkpoint holds the arms a, b, c: go on with the recipe that has them"):
         fitted(joint(), tmp_path, checkpoint=tmp_path / "kept.ckpt")
