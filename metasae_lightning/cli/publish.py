@@ -23,7 +23,7 @@ from metasae_lightning.redaction import redact
 from metasae_lightning.report import model_card
 from metasae_lightning.run_folder import arm_record, read_record
 from metasae_lightning.sae import pretrained
-from metasae_lightning.sae.publish import HUB, README, RECORD, Destination, destination, publish, stage
+from metasae_lightning.sae.publish import HUB, README, RECORD, Destination, open_destination, publish, stage
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ CONFIG_KEYS = (
 def publish_saes(args: Namespace) -> int:
     """The command `publish`: write a run's SAEs and a model card to a folder or the Hub, after loading them back and measuring them."""
     args.data = None
-    dest = destination(args.dest, private=args.private, revision=args.revision)
+    dest = open_destination(args.dest, private=args.private, revision=args.revision)
     (sae,) = open_saes([args.run], None)
     if sae.run is None:
         raise InputError(f"{args.run} is no run: its recipe and its measurements are published along")
@@ -104,11 +104,11 @@ def publish_run(
             meta = folders[record["meta"]["id"]] = Path(temporary) / "meta"
             stage(sae.folder / "saes" / "meta", meta, metadata={"reads": f"unit decoder rows of {name}"})
         (folders[name] / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        existing = dest.listing()
+        existing = dest.list_files()
         published = map(partial(published_record, dest), sorted(existing))
         others = [other for other in published if other is not None and other["id"] != name]
-        old_page = dest.read(README) if README in existing else ""
-        repository = dest.place.removeprefix(HUB) if dest.place.startswith(HUB) else None
+        old_page = dest.read_text(README) if README in existing else ""
+        repository = dest.address.removeprefix(HUB) if dest.address.startswith(HUB) else None
         text = model_card.page(sorted([*others, record], key=lambda entry: entry["id"]), repository, old_page)
         replaced_meta = [f"{name}-meta"] if replace else []
         return publish(folders, dest, card=text, replace=replace, remove=replaced_meta), record
@@ -119,11 +119,11 @@ def published_record(dest: Destination, path: str) -> dict[str, Any] | None:
     if not path.endswith(f"/{RECORD}"):
         return None
     try:
-        record = json.loads(dest.read(path))
+        record = json.loads(dest.read_text(path))
         if record["schema"] != SCHEMA:
             raise KeyError("schema")
     except (ValueError, KeyError, TypeError):
-        log.warning("%s of %s is not a record of this version: the page has no section for it", path, dest.place)
+        log.warning("%s of %s is not a record of this version: the page has no section for it", path, dest.address)
         return None
     return record
 

@@ -83,13 +83,13 @@ class InitFrom:
     def _folder(self, role: str) -> str:
         """The SAE's folder in a run, for a `place` that is a run; otherwise `place` itself."""
         path = Path(self.place)
-        if not ((path / "config.yaml").exists() or (path / "saes").is_dir()):
+        if not (run_folder.config_file(path).exists() or (path / "saes").is_dir()):
             return self.place
-        if not (path / "saes" / role / "cfg.json").exists():
-            arms = sorted(arm for arm in path.glob("arms/*") if (arm / "saes" / role).is_dir())
+        if not run_folder.is_exported(path, role):
+            arms = sorted(arm for arm in path.glob("arms/*") if run_folder.exported_sae(arm, role).is_dir())
             hint = f": name one of its arms, such as {arms[0]}" if arms else ""
             raise InputError(f"init_from: the run {self.place} holds no SAE under saes/{role}{hint}")
-        return str(path / "saes" / role)
+        return str(run_folder.exported_sae(path, role))
 
 
 def mismatches(source: Mapping[str, Any], run: Mapping[str, Any]) -> Sequence[tuple[Mismatch, str, str]]:

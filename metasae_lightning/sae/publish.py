@@ -1,4 +1,4 @@
-"""Publish SAELens folders to a local folder or a repository on the Hub."""
+"""Publication of SAELens folders in a local folder or in a repository on the Hub."""
 
 import hashlib
 import json
@@ -26,62 +26,67 @@ HUB = "hf://"
 
 
 class Destination(ABC):
-    """A tree of files, by paths with slashes."""
+    """A tree of files that SAEs are published in; paths in it are relative and have slashes."""
 
-    place: str
-
-    @abstractmethod
-    def listing(self) -> set[str]:
-        """What is there."""
+    address: str
+    """The folder's path, or `hf://OWNER/NAME`."""
 
     @abstractmethod
-    def read(self, path: str) -> str:
-        """The text of a file that is there."""
+    def list_files(self) -> set[str]:
+        """The paths of all files."""
 
     @abstractmethod
-    def same(self, path: str, file: Path) -> bool:
-        """Whether a file that is there holds the bytes of a local one."""
+    def read_text(self, path: str) -> str:
+        """The text of an existing file."""
 
     @abstractmethod
-    def put(self, draft: Path, message: str, *, remove: Sequence[str] = ()) -> str:
-        """Every file in a folder, over what is there by the same paths, and others away; returns where it is."""
+    def has_same_bytes(self, path: str, file: Path) -> bool:
+        """Whether an existing file has the same bytes as a local one."""
+
+    @abstractmethod
+    def write(self, draft: Path, message: str, *, remove: Sequence[str] = ()) -> str:
+        """Write every file of the folder `draft` under the same path and delete the files `remove`; returns the address to look at."""
 
 
 @final
 class Folder(Destination):
     """A local folder."""
 
-    def __init__(self, place: str | Path) -> None:
-        self.place, self.path = str(place), Path(place)
+    def __init__(self, address: str | Path) -> None:
+        self.address, self.path = str(address), Path(address)
         if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{place} is a file, and SAEs go into a folder")
+            raise InputError(f"{address} is a file, and SAEs go into a folder")
 
-    def listing(self) -> set[str]:
+    def list_files(self) -> set[str]:
+        """The paths of all files below the folder."""
         return {path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()}
 
-    def read(self, path: str) -> str:
-        return text_of(self.path / path)
+    def read_text(self, path: str) -> str:
+        """The text of an existing file."""
+        return read_file(self.path / path)
 
-    def same(self, path: str, file: Path) -> bool:
+    def has_same_bytes(self, path: str, file: Path) -> bool:
+        """Whether an existing file has the same bytes as a local one."""
         return (self.path / path).read_bytes() == file.read_bytes()
 
-    def put(self, draft: Path, message: str, *, remove: Sequence[str] = ()) -> str:
-        """Written beside what it replaces to the last byte, then renamed; what was replaced comes back if a rename fails."""
+    def write(self, draft: Path, message: str, *, remove: Sequence[str] = ()) -> str:
+        """Copy the files beside their new places and rename them; if a rename fails, those before it are undone."""
         files = sorted(path.relative_to(draft) for path in draft.rglob("*") if path.is_file())
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.path, prefix=".publishing-") as room:
-                new, old = Path(room) / "new", Path(room) / "old"
+            with tempfile.TemporaryDirectory(dir=self.path, prefix=".publishing-") as temporary:
+                new, old = Path(temporary) / "new", Path(temporary) / "old"
                 shutil.copytree(draft, new)
                 moves = [(self.path / name, old / name) for name in [*files, *map(Path, remove)] if (self.path / name).exists()]
                 moves += [(new / name, self.path / name) for name in files]
-                self._move(moves)
+                self._rename_all(moves)
         except OSError as error:
             raise InputError(f"cannot write {error.filename2 or error.filename or self.path}: {error.strerror or error}") from error
-        return str(self.path.absolute())  # a path that looks like a repository's name is told from one
+        return str(self.path.absolute())  # a relative path could be mistaken for a repository's name
 
     @staticmethod
-    def _move(moves: Sequence[tuple[Path, Path]]) -> None:
+    def _rename_all(moves: Sequence[tuple[Path, Path]]) -> None:
+        """Rename each first path to the second; after a failure the earlier renames are undone."""
         done: list[tuple[Path, Path]] = []
         try:
             for start, end in moves:
@@ -96,27 +101,30 @@ class Folder(Destination):
 
 @final
 class Hub(Destination):
-    """A repository of models, made where there is none; an upload is one commit on what was listed: a broken one can be repeated."""
+    """A repository of models on the Hub, created if it does not exist.
 
-    def __init__(self, place: str, *, private: bool | None = None, revision: str | None = None) -> None:
+    A write is one commit on top of the commit that `list_files` read, so an interrupted upload can be repeated.
+    """
+
+    def __init__(self, address: str, *, private: bool | None = None, revision: str | None = None) -> None:
         from huggingface_hub import HfApi
         from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-        self.place, self.repository = place, place.removeprefix(HUB)
+        self.address, self.repository = address, address.removeprefix(HUB)
         self.private, self.revision, self.api = private, revision, HfApi(library_name="metasae-lightning")
         self._commit: str | None = None
         try:
             validate_repo_id(self.repository)
         except HFValidationError as error:
-            raise InputError(f"{place!r} is no repository: that would be {HUB}OWNER/NAME") from error
+            raise InputError(f"{address!r} is not a repository, which would be {HUB}OWNER/NAME") from error
         if self.repository.count("/") != 1:
-            raise InputError(f"{place!r} is no repository: that would be {HUB}OWNER/NAME")
+            raise InputError(f"{address!r} is not a repository, which would be {HUB}OWNER/NAME")
 
-    def listing(self) -> set[str]:
-        """At one commit, which is what an upload then goes on from; a branch that is to be made begins where the main one is."""
+    def list_files(self) -> set[str]:
+        """The paths of all files at the newest commit of the revision; for a branch that does not exist yet, of the main branch."""
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-        with self._told():
+        with self._errors_in_one_line():
             try:
                 try:
                     info = self.api.repo_info(self.repository, revision=self.revision)
@@ -125,35 +133,39 @@ class Hub(Destination):
             except RepositoryNotFoundError:
                 return set()
             if self.private is not None and info.private is not None and self.private != info.private:
-                now = "private" if info.private else "public"
-                raise InputError(f"{self.place} is {now}, and publishing does not change that: change it on the Hub first")
+                visibility = "private" if info.private else "public"
+                raise InputError(f"{self.address} is {visibility}, and publishing does not change that: change it on the Hub first")
             self._commit = info.sha
             return set(self.api.list_repo_files(self.repository, revision=self._commit))
 
-    def read(self, path: str) -> str:
-        with self._told():
-            return text_of(Path(self.api.hf_hub_download(self.repository, path, revision=self._commit)))
+    def read_text(self, path: str) -> str:
+        """The text of a file at the commit that `list_files` read."""
+        with self._errors_in_one_line():
+            return read_file(Path(self.api.hf_hub_download(self.repository, path, revision=self._commit)))
 
-    def same(self, path: str, file: Path) -> bool:
-        with self._told():
-            return self._holds(path, file, self._commit)
+    def has_same_bytes(self, path: str, file: Path) -> bool:
+        """Whether a file at the commit that `list_files` read has the bytes of a local one; only hashes are compared."""
+        with self._errors_in_one_line():
+            return self._has_hash_of(path, file, self._commit)
 
-    def put(self, draft: Path, message: str, *, remove: Sequence[str] = ()) -> str:
+    def write(self, draft: Path, message: str, *, remove: Sequence[str] = ()) -> str:
+        """Upload the files in one commit and check their hashes afterwards; returns the commit's URL."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         files = {path.relative_to(draft).as_posix(): path for path in sorted(draft.rglob("*")) if path.is_file()}
-        with self._told():
+        with self._errors_in_one_line():
             self.api.create_repo(self.repository, private=self.private, exist_ok=True)
             if self.revision is not None:
                 self.api.create_branch(self.repository, branch=self.revision, exist_ok=True)
             operations = [*(CommitOperationAdd(name, path) for name, path in files.items()), *map(CommitOperationDelete, remove)]
-            where: dict[str, Any] = {"revision": self.revision, "parent_commit": self._commit}
-            commit = self.api.create_commit(self.repository, operations, commit_message=message, **where)
-            if wrong := [name for name, path in files.items() if not self._holds(name, path, commit.oid)]:
-                raise InputError(f"{self.place}: what arrived is not what was sent ({', '.join(wrong)}): publish again")
+            base: dict[str, Any] = {"revision": self.revision, "parent_commit": self._commit}
+            commit = self.api.create_commit(self.repository, operations, commit_message=message, **base)
+            if wrong := [name for name, path in files.items() if not self._has_hash_of(name, path, commit.oid)]:
+                raise InputError(f"{self.address}: the uploaded files differ from the local ones ({', '.join(wrong)}): publish again")
         return commit.commit_url
 
-    def _holds(self, name: str, file: Path, commit: str | None) -> bool:
+    def _has_hash_of(self, name: str, file: Path, commit: str | None) -> bool:
+        """Whether the repository's file has the hash of a local one: SHA-256 for LFS files, git's blob hash for others."""
         (info,) = self.api.get_paths_info(self.repository, [name], revision=commit) or (None,)
         lfs, blob = getattr(info, "lfs", None), getattr(info, "blob_id", None)
         content = file.read_bytes()
@@ -162,54 +174,57 @@ class Hub(Destination):
         return blob == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
     @contextmanager
-    def _told(self) -> Generator[None, None, None]:
-        """What goes wrong in one line, in which no token is; the client raises whatever its libraries raise."""
+    def _errors_in_one_line(self) -> Generator[None, None, None]:
+        """Turn any error of the Hub's client and of its libraries into one line without tokens."""
         try:
             yield
         except InputError:
             raise
         except Exception as error:
             causes = [error, error.__cause__] if error.__cause__ else [error]
-            said = "; ".join(" ".join(redact(f"{type(cause).__name__}: {cause}").split())[:300] for cause in causes)
-            raise InputError(f"{self.place}: the Hub did not do as asked, which can be tried again: {said}") from None
+            reason = "; ".join(" ".join(redact(f"{type(cause).__name__}: {cause}").split())[:300] for cause in causes)
+            raise InputError(f"{self.address}: the Hub request failed; try again: {reason}") from None
 
 
-def text_of(path: Path) -> str:
-    """A file's text."""
+def read_file(path: Path) -> str:
+    """The text of a local file; an error that names the path where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def destination(place: str | Path, *, private: bool | None = None, revision: str | None = None) -> Destination:
-    """A folder by its path, a repository on the Hub by `hf://OWNER/NAME`."""
-    if str(place).startswith(HUB):
-        return Hub(str(place), private=private, revision=revision)
+def open_destination(address: str | Path, *, private: bool | None = None, revision: str | None = None) -> Destination:
+    """A repository on the Hub for `hf://OWNER/NAME`, a local folder for any other address."""
+    if str(address).startswith(HUB):
+        return Hub(str(address), private=private, revision=revision)
     if private is not None or revision is not None:
-        raise InputError(f"private and revision are of the Hub, and {place} is a folder: {HUB}OWNER/NAME is a repository")
-    return Folder(place)
+        raise InputError(f"private and revision are options of the Hub, and {address} is a folder: {HUB}OWNER/NAME is a repository")
+    return Folder(address)
 
 
 README = "README.md"
 RECORD = "metasae.json"
-KNOWN = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RECORD)
-ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*")
-# SAELens's own offset under the logarithm of a density.
-OFFSET = 1e-10
+# The files of an SAE's folder that are published.
+SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RECORD)
+SAE_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*")
+# SAELens adds this to a density before it takes the logarithm.
+DENSITY_OFFSET = 1e-10
 
 
 def stage(source: str | Path, draft: Path, *, metadata: Mapping[str, Any], density: Float[Tensor, " d_sae"] | None = None) -> SAE[Any]:
-    """Copy an SAE's folder, with more said of it and how often its latents fire; returns it loaded back, the same to the bit."""
+    """Copy an SAE's folder to `draft` with more metadata and its latents' firing rates; returns the copy, loaded, with equal weights."""
     source = Path(source)
     before = load_pretrained(source)
-    copy(source, draft, **metadata)
+    copy_sae_folder(source, draft, metadata)
     if density is not None:
-        (draft / SPARSITY_FILENAME).write_bytes(save({"sparsity": (density.float() + OFFSET).log10()}))  # `save_file` hides it from others
+        (draft / SPARSITY_FILENAME).write_bytes(
+            save({"sparsity": (density.float() + DENSITY_OFFSET).log10()})
+        )  # `save_file` would make it readable by its owner only
     after = load_pretrained(draft)
-    theirs, ours = before.state_dict(), after.state_dict()
-    if theirs.keys() != ours.keys() or not all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items()):
-        raise InputError(f"{source}: what was written does not load back as what it was")
+    original, copied = before.state_dict(), after.state_dict()
+    if original.keys() != copied.keys() or not all(torch.equal(tensor, copied[name]) for name, tensor in original.items()):
+        raise InputError(f"{source}: the weights differ after they were written and loaded back")
     return after
 
 
@@ -223,38 +238,38 @@ def publish(
     replace: bool = False,
     remove: Sequence[str] = (),
 ) -> str:
-    """Put SAELens folders, each under its id, into a folder or into `hf://OWNER/NAME`, once each was loaded; returns where they are.
+    """Publish SAELens folders, by id, in a folder or in `hf://OWNER/NAME`, after loading each; returns the address to look at.
 
-    Another SAE that is there under the same id stays, unless it is to be replaced; so does everything that is no SAE's. What goes out of a
-    folder is what SAELens reads and our own record, without tokens. `remove` names ids whose SAEs go away in the same step.
+    Another SAE with the same id is an error unless `replace` is set; files that belong to no SAE stay. Published are the files that
+    SAELens reads and our record, without tokens. `card` becomes the README. `remove` names the ids of SAEs to delete in the same step.
     """
-    to = dest if isinstance(dest, Destination) else destination(dest, private=private, revision=revision)
+    target = dest if isinstance(dest, Destination) else open_destination(dest, private=private, revision=revision)
     for name, folder in folders.items():
-        if not ID.fullmatch(name) or README in name.split("/"):
-            raise InputError(f"{name!r} is no id for an SAE: that would be letters, digits and slashes, such as blocks.8.hook_resid_post")
+        if not SAE_ID.fullmatch(name) or README in name.split("/"):
+            raise InputError(f"{name!r} is no id for an SAE, which has letters, digits and slashes, such as blocks.8.hook_resid_post")
         load_pretrained(folder)
-    there = to.listing()
+    existing = target.list_files()
     for name, folder in folders.items():
         weights = f"{name}/{SAE_WEIGHTS_FILENAME}"
-        if not replace and weights in there and not to.same(weights, Path(folder) / SAE_WEIGHTS_FILENAME):
-            raise InputError(f"{to.place} holds another SAE under {name}: name another id, or replace it by --replace true")
-    with tempfile.TemporaryDirectory() as room:
-        tree = Path(room) / "tree"
+        if not replace and weights in existing and not target.has_same_bytes(weights, Path(folder) / SAE_WEIGHTS_FILENAME):
+            raise InputError(f"{target.address} holds another SAE under {name}: choose another id, or replace it by --replace true")
+    with tempfile.TemporaryDirectory() as temporary:
+        tree = Path(temporary) / "tree"
         for name, folder in folders.items():
-            copy(Path(folder), tree / name)
+            copy_sae_folder(Path(folder), tree / name, {})
         if card is not None:
             (tree / README).write_text(card, encoding="utf-8")
         new = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
-        old = {f"{name}/{file}" for name in (*folders, *remove) for file in KNOWN} & there
-        return to.put(tree, f"Add {', '.join(folders)}", remove=sorted(old - new))
+        old = {f"{name}/{file}" for name in (*folders, *remove) for file in SAE_FILES} & existing
+        return target.write(tree, f"Add {', '.join(folders)}", remove=sorted(old - new))
 
 
-def copy(folder: Path, draft: Path, **said: Any) -> None:
-    """What is known of an SAE's folder, with more said of it in its config, and no token."""
+def copy_sae_folder(folder: Path, draft: Path, metadata: Mapping[str, Any]) -> None:
+    """Copy the files of an SAE's folder and add `metadata` to the config, from which tokens and passwords are removed."""
     draft.mkdir(parents=True)
-    for name in KNOWN:
+    for name in SAE_FILES:
         if (folder / name).exists():
             shutil.copyfile(folder / name, draft / name)
-    record = json.loads((folder / SAE_CFG_FILENAME).read_text())
-    record["metadata"] = redact({**record.get("metadata", {}), **said})
-    (draft / SAE_CFG_FILENAME).write_text(json.dumps(record, indent=1) + "\n")
+    config = json.loads((folder / SAE_CFG_FILENAME).read_text())
+    config["metadata"] = redact({**config.get("metadata", {}), **metadata})
+    (draft / SAE_CFG_FILENAME).write_text(json.dumps(config, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Runs that start from another SAE: found wherever it is, refused where it does not fit or is broken, and not needed to go on."""
+"""Runs that start from another SAE (`init_from`): where it is found, which SAEs are refused, and resuming without it."""
 
 import json
 import pickle
@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from metasae_lightning.cli import main
-from metasae_lightning.sae.init_from import mismatches, official_model_name
+from metasae_lightning.sae.init_from import InitFrom, mismatches, official_model_name
 from tests.helpers.judged import D_IN, HOOK, recipe, sae
 
 pytestmark = [
@@ -20,10 +20,11 @@ pytestmark = [
     for what in (".*LeafSpec.*:FutureWarning", "The dirpath has changed", "Using ModelCheckpoint with manual")
 ]
 WEIGHTS = "saes/primary/sae_weights.safetensors"
+ONE_OF = "expected one of 'model', 'hook', 'context'"
 
 
 def written(folder: Path, **more: Any) -> Path:
-    """A recipe on a tiny model whose primary and meta start from what `more` says."""
+    """Write a recipe on a tiny model; `more` are arguments of JointSAE, such as `init_from`."""
     primary = {"class_path": "sae_lens.JumpReLUTrainingSAEConfig", "init_args": {"d_in": D_IN, "d_sae": 48, "l0_coefficient": 0.01}}
     meta = {"class_path": "sae_lens.BatchTopKTrainingSAEConfig", "init_args": {"d_in": D_IN, "d_sae": 8, "k": 2}}
     penalties = {"decomposability": {"class_path": "Decomposability", "init_args": {"weight": 0.3, "sigma_sq": 1.0}}}
@@ -43,45 +44,46 @@ def written(folder: Path, **more: Any) -> Path:
     return path
 
 
-def source(folder: Path, name: str = "source", **told: Any) -> Path:
-    """A run's folder that holds an SAE for the primary and one for the meta."""
-    about = {"model_name": str(folder / "model"), "hook_name": HOOK, "context_size": 16, "prepend_bos": True, **told}
-    sae(threshold=0.5, **about).save_model(folder / name / "saes" / "primary")
+def source(folder: Path, name: str = "source", **changes: Any) -> Path:
+    """Write a run's folder with a primary and a meta SAE; `changes` to the primary's metadata."""
+    metadata = {"model_name": str(folder / "model"), "hook_name": HOOK, "context_size": 16, "prepend_bos": True, **changes}
+    sae(threshold=0.5, **metadata).save_model(folder / name / "saes" / "primary")
     sae(1, 8, 0.1).save_model(folder / name / "saes" / "meta")
     return folder / name
 
 
-def failing(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+def fit_error(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one error line of a `metasae fit` that fails."""
     assert main(["fit", *args]) == 2
     lines = [line for line in capsys.readouterr().err.split("\n") if line.startswith("metasae: error: ")]
     assert len(lines) == 1
     return lines[0].removeprefix("metasae: error: ")
 
 
-def test_a_run_starts_from_another_and_goes_on_without_it(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_run_starts_from_another_sae_and_resumes_without_it(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     place = source(tmp_path)
     path = written(tmp_path, init_from=str(place), meta_init_from=str(place))
     with caplog.at_level("INFO"):
         assert main(["fit", "-c", str(path), "--run", str(tmp_path / "one")]) == 0
-    said = [record.getMessage() for record in caplog.records if f"from {place}" in record.getMessage()]
-    assert [line.split()[0] for line in said] == ["primary", "meta"]
-    assert "jumprelu: FVU" in said[0] and "jumprelu as batchtopk" in said[1] and "ranks a batch's activations" in said[1]
-    # Near where it began: 32 steps at 3e-4 turn no row by much, and a random start is at right angles.
-    rows, began = (load_file(folder / WEIGHTS)["W_dec"] for folder in (tmp_path / "one", place))
-    cosines = torch.nn.functional.cosine_similarity(rows, began)
+    reports = [record.getMessage() for record in caplog.records if f"from {place}" in record.getMessage()]
+    assert [line.split()[0] for line in reports] == ["primary", "meta"]
+    assert "jumprelu: FVU" in reports[0] and "jumprelu as batchtopk" in reports[1] and "ranks a batch's activations" in reports[1]
+    # 32 steps at 3e-4 turn each row by a small angle; a row with a random start would be nearly orthogonal to the source's.
+    rows, source_rows = (load_file(folder / WEIGHTS)["W_dec"] for folder in (tmp_path / "one", place))
+    cosines = torch.nn.functional.cosine_similarity(rows, source_rows)
     assert cosines.min() > 0.9 and cosines.max() < 1 - 1e-7
-    told = json.loads((tmp_path / "one" / "saes" / "primary" / "cfg.json").read_text())["metadata"]
-    assert told["hook_name"] == HOOK and told["init_from"] == str(place)
-    # From the middle on, when the source is gone: the same bits at the end.
+    metadata = json.loads((tmp_path / "one" / "saes" / "primary" / "cfg.json").read_text())["metadata"]
+    assert metadata["hook_name"] == HOOK and metadata["init_from"] == str(place)
+    # Resumed from the middle, with the source gone, the run ends with the same bits.
     place.rename(tmp_path / "away")
     middle = sorted((tmp_path / "one" / "checkpoints").glob("epoch*.ckpt"), key=lambda path: path.stat().st_mtime_ns)[1]
     assert main(["fit", "-c", str(path), "--run", str(tmp_path / "two"), "--ckpt_path", str(middle)]) == 0
-    again = load_file(tmp_path / "two" / WEIGHTS)
-    assert all(torch.equal(tensor, again[name]) for name, tensor in load_file(tmp_path / "one" / WEIGHTS).items())
+    resumed = load_file(tmp_path / "two" / WEIGHTS)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in load_file(tmp_path / "one" / WEIGHTS).items())
 
 
 @pytest.mark.parametrize(
-    ("told", "what"),
+    ("metadata", "difference"),
     [
         ({"model_name": "gpt2"}, "the model gpt2, and this run's is"),
         ({"hook_name": "blocks.0.hook_resid_post"}, f"the hook blocks.0.hook_resid_post, and this run's is {HOOK}"),
@@ -89,14 +91,30 @@ def test_a_run_starts_from_another_and_goes_on_without_it(tmp_path: Path, caplog
         ({"prepend_bos": False}, "the context prepend_bos: False, and this run's is prepend_bos: True"),
     ],
 )
-def test_other_data_are_refused_unless_meant(told: dict[str, Any], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    place = source(tmp_path, **told)
+def test_an_sae_of_other_data_is_refused_unless_allow_mismatch_lists_the_difference(
+    metadata: dict[str, Any], difference: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    place = source(tmp_path, **metadata)
     path = written(tmp_path, init_from=str(place))
-    said = failing(capsys, "-c", str(path), "--run", str(tmp_path / "one"))
-    assert what in said and not (tmp_path / "one" / "config.yaml").exists()
-    meant = said[said.index("{place") :]
-    written(tmp_path, init_from=yaml.safe_load(meant))
+    error = fit_error(capsys, "-c", str(path), "--run", str(tmp_path / "one"))
+    assert difference in error and not (tmp_path / "one" / "config.yaml").exists()
+    suggestion = yaml.safe_load(error[error.index("{place") :])
+    assert set(suggestion) == {"place", "allow_mismatch"}
+    written(tmp_path, init_from=suggestion)
     assert main(["fit", "-c", str(path), "--run", str(tmp_path / "one")]) == 0
+
+
+def test_the_old_key_anyway_means_allow_mismatch_and_saved_configs_with_it_load(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    both = InitFrom("somewhere", allow_mismatch=["model"], anyway=["hook"])
+    assert (both.allow_mismatch, both.anyway) == (("model", "hook"), ())
+    place = source(tmp_path, context_size=1024)
+    path = written(tmp_path, init_from={"place": str(place), "anyway": ["context"]})
+    caplog.clear()
+    assert main(["fit", "-c", str(path), "--run", str(tmp_path / "one")]) == 0
+    assert any("`anyway` is now called `allow_mismatch`" in record.getMessage() for record in caplog.records)
+    saved = tmp_path / "one" / "config.yaml"
+    assert yaml.safe_load(saved.read_text())["model"]["init_args"]["init_from"]["anyway"] == ["context"]
+    assert main(["fit", "-c", str(saved), "--run", str(tmp_path / "two")]) == 0
 
 
 def lose_a_tensor(place: Path) -> None:
@@ -116,19 +134,19 @@ def put_a_nan(place: Path) -> None:
     save_file(weights, place / WEIGHTS)
 
 
-class Bite:
-    """What a pickle would do to whoever reads it."""
+class MaliciousPickle:
+    """A pickle that creates a file when it is loaded, in place of harmful code."""
 
     def __reduce__(self) -> Any:
-        return (Path.touch, (Path("bitten"),))
+        return (Path.touch, (Path("executed"),))
 
 
 def pickled(place: Path) -> None:
-    (place / WEIGHTS).write_bytes(pickle.dumps(Bite()))
+    (place / WEIGHTS).write_bytes(pickle.dumps(MaliciousPickle()))
 
 
 def torch_saved(place: Path) -> None:
-    torch.save({"W_dec": Bite()}, place / WEIGHTS)
+    torch.save({"W_dec": MaliciousPickle()}, place / WEIGHTS)
 
 
 def without_weights(place: Path) -> None:
@@ -141,7 +159,7 @@ def unknown_architecture(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (lose_a_tensor, 'Missing key(s) in state_dict: "b_enc"'),
         (change_a_shape, "size mismatch for b_enc"),
@@ -153,56 +171,56 @@ def unknown_architecture(place: Path) -> None:
     ],
 )
 def test_a_broken_folder_is_refused(
-    damage: Callable[[Path], None], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    damage: Callable[[Path], None], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     place = source(tmp_path)
     damage(place)
     monkeypatch.chdir(tmp_path)
     path = written(tmp_path, init_from=str(place))
-    assert says in failing(capsys, "-c", str(path), "--run", str(tmp_path / "one"))
-    assert not (tmp_path / "bitten").exists() and not (tmp_path / "one" / "config.yaml").exists()
-    # The pickle bites whoever unpickles it.
+    assert message in fit_error(capsys, "-c", str(path), "--run", str(tmp_path / "one"))
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "one" / "config.yaml").exists()
+    # Control: loading the pickle does create the file.
     if damage is pickled:
         pickle.loads((place / WEIGHTS).read_bytes())
-        assert (tmp_path / "bitten").exists()
+        assert (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(
-    ("model", "says"),
+    ("model", "message"),
     [
         ({"init_from": "no/such:thing"}, "'no/such:thing' cannot be loaded as a SAELens SAE"),
         ({"init_from": "nowhere"}, "'nowhere' is neither a folder nor an SAE on the Hub, which would be RELEASE:ID"),
         ({"init_from": "gpt2-small-res-jb:blocks.99.hook_resid_pre"}, "ID blocks.99.hook_resid_pre not found in release"),
         ({"meta_init_from": "SOURCE", "meta": None, "penalties": {}}, "meta_init_from: there is no meta SAE: set model.meta"),
-        ({"init_from": {"place": "SOURCE", "anyway": ["weather"]}}, "anyway: expected one of 'model', 'hook', 'context', got weather"),
+        *(({"init_from": {"place": "SOURCE", key: ["weather"]}}, f"{key}: {ONE_OF}, got weather") for key in ("allow_mismatch", "anyway")),
     ],
 )
-def test_what_cannot_be_started_from(
-    model: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_run_refuses_an_init_from_that_is_not_there_or_not_valid(
+    model: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nothing is asked for again and again
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries
     place = str(source(tmp_path))
-    given = yaml.safe_load(yaml.safe_dump(model).replace("SOURCE", place))
-    assert says in failing(capsys, "-c", str(written(tmp_path, **given)), "--run", str(tmp_path / "one"))
+    arguments = yaml.safe_load(yaml.safe_dump(model).replace("SOURCE", place))
+    assert message in fit_error(capsys, "-c", str(written(tmp_path, **arguments)), "--run", str(tmp_path / "one"))
 
 
-def test_widths_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_sae_of_other_widths_and_a_run_without_saes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = written(tmp_path, init_from=str(source(tmp_path)))
-    said = failing(capsys, "-c", str(path), "--run", str(tmp_path / "one"), "--model.init_args.primary.init_args.d_sae", "64")
-    assert f"primary.d_sae is 64, and {tmp_path / 'source'} has 48: set d_sae: 48" in said
+    error = fit_error(capsys, "-c", str(path), "--run", str(tmp_path / "one"), "--model.init_args.primary.init_args.d_sae", "64")
+    assert f"primary.d_sae is 64, and {tmp_path / 'source'} has 48: set d_sae: 48" in error
     arm = tmp_path / "source" / "arms" / "joint"
     (arm / "saes").mkdir(parents=True)
     (tmp_path / "source" / "saes" / "primary").rename(arm / "saes" / "primary")
-    said = failing(capsys, "-c", str(path), "--run", str(tmp_path / "one"))
-    assert f"holds no SAE under saes/primary: name one of its arms, such as {arm}" in said
+    error = fit_error(capsys, "-c", str(path), "--run", str(tmp_path / "one"))
+    assert f"holds no SAE under saes/primary: name one of its arms, such as {arm}" in error
     (arm / "saes" / "primary" / "cfg.json").unlink()
     (tmp_path / "source" / "arms" / "joint").rename(tmp_path / "elsewhere")
-    assert "holds no SAE under saes/primary" in failing(capsys, "-c", str(path), "--run", str(tmp_path / "one"))
+    assert "holds no SAE under saes/primary" in fit_error(capsys, "-c", str(path), "--run", str(tmp_path / "one"))
 
 
-def test_names_of_one_model_are_one():
+def test_aliases_of_one_model_or_hook_are_no_mismatch():
     assert official_model_name("gpt2-small") == official_model_name("gpt2") == official_model_name("openai-community/gpt2")
     assert official_model_name("gemma-2-9b") == official_model_name("google/gemma-2-9b") != official_model_name("google/gemma-2-9b-it")
-    one = {"hook_name": "blocks.3.hook_resid_post"}
-    assert mismatches(one, {"hook_name": "model.layers.3"}) and not mismatches(one, {**one, "hf_hook_name": "model.layers.3"})
-    assert not mismatches({}, {"model_name": "gpt2", **one, "context_size": 8, "prepend_bos": True})
+    data = {"hook_name": "blocks.3.hook_resid_post"}
+    assert mismatches(data, {"hook_name": "model.layers.3"}) and not mismatches(data, {**data, "hf_hook_name": "model.layers.3"})
+    assert not mismatches({}, {"model_name": "gpt2", **data, "context_size": 8, "prepend_bos": True})

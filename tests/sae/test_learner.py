@@ -1,4 +1,4 @@
-"""Dead latents and what brings them back."""
+"""Dead latents, and the auxiliary loss that makes them fire again."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ from tests.helpers.architectures import activations, config, optimizers
 
 
 def with_half_dead(cfg: Any, warm: Tensor, **kw: Any) -> tuple[JointSAE, Tensor]:
-    """A module whose latents of even number cannot fire on any of these tokens, and are known to be dead."""
+    """A module whose even latents cannot fire on any of these tokens and are counted as dead."""
     module = JointSAE(cfg, dead_after_tokens=1024, **kw)
     module.primary.initialize(warm)
     dead = torch.arange(cfg.d_sae) % 2 == 0
@@ -44,13 +44,13 @@ def test_the_auxiliary_loss_reaches_dead_encoders(normalizer: str):
 
 
 @pytest.mark.slow
-def test_half_of_the_dead_fire_again_on_a_real_model():
+def test_the_auxiliary_loss_makes_half_of_the_dead_latents_of_a_real_model_fire():
     steps, size = 500, 256
     model = HuggingFaceLM("smollm2-135m-instruct", "blocks.15.hook_resid_post")
     data = ActivationsDataModule(model, PythonDocs(), tokens=32 * 1024, batch_size=size, buffer_size=16_384, skip_positions=2)
     data.setup()
     batches = [batch.activations for batch in data.train_dataloader()]
-    left: dict[float, float] = {}
+    still_dead: dict[float, float] = {}
     for coefficient in (1.0, 0.0):
         cfg = BatchTopKTrainingSAEConfig(
             d_in=576, d_sae=2304, k=32, normalize_activations="layer_norm", decoder_init_norm=1.0, aux_loss_coefficient=coefficient
@@ -60,7 +60,7 @@ def test_half_of_the_dead_fire_again_on_a_real_model():
         fired = torch.zeros_like(dead)
         for i in range(steps):
             fired |= module.step(Batch(batches[i % len(batches)]), primary).codes.firings() > 0
-        left[coefficient] = 1 - fired[dead].float().mean().item()
-    print(f"still dead after {steps} steps: {left[1.0]:.1%} with the auxiliary loss, {left[0.0]:.1%} without")
-    assert left[1.0] <= 0.5
-    assert left[0.0] > left[1.0]
+        still_dead[coefficient] = 1 - fired[dead].float().mean().item()
+    print(f"still dead after {steps} steps: {still_dead[1.0]:.1%} with the auxiliary loss, {still_dead[0.0]:.1%} without")
+    assert still_dead[1.0] <= 0.5
+    assert still_dead[0.0] > still_dead[1.0]

@@ -1,4 +1,4 @@
-"""A step with something in it that is not finite is left out by all ranks, and leaves nothing behind but its count."""
+"""All ranks skip a step with a NaN or infinity, and the skipped step changes nothing but the counts."""
 
 import os
 import re
@@ -29,7 +29,7 @@ QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_
 
 
 class Batches:
-    """Batches by their numbers; of the bad ones a row is not finite."""
+    """Batches by their numbers; in those numbered `bad`, one row is `value`."""
 
     def __init__(self, numbers: list[int], bad: tuple[int, ...] = (), value: float = torch.nan):
         self.numbers, self.bad, self.value = numbers, bad, value
@@ -46,7 +46,7 @@ class Batches:
 
 
 class Poison(Callback):
-    """Something is not finite on a rank at a batch: its activations, or a gradient of the primary or the meta SAE."""
+    """Put a NaN into the activations, or into a gradient of the primary or meta SAE, on one rank at one batch."""
 
     def __init__(self, at: int, what: str = "activations", rank: int = 0) -> None:
         self.at, self.what, self.rank = at, what, rank
@@ -64,7 +64,7 @@ class Poison(Callback):
 
 
 class Once(Penalty):
-    """Infinite the so-manieth time that a gradient is asked for."""
+    """A penalty that is infinite once: at the call with gradients that `at` others precede."""
 
     def __init__(self, weight: float, at: int) -> None:
         super().__init__(weight)
@@ -76,12 +76,12 @@ class Once(Penalty):
 
 
 class Overflowing(Penalty):
-    """Where it is ill its value is infinite, and its gradient is not."""
+    """A penalty that is infinite while `infinite` is set; its gradient is finite."""
 
-    ill = False
+    infinite = False
 
     def forward(self, W_dec: Tensor, critic: Any, step: int) -> Tensor:
-        return W_dec[:, 0].mean() + (torch.inf if self.ill else 0.0)
+        return W_dec[:, 0].mean() + (torch.inf if self.infinite else 0.0)
 
 
 def joint(architecture: str = "batchtopk", **changes: Any) -> JointSAE:
@@ -104,35 +104,38 @@ def fitted(folder: Path, module: Any, batches: Any, *callbacks: Callback, **more
 
 
 def moments(states: Any) -> dict[str, Tensor]:
+    """The tensors in the states of several optimisers, by name."""
     return {
-        f"optimizer {number}, {place}, {name}": value
-        for number, own in enumerate(states)
-        for place, state in own["state"].items()
+        f"optimizer {number}, {parameter}, {name}": value
+        for number, optimizer_state in enumerate(states)
+        for parameter, state in optimizer_state["state"].items()
         for name, value in state.items()
     }
 
 
-def moved(module: torch.nn.Module, optimizers: Any, schedules: Any = ()) -> dict[str, Tensor]:
-    """Everything that a step moves, by name."""
-    found = {name: value for name, value in module.state_dict().items() if not name.endswith("rows_seen")}
-    found |= moments([optimizer.state_dict() for optimizer in optimizers])
+def training_state(module: torch.nn.Module, optimizers: Any, schedules: Any = ()) -> dict[str, Tensor]:
+    """Everything that an applied step changes, by name: weights, statistics, optimiser states, learning rates, schedules."""
+    state = {name: value for name, value in module.state_dict().items() if not name.endswith("rows_seen")}
+    state |= moments([optimizer.state_dict() for optimizer in optimizers])
     for number, optimizer in enumerate(optimizers):
-        found[f"rate {number}"] = torch.tensor([group["lr"] for group in optimizer.param_groups])
+        state[f"rate {number}"] = torch.tensor([group["lr"] for group in optimizer.param_groups])
     for number, schedule in enumerate(schedules):
-        found[f"schedule {number}"] = torch.tensor(schedule.scheduler.last_epoch)
-    return found
+        state[f"schedule {number}"] = torch.tensor(schedule.scheduler.last_epoch)
+    return state
 
 
 def everything(module: torch.nn.Module, trainer: Trainer) -> dict[str, Tensor]:
-    return moved(module, trainer.optimizers, trainer.lr_scheduler_configs)
+    """The training state under a trainer."""
+    return training_state(module, trainer.optimizers, trainer.lr_scheduler_configs)
 
 
-def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    assert one.keys() == other.keys()
-    return [name for name, value in one.items() if not torch.equal(value, other[name])]
+def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """The names of the entries that are not bit-equal."""
+    assert first.keys() == second.keys()
+    return [name for name, value in first.items() if not torch.equal(value, second[name])]
 
 
-# The first, which statistics are taken from; in a macro-step, at its end and after it; the last, in a macro-step and at its end.
+# The bad batch is the first (which statistics are computed from), inside a macro-step, at its end, after it, or the last of the run.
 @pytest.mark.parametrize(
     ("architecture", "at", "count"),
     [
@@ -144,21 +147,21 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     ],
 )
 @pytest.mark.filterwarnings("ignore:decoder_init_norm must be set")
-def test_a_batch_that_is_left_out_might_not_have_been_there(architecture: str, at: int, count: int, tmp_path: Path):
-    there, left = joint(architecture), joint(architecture)
+def test_a_run_with_a_skipped_batch_equals_a_run_without_that_batch(architecture: str, at: int, count: int, tmp_path: Path):
+    skipping, shorter = joint(architecture), joint(architecture)
     rest = [number for number in range(count + 1) if number != at]
-    trainer = fitted(tmp_path, there, Batches([*range(count + 1)], bad=(at,), value=[torch.nan, torch.inf][at % 2]), StopOnNaN())
-    without = fitted(tmp_path, left, Batches(rest))
-    assert not differing(everything(there, trainer), everything(left, without)) and first_nonfinite(there.state_dict()) is None
-    assert there.rows_seen == left.rows_seen + 64 == 64 * (count + 1)
+    trainer = fitted(tmp_path, skipping, Batches([*range(count + 1)], bad=(at,), value=[torch.nan, torch.inf][at % 2]), StopOnNaN())
+    without = fitted(tmp_path, shorter, Batches(rest))
+    assert not differing(everything(skipping, trainer), everything(shorter, without)) and first_nonfinite(skipping.state_dict()) is None
+    assert skipping.rows_seen == shorter.rows_seen + 64 == 64 * (count + 1)
     assert trainer.callback_metrics["train/skipped"] == 1 and without.callback_metrics["train/skipped"] == 0
 
 
-# The control: of what is compared everything moves with a batch.
-def test_a_batch_that_is_learnt_from_leaves_its_traces(tmp_path: Path):
-    there, left = joint(), joint()
-    trainer, without = fitted(tmp_path, there, Batches([*range(10)])), fitted(tmp_path, left, Batches([0, 1, 2, 3, 5, 6, 7, 8, 9]))
-    found = differing(everything(there, trainer), everything(left, without))
+# Control: one batch more changes what the test above compares.
+def test_a_batch_that_is_not_skipped_changes_the_training_state(tmp_path: Path):
+    skipping, shorter = joint(), joint()
+    trainer, without = fitted(tmp_path, skipping, Batches([*range(10)])), fitted(tmp_path, shorter, Batches([0, 1, 2, 3, 5, 6, 7, 8, 9]))
+    found = differing(everything(skipping, trainer), everything(shorter, without))
     assert {"primary.sae.topk_threshold", "primary.steps", "primary.updates", "optimizer 0, 0, exp_avg", "schedule 0", "rate 0"} < {*found}
 
 
@@ -173,15 +176,15 @@ def test_a_run_that_stops_keeps_its_last_good_checkpoint(what: str, tmp_path: Pa
     assert first_nonfinite(torch.load(good, weights_only=False)["state_dict"]) is None
 
 
-def test_a_gradient_alone_is_enough(tmp_path: Path):
-    there, left = joint(), joint()
-    trainer = fitted(tmp_path, there, Batches([*range(9)]), Poison(4, "primary"), StopOnNaN())
-    without = fitted(tmp_path, left, Batches([0, 1, 2, 3, 5, 6, 7, 8]))
-    assert not differing(everything(there, trainer), everything(left, without))
+def test_a_nan_in_one_gradient_is_enough_to_skip(tmp_path: Path):
+    skipping, shorter = joint(), joint()
+    trainer = fitted(tmp_path, skipping, Batches([*range(9)]), Poison(4, "primary"), StopOnNaN())
+    without = fitted(tmp_path, shorter, Batches([0, 1, 2, 3, 5, 6, 7, 8]))
+    assert not differing(everything(skipping, trainer), everything(shorter, without))
 
 
-class Kept(Callback):
-    """What there was before and after each batch."""
+class StateRecorder(Callback):
+    """Records the training state before and after each batch."""
 
     def __init__(self) -> None:
         self.before: list[dict[str, Tensor]] = []
@@ -194,18 +197,20 @@ class Kept(Callback):
         self.after.append({name: value.clone() for name, value in everything(pl_module, trainer).items()})
 
 
-def test_a_meta_step_is_left_out_alone(tmp_path: Path):
-    kept, expected = Kept(), Kept()
-    there = joint(n_m=1)
-    trainer = fitted(tmp_path, there, Batches([*range(7)]), kept, Poison(5, "meta"), StopOnNaN())
+def test_a_skipped_meta_step_leaves_the_primary_step_applied(tmp_path: Path):
+    recorder, expected = StateRecorder(), StateRecorder()
+    skipping = joint(n_m=1)
+    trainer = fitted(tmp_path, skipping, Batches([*range(7)]), recorder, Poison(5, "meta"), StopOnNaN())
     fitted(tmp_path, joint(n_m=1), Batches([*range(7)]), expected)
-    own = {name for name in kept.after[5] if name.startswith(("meta.", "optimizer 1", "rate 1", "schedule 1"))}
-    assert not own & {*differing(kept.before[5], kept.after[5])} and own & {*differing(expected.before[5], expected.after[5])}
-    assert not {*differing(kept.after[5], expected.after[5])} - own  # the primary's step was taken
-    assert trainer.callback_metrics["train/skipped"] == 1 and int(there.primary.steps) == 7 and int(there.meta.steps) == 2  # pyright: ignore
+    of_meta = {name for name in recorder.after[5] if name.startswith(("meta.", "optimizer 1", "rate 1", "schedule 1"))}
+    assert not of_meta & {*differing(recorder.before[5], recorder.after[5])} and of_meta & {
+        *differing(expected.before[5], expected.after[5])
+    }
+    assert not {*differing(recorder.after[5], expected.after[5])} - of_meta  # the primary's step was applied
+    assert trainer.callback_metrics["train/skipped"] == 1 and int(skipping.primary.steps) == 7 and int(skipping.meta.steps) == 2  # pyright: ignore
 
 
-def test_too_many_in_a_row_end_the_run(tmp_path: Path):
+def test_too_many_skips_in_a_row_end_the_run(tmp_path: Path):
     fine = joint()
     trainer = fitted(tmp_path, fine, Batches([*range(10)], bad=(1, 2, 4, 5)), StopOnNaN(skips=3))
     assert int(fine.primary.steps) == 6 and trainer.callback_metrics["train/skipped"] == 4
@@ -214,7 +219,8 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path):
     with pytest.raises(InputError, match=f"{says}.* the activations of this batch are not finite either"):
         fitted(tmp_path, stopped, Batches([*range(10)], bad=(1, 2, 4, 5, 6)), StopOnNaN(skips=3))
     assert first_nonfinite(stopped.state_dict()) is None and int(stopped.primary.steps) == 2
-    # A penalty of a step that is tried again and again; of the meta SAE every step, with others of the primary between them.
+    # The first is a penalty that is infinite at a step that is never applied. In the second every meta step is skipped, while primary
+    # steps between them are applied.
     with pytest.raises(InputError, match=r"the penalties' sum was not finite in the last of 2 steps .* after 320 tokens"):
         fitted(tmp_path, joint(penalties={"own": AtThree(0.1)}), Batches([*range(10)]), StopOnNaN(skips=2))
     with pytest.raises(InputError, match=r"the gradient of meta\.sae\.b_enc was not finite in the last of 4 steps .* after 384 tokens"):
@@ -226,13 +232,13 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path):
 
 
 class AtThree(Penalty):
-    """Infinite from a step on that is never taken."""
+    """A penalty that is infinite at step 3, which therefore is never applied."""
 
     def forward(self, W_dec: Tensor, critic: Any, step: int) -> Tensor:
         return W_dec.square().mean() / (0.0 if step == 3 else 1.0)
 
 
-def test_a_run_that_was_stopped_can_leave_out_what_stopped_it(tmp_path: Path):
+def test_a_resumed_run_can_skip_the_batches_that_stopped_it(tmp_path: Path):
     bad = {"bad": (6, 7)}
     with pytest.raises(InputError, match="the primary's loss is not finite after 448 tokens"):
         fitted(tmp_path, joint(non_finite="stop"), Data(**bad), StopOnNaN(), Checkpoints(every_tokens=128))
@@ -244,7 +250,7 @@ def test_a_run_that_was_stopped_can_leave_out_what_stopped_it(tmp_path: Path):
 
 
 class Data(LightningDataModule):
-    """Ten batches that can be gone on with."""
+    """Ten batches whose position is saved in checkpoints."""
 
     def __init__(self, bad: tuple[int, ...]) -> None:
         super().__init__()
@@ -268,34 +274,34 @@ class Data(LightningDataModule):
         self.done = state_dict["done"]
 
 
-def test_an_arm_leaves_out_a_step_that_others_take(tmp_path: Path):
-    arms = SideBySide({"ill": joint(penalties={"own": Once(0.1, 4)}), "well": joint()})
+def test_one_arm_skips_a_step_that_others_apply(tmp_path: Path):
+    arms = SideBySide({"bad": joint(penalties={"own": Once(0.1, 4)}), "good": joint()})
     trainer = fitted(tmp_path, arms, Batches([*range(8)]), StopOnNaN(skips=2))
-    ill, well = joint(penalties={"own": Once(0.1, 99)}), joint()
-    fitted(tmp_path, ill, Batches([0, 1, 2, 3, 5, 6, 7]))
-    fitted(tmp_path, well, Batches([*range(8)]))
-    for name, alone in (("ill", ill), ("well", well)):
-        assert not differing(moved(arms.arms[name], ()), moved(alone, ()))
-    assert trainer.callback_metrics["ill/train/skipped"] == 1 and trainer.callback_metrics["well/train/skipped"] == 0 and not arms.stopped
+    bad, good = joint(penalties={"own": Once(0.1, 99)}), joint()
+    fitted(tmp_path, bad, Batches([0, 1, 2, 3, 5, 6, 7]))
+    fitted(tmp_path, good, Batches([*range(8)]))
+    for name, alone in (("bad", bad), ("good", good)):
+        assert not differing(training_state(arms.arms[name], ()), training_state(alone, ()))
+    assert trainer.callback_metrics["bad/train/skipped"] == 1 and trainer.callback_metrics["good/train/skipped"] == 0 and not arms.stopped
 
 
 def trained(ranks: Ranks, steps: list[int], cut: str, *, bad: int | None = None, what: str = "activations", mode: str = "skip") -> Any:
-    """A run on this rank's rows; on the last rank something is not finite at a step."""
+    """The state after a run on this rank's rows, and the guards' counts; at step `bad`, `what` is not finite on the last rank."""
     overflowing = Overflowing(0.1)
     module = joint(non_finite=mode, batch_cut=cut, n_p=2, penalties={"d": Decomposability(0.3), "own": overflowing}).double()
     module.join(ranks)
     primary, meta = optimizers(module)
     for step in steps:
         rows = activations(step).double()[ranks.share(64)].clone()
-        ill = step == bad and ranks.rank == ranks.world_size - 1
-        overflowing.ill = ill and what == "loss"
-        if ill and what == "activations":
+        is_bad = step == bad and ranks.rank == ranks.world_size - 1
+        overflowing.infinite = is_bad and what == "loss"
+        if is_bad and what == "activations":
             rows[5] = torch.nan
-        handle = module.primary.sae.b_enc.register_hook(lambda gradient: gradient * torch.nan) if ill and what == "gradient" else None
+        handle = module.primary.sae.b_enc.register_hook(lambda gradient: gradient * torch.nan) if is_bad and what == "gradient" else None
         module.step(Batch(rows), primary, meta, last=step == steps[-1])
         if handle is not None:
             handle.remove()
-    return moved(module, (primary, meta)), {role: guard.state_dict() for role, guard in module.guards.items()}
+    return training_state(module, (primary, meta)), {role: guard.state_dict() for role, guard in module.guards.items()}
 
 
 def on_rank(rank: int, folder: str) -> None:
@@ -314,7 +320,7 @@ def on_rank(rank: int, folder: str) -> None:
 
 
 def under_a_trainer(rank: int, folder: Path, mode: str) -> dict[str, Any]:
-    """A run of both ranks, with a checkpoint after each step; the activations of one and later a gradient of the other are not finite."""
+    """A run of two ranks with a checkpoint after each step; rank 1 gets bad activations at one step, rank 0 a bad gradient at another."""
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     module, data = joint(non_finite=mode), Batches([*range(10 * rank, 10 * rank + 8)])
     poison = Poison(4, rank=1), Poison(6, "primary", rank=0)
@@ -336,7 +342,7 @@ def under_a_trainer(rank: int, folder: Path, mode: str) -> dict[str, Any]:
     return {"state": everything(module, trainer), "skipped": trainer.callback_metrics["train/skipped"]}
 
 
-def test_ranks_leave_out_what_one_of_them_cannot_take(tmp_path: Path):
+def test_all_ranks_skip_a_step_that_is_not_finite_on_one(tmp_path: Path):
     met(2, on_rank, tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
     for rank, found in enumerate((one["under"]["stop"], other["under"]["stop"])):
@@ -351,7 +357,7 @@ def test_ranks_leave_out_what_one_of_them_cannot_take(tmp_path: Path):
     found, others = one["under"]["skip"], other["under"]["skip"]
     assert not differing(found["state"], others["state"]) and first_nonfinite(found["state"]) is None
     assert found["skipped"] == others["skipped"] == 2 and int(found["state"]["primary.steps"]) == 6
-    # Nothing but the counts has moved between the checkpoints around a step that was left out.
+    # Between the checkpoints around a skipped step, only the number of rows has changed.
     before, after = (torch.load(tmp_path / "skip" / "checkpoints" / f"tokens={tokens}.ckpt", weights_only=False) for tokens in (768, 896))
     assert differing(before["state_dict"], after["state_dict"]) == ["primary.rows_seen"]
     assert not differing(moments(before["optimizer_states"]), moments(after["optimizer_states"]))
@@ -361,17 +367,17 @@ def test_ranks_leave_out_what_one_of_them_cannot_take(tmp_path: Path):
             (state, counts), (others, their_counts), (without, _) = one[f"{cut}, {what}"], other[f"{cut}, {what}"], one[f"{cut}, without"]
             assert not differing(state, others) and not differing(state, without), (cut, what)
             assert counts == their_counts == {"primary": {"total": 1, "in_a_row": 0}, "meta": {"total": 0, "in_a_row": 0}}
-    # Four steps and two meta phases of two: a number of eight bytes for each, and nothing else.
+    # The guard sends eight bytes per step, for four primary and four meta steps, and nothing else.
     assert len(one["sent"]["skip"]) == len(one["sent"]["stop"]) + 8 and sum(one["sent"]["skip"]) == sum(one["sent"]["stop"]) + 64
 
 
-def test_a_guard_looks_at_every_tensor_and_undoes_what_has_moved():
-    guard, still = NonFiniteGuard(), torch.tensor([1.0, 2.0])
-    guard.remember({"still": still})
-    still += 1
-    assert not guard.refuses({"loss": torch.tensor(1e38), "gradient": torch.full((4,), 3e38)}, {"still": still}, ALONE)
-    assert still.tolist() == [2.0, 3.0] and guard.state_dict() == {"total": 0, "in_a_row": 0}
-    for number, made in enumerate(({"loss": torch.tensor(torch.inf), "g": still}, {"loss": torch.tensor(1.0), "g": still / 0}), 1):
-        assert guard.refuses(made, {"still": still}, ALONE) and still.tolist() == [1.0, 2.0]
+def test_a_guard_checks_every_tensor_and_restores_buffers():
+    guard, buffer = NonFiniteGuard(), torch.tensor([1.0, 2.0])
+    guard.remember({"buffer": buffer})
+    buffer += 1
+    assert not guard.skips({"loss": torch.tensor(1e38), "gradient": torch.full((4,), 3e38)}, {"buffer": buffer}, ALONE)
+    assert buffer.tolist() == [2.0, 3.0] and guard.state_dict() == {"total": 0, "in_a_row": 0}
+    for number, tensors in enumerate(({"loss": torch.tensor(torch.inf), "g": buffer}, {"loss": torch.tensor(1.0), "g": buffer / 0}), 1):
+        assert guard.skips(tensors, {"buffer": buffer}, ALONE) and buffer.tolist() == [1.0, 2.0]
         assert guard.bad_tensor == ("loss", "g")[number - 1] and guard.state_dict() == {"total": number, "in_a_row": number}
-    assert not guard.refuses({"loss": torch.tensor(1.0)}, {}, ALONE) and guard.state_dict() == {"total": 2, "in_a_row": 0}
+    assert not guard.skips({"loss": torch.tensor(1.0)}, {}, ALONE) and guard.state_dict() == {"total": 2, "in_a_row": 0}

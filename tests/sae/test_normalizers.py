@@ -1,4 +1,4 @@
-"""From a run's learner to what a stranger loads from the Hub: the same codes and reconstructions of raw activations, whatever the SAE."""
+"""An exported SAE that others load from the Hub gives the codes and reconstructions of the run, for every architecture and normaliser."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ save_file(found, sys.argv[2])
 
 
 def ours(module: Any, x: Tensor) -> dict[str, Tensor]:
-    """The evaluation form: the training SAE in its own space, but for the threshold in place of a batch's ranking."""
+    """Codes and reconstruction by the training SAE in normalised space, with its threshold in place of the ranking of a batch."""
     sae, norm = module.primary.sae, module.primary.normalizer
     z, undo = norm.normalize(x)
     codes = sae.encode(z)
@@ -41,19 +41,19 @@ def ours(module: Any, x: Tensor) -> dict[str, Tensor]:
         codes = hidden.relu() * (hidden > threshold)
     rebuilt = norm.restore(sae.decode(codes), undo)
     directions = getattr(sae.cfg, "rescale_acts_by_decoder_norm", sae.cfg.architecture() == "matching_pursuit")
-    if isinstance(norm, ExpectedAverage) and directions:  # where rows are directions, what multiplies them is in raw activations' units
+    if isinstance(norm, ExpectedAverage) and directions:  # unit decoder rows: the codes are in units of raw activations
         codes = codes / norm.factor.float()
     return {"codes": codes.detach(), "rebuilt": rebuilt.detach()}
 
 
-# Every case is trained, exported and published into one repository by one client; another client loads them all.
-def test_what_is_loaded_does_what_the_run_did(tmp_path: Path):
-    x, known, folders = activations(77, rows=256) + 2.0, dict[str, dict[str, Tensor]](), dict[str, Path]()
+# One process trains, exports and publishes every case into one repository; another process loads them all.
+def test_an_sae_loaded_from_the_hub_encodes_as_in_the_run(tmp_path: Path):
+    x, expected, folders = activations(77, rows=256) + 2.0, dict[str, dict[str, Tensor]](), dict[str, Path]()
     for name, normalizer in CASES:
         module, case = trained(name, steps=20, normalize_activations=normalizer, offset=2.0), f"{name}/{normalizer}"
         folders[case] = tmp_path / "saes" / case
         exported(module, folders[case])
-        known[case] = ours(module, x)
+        expected[case] = ours(module, x)
     with Hub(tmp_path / "hub", token=TOKEN) as hub:
         (tmp_path / "home").mkdir()
         environment = hub.environment(tmp_path / "home", HF_TOKEN=TOKEN, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
@@ -65,10 +65,10 @@ def test_what_is_loaded_does_what_the_run_did(tmp_path: Path):
             done = subprocess.run([sys.executable, "-c", code, *args], env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "found")
-    for case, (name, _) in zip(known, CASES, strict=True):
+    for case, (name, _) in zip(expected, CASES, strict=True):
         assert set(load_file(tmp_path / "hub" / "models" / "someone" / "saes" / case / "sae_weights.safetensors")) == TENSORS[name]
         codes, rebuilt = found[f"{case} codes"], found[f"{case} rebuilt"]
-        same = ((codes != 0) == (known[case]["codes"] != 0)).all(-1)
-        assert same.float().mean() > 0.97, case  # a pre-activation on the very edge may fall to either side in fp32
-        for theirs, mine in ((codes, known[case]["codes"]), (rebuilt, known[case]["rebuilt"])):
+        same = ((codes != 0) == (expected[case]["codes"] != 0)).all(-1)
+        assert same.float().mean() > 0.97, case  # in fp32 a pre-activation very near the threshold may fall on either side
+        for theirs, mine in ((codes, expected[case]["codes"]), (rebuilt, expected[case]["rebuilt"])):
             assert (theirs - mine)[same].abs().max() <= 1e-5 * mine.abs().max(), case

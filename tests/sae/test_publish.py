@@ -17,7 +17,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.redaction import redact
 from metasae_lightning.report import model_card
 from metasae_lightning.sae import pretrained
-from metasae_lightning.sae.publish import destination
+from metasae_lightning.sae.publish import open_destination
 from metasae_lightning.sae.publish import publish as publish_folders
 from tests.helpers.hub import Fault, Hub
 from tests.helpers.judged import HOOK, run, sae
@@ -147,7 +147,7 @@ def test_what_is_there_is_not_lost(place: Path, tmp_path: Path, capsys: pytest.C
     other = finished(tmp_path, "two", seed=5)
     publish(place, "out")
     before = tree(tmp_path / "out")
-    assert f"holds another SAE under {HOOK}: name another id, or replace it by --replace true" in failing(capsys, other, "out")
+    assert f"holds another SAE under {HOOK}: choose another id, or replace it by --replace true" in failing(capsys, other, "out")
     assert tree(tmp_path / "out") == before
     # The same config, other weights: as much another SAE.
     shutil.copytree(place / "saes" / "primary", tmp_path / "twin")
@@ -199,9 +199,9 @@ def test_an_sae_that_is_not_what_the_run_left_stays_at_home(place: Path, tmp_pat
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["ONE", "hf://nobody"], "'hf://nobody' is no repository: that would be hf://OWNER/NAME"),
-        (["ONE", "hf://a b/c"], "'hf://a b/c' is no repository"),
-        (["ONE", "out", "--private", "true"], "private and revision are of the Hub, and out is a folder"),
+        (["ONE", "hf://nobody"], "'hf://nobody' is not a repository, which would be hf://OWNER/NAME"),
+        (["ONE", "hf://a b/c"], "'hf://a b/c' is not a repository"),
+        (["ONE", "out", "--private", "true"], "private and revision are options of the Hub, and out is a folder"),
         *((["ONE", "out", "--id", name], f"{name!r} is no id for an SAE") for name in ("../up", "w//one", "a/./b", "a/", "README.md")),
         (["ONE", "out", "--tokens", "0"], "tokens must be at least 1, got 0"),
         (["ONE/config.yaml", "out"], "config.yaml"),
@@ -243,7 +243,7 @@ def test_the_hub_gives_back_what_it_was_given(place: Path, tmp_path: Path):
             hub.faults[:] = faults
             failed = client(hub, home, place, repository, "--private", "true", "--model_name", "someone/model")
             outputs += [failed.stdout, failed.stderr]
-            assert failed.returncode == 2 and "the Hub did not do as asked, which can be tried again" in failed.stderr
+            assert failed.returncode == 2 and "the Hub request failed; try again" in failed.stderr
             assert not list((hub.folder / "models" / "someone" / "saes").glob("**/cfg.json"))
         hub.faults[:] = []
         done = client(hub, home, place, repository, "--private", "true", "--model_name", "someone/model")
@@ -298,7 +298,7 @@ def test_a_notebook_publishes_folders(tmp_path: Path):
     with pytest.raises(InputError, match="cannot be loaded"):
         publish_folders({"a/two": tmp_path / "one"}, tmp_path / "out")
     with pytest.raises(InputError, match="is a file"):
-        destination(tmp_path / "one" / "cfg.json")
+        open_destination(tmp_path / "one" / "cfg.json")
 
 
 def test_what_opens_doors_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

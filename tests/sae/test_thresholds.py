@@ -1,4 +1,4 @@
-"""Thresholds: each rule against what it promises, on pre-activations whose distribution is known."""
+"""Each threshold rule keeps its promise, on pre-activations of a known distribution."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ K = 3.0
 
 
 def scores(seed: int, batches: int = 40, rows: int = 256, latents: int = 64) -> list[torch.Tensor]:
-    """Latents of very different rates and sizes; a token has a level of its own, as real ones have."""
+    """Batches of pre-activations: latents differ in rate and scale, and each token scales all of its values, as in real data."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.logspace(-0.5, 0.5, latents)
     shift = torch.linspace(-2.5, -0.5, latents)
@@ -22,35 +22,36 @@ def scores(seed: int, batches: int = 40, rows: int = 256, latents: int = 64) -> 
 
 
 def rates(batches: list[torch.Tensor], threshold: torch.Tensor) -> torch.Tensor:
+    """The firing rate of each latent with these thresholds."""
     return sum((x.relu() > threshold).sum(0) for x in batches) / sum(map(len, batches))
 
 
 def test_rate_fires_as_often_as_batchtopk_exactly_on_the_sample_and_nearly_on_fresh_tokens():
     sample, fresh = scores(0), scores(1)
-    found = calibrate(lambda x: x, sample, K)
-    wanted = sum(batchtopk_mask(x, K).sum(0) for x in sample)
-    own = wanted >= 5
-    assert torch.equal((rates(sample, found.threshold) * found.tokens).round()[own], wanted[own])
-    assert found.n_rare == int((~own).sum()) and found.tokens == 40 * 256
-    assert found.l0 == pytest.approx(K, rel=0.01)
-    l0 = rates(fresh, found.threshold).sum().item()
+    result = calibrate(lambda x: x, sample, K)
+    batchtopk_firings = sum(batchtopk_mask(x, K).sum(0) for x in sample)
+    is_frequent = batchtopk_firings >= 5
+    assert torch.equal((rates(sample, result.threshold) * result.tokens).round()[is_frequent], batchtopk_firings[is_frequent])
+    assert result.n_rare == int((~is_frequent).sum()) and result.tokens == 40 * 256
+    assert result.l0 == pytest.approx(K, rel=0.01)
+    l0 = rates(fresh, result.threshold).sum().item()
     assert l0 == pytest.approx(K, rel=0.02)
 
 
 def test_equal_error_rates_are_equal_and_inflate_l0():
-    sample = scores(0, batches=1280, rows=8)  # small batches, whose cuts lie far apart
-    found = calibrate(lambda x: x, sample, K, "eer")
+    sample = scores(0, batches=1280, rows=8)  # BatchTopK's cut varies much between small batches
+    result = calibrate(lambda x: x, sample, K, "eer")
     for latent in range(20, 64, 7):
         values = torch.cat([x[:, latent].relu() for x in sample])
         hits = torch.cat([batchtopk_mask(x, K)[:, latent] for x in sample]).bool()
-        fires = values > found.threshold[latent]
+        fires = values > result.threshold[latent]
         missed, false = (hits & ~fires).sum() / hits.sum(), (~hits & fires).sum() / (~hits).sum()
         assert missed.item() == pytest.approx(false.item(), abs=0.02)
-    assert found.l0 > 1.05 * K
+    assert result.l0 > 1.05 * K
 
 
-def test_the_crossing_of_two_normals_is_found():
-    # Hits around 3, others around 0, of spread 1 and 1: equal errors half way, at 1.5.
+def test_the_equal_error_bin_of_two_normals_is_half_way():
+    # Kept values around 3, others around 0, both with standard deviation 1: the errors are equal half way, at 1.5.
     edges = torch.linspace(-4, 8, 2401, dtype=torch.float64)
     mass = [torch.from_numpy(norm.cdf(edges[1:], m) - norm.cdf(edges[:-1], m))[None] for m in (3.0, 0.0)]
     at = functional.equal_error_bin(*mass)
@@ -58,32 +59,32 @@ def test_the_crossing_of_two_normals_is_found():
     assert edges[int(at)].item() == pytest.approx(expected, abs=0.01)
 
 
-def test_global_is_one_threshold_and_k_a_token():
-    found = calibrate(lambda x: x, scores(0), K, "global")
-    assert found.threshold.unique().numel() == 1 and found.l0 == pytest.approx(K, rel=1e-3) and found.n_rare == 0
+def test_global_gives_all_latents_one_threshold_with_k_firings_per_token():
+    result = calibrate(lambda x: x, scores(0), K, "global")
+    assert result.threshold.unique().numel() == 1 and result.l0 == pytest.approx(K, rel=1e-3) and result.n_rare == 0
 
 
-# A latent that never fired under BatchTopK stays silent; one with a handful takes the common threshold if its own is lower.
-def test_latents_with_few_firings_are_counted_and_do_not_begin_to_fire():
+# A latent that never fired under BatchTopK stays silent; one with few firings gets the global threshold if its own is lower.
+def test_rare_latents_are_counted_and_do_not_start_to_fire():
     sample = [x.clone() for x in scores(0)]
     for x in sample:
         x[:, 0] = 0.9 * global_threshold(lambda y: y, [x], K)[0] * torch.rand(len(x), generator=torch.Generator().manual_seed(0))
         x[:, 1] = -1.0
-    found = calibrate(lambda x: x, sample, K)
-    assert found.n_rare >= 2
-    assert rates(sample, found.threshold)[:2].tolist() == [0.0, 0.0]
+    result = calibrate(lambda x: x, sample, K)
+    assert result.n_rare >= 2
+    assert rates(sample, result.threshold)[:2].tolist() == [0.0, 0.0]
 
 
-def test_values_of_any_size_are_calibrated():
-    # Histograms with fixed bins clip; activations of 35 and of 35,000 are the same up to their unit.
+def test_calibration_does_not_depend_on_the_unit_of_the_activations():
+    # Histograms with fixed bins would clip activations of 35,000 that are those of 35 in another unit.
     small, large = (calibrate(lambda x, unit=unit: x * unit, scores(0), K, "eer") for unit in (1.0, 1000.0))
     assert large.l0 == pytest.approx(small.l0, rel=0.01)
     torch.testing.assert_close(large.threshold / 1000, small.threshold, rtol=0.02, atol=1e-3)
 
 
-# One batch offers nothing below what it kept: a threshold must not lie half way down to 0.
+# One batch collects no value below those it keeps: a threshold must not lie half way from them to 0.
 @pytest.mark.parametrize(("batches", "rows"), [(1, 4096), (4, 1024)])
-def test_rate_holds_on_a_few_large_batches(batches: int, rows: int):
-    found = calibrate(lambda x: x, scores(0, batches, rows), K)
-    assert found.l0 == pytest.approx(K, rel=0.01)
-    assert rates(scores(1), found.threshold).sum().item() == pytest.approx(K, rel=0.03)
+def test_rate_is_right_on_a_few_large_batches(batches: int, rows: int):
+    result = calibrate(lambda x: x, scores(0, batches, rows), K)
+    assert result.l0 == pytest.approx(K, rel=0.01)
+    assert rates(scores(1), result.threshold).sum().item() == pytest.approx(K, rel=0.03)
