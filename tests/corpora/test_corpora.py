@@ -1,3 +1,5 @@
+"""Corpora: formats, shuffled orders, readers that resume, errors of one line, and the split by document."""
+
 import ast
 import gzip
 import json
@@ -21,10 +23,12 @@ TEXTS = [f"text number {i}" for i in range(50)]
 
 
 def read(corpus: Corpus, **order) -> list:
+    """All documents of one epoch."""
     return list(corpus.documents(**order))
 
 
 def refusal(corpus: Corpus) -> str:
+    """The one-line error that reading the corpus raises."""
     with pytest.raises(InputError) as caught:
         read(corpus)
     assert "\n" not in str(caught.value)
@@ -38,7 +42,7 @@ def json_lines(file: Path, rows) -> Path:
 
 @pytest.fixture
 def folder(tmp_path):
-    """The same 50 texts four times: as paragraphs, as rows, as rows compressed, as a column."""
+    """A folder with the same 50 texts in four files: `.txt`, `.jsonl`, `.jsonl.gz` and `.parquet`, and one file of another suffix."""
     (tmp_path / "a.txt").write_text("\n\n".join(TEXTS) + "\n\n\n")
     json_lines(tmp_path / "b.jsonl", [{"text": text, "n": 1} for text in TEXTS])
     with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
@@ -54,19 +58,20 @@ def test_each_format_gives_every_document_once(folder, name):
     assert sorted(read(TextFiles(str(folder / name)))) == sorted(TEXTS)
 
 
-def test_folders_globs_and_lists_of_them(folder):
-    four = Counter(dict.fromkeys(TEXTS, 4))
-    assert Counter(read(TextFiles(str(folder)))) == four
-    assert Counter(read(TextFiles([str(folder / "*.*"), str(folder / "deeper"), str(folder / "a.txt")]))) == four
+def test_folders_globs_and_lists_read_every_matching_file_once(folder):
+    four_times = Counter(dict.fromkeys(TEXTS, 4))
+    assert Counter(read(TextFiles(str(folder)))) == four_times
+    assert Counter(read(TextFiles([str(folder / "*.*"), str(folder / "deeper"), str(folder / "a.txt")]))) == four_times
     assert Counter(read(TextFiles(str(folder / "**" / "*.parquet")))) == Counter(TEXTS)
 
 
-def test_a_paragraph_keeps_its_lines(tmp_path):
+def test_a_paragraph_of_a_text_file_is_one_document_with_its_line_breaks(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n   \n\n\nthree\n")
     assert sorted(read(TextFiles(str(tmp_path)))) == ["one\ntwo", "three"]
 
 
 def saved(tmp_path) -> str:
+    """A folder written by `save_to_disk`, with a text column and a column of token ids."""
     datasets.Dataset.from_dict({"text": TEXTS, "ids": [[i, i + 1] for i in range(50)]}).save_to_disk(tmp_path / "saved")
     return str(tmp_path / "saved")
 
@@ -80,7 +85,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(folder, make):
     assert len({tuple(first(seed=s, epoch=e)) for s, e in ((0, 0), (0, 1), (1, 0), (1, 1))}) == 4
 
 
-def test_saved_datasets_their_splits_and_token_columns(tmp_path):
+def test_saved_datasets_have_splits_and_columns_of_text_or_tokens(tmp_path):
     path = saved(tmp_path)
     assert sorted(read(SavedDataset(path))) == sorted(TEXTS)
     assert sorted(read(SavedDataset(path, "ids"))) == [[i, i + 1] for i in range(50)]
@@ -90,13 +95,13 @@ def test_saved_datasets_their_splits_and_token_columns(tmp_path):
     assert "train, other" in refusal(SavedDataset(str(tmp_path / "both"), split="tset"))
 
 
-def test_a_saved_format_does_not_change_token_columns(tmp_path):
+def test_a_torch_format_saved_with_a_dataset_does_not_turn_token_lists_into_tensors(tmp_path):
     data = datasets.Dataset.from_dict({"ids": [[1, 2], [3, 4]]}).with_format("torch")
     data.save_to_disk(tmp_path / "formatted")
     assert sorted(read(SavedDataset(str(tmp_path / "formatted"), "ids"))) == [[1, 2], [3, 4]]
 
 
-def test_token_columns_of_files(tmp_path):
+def test_files_may_hold_token_ids(tmp_path):
     json_lines(tmp_path / "a.jsonl", [{"ids": [1, 2]}, {"ids": [3]}])
     pyarrow.parquet.write_table(pyarrow.table({"ids": [[1, 2], [3]]}), tmp_path / "b.parquet")
     for name in ("a.jsonl", "b.parquet"):
@@ -105,7 +110,7 @@ def test_token_columns_of_files(tmp_path):
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_hub_dataset_is_read_through_datasets(folder, streaming, tmp_path, monkeypatch):
-    # A folder of files is a dataset of one `train` split to `datasets`, by the same code path as a hub name.
+    # `datasets` reads a local folder as a dataset with one split, `train`, in the same way as a name on the Hub.
     (tmp_path / "set").mkdir()
     json_lines(tmp_path / "set" / "b.jsonl", [{"text": text} for text in TEXTS])
     corpus = HubText(str(tmp_path / "set"), streaming=streaming)
@@ -115,7 +120,7 @@ def test_a_hub_dataset_is_read_through_datasets(folder, streaming, tmp_path, mon
 
 
 def shards(folder: Path, kind: str) -> str:
-    """Five shards of 5, 6, 7, 8 and 9 documents, those of a parquet file in row groups of 3."""
+    """A dataset of five shards with 5, 6, 7, 8 and 9 documents; parquet files have row groups of 3."""
     folder.mkdir(parents=True)
     for shard in range(5):
         texts = [f"shard {shard} text {i}" for i in range(5 + shard)]
@@ -129,27 +134,27 @@ def shards(folder: Path, kind: str) -> str:
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_streamed_windows_hold_every_document_once_in_shuffled_shards(tmp_path, kind):
     path = shards(tmp_path / "set", kind)
-    # 35 documents in windows of 8: four whole ones and one of 3.
+    # 35 documents in windows of 8: four full windows and one of 3.
     texts = read(HubText(path, shuffle_window=8), seed=1)
     assert len(texts) == len(set(texts)) == 35
     assert read(HubText(path, shuffle_window=8), seed=1) == texts != read(HubText(path, shuffle_window=8), seed=2)
     assert list(HubText(path, shuffle_window=8).reader(seed=1)) == texts
-    # A window of one leaves the files as they are, one after another, in an order that the epoch decides.
+    # A window of one document shuffles nothing: shards stay in file order, and the epoch decides the order of shards.
     plain = {epoch: read(HubText(path, shuffle_window=1), epoch=epoch) for epoch in (0, 1, 2)}
     orders = {epoch: list(dict.fromkeys(text.split()[1] for text in plain[epoch])) for epoch in plain}
     for epoch, order in orders.items():
         assert plain[epoch] == [f"shard {shard} text {i}" for shard in order for i in range(5 + int(shard))]
     assert len(set(map(tuple, orders.values()))) > 1
-    # A window shuffles what is in it and nothing else: eight at a time, they are the same documents as unshuffled.
+    # Documents are shuffled inside a window only: each group of 8 has the same documents as without the shuffle.
     plain = read(HubText(path, shuffle_window=1), seed=1)
     assert texts != plain
     assert [set(texts[i : i + 8]) for i in range(0, 35, 8)] == [set(plain[i : i + 8]) for i in range(0, 35, 8)]
-    # Each in an order of its own.
+    # Each window has its own order.
     assert len({tuple(plain.index(text) - i for text in texts[i : i + 8]) for i in range(0, 32, 8)}) == 4
 
 
 class Numbers(Corpus):
-    """A corpus of a user's own, which knows nothing of readers."""
+    """A corpus written by a user, without a `reader` method of its own."""
 
     def documents(self, *, seed=0, epoch=0):
         yield from (f"{seed} {epoch} {i}" for i in range(35))
@@ -158,35 +163,35 @@ class Numbers(Corpus):
         return "numbers"
 
 
-RESTARTED = {
+RESUMABLE = {
     "streamed parquet": lambda p: HubText(shards(p / "set", "parquet"), shuffle_window=8),
     "streamed jsonl": lambda p: HubText(shards(p / "set", "jsonl"), shuffle_window=8),
     "downloaded": lambda p: HubText(shards(p / "set", "parquet"), streaming=False),
     "files": lambda p: TextFiles(shards(p / "set", "jsonl"), shuffle_window=8),
     "saved": lambda p: SavedDataset(saved(p)),
-    "a user's own": lambda _: Numbers(),
+    "written by a user": lambda _: Numbers(),
 }
 
 
-@pytest.mark.parametrize("make", RESTARTED.values(), ids=RESTARTED)
-def test_a_reader_goes_on_from_its_state_with_the_very_next_document(tmp_path, make):
+@pytest.mark.parametrize("make", RESUMABLE.values(), ids=RESUMABLE)
+def test_a_reader_resumes_from_its_state_with_the_next_document(tmp_path, make):
     corpus, order = make(tmp_path), {"seed": 3, "epoch": 1}
-    whole = read(corpus, **order)
+    all_documents = read(corpus, **order)
     reader, states = corpus.reader(**order), []
-    for document in whole:
+    for document in all_documents:
         states.append(json.dumps(reader.state()))
         assert next(reader) == document
     states.append(json.dumps(reader.state()))
     assert next(reader, None) is None
-    assert [json.loads(state)["documents"] for state in states] == list(range(len(whole) + 1))
-    # The start, the end, the ends of the shards and of the windows of 8 and what is beside them, and the middles.
-    for cut in [0, 1, 3, 7, 8, 9, 14, 16, 17, 22, 24, 31, 32, 33, 34, len(whole)]:
-        again = corpus.reader(**order, state=json.loads(states[cut]))
-        assert json.dumps(again.state()) == states[cut]
-        assert list(again) == whole[cut:]
+    assert [json.loads(state)["documents"] for state in states] == list(range(len(all_documents) + 1))
+    # The start and the end; the borders of shards and of windows of 8, one before and one after; positions inside both.
+    for cut in [0, 1, 3, 7, 8, 9, 14, 16, 17, 22, 24, 31, 32, 33, 34, len(all_documents)]:
+        resumed = corpus.reader(**order, state=json.loads(states[cut]))
+        assert json.dumps(resumed.state()) == states[cut]
+        assert list(resumed) == all_documents[cut:]
 
 
-def test_what_goes_on_can_be_left_again(tmp_path):
+def test_a_resumed_reader_can_be_saved_and_resumed_again(tmp_path):
     corpus = HubText(shards(tmp_path / "set", "parquet"), shuffle_window=8)
     texts, state = [], None
     while len(texts) < 35:
@@ -196,11 +201,11 @@ def test_what_goes_on_can_be_left_again(tmp_path):
     assert texts == read(corpus)
 
 
-def test_a_dataset_that_changed_since_the_state_was_taken_is_told(tmp_path):
+def test_resuming_on_a_changed_dataset_is_an_error(tmp_path):
     path = Path(shards(tmp_path / "set", "jsonl"))
     reader = HubText(str(path), shuffle_window=8).reader()
     assert len(list(islice(reader, 31))) == 31
-    # Another number of shards; the same number, and all that is left is the last one's only document.
+    # First the number of shards changes. Then it is the old number, but each shard has one document: the window is too short.
     (path / "train-5.jsonl").write_text('{"text": "more"}')
     with pytest.raises(InputError, match="has 6 shards, it had 5 when reading began"):
         list(HubText(str(path), shuffle_window=8).reader(state=reader.state()))
@@ -211,26 +216,26 @@ def test_a_dataset_that_changed_since_the_state_was_taken_is_told(tmp_path):
         list(HubText(str(path), shuffle_window=8).reader(state=reader.state()))
 
 
-def test_numbers_that_cannot_be_are_refused():
+def test_numbers_out_of_range_are_refused():
     for name, value in (("shuffle_window", 0), ("retries", -1), ("retry_seconds", -0.5)):
         with pytest.raises(InputError, match=f"^{name} must be at least [01], got {value}$"):
             HubText("org/name", **{name: value})
 
 
-def test_a_hub_that_is_away_or_does_not_know_is_one_line(monkeypatch):
+def test_an_unreachable_hub_is_an_error_of_one_line(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "the dataset 'no-such/dataset' cannot be read" in refusal(HubText("no-such/dataset"))
 
 
-def test_the_installed_documentation_is_docstrings_of_this_environment():
+def test_python_docs_reads_docstrings_of_installed_packages_from_a_minimum_length_on():
     texts = list(islice(PythonDocs(min_characters=300).documents(), 300))
     assert min(map(len, texts)) >= 300
-    # The control: shorter ones are there to be left out.
+    # The control: there are shorter docstrings, which the minimum leaves out.
     assert min(map(len, islice(PythonDocs(min_characters=1).documents(), 300))) < 300
 
 
-def test_docstrings_are_parsed_quietly_and_never_imported(tmp_path, monkeypatch):
+def test_files_with_docstrings_are_parsed_without_warnings_and_never_imported(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     marker = tmp_path / "imported"
     method = '    async def f(self):\n        """Method.\n\n        Indented.\n        """\n'
@@ -247,14 +252,14 @@ def test_docstrings_are_parsed_quietly_and_never_imported(tmp_path, monkeypatch)
     assert not marker.exists()
 
 
-def test_an_environment_without_packages_is_told(tmp_path, monkeypatch):
+def test_an_environment_without_packages_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     assert "no package is installed" in refusal(PythonDocs())
 
 
-def test_what_cannot_be_read_is_one_line(folder, tmp_path):
+def test_unreadable_paths_and_files_are_errors_of_one_line(folder, tmp_path):
     assert "does not exist" in refusal(TextFiles(str(folder / "z.txt")))
-    assert "a.txt" in refusal(TextFiles(str(folder / "aa.txt")))  # the nearest
+    assert "a.txt" in refusal(TextFiles(str(folder / "aa.txt")))  # the most similar path is suggested
     assert "does not exist" in refusal(TextFiles(str(folder / "*.nothing")))
     assert "is none of .txt" in refusal(TextFiles(str(folder / "notes.md")))
     (folder / "empty").mkdir()
@@ -269,7 +274,7 @@ def test_what_cannot_be_read_is_one_line(folder, tmp_path):
     assert "save_to_disk" in refusal(SavedDataset(str(folder / "nowhere")))
 
 
-def test_a_broken_line_is_told_with_file_and_number(tmp_path):
+def test_the_error_about_a_broken_json_line_names_file_and_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": "b"\n{"text": "c"}')
     line = refusal(TextFiles(str(tmp_path / "a.jsonl")))
     assert "a.jsonl' line 3 is not JSON" in line
@@ -277,7 +282,7 @@ def test_a_broken_line_is_told_with_file_and_number(tmp_path):
     assert "line 2 must be an object with 'text', it is list" in refusal(TextFiles(str(tmp_path / "b.jsonl")))
 
 
-def test_a_missing_column_is_told_with_those_there_are_the_nearest_first(tmp_path):
+def test_the_error_about_a_missing_column_lists_the_columns_the_most_similar_first(tmp_path):
     json_lines(tmp_path / "a.jsonl", [{"id": 1, "content": "a", "url": "b"}])
     assert "line 1 has no 'contents', it has content, id, url" in refusal(TextFiles(str(tmp_path / "a.jsonl"), column="contents"))
     pyarrow.parquet.write_table(pyarrow.table({"id": [1], "content": ["a"]}), tmp_path / "a.parquet")
@@ -285,15 +290,15 @@ def test_a_missing_column_is_told_with_those_there_are_the_nearest_first(tmp_pat
     assert "has no 'txt', it has text, ids" in refusal(SavedDataset(saved(tmp_path), "txt"))
 
 
-def test_a_column_of_neither_text_nor_tokens_is_told(tmp_path):
+def test_a_column_of_neither_text_nor_token_lists_is_an_error(tmp_path):
     json_lines(tmp_path / "a.jsonl", [{"text": 3.5}])
     assert "must be text or a list of token ids, it is float" in refusal(TextFiles(str(tmp_path / "a.jsonl")))
     json_lines(tmp_path / "b.jsonl", [{"text": None}])
     assert "it is NoneType" in refusal(TextFiles(str(tmp_path / "b.jsonl")))
 
 
-def test_splits_are_stable_disjoint_and_of_the_sizes_asked():
-    # Pinned: another hash would move documents between training and evaluation of runs that were made with this one.
+def test_splits_are_stable_and_of_the_requested_sizes():
+    # Pinned: another hash would move documents from the training split of existing runs to their test split.
     assert [split_of(f"text number {i}", 0.2) for i in range(8)] == PINNED
     assert split_of([1, 2, 3], 0.3) == split_of([1, 2, 3], 0.3)
     shares = Counter(split_of(str(i), 0.02) for i in range(20_000))
@@ -302,13 +307,13 @@ def test_splits_are_stable_disjoint_and_of_the_sizes_asked():
     assert abs(shares["test"] - 400) < 80
 
 
-def test_a_larger_held_out_share_keeps_validation_out_of_training():
+def test_a_larger_held_out_share_keeps_validation_documents_in_validation():
     for text in TEXTS:
         if split_of(text, 0.1) == "validation":
             assert split_of(text, 0.2) == "validation"
 
 
-def test_documents_in_memory_come_once_each_in_an_order_of_the_seed_and_epoch():
+def test_documents_in_memory_are_each_read_once_in_an_order_of_seed_and_epoch():
     texts = [f"text {i}" for i in range(20)]
     corpus = InMemory(texts, "mine")
     first = list(corpus.documents(seed=1))
@@ -345,7 +350,7 @@ def f(a=lambda: 1):
 '''
 
 
-def test_docstrings_are_those_that_a_walk_through_everything_finds(tmp_path):
+def test_docstrings_are_the_same_as_those_found_by_ast_walk(tmp_path):
     (tmp_path / "nested.py").write_text(NESTED)
     (tmp_path / "single.py").write_text("'quoted once'\n")
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

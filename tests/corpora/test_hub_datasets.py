@@ -1,4 +1,4 @@
-"""Streaming from a hub that misbehaves, through a real client in a process of its own: as a script this file is that client."""
+"""Streaming from a local Hub server that fails on request. The client runs in a process of its own: this file, as a script."""
 
 import json
 import logging
@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,7 +20,7 @@ from tests.helpers.hub import Fault, Hub
 
 ROOT = Path(__file__).parents[2]
 READ_SECONDS = 1
-# Four shards of 30 documents, each so small that it is one request.
+# Four shards of 30 documents; a shard is so small that the client reads it in one request.
 SHARDS = {f"data/train-{shard}-of-4": [f"shard {shard} text {i}" for i in range(30)] for shard in range(4)}
 TEXTS = sorted(text for texts in SHARDS.values() for text in texts)
 # The hub's client tries a request six times before it gives up.
@@ -29,34 +28,34 @@ TRIES = 6
 
 
 def client(patient: bool) -> None:
-    """Reads a corpus for every line of arguments on stdin, and prints what came, what was told and how it ended."""
-    # The package without its front door, which takes ten seconds to import torch and its like.
-    package = types.ModuleType("metasae_lightning")
-    package.__path__ = [str(ROOT / "metasae_lightning")]
-    sys.modules["metasae_lightning"] = package
+    """For each line of JSON on stdin, read a corpus; print its documents, the log lines, the error and the reader's state as JSON.
+
+    Args:
+        patient: Whether the Hub's client keeps the waits between its own tries.
+    """
     from huggingface_hub.utils import _http
 
     from metasae_lightning.corpora import HubText
     from metasae_lightning.errors import InputError
 
     if not patient:
-        # No setting shortens the client's waits between its own tries, 23 s in all.
+        # No setting shortens the client's waits between its own tries, 23 s together.
         for function in (_http.http_backoff, _http.http_stream_backoff.__wrapped__):
             function.__kwdefaults__.update(base_wait_time=0.01, max_wait_time=0.01)
-    told: list[str] = []
+    warnings: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
+    handler.emit = lambda record: warnings.append(record.getMessage())
     logging.getLogger("metasae_lightning").addHandler(handler)
     for line in sys.stdin:
         job: dict[str, Any] = json.loads(line)
         texts, error, start = [], "", time.monotonic()
-        told.clear()
+        warnings.clear()
         reader = HubText(**job["corpus"]).reader(state=job["state"])
         try:
             texts.extend(islice(reader, job["take"]))
         except InputError as caught:
             error = str(caught)
-        answer = {"texts": texts, "error": error, "told": told, "state": reader.state(), "seconds": time.monotonic() - start}
+        answer = {"texts": texts, "error": error, "warnings": warnings, "state": reader.state(), "seconds": time.monotonic() - start}
         print(json.dumps(answer), flush=True)
 
 
@@ -66,38 +65,40 @@ if __name__ == "__main__":
 
 
 class Client:
-    """A client's process, and a hub with a fresh dataset for each reading: what a client remembers of one helps with no other."""
+    """A client's process and its Hub. Each test reads a dataset of its own, because the client caches answers about a dataset."""
 
     def __init__(self, hub: Hub, home: Path, *arguments: str):
-        more = {
+        variables = {
             "HF_HUB_DOWNLOAD_TIMEOUT": str(READ_SECONDS),
             "HF_HUB_ETAG_TIMEOUT": str(READ_SECONDS),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }
-        self.hub, self.made = hub, 0
-        environment, command = hub.environment(home, **more), [sys.executable, __file__, *arguments]
+        self.hub, self.n_datasets = hub, 0
+        environment, command = hub.environment(home, **variables), [sys.executable, __file__, *arguments]
         with (home / "stderr").open("w") as stderr:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr}
             self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
 
     def dataset(self, kind: str) -> str:
-        self.made += 1
+        """Add a dataset to the Hub; returns its name."""
+        self.n_datasets += 1
         for name, texts in SHARDS.items():
-            file = self.hub.folder / "datasets" / "org" / f"set{self.made}" / f"{name}.{kind}"
+            file = self.hub.folder / "datasets" / "org" / f"set{self.n_datasets}" / f"{name}.{kind}"
             file.parent.mkdir(parents=True, exist_ok=True)
             if kind == "parquet":
                 pyarrow.parquet.write_table(pyarrow.table({"text": texts}), file, row_group_size=10)
             else:
                 file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-        return f"org/set{self.made}"
+        return f"org/set{self.n_datasets}"
 
     def read(self, path: str, *faults: Fault, state: Any = None, take: int = 1000, **corpus: Any) -> dict[str, Any]:
+        """Let the client read at most `take` documents while the Hub has these faults; returns the client's answer."""
         self.hub.faults[:] = faults
         self.hub.log.clear()
         assert self.process.stdin is not None and self.process.stdout is not None
         job = {"corpus": {"path": path, "shuffle_window": 25, "retry_seconds": 0.05, **corpus}, "state": state, "take": take}
-        # A client that hangs is a failure, and not a test that hangs.
+        # If the client hangs, the test fails instead of hanging too.
         killer = threading.Timer(120, self.process.kill)
         killer.start()
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -114,6 +115,7 @@ class Client:
 
 
 def started(folder: Path, *arguments: str) -> Iterator[Client]:
+    """A running Hub and client, for a fixture."""
     with Hub(folder) as hub:
         client = Client(hub, folder, *arguments)
         yield client
@@ -128,7 +130,7 @@ def hasty(tmp_path_factory) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def healthy(hasty) -> dict[str, list[str]]:
-    """What is read where nothing goes wrong."""
+    """The documents in the order in which they are read without faults, by file format."""
     return {kind: hasty.read(hasty.dataset(kind))["texts"] for kind in ("parquet", "jsonl")}
 
 
@@ -137,98 +139,99 @@ def test_a_healthy_hub_gives_every_document_once(hasty, healthy, kind):
     assert sorted(healthy[kind]) == TEXTS
     assert healthy[kind] != TEXTS
     read = hasty.read(hasty.dataset(kind))
-    # The order is the corpus's own, whichever the name.
-    assert (read["texts"], read["told"], read["error"]) == (healthy[kind], [], "")
+    # The order does not depend on the dataset's name.
+    assert (read["texts"], read["warnings"], read["error"]) == (healthy[kind], [], "")
 
 
-# Two faults are within the client's own six tries; seven leave one for the retry, thirteen one for the second of them.
-# The first request for data is for the columns, so three good ones are two shards.
+# The client itself tries six times, so it hides two faults. Seven faults need one retry of ours, thirteen need two.
+# The first request for data reads the columns, so three good requests are two shards.
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 @pytest.mark.parametrize(
     ("fault", "times", "retried"), [("error", 2, 0), ("error", 7, 1), ("error", 13, 2), ("drop", 2, 0), ("drop", 7, 1)]
 )
-def test_what_breaks_and_heals_loses_nothing_and_repeats_nothing(hasty, healthy, kind, fault, times, retried):
+def test_after_a_passing_fault_no_document_is_lost_or_repeated(hasty, healthy, kind, fault, times, retried):
     path = hasty.dataset(kind)
     read = hasty.read(path, Fault(fault, times=times, after=3))
     assert (read["texts"], read["error"]) == (healthy[kind], "")
-    says = {"error": "HfHubHTTPError: Server error '500 ", "drop": "RemoteProtocolError: peer closed connection"}[fault]
-    assert [line.split(says)[0] for line in read["told"]] == [
+    message = {"error": "HfHubHTTPError: Server error '500 ", "drop": "RemoteProtocolError: peer closed connection"}[fault]
+    assert [line.split(message)[0] for line in read["warnings"]] == [
         f"the dataset {path!r} broke off after 60 documents, retry {retry} of 3 in {0.05 * 2 ** (retry - 1):g} s: "
         for retry in range(1, retried + 1)
     ]
 
 
-def test_retries_are_counted_anew_after_every_recovery(hasty, healthy):
+def test_the_count_of_retries_starts_again_after_each_success(hasty, healthy):
     faults = [Fault("error", times=TRIES, after=good) for good in (2, 1, 1)]
     read = hasty.read(hasty.dataset("parquet"), *faults, retries=1)
-    assert (read["texts"], read["error"], len(read["told"])) == (healthy["parquet"], "", 3)
+    assert (read["texts"], read["error"], len(read["warnings"])) == (healthy["parquet"], "", 3)
 
 
-def test_a_read_that_stalls_is_timed_out_and_retried(hasty, healthy):
+def test_a_stalled_read_times_out_and_is_retried(hasty, healthy):
     read = hasty.read(hasty.dataset("parquet"), Fault("stall", times=TRIES, after=3))
     assert (read["texts"], read["error"]) == (healthy["parquet"], "")
-    (line,) = read["told"]
+    (line,) = read["warnings"]
     assert "broke off after 60 documents, retry 1 of 3" in line and "timed out" in line
     assert read["seconds"] > TRIES * READ_SECONDS
 
 
-# Of the requests before the first data those that the client does not repeat by itself, in the order that it makes them in:
-# what a dataset is called and holds, and the files that may describe it.
+# The requests before the first data: the dataset's name, its files and the files that may describe it. The client does not repeat
+# them by itself; `after` is the number of good requests before the fault.
 @pytest.mark.parametrize("after", range(8))
 @pytest.mark.parametrize("fault", ["error", "drop"])
 def test_opening_is_retried(hasty, healthy, fault, after):
     read = hasty.read(hasty.dataset("parquet"), Fault(fault, times=1, after=after, on="api"))
     assert (read["texts"], read["error"]) == (healthy["parquet"], "")
-    assert len(read["told"]) <= 1
+    assert len(read["warnings"]) <= 1
     assert fault in {request.outcome for request in hasty.hub.log}
 
 
 @pytest.mark.parametrize("on", ["data", "api"])
 @pytest.mark.parametrize("fault", ["error", "drop"])
-def test_what_stays_broken_is_one_line_in_bounded_time(hasty, fault, on):
+def test_a_lasting_fault_is_an_error_of_one_line_in_bounded_time(hasty, fault, on):
     path = hasty.dataset("jsonl")
     read = hasty.read(path, Fault(fault, after=3 if on == "data" else 0, on=on), retries=2)
     documents = 60 if on == "data" else 0
-    assert len(read["told"]) == 2
+    assert len(read["warnings"]) == 2
     assert read["error"].startswith(f"path: the dataset {path!r} cannot be read, after {documents} documents and 2 retries: ")
     assert ("500" if fault == "error" else "RemoteProtocolError") in read["error"]
     assert "\n" not in read["error"]
-    # A window is handed out when it is full, so the last ten of the sixty are not.
+    # A window is yielded when it is full, so the last ten of the sixty documents are not yielded.
     assert len(read["texts"]) == documents // 25 * 25
     assert read["seconds"] < 10
 
 
-def test_reading_goes_on_after_it_was_given_up(hasty, healthy):
+def test_reading_resumes_after_an_error(hasty, healthy):
     path = hasty.dataset("parquet")
     broken = hasty.read(path, Fault("error", after=3), retries=0)
-    again = hasty.read(path, state=broken["state"])
-    assert broken["texts"] + again["texts"] == healthy["parquet"]
+    resumed = hasty.read(path, state=broken["state"])
+    assert broken["texts"] + resumed["texts"] == healthy["parquet"]
     assert "50 documents" not in broken["error"] and "after 60 documents and 0 retries" in broken["error"]
 
 
-# The window of document 90 begins at 75, inside the third shard of the order; with windows of 30 it is a shard, and is finished.
+# With windows of 25, document 90 is in a window that begins at 75, in the third shard: two shards are finished. With windows of 30,
+# each window is a shard, and document 90 begins the fourth: three are finished.
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 @pytest.mark.parametrize(("window", "finished"), [(25, 2), (30, 3)])
-def test_going_on_does_not_ask_for_finished_shards(hasty, kind, window, finished):
+def test_resuming_does_not_request_finished_shards(hasty, kind, window, finished):
     path = hasty.dataset(kind)
-    whole = hasty.read(path, shuffle_window=window)["texts"]
-    # The first request is for the columns, of the first file by name.
+    all_texts = hasty.read(path, shuffle_window=window)["texts"]
+    # The first request reads the columns, from the first file by name.
     order = hasty.hub.asked()[1:]
     first = hasty.read(path, take=90, shuffle_window=window)
     rest = hasty.read(path, state=first["state"], shuffle_window=window)
-    assert first["texts"] + rest["texts"] == whole
+    assert first["texts"] + rest["texts"] == all_texts
     assert len(set(order)) == 4
     assert hasty.hub.asked() == [f"data/train-0-of-4.{kind}", *order[finished:]]
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_what_cannot_pass_is_not_retried(hasty, status):
+def test_errors_that_no_retry_cures_are_not_retried(hasty, status):
     read = hasty.read(hasty.dataset("parquet"), Fault("error", after=3, status=status))
-    assert (read["told"], len(hasty.hub.asked("error"))) == ([], 1)
+    assert (read["warnings"], len(hasty.hub.asked("error"))) == ([], 1)
     assert "cannot be read, after 60 documents: " in read["error"] and str(status) in read["error"]
 
 
-def test_what_is_not_there_is_one_line_and_not_retried(hasty):
+def test_a_missing_dataset_revision_or_column_is_an_error_of_one_line_and_not_retried(hasty):
     path = hasty.dataset("parquet")
     for corpus, line in [
         ({"path": "org/none"}, "path: the dataset 'org/none' cannot be read: .*doesn't exist on the Hub"),
@@ -237,14 +240,14 @@ def test_what_is_not_there_is_one_line_and_not_retried(hasty):
     ]:
         read = hasty.read(**corpus)
         assert read["error"].count("\n") == 0
-        assert read["told"] == [] and re.search(line, read["error"])
+        assert read["warnings"] == [] and re.search(line, read["error"])
 
 
 @pytest.mark.slow
-def test_a_client_with_its_own_waits_gives_up_in_bounded_time(tmp_path):
+def test_with_the_clients_own_waits_the_error_comes_in_bounded_time(tmp_path):
     for client in started(tmp_path, "--patient"):
         read = client.read(client.dataset("parquet"), Fault("error", after=3), retries=1)
         assert "after 60 documents and 1 retries" in read["error"]
-        # Twice the 1 + 2 + 4 + 8 + 8 s between the client's six tries.
+        # Two rounds of the client's six tries, with waits of 1 + 2 + 4 + 8 + 8 s between them.
         assert 46 < read["seconds"] < 80
         assert len(client.hub.asked("error")) == 2 * TRIES

@@ -1,4 +1,4 @@
-"""What is made ahead on a thread: order, bounds, errors, stalls and the end."""
+"""`Producer` runs an iterator ahead on a thread: order, limits, errors, stalls and the thread's end."""
 
 import gc
 import threading
@@ -11,22 +11,24 @@ from metasae_lightning.errors import InputError
 
 
 def threads(name: str) -> list[threading.Thread]:
+    """The running threads of that name."""
     return [thread for thread in threading.enumerate() if thread.name == name]
 
 
-def gone(name: str, seconds: float = 3.0) -> bool:
-    until = time.monotonic() + seconds
-    while threads(name) and time.monotonic() < until:
+def has_ended(name: str, seconds: float = 3.0) -> bool:
+    """Whether the thread of that name ends within some seconds."""
+    deadline = time.monotonic() + seconds
+    while threads(name) and time.monotonic() < deadline:
         time.sleep(0.02)
     return not threads(name)
 
 
-def test_items_come_in_order_and_the_thread_ends_with_them():
+def test_items_come_in_order_and_the_thread_ends_after_the_last():
     assert list(Producer(iter(range(50)), name="fifty")) == list(range(50))
-    assert gone("fifty")
+    assert has_ended("fifty")
 
 
-def test_no_more_than_asked_are_made_ahead():
+def test_at_most_ahead_items_are_made_before_they_are_needed():
     made: list[int] = []
     producer = Producer((made.append(i) or i for i in range(50)), ahead=3, name="bounded")
     time.sleep(0.3)
@@ -37,7 +39,7 @@ def test_no_more_than_asked_are_made_ahead():
     producer.close()
 
 
-def test_an_error_reaches_the_caller_in_its_place_and_stays():
+def test_an_exception_is_raised_in_the_place_of_its_item_and_again_at_each_later_call():
     def items():
         yield 1
         raise InputError("broken")
@@ -47,10 +49,10 @@ def test_an_error_reaches_the_caller_in_its_place_and_stays():
     for _ in range(2):
         with pytest.raises(InputError, match="broken"):
             next(producer)
-    assert gone("failing")
+    assert has_ended("failing")
 
 
-def test_a_stall_is_named_and_given_up():
+def test_a_stall_ends_with_an_error_that_has_the_name():
     hangs = threading.Event()
     producer = Producer((hangs.wait() for _ in range(2)), name="corpus of nowhere", stall_seconds=0.2)
     began = time.monotonic()
@@ -58,35 +60,35 @@ def test_a_stall_is_named_and_given_up():
         next(producer)
     assert time.monotonic() - began < 8
     hangs.set()
-    assert gone("corpus of nowhere")
+    assert has_ended("corpus of nowhere")
 
 
-# Skipping to a place, waiting for a retry, downloading: nothing comes, and nothing is wrong.
-@pytest.mark.parametrize("word", [lambda: heartbeat(), lambda: heartbeat(1.0)])
-def test_what_says_that_it_is_alive_is_waited_for(word):
+# No items come while a resumed reader skips documents, waits for a retry or downloads, but this is no stall.
+@pytest.mark.parametrize("beat", [lambda: heartbeat(), lambda: heartbeat(1.0)])
+def test_heartbeats_reset_the_stall_timer(beat):
     def items():
         for _ in range(8):
-            word()
+            beat()
             time.sleep(0.1)
         yield "done"
 
     assert list(Producer(items(), name="slow", stall_seconds=0.4)) == ["done"]
 
 
-def test_closing_and_dropping_end_the_thread():
+def test_closing_and_garbage_collection_end_the_thread():
     closed = Producer(iter(range(10**9)), name="closed")
     next(closed)
     closed.close()
-    assert gone("closed")
+    assert has_ended("closed")
     assert list(closed) == []
-    dropped = Producer(iter(range(10**9)), name="dropped")
-    next(dropped)
-    del dropped
+    collected = Producer(iter(range(10**9)), name="collected")
+    next(collected)
+    del collected
     gc.collect()
-    assert gone("dropped")
+    assert has_ended("collected")
 
 
-def test_pausing_shows_what_waits_and_loses_nothing():
+def test_pausing_shows_the_finished_items_and_loses_none():
     producer = Producer(iter(range(9)), ahead=3, name="paused")
     time.sleep(0.2)
     with producer.paused() as waiting:

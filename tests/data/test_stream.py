@@ -253,9 +253,9 @@ def test_the_buffer_is_never_larger_than_asked(lm, monkeypatch):
         ({"held_out": 0.5}, "held_out must be in"),
         ({"rank": 2, "world_size": 2}, "rank must be in"),
         ({"context_size": 65}, "context_size must be at most 64"),
-        ({"held_out": 0.0, "split": "validation"}, "not one document"),
-        ({"texts": []}, "not one document"),
-        ({"texts": ["", ""]}, "not one document"),
+        ({"held_out": 0.0, "split": "validation"}, "no document with text"),
+        ({"texts": []}, "no document with text"),
+        ({"texts": ["", ""]}, "no document with text"),
         ({"texts": [[5, 300]], "held_out": 0.0}, "token ids must be in the tokenizer's range, 0 to 299, got 5 to 300"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tiny language models in local folders: true architectures, random weights, a tokenizer trained on the spot."""
+"""Tiny language models in local folders: real architectures, random weights, and a tokenizer trained in the test."""
 
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ TEXT = "The quick brown fox jumps over the lazy dog. Tensors of activations are 
 
 
 def documents(count: int = 40) -> list[str]:
-    """Different texts of different lengths, none of which repeats another."""
+    """Texts of different lengths, all different."""
     words = TEXT.split()
     return [" ".join([f"document {i}:", *(words[(i * 7 + j) % len(words)] for j in range(10 + i % 17))]) for i in range(count)]
 
 
 def tokenizer(*, bos: bool = True, eos: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 300 entries, the specials first."""
+    """A byte-level BPE tokenizer of 300 entries, special tokens first."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -56,10 +56,10 @@ def _llama_sizes(layers: int) -> dict[str, Any]:
 
 
 def config(architecture: str, layers: int = 4) -> PretrainedConfig:
-    """Random models of 32 dimensions; Gemma 2's sliding window is shorter than a context so that layer types differ."""
+    """A config of 32 dimensions. Gemma 2's sliding window is shorter than a context, so that its two layer types differ."""
     if architecture == "gpt2":
         sizes = {"n_positions": 64, "n_embd": 32, "n_layer": layers, "n_head": 4}
-        # The hub's GPT-2 configs have n_ctx, which transformers dropped and TransformerLens reads.
+        # GPT-2 configs on the Hub have `n_ctx`: TransformerLens reads it, transformers no longer writes it.
         return GPT2Config(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1, n_ctx=64, **sizes)
     if architecture == "llama":
         return LlamaConfig(**_llama_sizes(layers))
@@ -70,7 +70,7 @@ CLASSES: dict[str, Any] = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM, "
 
 
 def save_model(folder: Path, architecture: str, *, layers: int = 4, bos: bool = True, eos: bool = True) -> Path:
-    """A model folder that transformers reads; weights are large enough for layers to differ by more than rounding."""
+    """Save a model and its tokenizer to a folder; weights are large, so that layers differ by more than rounding errors."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = CLASSES[architecture](config(architecture, layers))
@@ -85,7 +85,7 @@ def save_model(folder: Path, architecture: str, *, layers: int = 4, bos: bool = 
 
 
 class Texts(Corpus):
-    """Documents in memory, in the order given in even epochs and backwards in odd ones."""
+    """A corpus in memory: its texts in their order in even epochs, and in reverse order in odd epochs."""
 
     def __init__(self, texts: list[Any]):
         self.texts = texts
