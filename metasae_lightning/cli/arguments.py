@@ -14,7 +14,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.saes import Subject, check_same_activations, corpus_of, model_of, subject
 from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.lm import device
-from metasae_lightning.run_folder import exported_arms, read_config
+from metasae_lightning.run_folder import arm_folder, config_file, exported_arms, read_config
 
 
 def settings_of(args: Namespace) -> Settings:
@@ -35,12 +35,12 @@ def open_saes(places: Sequence[str], out: str | None) -> list[Subject]:
 
 def places_of_arms(places: Sequence[str]) -> list[str]:
     """The places, with the arms of a run in place of a run with several arms."""
-    return [arm for place in places for arm in ([str(Path(place) / "arms" / name) for name in exported_arms(Path(place))] or [place])]
+    return [arm for place in places for arm in ([str(arm_folder(Path(place), name)) for name in exported_arms(Path(place))] or [place])]
 
 
 def data_for(sae: Subject, args: Namespace) -> Any:
     """The data module of `--data`, else of the SAE's run, else of the SAE's own metadata."""
-    recipe = args.data or (None if sae.run is None else sae.run / "config.yaml")
+    recipe = args.data or (None if sae.run is None else config_file(sae.run))
     if recipe is not None:
         data = data_of(Path(recipe))
     else:
@@ -59,7 +59,7 @@ def check_same_data(saes: Sequence[Subject], args: Namespace) -> None:
     runs = [sae for sae in saes if sae.run is not None]
     if args.data is not None or len(runs) < 2:
         return
-    first, *others = (tree_of(sae.run / "config.yaml")["data"].get("init_args", {}) for sae in runs if sae.run is not None)
+    first, *others = (tree_of(config_file(sae.run))["data"].get("init_args", {}) for sae in runs if sae.run is not None)
     for sae, other in zip(runs[1:], others, strict=True):
         for key in ("corpus", "held_out", "skip_positions", "max_norm_ratio", "context_size", "prepend_bos", "cross_document_attention"):
             if first.get(key) != other.get(key):
@@ -80,7 +80,7 @@ def data_of(path: Path) -> Any:
 def recipe_of(sae: Subject) -> dict[str, Any]:
     """The config of a run; for an arm, the config that trains this arm alone."""
     assert sae.run is not None
-    tree = tree_of(sae.run / "config.yaml")
+    tree = tree_of(config_file(sae.run))
     return {**tree, "model": tree["model"]["init_args"]["arms"][sae.arm]} if sae.arm else tree
 
 

@@ -8,6 +8,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from metasae_lightning.cli.commands import COMMANDS, LIGHTNING, Command, is_lightning_test, overview
 from metasae_lightning.cli.console_output import progress_on_stderr, quiet_lightning
@@ -58,8 +59,12 @@ def run(words: list[str], owns_process: bool) -> int:
         print_help(command)
         return 0
     words = with_recipe_paths(words, data_is_recipe=not to_lightning)
+    if to_lightning and HELP_ALL in words:
+        with suppress(SystemExit):  # the parser's way to end after its help
+            run_lightning([command.name, "--help"], owns_process)
+        return 0
     if to_lightning:
-        return run_lightning(["--help" if word == HELP_ALL else word for word in words], owns_process)
+        return run_lightning(words, owns_process)
     from metasae_lightning.cli.parsers import parse, parser_for
 
     arguments = parse(parser_for(command), words[1:])

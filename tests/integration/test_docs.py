@@ -21,7 +21,7 @@ FIT = re.compile(r"^    (metasae (?:fit|cache) [^#\n]*)", re.MULTILINE)
 # What a launcher is given to run: the command line behind `cli.py` or `metasae`.
 LAUNCHED = re.compile(r"^    (?:torchrun|srun) [^#\n]*?(?:cli\.py|metasae) (fit [^#\n]*)", re.MULTILINE)
 MEASURING = re.compile(r"^    (metasae (?:test|evaluate|calibrate|compare|report|publish) [^#\n]*)", re.MULTILINE)
-COMMANDS = [line.strip() for text in DOCUMENTS for line in FIT.findall(text.read_text().replace("\\\n", " "))]
+COMMANDS = [line.strip() for text in DOCUMENTS for line in FIT.findall(text.read_text().replace("\\\n", " ")) if "--help" not in line]
 COMMANDS += [f"metasae {line.strip()}" for text in DOCUMENTS for line in LAUNCHED.findall(text.read_text().replace("\\\n", " "))]
 # Overlays that a document shows, by the name that it gives them.
 OVERLAYS = dict(re.findall(r"`(\w+\.yaml)`:\n\n```yaml\n(.*?)```", "\n".join(text.read_text() for text in DOCUMENTS), re.DOTALL))

@@ -1,0 +1,72 @@
+"""LightningCLI behind the light entry: its whole help, its options, and the names that it resolves."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from metasae_lightning import callbacks, corpora
+from metasae_lightning.cli import main
+from metasae_lightning.cli.commands import COMMANDS
+from metasae_lightning.cli.plugins import argument_names, class_names, load_plugins
+
+ROOT = Path(__file__).parents[2]
+LIGHTNING_COMMANDS = [command for command in COMMANDS.values() if command.is_lightning]
+
+
+# The short help is kept by hand: each of its options must be one of the real parser.
+@pytest.mark.parametrize("command", LIGHTNING_COMMANDS, ids=lambda command: command.name)
+def test_all_options_of_the_short_help_are_lightning_clis(command, capsys: pytest.CaptureFixture[str]):
+    assert main([command.name, "--help_all"]) == 0
+    text = capsys.readouterr().out
+    options = set(re.findall(r"--[a-z_]\w*(?:\.\w+)*|-c\b", text))
+    assert {"--trainer.max_epochs", "--model.help", "--data.help"} <= options
+    assert {name for option, _, _ in command.options for name in option.split("/")} <= options
+
+
+def test_the_whole_help_of_test_is_lightnings_and_the_short_one_ours(capsys: pytest.CaptureFixture[str]):
+    assert main(["test", "--help_all"]) == 0
+    assert "--trainer.max_epochs" in capsys.readouterr().out
+    assert main(["test", "--help"]) == 0
+    assert "--splice_tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["fit", "-c", "synthetic", "-c", "solo", "--print_config"], ["-c", "none.yaml", "fit"]])
+def test_the_parsers_own_options_reach_it(words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    if "none.yaml" in words:
+        assert main(words) == 2 and "-c none.yaml: there is no such file or recipe" in capsys.readouterr().err
+        return
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["run"] == "runs/synthetic" and config["model"]["init_args"]["meta"] is None
+
+
+# In a new process, where nobody else has imported the classes.
+def test_short_class_names_resolve_though_packages_are_lazy(tmp_path: Path):
+    recipe = yaml.safe_load((ROOT / "configs" / "synthetic.yaml").read_text())
+    recipe["model"]["class_path"], recipe["data"]["class_path"] = "JointSAE", "SyntheticDataModule"
+    recipe["trainer"]["callbacks"] = [{"class_path": "Summary"}, {"class_path": "metasae_lightning.callbacks.HeldOut"}]
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "metasae_lightning.cli", "fit", "-c", str(tmp_path / "short.yaml"), "--print_config"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, stdin=subprocess.DEVNULL)
+    assert ran.returncode == 0, ran.stderr
+    config = yaml.safe_load(ran.stdout)
+    # Short paths, as in the config.yaml of earlier runs.
+    assert config["model"]["class_path"] == "metasae_lightning.JointSAE"
+    assert config["data"]["class_path"] == "metasae_lightning.SyntheticDataModule"
+    names = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
+    assert names == ["metasae_lightning.callbacks.Summary", "metasae_lightning.callbacks.HeldOut"]
+    penalties = config["model"]["init_args"]["penalties"].values()
+    assert {penalty["class_path"] for penalty in penalties} == {"metasae_lightning.penalties.Decomposability"}
+
+
+def test_error_lines_offer_every_class_and_argument_of_ours():
+    load_plugins()
+    assert {*callbacks.__all__, "TextFiles", "HuggingFaceLM", "Decomposability", "JointSAE", "SyntheticDataModule"} <= class_names()
+    assert {"n_p", "weight", "batch_size", "hook"} <= argument_names()
+    assert {"HubText", "SavedDataset", "PythonDocs", "InMemory"} <= {*corpora.__all__} & class_names()
