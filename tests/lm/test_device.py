@@ -1,4 +1,4 @@
-"""Where a rank's language model lies, what is refused, and that batches come to where the SAE is."""
+"""The device of each rank's language model, errors about missing devices, and batches on the SAE's device."""
 
 import contextlib
 from collections.abc import Iterator
@@ -38,41 +38,47 @@ def lm(folder: str) -> HuggingFaceLM:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda there: monkeypatch.setattr(device, "count_gpus", lambda: there)
+    """A function that pretends that this machine has `n_gpus` GPUs."""
+    return lambda n_gpus: monkeypatch.setattr(device, "count_gpus", lambda: n_gpus)
 
 
 def ranks(*numbers: int, rank: int = 0) -> Any:
+    """A strategy of one rank, with the SAEs of all ranks on the GPUs of these numbers."""
     devices = [torch.device("cuda", number) for number in numbers]
     return SimpleNamespace(root_device=devices[rank], parallel_devices=devices, local_rank=rank)
 
 
-# Eight GPUs, four SAEs on the first four: their models lie on the last four, in the order of ranks.
+# Eight GPUs with SAEs on the first four: `own` puts the language models on the last four, in the order of ranks.
 @pytest.mark.parametrize("rank", range(4))
-@pytest.mark.parametrize(("asked", "numbers"), [("own", [4, 5, 6, 7]), ("auto", [0, 1, 2, 3]), ("cuda", [0, 1, 2, 3]), ("cpu", [None] * 4)])
-def test_each_rank_has_its_own(asked: str, numbers: list[int | None], rank: int, machine: Any):
+@pytest.mark.parametrize(
+    ("requested", "numbers"), [("own", [4, 5, 6, 7]), ("auto", [0, 1, 2, 3]), ("cuda", [0, 1, 2, 3]), ("cpu", [None] * 4)]
+)
+def test_each_rank_has_a_device_for_its_language_model(requested: str, numbers: list[int | None], rank: int, machine: Any):
     machine(8)
-    assert assign_device(asked, ranks(0, 1, 2, 3, rank=rank)).index == numbers[rank]
+    assert assign_device(requested, ranks(0, 1, 2, 3, rank=rank)).index == numbers[rank]
 
 
-# One process has what is named; its own is the first that the SAE is not on; a CPU's SAE may have a model on the first GPU.
-@pytest.mark.parametrize(("asked", "home", "there"), [("cuda:1", 0, 1), ("cuda:0", 0, 0), ("own", 0, 1), ("own", 1, 0), ("own", None, 0)])
-def test_one_rank_has_what_it_asks_for(asked: str, home: int | None, there: int, machine: Any):
+# With one rank, a named device is taken; `own` is the first GPU without the SAE, or the first GPU if the SAE is on the CPU.
+@pytest.mark.parametrize(
+    ("requested", "sae_gpu", "gpu"), [("cuda:1", 0, 1), ("cuda:0", 0, 0), ("own", 0, 1), ("own", 1, 0), ("own", None, 0)]
+)
+def test_one_rank_has_the_requested_device(requested: str, sae_gpu: int | None, gpu: int, machine: Any):
     machine(2)
-    one = SimpleNamespace(root_device=CPU if home is None else torch.device("cuda", home))
-    assert assign_device(asked, one) == torch.device("cuda", there)
+    strategy = SimpleNamespace(root_device=CPU if sae_gpu is None else torch.device("cuda", sae_gpu))
+    assert assign_device(requested, strategy) == torch.device("cuda", gpu)
 
 
 @pytest.mark.parametrize(
-    ("there", "used", "says"),
+    ("n_gpus", "used", "message"),
     [
         (6, [0, 1, 2, 3], "8 on this machine, and there is cpu and cuda:0 to cuda:5: lower trainer.devices to 3, or set"),
         (1, [0], "2 on this machine, and there is cpu and cuda:0: set language_model.device to auto"),
     ],
 )
-def test_fewer_gpus_than_it_takes_is_a_line(there: int, used: list[int], says: str):
+def test_too_few_gpus_for_own_is_an_error_of_one_line(n_gpus: int, used: list[int], message: str):
     with pytest.raises(InputError) as caught:
-        spare_gpus(used, ranks=len(used), n_gpus=there)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+        spare_gpus(used, ranks=len(used), n_gpus=n_gpus)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_one_gpu_for_the_models_of_all_ranks_is_refused(machine: Any):
@@ -82,87 +88,87 @@ def test_one_gpu_for_the_models_of_all_ranks_is_refused(machine: Any):
 
 
 @pytest.mark.parametrize(
-    ("asked", "there", "says"),
+    ("requested", "n_gpus", "devices"),
     [("cuda:9", 4, "cpu and cuda:0 to cuda:3"), ("cuda", 0, "cpu alone"), ("gpu:1", 1, "cpu and cuda:0"), ("nowhere", 0, "cpu alone")],
 )
-def test_a_device_that_is_not_there_is_a_line(asked: str, there: int, says: str, machine: Any):
-    machine(there)
-    with pytest.raises(InputError, match=f"^device: '{asked}' is not there: there is {says}$"):
-        parse_device(asked)
+def test_a_missing_device_is_an_error_that_lists_the_devices(requested: str, n_gpus: int, devices: str, machine: Any):
+    machine(n_gpus)
+    with pytest.raises(InputError, match=f"^device: '{requested}' is not there: there is {devices}$"):
+        parse_device(requested)
 
 
-# Without an SAE to lie beside, as in a measurement, there is nothing to keep away from.
-def test_alone_a_model_lies_where_it_can(machine: Any):
+# A measurement has no SAE in training whose GPU the language model should share or avoid.
+def test_without_gpus_auto_and_own_are_the_cpu(machine: Any):
     machine(0)
-    assert [parse_device(asked) for asked in ("auto", "own", "cpu")] == [CPU] * 3
+    assert [parse_device(requested) for requested in ("auto", "own", "cpu")] == [CPU] * 3
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("flags", "message"),
     [
         (["-c", "two_devices"], "device: own needs a GPU for each rank's language model besides those of the SAEs, 1 on this machine"),
         (["--data.init_args.language_model.init_args.device", "cuda:9"], "device: 'cuda:9' is not there: there is cpu alone"),
     ],
 )
-def test_the_command_line_says_it_in_a_line(
-    words: list[str], says: str, folder: str, tmp_path: Path, machine: Any, capsys: pytest.CaptureFixture[str]
+def test_the_command_line_prints_the_error_in_one_line(
+    flags: list[str], message: str, folder: str, tmp_path: Path, machine: Any, capsys: pytest.CaptureFixture[str]
 ):
     machine(0)
     name = f"--data.init_args.language_model.init_args.name={folder}"
     hook = "--data.init_args.language_model.init_args.hook=blocks.1.hook_resid_post"
-    assert main(["fit", "-c", "quickstart", "-c", "solo", *words, "--run", str(tmp_path / "run"), name, hook]) == 2
-    assert f"metasae: error: {says}" in capsys.readouterr().err
+    assert main(["fit", "-c", "quickstart", "-c", "solo", *flags, "--run", str(tmp_path / "run"), name, hook]) == 2
+    assert f"metasae: error: {message}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-# The meta device takes what is moved to it and refuses to mix it with anything else.
+# The meta device stands for the SAE's GPU: operations that mix its tensors with those of another device fail.
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_batches_come_to_the_saes_device(dtype: str, prefetch: int, lm: HuggingFaceLM):
+def test_batches_are_on_the_saes_device(dtype: str, prefetch: int, lm: HuggingFaceLM):
     iterator = iter(stream(lm, home=META, prefetch=prefetch, buffer_dtype=dtype))
-    found = [batch.activations for batch in islice(iterator, 5)]
+    on_meta = [batch.activations for batch in islice(iterator, 5)]
     iterator.close()
-    plain = batches(stream(lm), 5)
-    assert [(x.device, x.dtype, x.shape) for x in found] == [(META, torch.float32, x.shape) for x in plain]
+    on_cpu = batches(stream(lm), 5)
+    assert [(x.device, x.dtype, x.shape) for x in on_meta] == [(META, torch.float32, x.shape) for x in on_cpu]
     assert same(batches(stream(lm, home=CPU, prefetch=prefetch)), batches(stream(lm)))
 
 
-# A saved buffer's waiting batches too.
-def test_after_a_restore_as_well(lm: HuggingFaceLM):
-    early = stream(lm, prefetch=3, checkpoint_buffer="activations")
-    iterator = iter(early)
+# A checkpoint of the buffer holds finished batches too.
+def test_batches_of_a_restored_buffer_are_on_the_saes_device(lm: HuggingFaceLM):
+    saved = stream(lm, prefetch=3, checkpoint_buffer="activations")
+    iterator = iter(saved)
     next(iterator)
-    state = early.state_dict()
+    state = saved.state_dict()
     iterator.close()
-    again = stream(lm, home=META, prefetch=3, checkpoint_buffer="activations")
-    again.load_state_dict(state)
-    iterator = iter(again)
+    restored = stream(lm, home=META, prefetch=3, checkpoint_buffer="activations")
+    restored.load_state_dict(state)
+    iterator = iter(restored)
     assert {batch.activations.device for batch in islice(iterator, 5)} == {META}
     iterator.close()
 
 
-# Work on two GPUs, on streams that are not those of the training step; a batch is ready when the SAE's has come so far.
-def test_each_gpu_has_a_stream_beside_the_steps(lm: HuggingFaceLM, monkeypatch: pytest.MonkeyPatch):
-    done: list[tuple[Any, ...]] = []
+# Two GPUs make batches, each in a CUDA stream apart from the training step's. A batch is ready after an event in the SAE's stream.
+def test_each_gpu_makes_batches_in_a_cuda_stream_of_its_own(lm: HuggingFaceLM, monkeypatch: pytest.MonkeyPatch):
+    calls: list[tuple[Any, ...]] = []
 
-    class Side:
+    class FakeStream:
         def __init__(self, device: torch.device) -> None:
             self.device = device
 
         def wait_stream(self, other: Any) -> None:
-            done.append(("waits for", other))
+            calls.append(("waits for", other))
 
         def record_event(self) -> str:
-            done.append(("event", self.device.index))
+            calls.append(("event", self.device.index))
             return f"ready on {self.device}"
 
     @contextlib.contextmanager
-    def entered(side: Side) -> Iterator[None]:
-        done.append(("enters", side.device.index))
+    def entered(cuda_stream: FakeStream) -> Iterator[None]:
+        calls.append(("enters", cuda_stream.device.index))
         yield
-        done.append(("leaves", side.device.index))
+        calls.append(("leaves", cuda_stream.device.index))
 
-    monkeypatch.setattr(torch.cuda, "Stream", Side)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"steps of {device}")
     made: ActivationStream = stream(lm, prefetch=1)
@@ -171,19 +177,19 @@ def test_each_gpu_has_a_stream_beside_the_steps(lm: HuggingFaceLM, monkeypatch: 
     handed = [next(stream(lm)._batches({**stream(lm)._place}))]
     assert [each.ready for each in made._batches({})] == ["ready on cuda:0"]
     begin = [("waits for", "steps of cuda:0"), ("enters", 0), ("waits for", "steps of cuda:2"), ("enters", 2)]
-    assert done == [*begin, ("event", 0), ("leaves", 2), ("leaves", 0)]
+    assert calls == [*begin, ("event", 0), ("leaves", 2), ("leaves", 0)]
 
 
-# A trainer says where: the data module has the model loaded at its seat, and batches sent to the SAE.
-def test_a_data_module_asks_its_trainer(folder: str, monkeypatch: pytest.MonkeyPatch):
+# The data module loads the model on the device that `assign_device` returns, and sends batches to the SAE's device.
+def test_a_data_module_takes_devices_from_its_trainers_strategy(folder: str, monkeypatch: pytest.MonkeyPatch):
     sizes: dict[str, Any] = {"tokens": 160, "batch_size": 16, "context_size": 12, "buffer_size": 64, "held_out": 0.2}
     data = ActivationsDataModule(HuggingFaceLM(folder, "blocks.1.hook_resid_post", device="own"), Texts(documents()), **sizes)
     strategy = SimpleNamespace(root_device=META)
     data.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)  # type: ignore[assignment]
-    asked: list[Any] = []
-    monkeypatch.setattr(device, "assign_device", lambda name, among: asked.append((name, among)) or CPU)
+    calls: list[Any] = []
+    monkeypatch.setattr(device, "assign_device", lambda name, strategy: calls.append((name, strategy)) or CPU)
     data.setup("fit")
-    assert asked == [("own", strategy)]
+    assert calls == [("own", strategy)]
     assert data.language_model.device == CPU
     assert next(iter(data.train_dataloader())).activations.device == META
     data.teardown("fit")

