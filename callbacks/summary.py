@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME as TERMINAL
 
-from metasae_lightning.run_folder import add_entry, arm_record, read_record
+from metasae_lightning.run_folder import add_entry, arm_record, read_record, record_file
 from metasae_lightning.sae.export import ExportRecord
 from metasae_lightning.training.arm_callbacks import per_arm_views
 
@@ -50,7 +50,7 @@ class Summary(Callback):
     def _finish(self, trainer: Trainer, pl_module: Any, split: str, prefix: str, run: dict[str, Any]) -> None:
         if not trainer.is_global_zero:
             return
-        path, console = Path(trainer.default_root_dir) / "evaluation.json", Console()
+        path, console = record_file(Path(trainer.default_root_dir)), Console()
         found: dict[str, dict[str, Any]] = {}
         for name, (own, _) in per_arm_views(trainer, pl_module).items():
             found[name] = {**grouped(own.callback_metrics, prefix), **run}
@@ -127,7 +127,7 @@ def arms_table(split: str, entries: Mapping[str, Mapping[str, Any]], run: str) -
 
 def picture(run: str | Path, svg: str | Path, split: str = "validation") -> None:
     """The table of a finished run as an SVG that needs nothing from elsewhere."""
-    record = read_record(Path(run) / "evaluation.json")
+    record = read_record(record_file(Path(run)))
     arms = {name: own for name in record.get("arms", {}) if "primary" in (own := arm_record(record, name).get(split, {}))}
     entry = next(iter(arms.values())) if arms else record[split]
     console = Console(record=True, width=110, file=io.StringIO())

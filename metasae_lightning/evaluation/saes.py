@@ -18,7 +18,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.result_cache import Ledger, digest, fingerprint
 from metasae_lightning.lm.backends import HuggingFaceLM, TransformerLensLM
 from metasae_lightning.lm.base import LanguageModel
-from metasae_lightning.run_folder import exported_arms, find_run
+from metasae_lightning.run_folder import arm_folder, exported_arms, exported_sae, find_run, is_exported, record_file
 from metasae_lightning.sae import pretrained
 from metasae_lightning.step import Codes
 
@@ -50,7 +50,7 @@ class Subject:
     @property
     def record(self) -> Path:
         """The file that its figures go into, an arm's into its part of the run's."""
-        return (self.run if self.arm and self.run else self.folder) / "evaluation.json"
+        return record_file(self.run if self.arm and self.run else self.folder)
 
     @property
     def slug(self) -> str:
@@ -118,11 +118,11 @@ def subject(place: str, *, out: str | Path | None = None, device: str | torch.de
     if path.resolve().name == "primary" and above[0].name == "saes" and find_run(above[1]):
         return subject(str(above[1]), out=out, device=device)  # a run's own, with the run's data
     if names := exported_arms(path):
-        raise InputError(f"{place} holds the arms {', '.join(names)}: name one, such as {path / 'arms' / names[0]}")
+        raise InputError(f"{place} holds the arms {', '.join(names)}: name one, such as {arm_folder(path, names[0])}")
     if find_run(path) or (path / "saes").exists():
-        if not (path / "saes" / "primary" / "cfg.json").exists():
+        if not is_exported(path):
             raise InputError(f"{place}: the run holds no SAE under saes/primary: it did not end, or it had no Export among its callbacks")
-        sae = pretrained.load_pretrained(path / "saes" / "primary", device=device)
+        sae = pretrained.load_pretrained(exported_sae(path), device=device)
         root = find_run(path) or path
         arm = "" if root == path else path.resolve().name
         return Subject(path.resolve().name, place, Path(out) if out else path, sae, run=root, arm="" if out else arm)

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.run_folder import read_config, model_args, arm_record, read_record, find_run
+from metasae_lightning.run_folder import (
+    arm_folder,
+    arm_record,
+    config_file,
+    find_run,
+    is_exported,
+    model_args,
+    read_config,
+    read_record,
+    record_file,
+)
 
 Curve = list[tuple[float, float]]
 
@@ -83,7 +93,7 @@ def gather(places: Sequence[str]) -> list[Arm]:
     for run in runs:
         if not run.is_dir():
             raise InputError(f"{run}: there is no such run")
-        if find_run(run) is None and not (run / "evaluation.json").exists():
+        if find_run(run) is None and not record_file(run).exists():
             raise InputError(f"{run} is no run: it has neither config.yaml nor evaluation.json")
     found = [arm for run in runs for arm in arms_of(run)]
     names = [arm.name for arm in found]
@@ -96,8 +106,8 @@ def arms_of(path: Path, prefix: str = "") -> list[Arm]:
     """The arms of a run, itself where it has but one, or the arm that the folder is."""
     whole, run = path.resolve(), find_run(path) or path
     only = None if run == path else whole.name
-    model = model_args(read_config(run / "config.yaml")) if (run / "config.yaml").exists() else {}
-    record, curves = read_record(run / "evaluation.json"), metrics(run)
+    model = model_args(read_config(config_file(run))) if config_file(run).exists() else {}
+    record, curves = read_record(record_file(run)), metrics(run)
     arms: dict[str, Any] = model.get("arms") or {}
     if not arms:
         name = prefix.rstrip("/") or whole.name
@@ -107,7 +117,7 @@ def arms_of(path: Path, prefix: str = "") -> list[Arm]:
         if only in (None, name):
             own = {key.removeprefix(f"{name}/"): curve for key, curve in curves.items() if key.startswith(f"{name}/")}
             of = arm_record(record, name)
-            found.append(arm_of(prefix + name, run / "arms" / name, (one or {}).get("init_args") or {}, of, own))
+            found.append(arm_of(prefix + name, arm_folder(run, name), (one or {}).get("init_args") or {}, of, own))
     return found
 
 
@@ -116,7 +126,7 @@ def arm_of(name: str, place: Path, recipe: dict[str, Any], record: dict[str, Any
     missing: list[str] = []
     if why := (record.get("validation") or {}).get("stopped"):
         missing.append(f"it stopped: {why}")
-    if not (place / "saes" / "primary" / "cfg.json").exists():
+    if not is_exported(place):
         missing.append("no SAE under saes/primary: training did not end, or nothing exported")
     if "evaluation" not in record:
         missing.append(f"no evaluation: metasae test {place}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
+from metasae_lightning import run_folder
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import pretrained
 from metasae_lightning.sae.conversion import transfer_weights
