@@ -1,4 +1,4 @@
-"""The door for a bare checkout: `python cli.py fit -c configs/quickstart.yaml`."""
+"""The command line of a checkout that is not installed: `python cli.py fit -c quickstart`."""
 
 from metasae_lightning.cli import main
 

@@ -1,4 +1,4 @@
-"""What an installed wheel holds is what the tree holds, the two linked folders included."""
+"""The wheel holds the files of the tree, the two linked folders included, and the light command line works from it."""
 
 import os
 import shutil
@@ -30,19 +30,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# Nothing lost (what `find` would do to the linked folders), nothing added (tests, the door).
+# No file is lost, as setuptools' `find` loses the linked folders, and none is added, such as tests or cli.py.
 def test_the_wheel_holds_the_package_as_the_tree_shows_it(wheel: Path):
     tree = {
         path.relative_to(ROOT).as_posix()
-        for folder in (OURS, f"{OURS}/report", f"{OURS}/saelens", f"{OURS}/sparse", f"{OURS}/callbacks", f"{OURS}/configs")
+        for folder in [ROOT / OURS, *(child for child in (ROOT / OURS).iterdir() if child.is_dir())]
         for pattern in ("*.py", "*.yaml", "page.*")
-        for path in (ROOT / folder).glob(pattern)
+        for path in folder.glob(pattern)
     }
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert shipped == tree
 
 
-def test_the_command_ships_and_the_door_does_not(wheel: Path):
+def test_the_command_ships_and_the_script_of_the_checkout_does_not(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
     (entry,) = [name for name in names if name.endswith("entry_points.txt")]
     assert "metasae = metasae_lightning.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
@@ -63,3 +63,12 @@ def test_the_unpacked_wheel_imports_its_callbacks_and_finds_its_recipes(wheel: P
     where, recipes = ran.stdout.splitlines()
     assert Path(where) == tmp_path / OURS / "callbacks"
     assert set(recipes.split()) == {path.name for path in (ROOT / "configs").glob("*.yaml")}
+
+
+def test_the_unpacked_wheel_lists_its_recipes(wheel: Path, tmp_path: Path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "metasae_lightning.cli", "recipes"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert str(tmp_path) in ran.stdout and all(path.stem in ran.stdout for path in (ROOT / "configs").glob("*.yaml"))
