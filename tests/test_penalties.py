@@ -1,4 +1,4 @@
-"""Penalties through their common interface."""
+"""Penalties: their values and gradients, through the interface that JointSAE uses."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_decomposability_hands_unit_rows_to_the_critic_and_averages():
     assert value.item() == pytest.approx(torch.exp(torch.tensor(-0.125)).item(), rel=1e-6)
 
 
-def test_orthogonality_partitions_anew_each_step_and_the_same_on_a_second_look():
+def test_orthogonality_draws_new_chunks_each_step_and_the_same_for_the_same_step():
     penalty = Orthogonality(chunk_size=8)
     W = rows()
     assert penalty(W, None, 3) == penalty(W, None, 3)
@@ -53,9 +53,9 @@ def test_descending_orthogonality_lowers_the_nearest_cosine():
     assert penalty(W, None, 0).item() < 0.3 * start
 
 
-# Onto a gradient that is there, and where there is none; against autograd through the rows that were drawn.
+# With and without an earlier gradient to add to. The reference is autograd through the drawn rows.
 @pytest.mark.parametrize("before", [False, True])
-def test_the_gradient_of_a_share_of_the_rows_is_autograds(before: bool):
+def test_the_gradient_of_a_fraction_of_the_rows_equals_autograds(before: bool):
     W = functional.unit_rows(torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_()
     penalty, drawn = Decomposability(0.3, 0.7, rows=0.25, seed=3), []
 

@@ -1,4 +1,4 @@
-"""Whose turn it is, and what changes over a run."""
+"""Schedules: meta phases, warm-up of penalties, and the learning rate."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def schedule(total: int, **shape: object) -> list[float]:
     return rates
 
 
-def test_warmup_decay_by_share_and_by_steps():
+def test_warmup_decay_by_fraction_and_by_steps():
     by_steps = schedule(10, warmup=2, decay=5, shape="linear")
     # 2 * (1/2, 1, 1, 1, 1, 1, 4/5, 3/5, 2/5, 1/5)
     assert by_steps == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.6, 1.2, 0.8, 0.4])
@@ -50,7 +50,7 @@ def test_warmup_decay_by_share_and_by_steps():
     assert schedule(4, decay=4, shape="cosine", floor=0.1)[2] == pytest.approx(2 * (0.1 + 0.9 * 0.5))
 
 
-def test_a_resumed_schedule_takes_the_new_runs_length():
+def test_a_resumed_schedule_has_the_length_of_the_new_run():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     plan = WarmupDecay(optimizer)
     plan.bind(10)
@@ -61,7 +61,7 @@ def test_a_resumed_schedule_takes_the_new_runs_length():
     assert longer.total_steps == 50
 
 
-def test_a_given_length_wins_over_the_bound_one_and_nonsense_is_refused():
+def test_total_steps_wins_over_bind_and_invalid_arguments_are_refused():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     plan = WarmupDecay(optimizer, total_steps=100)
     plan.bind(5)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from metasae_lightning.compute.process_group import ALONE, Crew, Ranks
+from metasae_lightning.compute.process_group import SINGLE, Parallelism, ProcessGroup
 from metasae_lightning.compute.topk_across_ranks import cut
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Decomposability, Orthogonality
@@ -19,7 +19,7 @@ from metasae_lightning.step import Batch
 from metasae_lightning.training import JointSAE
 from metasae_lightning.training.argument_checks import check_batches
 from tests.helpers.architectures import activations, config, optimizers
-from tests.helpers.ranks import met, module, same_training
+from tests.helpers.ranks import assert_same_training, in_process_group, module
 
 STEPS, D_SAE = 30, 48
 # Of each kind its primary's architecture, its config's arguments and the module's.
@@ -37,10 +37,10 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def own(rows: int, ranks: Ranks, dealt: str) -> slice:
+def own(rows: int, ranks: ProcessGroup, dealt: str) -> slice:
     """The rows that are this rank's."""
     if dealt == "even":
-        return ranks.share(rows)
+        return ranks.even_slice(rows)
     # The last has none; or the first has half of the rest's besides.
     others = ranks.world_size - 1
     first = rows if dealt == "none for one" else rows - (rows // ranks.world_size // 2) * others
@@ -48,7 +48,7 @@ def own(rows: int, ranks: Ranks, dealt: str) -> slice:
     return slice(0, first) if ranks.rank == 0 else slice(first + each * (ranks.rank - 1), first + each * ranks.rank)
 
 
-def trained(kind: str, dtype: torch.dtype, ranks: Ranks, dealt: str = "even") -> dict[str, Any]:
+def trained(kind: str, dtype: torch.dtype, ranks: ProcessGroup, dealt: str = "even") -> dict[str, Any]:
     """Everything that training on this rank's part of each batch leaves, and what its steps showed."""
     joint = module(KINDS[kind], D_SAE, dtype)
     joint.join(ranks)
@@ -76,48 +76,48 @@ def cases(count: int) -> Iterator[tuple[str, torch.dtype, str]]:
 
 
 def on_rank(rank: int, folder: str) -> None:
-    ranks = Ranks.joined()
+    ranks = ProcessGroup.default()
     torch.save([trained(kind, dtype, ranks, dealt) for kind, dtype, dealt in cases(ranks.world_size)], f"{folder}/{rank}.pt")
 
 
-def one_sided(ranks: Ranks) -> Tensor:
+def one_sided(ranks: ProcessGroup) -> Tensor:
     """The decoder after steps in which the last rank's backward pass reaches nothing."""
     learner = module(KINDS["batchtopk"], D_SAE, torch.float64).primary
-    learner.join(Crew.of(ranks), "local")
+    learner.join(Parallelism.of(ranks), "local")
     optimizer = Adam(learner.parameters(), lr=1e-3)
     for step in range(3):
-        silent = not ranks.alone and ranks.rank == ranks.world_size - 1
+        silent = not ranks.is_single and ranks.rank == ranks.world_size - 1
         learner.learn(activations(step).double(), optimizer, backward=(lambda loss: None) if silent else Tensor.backward)
     return learner.W_dec.detach()
 
 
 def one_sided_on_rank(rank: int, folder: str) -> None:
-    torch.save(one_sided(Ranks.joined()), f"{folder}/{rank}.pt")
+    torch.save(one_sided(ProcessGroup.default()), f"{folder}/{rank}.pt")
 
 
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.filterwarnings("ignore:decoder_init_norm must be set")
 def test_ranks_train_what_one_process_trains_on_all_their_rows(count: int, tmp_path: Path):
-    met(count, on_rank, tmp_path)
+    in_process_group(count, on_rank, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
     for number, (kind, dtype, dealt) in enumerate(cases(count)):
-        alone, told = trained(kind, dtype, ALONE), f"{kind}, {dtype}, {dealt}"
+        alone, told = trained(kind, dtype, SINGLE), f"{kind}, {dtype}, {dealt}"
         tolerance = 1e-5 if dtype == torch.float32 else 1e-12
         ours = [one[number] for one in found]
-        same_training(alone, ours, tolerance, told)
+        assert_same_training(alone, ours, tolerance, told)
         assert alone["dead"].any() or kind in ("gated", "jumprelu"), told
 
 
 def test_a_rank_without_a_gradient_is_not_waited_for(tmp_path: Path):
-    met(2, one_sided_on_rank, tmp_path)
+    in_process_group(2, one_sided_on_rank, tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     # The loss is weighted by half of the rows, which Adam makes nothing of but for its epsilon.
-    assert torch.equal(one, other) and (one - one_sided(ALONE)).norm() / one.norm() < 1e-6
+    assert torch.equal(one, other) and (one - one_sided(SINGLE)).norm() / one.norm() < 1e-6
 
 
 def test_ranks_that_do_not_talk_train_something_else(tmp_path: Path):
     """The control: without sums over ranks the weights are others."""
-    expected = trained("batchtopk", torch.float64, ALONE)["state"]["primary.sae.W_dec"]
+    expected = trained("batchtopk", torch.float64, SINGLE)["state"]["primary.sae.W_dec"]
     joint = module(KINDS["batchtopk"], D_SAE, torch.float64)
     primary, meta = optimizers(joint)
     for step in range(STEPS):
@@ -140,7 +140,7 @@ def trainer(batches: float, there: int | None = None) -> Any:
 
 
 def cut_on_rank(rank: int, folder: str) -> None:
-    ranks = Ranks.joined()
+    ranks = ProcessGroup.default()
     check_batches(trainer(7), ranks, 640)
     endless = trainer(float("inf"))
     endless.train_dataloader = iter([])
@@ -148,19 +148,19 @@ def cut_on_rank(rank: int, folder: str) -> None:
     with pytest.raises(InputError, match="the run was planned with 7 batches, and there are 5 now that the checkpoint is read"):
         check_batches(trainer(7, 5), ranks, 640)
     number = torch.tensor([float(ranks.rank)])
-    ranks.first_(number, None)
+    ranks.broadcast_(number, None)
     assert number.item() == 0
     with pytest.raises(InputError, match="data: ranks must have equally many training batches, and have 7, 7, 8"):
         check_batches(trainer(7 + (rank == 2)), ranks, 640)
     with pytest.raises(InputError, match="ranks resumed from different checkpoints, after 640, 640, 1280 tokens"):
         check_batches(trainer(7), ranks, 640 * (1 + (rank == 2)))
-    whole = ranks.together(torch.full((rank, 2), float(rank)))  # the first has none
+    whole = ranks.all_gather_rows(torch.full((rank, 2), float(rank)))  # the first has none
     assert whole.tolist() == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
     torch.save([cut(values(rank, case), count, ranks) for case in range(10) for count in (1, 7, 60, 500)], f"{folder}/{rank}.pt")
 
 
 def test_the_cut_keeps_what_topk_keeps_of_all(tmp_path: Path):
-    met(3, cut_on_rank, tmp_path)
+    in_process_group(3, cut_on_rank, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
     cases = [(case, count) for case in range(10) for count in (1, 7, 60, 500)]
     for number, (case, count) in enumerate(cases):
@@ -179,18 +179,18 @@ def test_the_cut_keeps_what_topk_keeps_of_all(tmp_path: Path):
 
 @pytest.mark.parametrize(("count", "ranks"), [(7, 3), (2, 4), (0, 2), (8, 4)])
 def test_shares_are_even_and_leave_nothing_out(count: int, ranks: int):
-    shares = [list(range(count))[Ranks(rank, ranks).share(count)] for rank in range(ranks)]
+    shares = [list(range(count))[ProcessGroup(rank, ranks).share(count)] for rank in range(ranks)]
     assert [*itertools.chain(*shares)] == list(range(count)) and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_what_is_for_one_process_is_refused():
     with pytest.raises(InputError, match="critic_supports: macro_step is for one process, got 2 ranks"):
-        JointSAE(config("batchtopk"), critic_supports="macro_step").join(Ranks(0, 2))
+        JointSAE(config("batchtopk"), critic_supports="macro_step").join(ProcessGroup(0, 2))
 
 
 def test_saelens_own_code_does_not_cut_through_ranks():
     joint = JointSAE(config("batchtopk"), kernels="dense")
     with pytest.raises(InputError, match="batch_cut: local"):
-        joint.join(Ranks(0, 2))
-    JointSAE(config("batchtopk"), kernels="dense", batch_cut="local").join(Ranks(0, 2))
-    JointSAE(config("gated"), kernels="dense").join(Ranks(0, 2))
+        joint.join(ProcessGroup(0, 2))
+    JointSAE(config("batchtopk"), kernels="dense", batch_cut="local").join(ProcessGroup(0, 2))
+    JointSAE(config("gated"), kernels="dense").join(ProcessGroup(0, 2))

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from metasae_lightning.compute.process_group import ALONE, Ranks
-from metasae_lightning.compute.sharding import own, whole
+from metasae_lightning.compute.process_group import SINGLE, ProcessGroup
+from metasae_lightning.compute.sharding import full, local
 from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
 from metasae_lightning.step import Batch
 from metasae_lightning.training import JointSAE
 from tests.helpers.architectures import activations, optimizers
-from tests.helpers.ranks import met, module, same_training
+from tests.helpers.ranks import assert_same_training, in_process_group, module
 
 # So wide that more latents are dead now and then than the auxiliary loss takes.
 STEPS, D_SAE = 30, 160
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def trained(kind: str, dtype: torch.dtype, ranks: Ranks, mesh: Any = None) -> dict[str, Any]:
+def trained(kind: str, dtype: torch.dtype, ranks: ProcessGroup, mesh: Any = None) -> dict[str, Any]:
     """Everything that training on this rank's part of each batch leaves, and what its steps showed."""
     joint = module(KINDS[kind], D_SAE, dtype)
     joint.join(ranks, mesh)
@@ -51,15 +51,18 @@ def trained(kind: str, dtype: torch.dtype, ranks: Ranks, mesh: Any = None) -> di
     dead: list[Tensor] = []
     for step in range(STEPS):
         rows = activations(step).to(dtype)
-        out = joint.step(Batch(rows[ranks.share(len(rows))]), primary, meta, last=step == STEPS - 1)
+        out = joint.step(Batch(rows[ranks.even_slice(len(rows))]), primary, meta, last=step == STEPS - 1)
         dead.append(joint.primary.dead)
         shown.append([torch.as_tensor(value).double() for value in out.scalars().values()])
-    gradients = {name: whole(parameter.grad) for name, parameter in joint.primary.sae.named_parameters() if parameter.grad is not None}
+    gradients = {name: full(parameter.grad) for name, parameter in joint.primary.sae.named_parameters() if parameter.grad is not None}
     held = activations(STEPS).to(dtype)
-    seen = joint.evaluate(Batch(held[ranks.share(len(held))]))
-    state = {name: whole(tensor) for name, tensor in joint.state_dict().items()}
-    moments = {f"{name}.{key}": whole(value) for name, kept in named(joint, primary) for key, value in kept.items()}
-    sizes = [own(joint.primary.W_dec).untyped_storage().nbytes(), sum(own(kept["exp_avg"]).numel() for _, kept in named(joint, primary))]
+    seen = joint.evaluate(Batch(held[ranks.even_slice(len(held))]))
+    state = {name: full(tensor) for name, tensor in joint.state_dict().items()}
+    moments = {f"{name}.{key}": full(value) for name, kept in named(joint, primary) for key, value in kept.items()}
+    sizes = [
+        local(joint.primary.W_dec).untyped_storage().nbytes(),
+        sum(local(kept["exp_avg"]).numel() for _, kept in named(joint, primary)),
+    ]
     codes = torch.stack([seen.codes.rows.double(), seen.codes.latents.double(), seen.codes.values.double()])
     return {
         **{"state": {**state, **gradients, **moments}, "shown": shown, "dead": torch.stack(dead)},
@@ -87,7 +90,7 @@ def cases(count: int) -> list[tuple[str, torch.dtype, tuple[int, int]]]:
 
 
 def on_rank(rank: int, folder: str) -> None:
-    ranks = Ranks.joined()
+    ranks = ProcessGroup.default()
     found = []
     for kind, dtype, shape in cases(ranks.world_size):
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data_parallel", "tensor_parallel"))
@@ -98,13 +101,13 @@ def on_rank(rank: int, folder: str) -> None:
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.filterwarnings("ignore:decoder_init_norm must be set")
 def test_a_divided_dictionary_learns_what_a_whole_one_does(count: int, tmp_path: Path):
-    met(count, on_rank, tmp_path)
+    in_process_group(count, on_rank, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
     for number, (kind, dtype, shape) in enumerate(cases(count)):
-        alone, told = trained(kind, dtype, ALONE), f"{kind}, {dtype}, {shape}"
+        alone, told = trained(kind, dtype, SINGLE), f"{kind}, {dtype}, {shape}"
         tolerance = 1e-5 if dtype == torch.float32 else 1e-11
         ours = [one[number] for one in found]
-        same_training(alone, ours, tolerance, told)
+        assert_same_training(alone, ours, tolerance, told)
         assert alone["dead"].sum(1).max() > 8, told
         rebuilt, codes = torch.cat([one["rebuilt"] for one in ours]), torch.cat([one["codes"][1:] for one in ours], 1)
         torch.testing.assert_close(rebuilt, alone["rebuilt"], rtol=100 * tolerance, atol=100 * tolerance)

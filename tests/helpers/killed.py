@@ -1,4 +1,4 @@
-"""A stream that is run in processes of its own, killed, and gone on with; what it gave, hashed, in a file."""
+"""Runs a data stream in a process that a test kills and resumes. The hash of each batch is written to a file."""
 
 import hashlib
 import time
@@ -19,24 +19,24 @@ def data(folder: Path, **changes: Any) -> ActivationsDataModule:
 
 
 def run(folder: Path, name: str, seconds: float, changes: dict[str, Any]) -> None:
-    """Go on from the last saved place, saving after every batch, slowly enough to be killed in between."""
+    """Resume the stream from its last checkpoint. Checkpoint after every batch, and sleep so that a kill can come in between."""
     torch.set_num_threads(1)
     module = data(folder, **changes)
     module.setup()
-    place, written = folder / f"{name}.ckpt", folder / f"{name}.txt"
-    stream, given = module.train_dataloader(), 0
-    if place.exists():
-        saved = torch.load(place, weights_only=False)
+    checkpoint, hashes = folder / f"{name}.ckpt", folder / f"{name}.txt"
+    stream, n_batches = module.train_dataloader(), 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=False)
         module.load_state_dict(saved["data"])
-        given = saved["batches"]
-        # What was given after the last checkpoint is given again.
-        written.write_text("".join(line + "\n" for line in written.read_text().split("\n")[: saved["batches"]]))
+        n_batches = saved["batches"]
+        # Batches after the last checkpoint come again: forget their hashes.
+        hashes.write_text("".join(line + "\n" for line in hashes.read_text().split("\n")[: saved["batches"]]))
     for batch in stream:
-        given += 1
-        with written.open("a") as file:
+        n_batches += 1
+        with hashes.open("a") as file:
             file.write(hashlib.blake2b(batch.activations.numpy().tobytes(), digest_size=8).hexdigest() + "\n")
-        draft = place.with_suffix(".draft")
-        torch.save({"data": module.state_dict(), "batches": given}, draft)
-        draft.replace(place)
+        draft = checkpoint.with_suffix(".draft")
+        torch.save({"data": module.state_dict(), "batches": n_batches}, draft)
+        draft.replace(checkpoint)
         time.sleep(seconds)
     (folder / f"{name}.done").touch()

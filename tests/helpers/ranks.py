@@ -1,4 +1,4 @@
-"""Processes that talk to each other, as ranks do."""
+"""Run functions in several processes, as ranks of one group, and compare their training with that of one process."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -13,21 +13,21 @@ from metasae_lightning.training import JointSAE
 from tests.helpers.architectures import config
 
 
-def forks() -> Any:
-    """Processes that are copies of one that has imported everything: seconds less for each, and no thread of this one's."""
+def fork_context() -> Any:
+    """A multiprocessing context whose processes are forked from a server that has imported everything, which saves seconds for each."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.killed", "tests.helpers.ranks"])
     return context
 
 
 def on_two_ranks(target: Callable[[int, str], None], folder: Path) -> None:
-    """Run a function of rank and folder in two processes; both must end well."""
+    """Run a function of rank and folder in two processes, and check that both end without an error."""
     on_ranks(2, target, folder)
 
 
 def on_ranks(count: int, target: Callable[[int, str], None], folder: Path) -> None:
-    """The same in so many."""
-    context = forks()
+    """Run a function of rank and folder in `count` processes, and check that all end without an error."""
+    context = fork_context()
     processes = [context.Process(target=target, args=(rank, str(folder))) for rank in range(count)]
     for process in processes:
         process.start()
@@ -36,39 +36,42 @@ def on_ranks(count: int, target: Callable[[int, str], None], folder: Path) -> No
     assert [process.exitcode for process in processes] == [0] * count
 
 
-def met(count: int, target: Callable[[int, str], None], folder: Path) -> None:
-    """Run a function of rank and folder on so many ranks of one group."""
-    on_ranks(count, partial(_meet, count, target), folder)
+def in_process_group(count: int, target: Callable[[int, str], None], folder: Path) -> None:
+    """Run a function of rank and folder on `count` ranks of one gloo process group."""
+    on_ranks(count, partial(_join_group_and_run, count, target), folder)
 
 
 def module(kind: tuple[str, dict[str, Any], dict[str, Any]], d_sae: int, dtype: torch.dtype) -> JointSAE:
-    """A small joint module of a kind: its primary's architecture, its config's arguments and the module's."""
-    architecture, of_config, of_module = kind
-    given: dict[str, Any] = {
+    """A small JointSAE. `kind`: architecture of the primary, further arguments of its config, further arguments of JointSAE."""
+    architecture, config_args, module_args = kind
+    arguments: dict[str, Any] = {
         "meta": config("batchtopk", d_sae=12),
         "penalties": {"d": Decomposability(0.3)},
-        # So short that some latents are dead now and then, and the auxiliary loss is there.
+        # Short enough that some latents die, so that the auxiliary loss is not zero.
         **{"n_p": 3, "n_m": 2, "dead_after_tokens": 64},
-        **of_module,
+        **module_args,
     }
-    return JointSAE(config(architecture, d_sae=d_sae, **of_config), **given).to(dtype)
+    return JointSAE(config(architecture, d_sae=d_sae, **config_args), **arguments).to(dtype)
 
 
-def same_training(alone: dict[str, Any], ours: list[dict[str, Any]], tolerance: float, told: str) -> None:
-    """What ranks came to is what one process does, the same bits on all: `state`, who is `dead`, what steps have `shown`."""
+def assert_same_training(alone: dict[str, Any], ours: list[dict[str, Any]], tolerance: float, case: str) -> None:
+    """Assert that `ours`, the results of the ranks, equal the result of one process, `alone`, and have the same bits on all ranks.
+
+    A result has the module's `state`, the `dead` latents, and the scalars of each step (`shown`).
+    """
     for name, expected in alone["state"].items():
-        for one in ours:
-            assert (one["state"][name] == ours[0]["state"][name]).all(), f"{told}: {name} differs among ranks"
-        off = (ours[0]["state"][name].double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
-        assert off <= tolerance, f"{told}: {name} is {off:.1e} off"
-    assert all((one["dead"] == alone["dead"]).all() for one in ours), told
+        for result in ours:
+            assert (result["state"][name] == ours[0]["state"][name]).all(), f"{case}: {name} differs among ranks"
+        error = (ours[0]["state"][name].double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+        assert error <= tolerance, f"{case}: {name} is {error:.1e} off"
+    assert all((result["dead"] == alone["dead"]).all() for result in ours), case
     atol = 1e-7 if tolerance > 1e-9 else 1e-12
-    for expected, *others in zip(alone["shown"], *(one["shown"] for one in ours), strict=True):
-        for each in others:
-            torch.testing.assert_close(torch.stack(each), torch.stack(expected), rtol=100 * tolerance, atol=atol)
+    for expected, *others in zip(alone["shown"], *(result["shown"] for result in ours), strict=True):
+        for values in others:
+            torch.testing.assert_close(torch.stack(values), torch.stack(expected), rtol=100 * tolerance, atol=atol)
 
 
-def _meet(count: int, target: Callable[[int, str], None], rank: int, folder: str) -> None:
+def _join_group_and_run(count: int, target: Callable[[int, str], None], rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     target(rank, folder)

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor
 
 from metasae_lightning.callbacks import Checkpoints, StopOnNaN
-from metasae_lightning.compute.process_group import ALONE, Ranks
+from metasae_lightning.compute.process_group import SINGLE, ProcessGroup
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Decomposability, Penalty
 from metasae_lightning.sae.nonfinite import NonFiniteGuard, first_nonfinite
@@ -23,7 +23,7 @@ from metasae_lightning.training import JointSAE, SideBySide
 from metasae_lightning.training.argument_checks import check_choices
 from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO, newest_intact
 from tests.helpers.architectures import activations, config, optimizers
-from tests.helpers.ranks import met
+from tests.helpers.ranks import in_process_group
 
 QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
 
@@ -285,14 +285,16 @@ def test_one_arm_skips_a_step_that_others_apply(tmp_path: Path):
     assert trainer.callback_metrics["bad/train/skipped"] == 1 and trainer.callback_metrics["good/train/skipped"] == 0 and not arms.stopped
 
 
-def trained(ranks: Ranks, steps: list[int], cut: str, *, bad: int | None = None, what: str = "activations", mode: str = "skip") -> Any:
+def trained(
+    ranks: ProcessGroup, steps: list[int], cut: str, *, bad: int | None = None, what: str = "activations", mode: str = "skip"
+) -> Any:
     """The state after a run on this rank's rows, and the guards' counts; at step `bad`, `what` is not finite on the last rank."""
     overflowing = Overflowing(0.1)
     module = joint(non_finite=mode, batch_cut=cut, n_p=2, penalties={"d": Decomposability(0.3), "own": overflowing}).double()
     module.join(ranks)
     primary, meta = optimizers(module)
     for step in steps:
-        rows = activations(step).double()[ranks.share(64)].clone()
+        rows = activations(step).double()[ranks.even_slice(64)].clone()
         is_bad = step == bad and ranks.rank == ranks.world_size - 1
         overflowing.infinite = is_bad and what == "loss"
         if is_bad and what == "activations":
@@ -307,14 +309,14 @@ def trained(ranks: Ranks, steps: list[int], cut: str, *, bad: int | None = None,
 def on_rank(rank: int, folder: str) -> None:
     found: dict[str, Any] = {}
     for cut in ("global", "local"):
-        found[f"{cut}, without"] = trained(Ranks.joined(), [0, 1, 2, 4, 5], cut)
+        found[f"{cut}, without"] = trained(ProcessGroup.default(), [0, 1, 2, 4, 5], cut)
         for what in ("activations", "gradient", "loss"):
-            found[f"{cut}, {what}"] = trained(Ranks.joined(), [0, 1, 2, 3, 4, 5], cut, bad=3, what=what)
+            found[f"{cut}, {what}"] = trained(ProcessGroup.default(), [0, 1, 2, 3, 4, 5], cut, bad=3, what=what)
     sent = {}
     for mode in ("stop", "skip"):
-        counting = replace(Ranks.joined(), sent=[])
+        counting = replace(ProcessGroup.default(), bytes_sent=[])
         trained(counting, [0, 1, 2, 3], "global", mode=mode)
-        sent[mode] = counting.sent
+        sent[mode] = counting.bytes_sent
     under = {mode: under_a_trainer(rank, Path(folder) / mode, mode) for mode in ("stop", "skip")}
     torch.save({**found, "sent": sent, "under": under}, f"{folder}/{rank}.pt")
 
@@ -343,7 +345,7 @@ def under_a_trainer(rank: int, folder: Path, mode: str) -> dict[str, Any]:
 
 
 def test_all_ranks_skip_a_step_that_is_not_finite_on_one(tmp_path: Path):
-    met(2, on_rank, tmp_path)
+    in_process_group(2, on_rank, tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
     for rank, found in enumerate((one["under"]["stop"], other["under"]["stop"])):
         broken = "the primary's loss" if rank else r"(the primary's loss|primary\.sae\.\w+)"
@@ -375,9 +377,9 @@ def test_a_guard_checks_every_tensor_and_restores_buffers():
     guard, buffer = NonFiniteGuard(), torch.tensor([1.0, 2.0])
     guard.remember({"buffer": buffer})
     buffer += 1
-    assert not guard.skips({"loss": torch.tensor(1e38), "gradient": torch.full((4,), 3e38)}, {"buffer": buffer}, ALONE)
+    assert not guard.skips({"loss": torch.tensor(1e38), "gradient": torch.full((4,), 3e38)}, {"buffer": buffer}, SINGLE)
     assert buffer.tolist() == [2.0, 3.0] and guard.state_dict() == {"total": 0, "in_a_row": 0}
     for number, tensors in enumerate(({"loss": torch.tensor(torch.inf), "g": buffer}, {"loss": torch.tensor(1.0), "g": buffer / 0}), 1):
-        assert guard.skips(tensors, {"buffer": buffer}, ALONE) and buffer.tolist() == [1.0, 2.0]
+        assert guard.skips(tensors, {"buffer": buffer}, SINGLE) and buffer.tolist() == [1.0, 2.0]
         assert guard.bad_tensor == ("loss", "g")[number - 1] and guard.state_dict() == {"total": number, "in_a_row": number}
-    assert not guard.skips({"loss": torch.tensor(1.0)}, {}, ALONE) and guard.state_dict() == {"total": 2, "in_a_row": 0}
+    assert not guard.skips({"loss": torch.tensor(1.0)}, {}, SINGLE) and guard.state_dict() == {"total": 2, "in_a_row": 0}

@@ -55,7 +55,7 @@ def begun(run: Path, checkpoint: Path, *more: str) -> dict[str, torch.Tensor]:
         *more,
         "--ckpt_path",
         str(checkpoint),
-        callbacks=[{"class_path": "tests.helpers.kept.Kept", "init_args": {"path": f"{run}.pt"}}],
+        callbacks=[{"class_path": "tests.helpers.kept.SaveStartState", "init_args": {"path": f"{run}.pt"}}],
     )
     return torch.load(f"{run}.pt")
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, written between steps, found again; a run that is told to stop can be gone on with."""
+"""Checkpoints are written atomically and between steps, the newest intact one is found, and a stopped or killed run resumes from it."""
 
 import errno
 import json
@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from metasae_lightning.callbacks import Checkpoints
 from metasae_lightning.cli import main
 from metasae_lightning.data import SyntheticDataModule
+from metasae_lightning.data.synthetic import SyntheticModelConfig
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Decomposability
-from metasae_lightning.data.synthetic import SyntheticModelConfig
 from metasae_lightning.training import JointSAE
 from metasae_lightning.training.checkpoint_files import (
     AtomicCheckpointIO,
@@ -46,7 +46,7 @@ def write(path: Path, number: float) -> None:
     AtomicCheckpointIO().save_checkpoint({"weights": torch.full((1000,), number)}, path)
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_write_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(tmp_path / "a.ckpt", 1.0)
 
     def full(what: Any, file: Any) -> None:
@@ -72,7 +72,7 @@ class Sealed(Callback):
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-def test_a_folder_that_may_not_be_written_to_any_more_keeps_what_it_has(tmp_path: Path):
+def test_a_folder_that_becomes_read_only_keeps_its_checkpoints(tmp_path: Path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     can = shutil.which("chattr") and not subprocess.run(["chattr", "+i", folder], capture_output=True, check=False).returncode
@@ -88,7 +88,7 @@ def test_a_folder_that_may_not_be_written_to_any_more_keeps_what_it_has(tmp_path
     assert newest_intact([folder]) == (folder / "tokens=192.ckpt", {})
 
 
-def test_what_does_not_read_back_is_not_given_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_that_does_not_read_back_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "save", lambda what, file: file.write(b"PK nothing"))
     with pytest.raises(InputError, match="does not read back"):
         write(tmp_path / "a.ckpt", 1.0)
@@ -106,7 +106,7 @@ def spoil(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "marked", "emptied"])
-def test_a_damaged_checkpoint_is_known_and_the_one_before_it_is_found(tmp_path: Path, how: str):
+def test_damage_is_detected_and_the_checkpoint_before_it_is_found(tmp_path: Path, how: str):
     for number in (1, 2, 3):
         write(tmp_path / f"tokens={number}.ckpt", float(number))
         os.utime(tmp_path / f"tokens={number}.ckpt", ns=(number, number))
@@ -120,7 +120,7 @@ def test_a_damaged_checkpoint_is_known_and_the_one_before_it_is_found(tmp_path: 
     assert find_damage(found) is None
 
 
-def test_a_job_that_was_started_again_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_job_restarted_by_slurm_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert not is_restarted_job(tmp_path)  # it had not come so far
@@ -130,7 +130,7 @@ def test_a_job_that_was_started_again_goes_on(tmp_path: Path, monkeypatch: pytes
     assert not is_restarted_job(tmp_path)
 
 
-def test_what_a_process_left_that_ended_while_it_wrote_is_removed(tmp_path: Path):
+def test_drafts_of_a_killed_process_are_removed(tmp_path: Path):
     (tmp_path / ".tokens=1.ckpt.4242").write_bytes(b"half")
     for number in (1, 2, 3):
         write(tmp_path / f"tokens={number}.ckpt", float(number))
@@ -138,7 +138,7 @@ def test_what_a_process_left_that_ended_while_it_wrote_is_removed(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "tokens=2.ckpt", "tokens=3.ckpt"]
 
 
-class Tell(Callback):
+class SendSignal(Callback):
     """The process is told something after a step."""
 
     def __init__(self, at: int, number: signal.Signals) -> None:
@@ -165,7 +165,7 @@ def fitted(folder: Path, *callbacks: Callback, checkpoint: Path | None = None, *
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-def test_the_last_few_are_kept_and_one_is_the_last(tmp_path: Path):
+def test_the_newest_checkpoints_are_kept_and_the_link_names_the_last(tmp_path: Path):
     fitted(tmp_path, Checkpoints(every_tokens=128, every_minutes=None, keep=3))
     kept = sorted(int(path.stem.split("=")[1]) for path in (tmp_path / "checkpoints").glob("tokens=*.ckpt"))
     assert kept == [512, 640, 768]  # batches of 64: after every second, and at the end
@@ -174,7 +174,7 @@ def test_the_last_few_are_kept_and_one_is_the_last(tmp_path: Path):
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, SystemExit)])
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-def test_told_to_stop_it_writes_a_checkpoint_after_the_step_and_goes_on_from_it(
+def test_a_stop_signal_writes_a_checkpoint_after_the_step_and_the_run_resumes(
     number: signal.Signals, raised: type[BaseException], tmp_path: Path
 ):
     whole = fitted(tmp_path / "whole")
@@ -182,7 +182,7 @@ def test_told_to_stop_it_writes_a_checkpoint_after_the_step_and_goes_on_from_it(
     if number == signal.SIGINT:  # which a shell's background job ignores
         signal.signal(number, signal.default_int_handler)
     with pytest.raises(raised):
-        fitted(tmp_path, Checkpoints(), Tell(4, number))
+        fitted(tmp_path, Checkpoints(), SendSignal(4, number))
     signal.signal(number, before)  # Lightning ignores Ctrl-C once it has heard it
     found, broken = newest_intact([tmp_path / "checkpoints"])
     assert found is not None and found.name == "tokens=320.ckpt" and not broken
@@ -206,13 +206,13 @@ class Validations(Callback):
 
 @pytest.mark.parametrize("killed", [True, False])
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-def test_a_run_goes_on_from_before_a_validation_or_from_behind_it(killed: bool, tmp_path: Path):
+def test_a_run_resumes_from_before_or_after_a_validation(killed: bool, tmp_path: Path):
     often: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 4}  # of 64 tokens a batch: at 256, 512 and 768
     whole, first, then = Validations(), Validations(512 if killed else None), Validations()
     expected = fitted(tmp_path / "whole", whole, **often)
     before = signal.getsignal(signal.SIGTERM)
-    # A checkpoint is due with every validation; or the run is told to stop in the step before the second.
-    told = [] if killed else [Tell(7, signal.SIGTERM)]
+    # Either a checkpoint is due with every validation, or a stop signal arrives in the step before the second.
+    told = [] if killed else [SendSignal(7, signal.SIGTERM)]
     with pytest.raises(RuntimeError if killed else SystemExit):
         fitted(tmp_path, first, *told, Checkpoints(every_tokens=256 if killed else None), **often)
     signal.signal(signal.SIGTERM, before)
@@ -258,7 +258,7 @@ def same(one: Path, two: Path) -> bool:
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 
-def test_two_ranks_that_are_killed_or_told_to_stop_end_as_they_would_have(tmp_path: Path):
+def test_two_ranks_killed_or_stopped_and_resumed_equal_an_uninterrupted_run(tmp_path: Path):
     ranks = TWO
     ended(tmp_path / "whole", *ranks)
     run = tmp_path / "run"
@@ -311,7 +311,7 @@ def came_to(run: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(), TWO], ids=["alone", "two ranks"])
-def test_killed_at_twenty_random_points_it_comes_to_the_same(ranks: tuple[str, ...], tmp_path: Path):
+def test_a_run_killed_at_twenty_random_points_equals_an_uninterrupted_run(ranks: tuple[str, ...], tmp_path: Path):
     recipe, chance = quickstart_like(tmp_path), random.Random(0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -346,7 +346,7 @@ def test_killed_at_twenty_random_points_it_comes_to_the_same(ranks: tuple[str, .
     assert all(torch.equal(found[name][key], value) for name, weights in expected.items() for key, value in weights.items())
 
 
-def test_where_no_checkpoint_is_whole_nothing_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_without_an_intact_checkpoint_nothing_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "tokens=1.ckpt").write_bytes(b"PK")
     assert main([*command(tmp_path / "run", "--ckpt_path", "last")[2:]]) == 2
@@ -355,7 +355,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_gone_on_with(tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("stalled", [0, 1])
-def test_a_rank_that_stalls_is_named_and_the_others_end(stalled: int, tmp_path: Path):
+def test_a_stalled_rank_is_named_and_the_others_end(stalled: int, tmp_path: Path):
     watch = {"class_path": "Watchdog", "init_args": {"minutes": 0.1}}
     (tmp_path / "watched.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [watch, {"class_path": "Checkpoints"}]}}))
     process = begun(tmp_path / "run", *TWO, "-c", str(tmp_path / "watched.yaml"), "--data.init_args.tokens", "100000000")

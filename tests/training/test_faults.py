@@ -1,4 +1,4 @@
-"""A source that stalls and a user who gives up, through the command line as a process of its own."""
+"""The command line, in its own process, with a dataset server that stalls and with Ctrl-C."""
 
 import os
 import re
@@ -54,7 +54,7 @@ def start(hub: Hub, home: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heeds)
 
 
-def test_a_source_that_stalls_for_ever_is_given_up_by_name(place: Path, tmp_path: Path):
+def test_a_stalled_source_is_an_error_with_its_name(place: Path, tmp_path: Path):
     config = recipe(place, stall_seconds=3.0)
     with Hub(place / "hub") as hub:
         hub.faults[:] = [Fault("stall")]
@@ -68,7 +68,7 @@ def test_a_source_that_stalls_for_ever_is_given_up_by_name(place: Path, tmp_path
 
 
 @pytest.mark.parametrize(("command", "delay"), [("fit", 0.7), ("cache", 0.0)])
-def test_ctrl_c_ends_it_and_leaves_nothing_half_written(place: Path, tmp_path: Path, command: str, delay: float):
+def test_ctrl_c_ends_a_command_and_leaves_no_partial_file(place: Path, tmp_path: Path, command: str, delay: float):
     config = recipe(place, cache=str(tmp_path / "cache") if command == "cache" else None, tokens=640_000)
     with Hub(place / "hub") as hub:
         more = ["--shard_gib", "2e-4"] if command == "cache" else ["--run", str(tmp_path / "run")]

@@ -1,4 +1,4 @@
-"""Joint training: the algorithm's promises, without a trainer."""
+"""JointSAE without a trainer: the algorithm, its state, and checks of its arguments."""
 
 import copy
 from typing import Any
@@ -60,7 +60,7 @@ def test_the_primary_optimiser_holds_no_meta_parameter():
 
 
 @pytest.mark.parametrize("normalizer", ["layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening"])
-def test_a_critic_with_a_normaliser_judges_from_the_first_step(normalizer: str):
+def test_a_critic_with_a_normaliser_works_from_the_first_step(normalizer: str):
     meta = config("batchtopk", d_sae=12, normalize_activations=normalizer)
     module = JointSAE(config("batchtopk"), meta, {"d": Decomposability(0.3)}, n_p=3, n_m=2)
     for output in train(module, 8):
@@ -68,7 +68,7 @@ def test_a_critic_with_a_normaliser_judges_from_the_first_step(normalizer: str):
     assert torch.isfinite(module.primary.W_dec).all() and module.meta.initialized  # type: ignore[union-attr]
 
 
-def test_the_decoders_gradient_has_no_radial_part_when_the_optimiser_sees_it():
+def test_the_decoder_gradient_has_no_radial_part_in_the_optimiser_step():
     module = joint()
     primary, meta = optimizers(module)
     seen: list[torch.Tensor] = []
@@ -124,7 +124,7 @@ def test_unit_rows_are_unit_after_every_step(primary: str):
     assert (free.primary.W_dec.norm(dim=-1) - 1).abs().max() > 1e-4  # control
 
 
-def test_free_rows_are_judged_by_direction():
+def test_with_free_rows_the_penalty_depends_on_direction_only():
     module = joint(decoder_rows="free")
     train(module, 4)
     _, value = module.penalties.loss(*module._penalty_args())
@@ -146,7 +146,7 @@ def test_micro_batches_accumulate_the_gradient_of_the_whole():
     assert merged.codes.shape == alone.codes.shape and merged.codes.l0 == alone.codes.l0
 
 
-def test_clipping_bounds_each_sae_alone():
+def test_clipping_bounds_each_saes_gradient_separately():
     module = joint(clip_grad_norm=1e-3)
     seen: list[float] = []
     primary = torch.optim.SGD(module.primary.parameters(), lr=1.0)
@@ -173,7 +173,7 @@ def test_decoder_bias_starts_from_the_data(b_dec_init: Any, near: bool):
     assert torch.equal(module.primary.sae.b_dec, first)
 
 
-def test_dead_counters_count_tokens_and_live_in_the_state():
+def test_dead_counters_count_tokens_and_are_saved_in_the_state():
     module = joint(meta=None, penalties={})
     with torch.no_grad():
         module.primary.sae.b_enc[:3] = -100.0  # these never fire
@@ -210,7 +210,7 @@ def test_an_autocast_around_several_steps_sees_each_steps_weights():
     assert torch.equal(within, anew)
 
 
-def test_reading_moves_no_state():
+def test_evaluate_changes_no_state():
     module = joint()
     train(module, 5)
     before, random_state = weights(module), torch.get_rng_state()
@@ -276,7 +276,7 @@ def test_a_step_is_the_algorithm_written_out():
         (lambda: Orthogonality(chunk_size=1), "chunk_size must be at least 2"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(make: Any, says: str):
+def test_invalid_arguments_are_refused(make: Any, says: str):
     with pytest.raises(InputError, match=says) as caught:
         make()
     assert "\n" not in str(caught.value)

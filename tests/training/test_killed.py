@@ -1,4 +1,4 @@
-"""The stream is a value: the same batches twice, after ten kills, and on as many ranks as there are."""
+"""The data stream is deterministic: it gives the same batches twice, and after it was killed and resumed."""
 
 import random
 import time
@@ -11,7 +11,7 @@ from metasae_lightning.corpora import split_of
 from tests.data.test_stream import texts_of
 from tests.helpers.killed import data, run
 from tests.helpers.models import documents, save_model
-from tests.helpers.ranks import forks
+from tests.helpers.ranks import fork_context
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def whole(folder: Path, name: str, **changes: Any) -> list[str]:
-    process = forks().Process(target=run, args=(folder, name, 0.0, changes))
+    process = fork_context().Process(target=run, args=(folder, name, 0.0, changes))
     process.start()
     process.join(300)
     assert process.exitcode == 0
@@ -31,13 +31,13 @@ def whole(folder: Path, name: str, **changes: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"prefetch": 3}, {"checkpoint_buffer": "activations", "prefetch": 2}])
-def test_killed_at_ten_random_points_the_batches_are_those_of_a_run_that_never_stopped(folder: Path, changes: Any):
+def test_a_stream_killed_at_ten_random_points_gives_the_batches_of_an_uninterrupted_one(folder: Path, changes: Any):
     name = "-".join(map(str, ["killed", *changes.values()]))
     expected = whole(folder, f"{name}-whole")
     assert len(expected) == 400 and len(set(expected)) == 400
     when, kills = random.Random(0), 0
     while not (folder / f"{name}.done").exists():
-        process = forks().Process(target=run, args=(folder, name, 0.004, changes))
+        process = fork_context().Process(target=run, args=(folder, name, 0.004, changes))
         process.start()
         before = lines(folder / f"{name}.txt")
         while kills < 10 and lines(folder / f"{name}.txt") < before + 5 + when.randrange(25) and process.is_alive():
@@ -54,7 +54,7 @@ def lines(file: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def test_the_same_twice_and_another_for_another_seed(folder: Path):
+def test_a_stream_repeats_and_another_seed_gives_other_batches(folder: Path):
     first, second, other = (whole(folder, name, seed=seed) for name, seed in (("one", 0), ("two", 0), ("three", 1)))
     assert first == second
     assert not set(first) & set(other)

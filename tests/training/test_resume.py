@@ -1,4 +1,4 @@
-"""A run that is killed and gone on with, from the command line, as a process of its own."""
+"""A run started by the command line in its own process is killed and resumed."""
 
 import os
 import signal
@@ -56,7 +56,7 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path: Path):
 
 
 @pytest.mark.parametrize("checkpoint", ["none.ckpt", "last"])
-def test_a_checkpoint_that_is_not_there_is_one_line(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_missing_checkpoint_is_a_one_line_error(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     arguments = [*command(tmp_path / "run", False)[2:], "--ckpt_path", checkpoint]
     assert main(arguments) == 2
     line = capsys.readouterr().err.strip().split("\n")[-1]
@@ -64,7 +64,7 @@ def test_a_checkpoint_that_is_not_there_is_one_line(checkpoint: str, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-def test_what_was_logged_before_a_resume_is_kept(tmp_path: Path):
+def test_a_resumed_run_keeps_the_earlier_logs(tmp_path: Path):
     for text in ("first", "second"):
         (tmp_path / "metrics.csv").write_text(text)
         loggers(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Arms beside each other are what they are alone, whatever the others are and do."""
+"""An arm of `SideBySide` equals the same SAE trained alone, whatever the other arms are and do."""
 
 import json
 import re
@@ -21,10 +21,10 @@ from metasae_lightning import JointSAE, SideBySide, SyntheticDataModule
 from metasae_lightning.callbacks import Export, HeldOut, StopOnNaN, Summary
 from metasae_lightning.cli import main
 from metasae_lightning.cli.grid import expand
+from metasae_lightning.data.synthetic import SyntheticModelConfig
 from metasae_lightning.errors import InputError
 from metasae_lightning.memory.plan import memory_plan
 from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
-from metasae_lightning.data.synthetic import SyntheticModelConfig
 from metasae_lightning.training.arm_callbacks import EachArm, Observer
 from tests.helpers.architectures import D_IN, Batches, config
 
@@ -51,7 +51,7 @@ def solo(**more: Any) -> JointSAE:
     return JointSAE(config("batchtopk"), None, {}, dead_after_tokens=256, **more)
 
 
-# Of every kind that arms may differ by: penalty, architecture, width, seed, normaliser.
+# Arms that differ in penalty, architecture, width, seed and normaliser.
 NINE: dict[str, Callable[[], JointSAE]] = {
     "joint": joint,
     "solo": solo,
@@ -79,7 +79,7 @@ def assert_equal(one: JointSAE, other: JointSAE) -> None:
         assert torch.equal(value, b[name]), name
 
 
-def test_an_arm_among_nine_is_bit_for_bit_the_arm_alone_and_order_does_not_matter(tmp_path: Path):
+def test_an_arm_among_nine_in_any_order_is_bit_equal_to_the_arm_alone(tmp_path: Path):
     alone = {name: fitted(make(), tmp_path) for name, make in NINE.items()}
     forth = fitted(SideBySide({name: make() for name, make in NINE.items()}), tmp_path)
     others = ["wide", "control", "joint"]
@@ -157,7 +157,7 @@ class Curious(Observer):
         Curious.loaded.append((checkpoint["mine"], len(checkpoint["state_dict"])))
 
 
-def test_what_a_callback_does_it_does_to_its_arm(tmp_path: Path):
+def test_a_callback_changes_its_own_arm_only(tmp_path: Path):
     Curious.loaded, Noted.seen = [], []
 
     def arms() -> SideBySide:
@@ -194,7 +194,7 @@ class Burst(Penalty):
         return W_dec.sum() * (torch.nan if step >= self.at else 0.0)
 
 
-def test_an_arm_that_becomes_nan_stops_alone(tmp_path: Path):
+def test_an_arm_that_becomes_nan_stops_and_the_others_go_on(tmp_path: Path):
     def broken() -> JointSAE:
         return JointSAE(config("batchtopk"), None, {"burst": Burst(5)})
 
@@ -218,7 +218,7 @@ def test_an_arm_that_becomes_nan_stops_alone(tmp_path: Path):
         fitted(SideBySide({"one": broken()}), tmp_path, batches=20, callbacks=[StopOnNaN()])
 
 
-def test_stopped_and_resumed_is_never_stopped_with_arms(tmp_path: Path):
+def test_a_resumed_run_with_arms_equals_an_uninterrupted_one(tmp_path: Path):
     def arms() -> SideBySide:
         return SideBySide({name: NINE[name]() for name in ("joint", "solo", "wide", "weight1.0")})
 
@@ -265,7 +265,7 @@ class Later(Batches):
         (["a" * 101], "100 letters at most"),
     ],
 )
-def test_names_that_cannot_be(names: list[str], says: str):
+def test_invalid_arm_names_are_refused(names: list[str], says: str):
     with pytest.raises(InputError, match=says):
         SideBySide({name: solo() for name in names})
 
@@ -280,7 +280,7 @@ MODEL: dict[str, Any] = {
 }
 
 
-def test_a_grid_is_its_combinations_and_a_seed_is_every_arms():
+def test_a_grid_gives_all_combinations_and_sets_the_seed_of_every_arm():
     arms = {"solo": {"penalties": {}}, "wide": {"primary.init_args.d_sae": 16}}
     found = expand(MODEL, arms, {"weight": [0.1, 1.0], "sigma_sq": [0.3, 1.0, 3.0], "seed": [0, 1]})["init_args"]["arms"]
     assert len(found) == (2 + 6) * 2
@@ -307,7 +307,7 @@ def test_a_grid_is_its_combinations_and_a_seed_is_every_arms():
         ({"a": {}}, {"seed": [0, 0]}, (), "one is there twice"),
     ],
 )
-def test_a_grid_that_cannot_be(arms: Any, grid: Any, only: Any, says: str):
+def test_invalid_grids_are_refused(arms: Any, grid: Any, only: Any, says: str):
     with pytest.raises(InputError, match=says):
         expand(MODEL, arms, grid, only)
 
@@ -333,7 +333,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 NAMES = ["solo", "control", "weight0.05"]
 
 
-def test_a_run_with_arms_is_a_folder(run: Path):
+def test_a_run_with_arms_has_the_documented_folder(run: Path):
     for name in NAMES:
         assert isinstance(SAE.load_from_disk(run / "arms" / name / "saes" / "primary"), SAE)
         assert (run / "arms" / name / "saes" / "meta").exists() == (name != "solo")
@@ -346,7 +346,7 @@ def test_a_run_with_arms_is_a_folder(run: Path):
     assert {f"{name}/{key}" for name in NAMES for key in ("train/loss", "val/fvu")} <= set(columns)
 
 
-def test_an_arm_of_a_run_is_a_run_of_its_own(run: Path, tmp_path: Path):
+def test_an_arms_folder_can_be_used_as_a_run(run: Path, tmp_path: Path):
     alone = tmp_path / "alone"
     assert main(["fit", "-c", "synthetic", "--run", str(alone), *SMALL]) == 0
     for role in ("primary", "meta"):
@@ -363,7 +363,9 @@ def test_the_config_of_a_run_with_arms_names_every_arm_and_re_reads(run: Path, t
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_a_run_with_arms_is_not_written_over_and_some_of_its_arms_can_be_had(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_with_arms_is_not_overwritten_and_a_subset_of_arms_can_be_trained(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     there = run.with_name("there")
     shutil.copytree(run, there)
     shutil.rmtree(there / "checkpoints")
@@ -378,7 +380,9 @@ def test_a_run_with_arms_is_not_written_over_and_some_of_its_arms_can_be_had(run
     assert "the checkpoint holds the arms solo, control, weight0.05" in capsys.readouterr().err
 
 
-def test_arms_are_measured_where_they_lie(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_evaluation_reads_arms_from_the_runs_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     fast = ["--critic_seeds", "0", "--tokens", "2048", "--calibration_tokens", "2048", "--resamples", "20"]
     assert main(["test", str(run), *fast]) == 0
     assert "mean |phi|" in capsys.readouterr().out
@@ -420,7 +424,7 @@ def test_a_plan_counts_every_arm_and_their_one_checkpoint(tmp_path: Path):
     assert three["steps to be shown"] == 2 * 64 * D_IN * 4
 
 
-def test_a_mistake_in_an_arm_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_mistake_in_an_arm_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for change, says in (
         ("{met: null}", r"takes no met \(did you mean meta"),
         ("{primary.init_args.d_in: 32, meta.init_args.d_in: 32}", r"arms.a: .*primary.d_in is 32, but the activations are 64 wide"),

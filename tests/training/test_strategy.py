@@ -1,4 +1,4 @@
-"""What Lightning asks of its strategy when ranks divide a dictionary: rows, checkpoints of any moment, and one line on each rank."""
+"""The `sharded` strategy: each rank reads its own rows, checkpoints of any moment load, and errors are one line on every rank."""
 
 import os
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from metasae_lightning import atomic_files
 from metasae_lightning.callbacks import Checkpoints, Export, StopOnNaN
-from metasae_lightning.compute.process_group import Ranks
-from metasae_lightning.compute.sharding import whole
+from metasae_lightning.compute.process_group import ProcessGroup
+from metasae_lightning.compute.sharding import full
 from metasae_lightning.errors import InputError
 from metasae_lightning.step import Batch
 from metasae_lightning.training import JointSAE, SideBySide
 from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO, newest_intact
 from metasae_lightning.training.strategy import Sharded
 from tests.helpers.architectures import activations, config
-from tests.helpers.ranks import met
+from tests.helpers.ranks import in_process_group
 from tests.sae.test_nonfinite import QUIET, Data, Poison, differing, joint
 from tests.training.test_side_by_side import Burst
 
@@ -38,10 +38,10 @@ class Shares(Data):
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in super().__iter__():
-            yield batch[Ranks.joined().share(len(batch))]
+            yield batch[ProcessGroup.default().even_slice(len(batch))]
 
 
-class Seen(Callback):
+class FirstBatches(Callback):
     """The first number of each row that this rank is given."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Odd(Callback):
     """Keeps what no file can hold, on one rank."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"odd": (lambda: 0) if Ranks.joined().rank == 0 else None}
+        return {"odd": (lambda: 0) if ProcessGroup.default().rank == 0 else None}
 
 
 def arms() -> SideBySide:
@@ -64,7 +64,7 @@ def arms() -> SideBySide:
 
 def fitted(folder: Path, module: Any, *callbacks: Callback, strategy: Any = None, data: Any = None, **more: Any) -> dict[str, Any]:
     """What a run left, whole, or the line that it ended with."""
-    many = {"devices": 2, "strategy": strategy or Sharded()} if Ranks.joined().world_size == 2 else {"devices": 1}
+    many = {"devices": 2, "strategy": strategy or Sharded()} if ProcessGroup.default().world_size == 2 else {"devices": 1}
     options = {"max_epochs": 1, "accelerator": "cpu", "default_root_dir": folder, "plugins": [AtomicCheckpointIO()], **QUIET, **many}
     saves = any(isinstance(callback, Checkpoints) for callback in callbacks)
     trainer = Trainer(**options, callbacks=list(callbacks), enable_checkpointing=saves)
@@ -72,11 +72,11 @@ def fitted(folder: Path, module: Any, *callbacks: Callback, strategy: Any = None
         trainer.fit(module, Shares() if data is None else data, **more)
     except InputError as error:
         return {"said": str(error)}
-    found = {name: whole(value) for name, value in module.state_dict().items()}
+    found = {name: full(value) for name, value in module.state_dict().items()}
     names = {parameter: name for name, parameter in module.named_parameters()}
     for number, optimizer in enumerate(trainer.optimizers):
         for parameter, state in optimizer.state.items():
-            found |= {f"{names[parameter]} {key}": whole(value) for key, value in state.items()}
+            found |= {f"{names[parameter]} {key}": full(value) for key, value in state.items()}
         found[f"rate {number}"] = torch.tensor([group["lr"] for group in optimizer.param_groups])
     return found
 
@@ -91,11 +91,11 @@ def on_rank(rank: int, place: str) -> None:
     # A data set that Lightning divides.
     rows = TensorDataset(torch.cat([activations(0), activations(1)]))
     for name, strategy in (("sharded", None), ("ddp", "ddp")):
-        seen = Seen()
+        seen = FirstBatches()
         loader = DataLoader(rows, batch_size=16, collate_fn=lambda some: torch.stack([row for (row,) in some]))
         fitted(folder / f"rows {name}", joint(), seen, strategy=strategy, data=loader)
         found[f"rows, {name}"] = seen.rows
-    # Checkpoints before the meta SAE has made a step.
+    # Checkpoints before the meta SAE has taken a step.
     found["unsaved"] = fitted(folder / "unsaved", joint(**LATE))
     found["saved"] = fitted(folder / "saved", joint(**LATE), often)
     found["resumed"] = fitted(folder / "resumed", joint(**LATE), ckpt_path=saved(folder / "saved", 256))
@@ -134,18 +134,18 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("strategy")
     one = fitted(folder / "one", joint(**LATE), Checkpoints(every_tokens=OFTEN, keep=9))
     fitted(folder / "source", joint(non_finite="stop"), Export(), data=Shares())
-    met(2, on_rank, folder)
+    in_process_group(2, on_rank, folder)
     return folder, one, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def test_ranks_that_divide_latents_have_rows_of_their_own(ran: Any):
+def test_ranks_that_shard_one_sae_read_different_rows(ran: Any):
     _, _, (one, other) = ran
     assert len(set(one["rows, sharded"] + other["rows, sharded"])) == 128
     for each in (one, other):
         assert each["rows, sharded"] == each["rows, ddp"] and len(each["rows, ddp"]) == 64
 
 
-def test_a_checkpoint_before_an_optimisers_first_step_leaves_no_trace(ran: Any):
+def test_a_run_resumed_from_before_an_optimisers_first_step_equals_an_uninterrupted_one(ran: Any):
     folder, one, ranks = ran
     for each in ranks:
         assert not differing(each["saved"], each["unsaved"])
@@ -158,7 +158,7 @@ def test_a_checkpoint_before_an_optimisers_first_step_leaves_no_trace(ran: Any):
     assert not far(fitted(folder / "alone", joint(**LATE), ckpt_path=saved(folder / "saved", 256), weights_only=False), one)
 
 
-def test_an_arm_that_has_stopped_is_no_obstacle(ran: Any):
+def test_a_run_with_a_stopped_arm_resumes(ran: Any):
     folder, _, ranks = ran
     for each in ranks:
         assert int(each["arms"]["_arms.arm_broken.primary.steps"]) == 4
@@ -169,19 +169,19 @@ def test_an_arm_that_has_stopped_is_no_obstacle(ran: Any):
     assert "said" not in found and list(again.stopped) == ["broken"] and int(found["_arms.arm_joint.primary.steps"]) == 10
 
 
-def test_a_step_that_one_of_them_cannot_take_is_left_out_by_all(ran: Any):
+def test_a_step_that_one_rank_cannot_take_is_skipped_by_all(ran: Any):
     for each in ran[2]:
         assert int(each["skipped, sharded"]["primary.steps"]) == 9
         assert not differing(each["skipped, sharded"], ran[2][0]["skipped, sharded"])
         assert not far(each["skipped, sharded"], each["skipped, ddp"])
 
 
-def test_what_a_run_started_from_is_not_needed_to_go_on(ran: Any):
+def test_a_resumed_run_does_not_need_its_init_from_sae(ran: Any):
     for each in ran[2]:
         assert not differing(each["without"], each["started"])
 
 
-def test_what_cannot_be_written_or_read_is_a_line_on_every_rank(ran: Any):
+def test_a_checkpoint_error_is_one_line_on_every_rank(ran: Any):
     folder, _, ranks = ran
     for each in ranks:
         assert "cannot be written, and those before it are as they were (rank 0: " in each["odd"]["said"]
@@ -190,7 +190,7 @@ def test_what_cannot_be_written_or_read_is_a_line_on_every_rank(ran: Any):
     assert newest_intact([folder / "odd" / "checkpoints"]) == (None, {})
 
 
-def test_one_process_writes_where_several_left_a_folder(tmp_path: Path):
+def test_a_checkpoint_file_replaces_a_folder_and_a_folder_replaces_a_file(tmp_path: Path):
     place = tmp_path / "a.ckpt"
     place.mkdir()
     (place / "part").write_text("of several")

@@ -1,4 +1,4 @@
-"""Joint training under Lightning's trainer, from the command line, on planted data: a run's folder and its promises."""
+"""Joint training from the command line on synthetic data: the run's folder, its results, resuming, and errors."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def figures(run: Path) -> dict[str, Any]:
     return json.loads((run / "evaluation.json").read_text())
 
 
-def test_a_run_is_a_folder(run: Path):
+def test_a_run_has_the_documented_folder(run: Path):
     for name in ("config.yaml", "metrics.csv", "evaluation.json", "checkpoints/last.ckpt", "saes/primary/cfg.json", "saes/meta/cfg.json"):
         assert (run / name).is_file(), name
     assert list((run / "tensorboard").glob("events.*"))
@@ -58,7 +58,7 @@ def test_a_run_is_a_folder(run: Path):
     )
 
 
-def test_the_saved_config_re_reads_to_the_same_run(run: Path, tmp_path: Path):
+def test_the_saved_config_reads_back_as_the_same_run(run: Path, tmp_path: Path):
     assert main(["fit", "-c", str(run / "config.yaml"), "--run", str(tmp_path / "again")]) == 0
     one, two = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (run, tmp_path / "again"))
     assert {**one, "run": ""} == {**two, "run": ""}
@@ -67,7 +67,7 @@ def test_the_saved_config_re_reads_to_the_same_run(run: Path, tmp_path: Path):
         assert all(torch.equal(first.state_dict()[key], value) for key, value in second.state_dict().items())
 
 
-def test_the_exported_sae_does_what_the_run_reports(run: Path):
+def test_the_exported_sae_has_the_l0_and_fvu_that_the_run_reports(run: Path):
     exported = figures(run)["validation"]["exported"]["primary"]
     data = SyntheticDataModule(synthetic_model(), tokens=1024, batch_size=1024, shared_subspaces=16, sharing=1.0, test_tokens=32_768)
     x = torch.cat([batch.activations for batch in data.test_dataloader()])
@@ -83,7 +83,7 @@ def synthetic_model() -> Any:
     return SyntheticModelConfig(num_features=256, hidden_dim=64, std_firing_magnitudes=0.3, seed=0)
 
 
-def test_testing_keeps_what_training_found(run: Path):
+def test_testing_keeps_the_results_of_training(run: Path):
     before = figures(run)["validation"]
     assert main(["test", "-c", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
     after = figures(run)
@@ -98,7 +98,7 @@ def test_testing_nothing_is_refused(run: Path, capsys: pytest.CaptureFixture[str
     assert "--ckpt_path is missing" in last_line(capsys)
 
 
-def test_a_run_that_is_there_is_not_written_over(run: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_existing_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]):
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert fit(run) == 2
     assert "holds a run already" in last_line(capsys)
@@ -111,7 +111,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[-1]
 
 
-def test_going_on_keeps_the_config_of_the_run(run: Path, tmp_path: Path):
+def test_resuming_keeps_the_config_of_the_run(run: Path, tmp_path: Path):
     folder, overlay = tmp_path / "more", tmp_path / "keep.yaml"
     keep = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_top_k": -1}}
     overlay.write_text(yaml.safe_dump({"trainer": {"val_check_interval": 0.5, "callbacks": [{"class_path": "Summary"}, keep]}}))
@@ -157,7 +157,9 @@ P, M = "--model.init_args.primary.init_args", "--model.init_args.meta.init_args"
         (["--model.init_args.primary_scheduler.class_path", "torch.optim.lr_scheduler.ReduceLROnPlateau"], r"waits for a metric"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_mistake_is_a_one_line_error_and_leaves_no_folder(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert fit(tmp_path / "run", *arguments) == 2
     line = last_line(capsys)
     assert re.search(says, line) and len(line) < 400, line
@@ -174,7 +176,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments: list[str], says: st
         ("sigma_sq: 1.0}", "sigma_sq: 1.0", r"parsing"),
     ],
 )
-def test_a_mistyped_yaml_is_one_line(old: str, new: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_mistyped_yaml_is_a_one_line_error(old: str, new: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     recipe = Path("configs/synthetic.yaml").read_text()
     assert old in recipe
     (tmp_path / "bad.yaml").write_text(recipe.replace(old, new))
@@ -269,7 +271,7 @@ def test_bf16_mixed_autocasts_over_fp32_parameters(tmp_path: Path):
     assert watch.outputs[-1].primary.fvu.item() == pytest.approx(other.outputs[-1].primary.fvu.item(), abs=0.02)
 
 
-def test_validation_and_callbacks_move_nothing(tmp_path: Path):
+def test_validation_and_callbacks_do_not_change_training(tmp_path: Path):
     data: dict[str, Any] = {"tokens": 8192, "batch_size": 512, "validation_tokens": 2048}
 
     def weights(callbacks: list[Callback], every: float) -> JointSAE:
@@ -315,7 +317,7 @@ def test_several_ranks_by_another_strategy_are_refused():
 
 
 @pytest.mark.slow
-def test_on_planted_data_the_joint_runs_penalty_falls_against_control(tmp_path: Path):
+def test_on_synthetic_data_the_joint_runs_penalty_falls_against_control(tmp_path: Path):
     """Also shown, whatever it is: what that does to the recovery of the true features."""
     assert main(["fit", "-c", "synthetic", "--run", str(tmp_path / "joint")]) == 0
     assert main(["fit", "-c", "synthetic", "-c", "control", "--run", str(tmp_path / "control")]) == 0
@@ -325,7 +327,7 @@ def test_on_planted_data_the_joint_runs_penalty_falls_against_control(tmp_path: 
     assert 0 < joint["primary"]["mcc"] < 1 and 0 < control["primary"]["mcc"] < 1
 
 
-def test_a_planted_run_is_measured_with_its_features(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_on_synthetic_data_is_evaluated_on_its_true_features(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     place = shutil.copytree(run, tmp_path / "measured")
     assert main(["test", str(place), "--critic_seeds=0", "--resamples=20"]) == 0
     found = figures(place)["evaluation"]
