@@ -216,18 +216,18 @@ def test_resuming_does_not_request_finished_shards(hasty, kind, window, finished
     path = hasty.dataset(kind)
     all_texts = hasty.read(path, shuffle_window=window)["texts"]
     # The first request reads the columns, from the first file by name.
-    order = hasty.hub.asked()[1:]
+    order = hasty.hub.downloads()[1:]
     first = hasty.read(path, take=90, shuffle_window=window)
     rest = hasty.read(path, state=first["state"], shuffle_window=window)
     assert first["texts"] + rest["texts"] == all_texts
     assert len(set(order)) == 4
-    assert hasty.hub.asked() == [f"data/train-0-of-4.{kind}", *order[finished:]]
+    assert hasty.hub.downloads() == [f"data/train-0-of-4.{kind}", *order[finished:]]
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_errors_that_no_retry_cures_are_not_retried(hasty, status):
     read = hasty.read(hasty.dataset("parquet"), Fault("error", after=3, status=status))
-    assert (read["warnings"], len(hasty.hub.asked("error"))) == ([], 1)
+    assert (read["warnings"], len(hasty.hub.downloads("error"))) == ([], 1)
     assert "cannot be read, after 60 documents: " in read["error"] and str(status) in read["error"]
 
 
@@ -250,4 +250,4 @@ def test_with_the_clients_own_waits_the_error_comes_in_bounded_time(tmp_path):
         assert "after 60 documents and 1 retries" in read["error"]
         # Two rounds of the client's six tries, with waits of 1 + 2 + 4 + 8 + 8 s between them.
         assert 46 < read["seconds"] < 80
-        assert len(client.hub.asked("error")) == 2 * TRIES
+        assert len(client.hub.downloads("error")) == 2 * TRIES

@@ -1,4 +1,4 @@
-"""A small training config of every architecture that SAELens registers."""
+"""A small training config for every architecture that SAELens registers, with activations and optimisers to train it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,16 +34,18 @@ D_IN = 16
 
 
 def config(name: str, d_sae: int = 48, **kw: Any) -> TrainingSAEConfig:
+    """A training config by the architecture's name, with changes."""
     return ARCHITECTURES[name](**{"d_in": D_IN, "d_sae": d_sae, "decoder_init_norm": 1.0, **kw})
 
 
 def optimizers(module: JointSAE, lr: float = 1e-3) -> tuple[Optimizer, Optimizer | None]:
+    """Adam for the primary, and for the meta SAE if there is one."""
     primary = Adam(module.primary.parameters(), lr=lr)
     return primary, None if module.meta is None else Adam(module.meta.parameters(), lr=lr)
 
 
 def activations(step: int, rows: int = 64, d_in: int = D_IN) -> Tensor:
-    """Sparse mixtures of fixed directions, a function of the step."""
+    """Rows that are sparse mixtures of 32 fixed directions; the same `step` gives the same rows."""
     directions = torch.nn.functional.normalize(torch.randn(32, d_in, generator=torch.Generator().manual_seed(999)), dim=-1)
     generator = torch.Generator().manual_seed(step)
     weights = torch.rand(rows, 32, generator=generator) * (torch.rand(rows, 32, generator=generator) < 0.1)
@@ -51,7 +53,7 @@ def activations(step: int, rows: int = 64, d_in: int = D_IN) -> Tensor:
 
 
 class Batches:
-    """So many of them; Lightning takes a list for a list of loaders."""
+    """`count` batches of activations. A class, since Lightning takes a list to be a list of loaders."""
 
     def __init__(self, count: int, start: int = 0):
         self.numbers = range(start, start + count)

@@ -1,8 +1,8 @@
-"""A Hugging Face hub on 127.0.0.1 that serves a folder of repositories, keeps a log of its requests and misbehaves when told to.
+"""A Hugging Face hub on 127.0.0.1 that serves a folder of repositories, logs its requests, and fails as its list of faults says.
 
-With a token it takes writes to models, which tests/hub_writes.py makes.
+Clients with the token may write to models; tests/helpers/hub_writes.py applies the writes.
 
-A client takes its endpoint from the environment when it is imported, so it runs in a process of its own, with `Hub.environment`.
+A client reads its endpoint from the environment when it is imported, so it runs in a process of its own, with `Hub.environment`.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.helpers.hub_writes import Refused, Repository, checked, commit, entry, etag, large
+from tests.helpers.hub_writes import Refused, Repository, check_card, commit, entry, etag, is_large
 
 API = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+)(?P<path>.*))?"
@@ -29,22 +29,22 @@ Reply = tuple[int, bytes, dict[str, str]]
 
 @dataclass
 class Fault:
-    """Something that goes wrong with requests for one part of the hub."""
+    """A failure of requests to one part of the hub."""
 
     kind: Literal["error", "drop", "stall"]
-    """Answer with `status`, cut the body in half, or never answer; of an upload or a commit it is the request's body that is cut."""
+    """`error`: answer with `status`. `drop`: cut the body in half (the request's, for uploads and commits). `stall`: never answer."""
     times: float = float("inf")
-    """How many requests it befalls."""
+    """Number of requests that fail."""
     after: int = 0
-    """How many go well before."""
+    """Number of requests that succeed before the first failure."""
     on: Literal["data", "api", "upload", "commit"] = "data"
-    """The bodies of files that are read, what is put into the store of large files, the commits, or everything else."""
+    """`data`: downloads of file bodies. `upload`: uploads of large objects. `commit`: commits. `api`: all other requests."""
     status: int = 500
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, and how it ended."""
+    """A logged request: the method, the path, and the fault or `answered`."""
 
     method: str
     path: str
@@ -52,9 +52,9 @@ class Request:
 
 
 class Hub(ThreadingHTTPServer):
-    """`folder/datasets/ORG/NAME` and `folder/models/ORG/NAME`, served until the `with` ends.
+    """Serves `folder/datasets/ORG/NAME` and `folder/models/ORG/NAME` until the `with` block ends.
 
-    Whoever has `token` may write, and read what is private; without one nobody may. `folder/beside` holds what is in no `main`.
+    A client with `token` may write and read private repositories; with `token=None` nobody may. `folder/beside` has branches and objects.
     """
 
     daemon_threads = True
@@ -62,12 +62,12 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, folder: Path, token: str | None = None):
         super().__init__(("127.0.0.1", 0), Answer)
         self.folder, self.token = folder, token
-        self.granted: set[str] = set()
-        # Whoever reads while a commit is made sees all of it or nothing.
-        self.turn = threading.Lock()
+        self.signed_paths: set[str] = set()
+        # One request at a time: a client that reads during a commit sees all of it or nothing.
+        self.one_at_a_time = threading.Lock()
         self.faults: list[Fault] = []
         self.log: list[Request] = []
-        self.over = threading.Event()
+        self.is_closed = threading.Event()
         self._lock = threading.Lock()
 
     def __enter__(self):
@@ -75,12 +75,12 @@ class Hub(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *error: object):
-        self.over.set()
+        self.is_closed.set()
         self.shutdown()
         self.server_close()
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
-        """A client's environment: this hub, a cache of its own and nobody's account."""
+        """Environment variables for a client of this hub, with a cache folder of its own and without an account."""
         ours = {
             "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
             "HF_HOME": str(home),
@@ -93,7 +93,7 @@ class Hub(ThreadingHTTPServer):
         )
 
     def fault(self, on: str) -> Fault | None:
-        """What befalls the next request for a part, which is counted."""
+        """The fault, if any, of the next request to a part of the hub; the request is counted."""
         with self._lock:
             for fault in (fault for fault in self.faults if fault.on == on and fault.times > 0):
                 if fault.after > 0:
@@ -103,16 +103,18 @@ class Hub(ThreadingHTTPServer):
                 return fault
         return None
 
-    def asked(self, outcome: str = "") -> list[str]:
-        """The files whose bodies were asked for, in order."""
-        found = [(RESOLVE.fullmatch(request.path), request) for request in self.log if request.method == "GET"]
-        return [match["path"] for match, request in found if match and outcome in request.outcome]
+    def downloads(self, outcome: str = "") -> list[str]:
+        """The paths of downloaded files, in order of the requests, with the given outcome."""
+        requests = [(RESOLVE.fullmatch(request.path), request) for request in self.log if request.method == "GET"]
+        return [match["path"] for match, request in requests if match and outcome in request.outcome]
 
     def handle_error(self, *_: object) -> None:
-        """A client that is gone is none of the test's business."""
+        """Ignore clients that have disconnected."""
 
 
 class Answer(BaseHTTPRequestHandler):
+    """Answers one request, or fails with a fault of the hub."""
+
     server: Hub
     protocol_version = "HTTP/1.1"
 
@@ -144,27 +146,27 @@ class Answer(BaseHTTPRequestHandler):
         if self.cut and sent:
             self.close_connection = True
         elif fault and fault.kind == "stall":
-            self.server.over.wait()
+            self.server.is_closed.wait()
         elif fault and fault.kind == "error":
-            self.reply(fault.status, b'{"error": "told to"}', {})
+            self.reply(fault.status, b'{"error": "a fault of the test"}', {})
         else:
             try:
-                with self.server.turn:
-                    reply = self.resolve(file) if file else self.told(200, self.ask(path, parse_qs(url.query), write))
+                with self.server.one_at_a_time:
+                    reply = self.resolve(file) if file else self.json_reply(200, self.answer_json(path, parse_qs(url.query), write))
             except Refused as refused:
-                reply = self.told(refused.status, refused.body, refused.headers)
+                reply = self.json_reply(refused.status, refused.body, refused.headers)
             self.reply(*reply)
 
-    def told(self, status: int, found: Any, headers: dict[str, str] | None = None) -> Reply:
-        return status, json.dumps(found).encode(), {"Content-Type": "application/json", **(headers or {})}
+    def json_reply(self, status: int, content: Any, headers: dict[str, str] | None = None) -> Reply:
+        return status, json.dumps(content).encode(), {"Content-Type": "application/json", **(headers or {})}
 
-    def ask(self, path: str, query: dict[str, list[str]], write: re.Match[str] | None) -> Any:
+    def answer_json(self, path: str, query: dict[str, list[str]], write: re.Match[str] | None) -> Any:
         if write:
             return self.write(write)
         if path == "/api/repos/create":
             return self.create(json.loads(self.body))
         if path == "/api/validate-yaml":
-            return checked(json.loads(self.body)["content"])
+            return check_card(json.loads(self.body)["content"])
         if path == "/api/whoami-v2":
             self.allow(write=True)
             return {"type": "user", "name": USER, "orgs": [], "auth": {"type": "access_token"}}
@@ -173,67 +175,73 @@ class Answer(BaseHTTPRequestHandler):
         raise Refused(404, "Not found")
 
     def allow(self, write: bool = False, code: str = "") -> bool:
-        """Whether the request has the token; one that is wrong is refused, and so is none where one is needed."""
-        given, token = self.headers.get("Authorization"), self.server.token
-        if given is not None and token is not None and given != f"Bearer {token}":
+        """Whether the request has the token. A wrong token is refused, and a write without one."""
+        header, token = self.headers.get("Authorization"), self.server.token
+        if header is not None and token is not None and header != f"Bearer {token}":
             raise Refused(401, "Invalid credentials in Authorization header")
-        if write and given is None:
+        if write and header is None:
             raise Refused(401, "Invalid username or password.", code)
         if write and token is None:
             raise Refused(403, "You don't have the rights to write here")
-        return given is not None and token is not None
+        return header is not None and token is not None
 
     def repository(self, kind: str | None, name: str) -> Repository:
         kind = (kind or "models").strip("/")
         return Repository(self.server.folder / kind / name, self.server.folder / "beside" / kind / name)
 
-    def found(self, kind: str | None, name: str, write: bool = False) -> Repository:
-        # The code is what the client makes of this answer itself where it comes by https.
+    def existing(self, kind: str | None, name: str, write: bool = False) -> Repository:
+        """The repository, if it exists and the client may see it."""
+        # Over https the client derives this code itself.
         allowed, repository = self.allow(write, "RepoNotFound"), self.repository(kind, name)
         if not repository.main.is_dir() or (repository.private and not allowed):
-            # The real hub tells strangers nothing of what is private.
+            # The real hub does not tell others that a private repository exists.
             raise Refused(404 if allowed else 401, "Repository not found", "RepoNotFound")
         return repository
 
-    def create(self, wanted: dict[str, Any]) -> dict[str, Any]:
+    def create(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Create a repository of models."""
         self.allow(write=True)
-        name = f"{wanted.get('organization') or USER}/{wanted['name']}"
-        place, repository = {"url": f"http://{self.headers['Host']}/{name}"}, self.repository("models", name)
-        if wanted.get("type", "model") != "model":
+        name = f"{request.get('organization') or USER}/{request['name']}"
+        address, repository = {"url": f"http://{self.headers['Host']}/{name}"}, self.repository("models", name)
+        if request.get("type", "model") != "model":
             raise Refused(400, "only models are created here")
         if repository.main.exists():
-            raise Refused(409, "You already created this model repo", **place)
-        # Older clients say it the second way.
-        repository.create(private=wanted.get("visibility") == "private" or wanted.get("private") is True)
-        return place
+            raise Refused(409, "You already created this model repo", **address)
+        # Older clients send `private`.
+        repository.create(private=request.get("visibility") == "private" or request.get("private") is True)
+        return address
 
     def write(self, match: re.Match[str]) -> dict[str, Any]:
         what, name = match["what"], match["name"]
         if self.command == "PUT":
-            # No token comes with it: the batch before it gave this place out, as a signed address does.
-            if self.path not in self.server.granted:
+            # An upload has no token: like a signed address, its path was given out in the answer to an authorised request.
+            if self.path not in self.server.signed_paths:
                 raise Refused(403, "Forbidden")
-            self.repository("models", match["repo"]).store(name, self.body)
+            self.repository("models", match["repo"]).store_object(name, self.body)
             return {}
-        repository = self.found("models", match["repo"], write=True)
+        repository = self.existing("models", match["repo"], write=True)
         if what == "commit":
-            made = repository.commit(name, [json.loads(line) for line in self.body.splitlines()])
-            return {"success": True, "commitOid": made, "commitUrl": f"http://{self.headers['Host']}/{match['repo']}/commit/{made}"}
-        wanted = json.loads(self.body)
+            new_commit = repository.commit(name, [json.loads(line) for line in self.body.splitlines()])
+            return {
+                "success": True,
+                "commitOid": new_commit,
+                "commitUrl": f"http://{self.headers['Host']}/{match['repo']}/commit/{new_commit}",
+            }
+        request = json.loads(self.body)
         if what == "branch":
-            repository.branch(name, wanted.get("startingPoint", "main"))
+            repository.create_branch(name, request.get("startingPoint", "main"))
             return {}
         if what == "preupload":
-            return {"files": repository.preupload(name, [file["path"] for file in wanted["files"]])}
-        objects = [{"oid": one["oid"], "size": one["size"]} for one in wanted["objects"]]
-        for one in (one for one in objects if not repository.held(one["oid"]).exists()):
-            place = f"/{match['repo']}.git/info/lfs/objects/{one['oid']}"
-            self.server.granted.add(place)
-            one["actions"] = {"upload": {"href": f"http://{self.headers['Host']}{place}"}}
+            return {"files": repository.preupload(name, [file["path"] for file in request["files"]])}
+        objects = [{"oid": item["oid"], "size": item["size"]} for item in request["objects"]]
+        for item in (item for item in objects if not repository.object_path(item["oid"]).exists()):
+            path = f"/{match['repo']}.git/info/lfs/objects/{item['oid']}"
+            self.server.signed_paths.add(path)
+            item["actions"] = {"upload": {"href": f"http://{self.headers['Host']}{path}"}}
         return {"transfer": "basic", "objects": objects}
 
     def api(self, match: re.Match[str], query: dict[str, list[str]]) -> Any:
-        repository = self.found(match["kind"], match["repo"])
+        repository = self.existing(match["kind"], match["repo"])
         files = repository.at(match["revision"])
         if match["what"] == "tree":
             start = files / match["path"].strip("/")
@@ -242,18 +250,18 @@ class Answer(BaseHTTPRequestHandler):
             inside = start.rglob("*") if query.get("recursive", ["false"])[0].lower() == "true" else start.glob("*")
             return [entry(files, path) for path in sorted(inside)]
         if match["what"] == "paths-info":
-            wanted = parse_qs(self.body.decode()).get("paths") or json.loads(self.body)["paths"]
-            return [entry(files, files / path) for path in wanted if (files / path).exists()]
+            paths = parse_qs(self.body.decode()).get("paths") or json.loads(self.body)["paths"]
+            return [entry(files, files / path) for path in paths if (files / path).exists()]
         siblings = [{"rfilename": str(path.relative_to(files))} for path in sorted(files.rglob("*")) if path.is_file()]
         return {"id": match["repo"], "sha": commit(files), "private": repository.private, "tags": [], "siblings": siblings}
 
     def resolve(self, match: re.Match[str]) -> Reply:
-        files = self.found(match["kind"], match["repo"]).at(match["revision"])
+        files = self.existing(match["kind"], match["repo"]).at(match["revision"])
         if not (file := files / match["path"]).is_file():
             return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit(files)}
         content, tag = file.read_bytes(), f'"{etag(file)}"'
         headers = {"ETag": tag, "X-Repo-Commit": commit(files), "Accept-Ranges": "bytes"}
-        if large(file):
+        if is_large(file):
             headers |= {"X-Linked-Etag": tag, "X-Linked-Size": str(len(content))}
         first, last, status = 0, len(content) - 1, 200
         if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):

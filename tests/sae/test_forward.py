@@ -69,13 +69,13 @@ def assert_same(sparse: SparseForward, dense: DenseForward, z: Tensor, dead: Ten
 
 
 def rows(kind: str, count: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """A random batch, changed by `kind`: one large row, some rows of zeros, or each row twice, which makes activations tie."""
+    """A random batch, changed by `kind`: one large row, one row of zeros, or each row twice, which makes activations tie."""
     z = torch.randn(count, D_IN, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     match kind:
         case "saturated":
             z[0] *= 50
         case "empty":
-            z[::3] = 0
+            z[0] = 0  # one row: between equal rows, which of the equal activations a top-k keeps is arbitrary
         case "ties":
             z = z[: max(1, count // 2)].repeat_interleave(2, 0)
     return z

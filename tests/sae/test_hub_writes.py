@@ -1,4 +1,4 @@
-"""Uploading to a hub that misbehaves, through the real client in a process of its own: as a script this file is that client."""
+"""Uploads by the real client to a test hub that fails on demand. The client is a process of its own: this file run as a script."""
 
 import http.client
 import json
@@ -21,11 +21,11 @@ TOKEN = "hf_test_may_write"
 TRIES = 6
 CARD = "---\nlibrary_name: saelens\n---\n# An SAE\n"
 NAMES = ["README.md", "cfg.json", "layer/sae_weights.safetensors", "sae_weights.safetensors"]
-MADE = [".gitattributes", *NAMES]
+ALL_FILES = [".gitattributes", *NAMES]
 
 
 def client() -> None:
-    """Calls the client's API for every line of a name and arguments on stdin, and prints what it returned or raised."""
+    """Call the client's API for each line of stdin, a method name and its arguments, and print the result or the error."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import _http
 
@@ -37,10 +37,10 @@ def client() -> None:
             if name == "from_pretrained":
                 from sae_lens import SAE
 
-                done = SAE.from_pretrained(arguments["release"], arguments["sae_id"]).save_model(arguments["into"])
+                result = SAE.from_pretrained(arguments["release"], arguments["sae_id"]).save_model(arguments["into"])
             else:
-                done = getattr(HfApi(), name)(**arguments)
-            answer = {"done": done}
+                result = getattr(HfApi(), name)(**arguments)
+            answer = {"result": result}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer, default=lambda value: getattr(value, "__dict__", str(value))), flush=True)
@@ -52,20 +52,21 @@ if __name__ == "__main__":
 
 
 class Client:
-    """A client's process, and a hub with a fresh repository for each test."""
+    """A client process and its hub; each test makes a new repository."""
 
     def __init__(self, hub: Hub, home: Path):
-        self.hub, self.made = hub, 0
+        self.hub, self.n_repositories = hub, 0
         environment = hub.environment(home, HF_TOKEN=TOKEN, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
         with (home / "stderr").open("w") as stderr:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr}
             self.process = subprocess.Popen([sys.executable, __file__], env=environment, text=True, **pipes)
 
     def ask(self, name: str, *faults: Fault, **arguments: Any) -> dict[str, Any]:
+        """Call a method of the client's API while the hub has these faults."""
         self.hub.faults[:] = faults
         self.hub.log.clear()
         assert self.process.stdin is not None and self.process.stdout is not None
-        # A client that hangs is a failure, and not a test that hangs.
+        # A client that hangs fails the test instead of blocking it.
         killer = threading.Timer(240, self.process.kill)
         killer.start()
         self.process.stdin.write(json.dumps([name, arguments], default=str) + "\n")
@@ -74,28 +75,30 @@ class Client:
         killer.cancel()
         return json.loads(answer)
 
-    def does(self, name: str, *faults: Fault, **arguments: Any) -> Any:
+    def succeed(self, name: str, *faults: Fault, **arguments: Any) -> Any:
         answer = self.ask(name, *faults, **arguments)
         assert "error" not in answer, answer["error"]
-        return answer["done"]
+        return answer["result"]
 
-    def fails(self, name: str, *faults: Fault, **arguments: Any) -> str:
+    def fail(self, name: str, *faults: Fault, **arguments: Any) -> str:
         return self.ask(name, *faults, **arguments)["error"]
 
-    def uploads(self, **arguments: Any) -> str:
-        """The commit of an upload, or the one that there is where nothing changed."""
-        return self.does("upload_folder", **arguments).split("/commit/")[1]
+    def upload(self, **arguments: Any) -> str:
+        """Upload a folder; returns the new commit, or the current one if nothing changed."""
+        return self.succeed("upload_folder", **arguments).split("/commit/")[1]
 
     def repository(self, **arguments: Any) -> str:
-        self.made += 1
-        self.does("create_repo", repo_id=f"org/sae{self.made}", **arguments)
-        return f"org/sae{self.made}"
+        """The name of a new repository."""
+        self.n_repositories += 1
+        self.succeed("create_repo", repo_id=f"org/sae{self.n_repositories}", **arguments)
+        return f"org/sae{self.n_repositories}"
 
     def state(self, name: str) -> tuple[list[str], str]:
-        return sorted(self.does("list_repo_files", repo_id=name)), self.does("model_info", repo_id=name)["sha"]
+        """The files of a repository and its commit."""
+        return sorted(self.succeed("list_repo_files", repo_id=name)), self.succeed("model_info", repo_id=name)["sha"]
 
-    def sent(self) -> list[str]:
-        """What the last call wrote, large objects by how their upload ended and the rest by what it was."""
+    def writes(self) -> list[str]:
+        """The writes of the last call: `commit`, or `object` and how the upload of the large object ended."""
         kinds = [(request.method, request.path.split("/")[-2], request.outcome) for request in self.hub.log]
         return [f"object {outcome}" if method == "PUT" else what for method, what, outcome in kinds if method == "PUT" or what == "commit"]
 
@@ -115,10 +118,10 @@ def uploader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return filled(tmp_path / "folder", seed=0)
+    return write_sae_folder(tmp_path / "folder", seed=0)
 
 
-def filled(folder: Path, seed: int) -> Path:
+def write_sae_folder(folder: Path, seed: int) -> Path:
     """A card, a config, and weights of 2 MB and of 4 kB."""
     (folder / "layer").mkdir(parents=True)
     (folder / "README.md").write_text(CARD)
@@ -129,42 +132,43 @@ def filled(folder: Path, seed: int) -> Path:
     return folder
 
 
-def same(uploader: Client, name: str, folder: Path, **arguments: Any) -> bool:
-    paths = {file: uploader.does("hf_hub_download", repo_id=name, filename=file, **arguments) for file in NAMES}
+def has_files_of(uploader: Client, name: str, folder: Path, **arguments: Any) -> bool:
+    """Whether downloads from the repository are bit-equal to the folder's files."""
+    paths = {file: uploader.succeed("hf_hub_download", repo_id=name, filename=file, **arguments) for file in NAMES}
     return all(Path(path).read_bytes() == (folder / file).read_bytes() for file, path in paths.items())
 
 
-def test_what_is_uploaded_comes_back(uploader: Client, folder: Path):
+def test_uploaded_files_download_bit_equal(uploader: Client, folder: Path):
     name = uploader.repository(private=True, exist_ok=True)
-    assert uploader.does("create_repo", repo_id=name, private=True, exist_ok=True).endswith(name)
-    assert uploader.fails("create_repo", repo_id=name).startswith("HfHubHTTPError: Client error '409 Conflict'")
-    done = uploader.uploads(repo_id=name, folder_path=folder)
-    assert uploader.sent() == ["object answered", "object answered", "commit"]
-    assert (sorted(uploader.does("list_repo_files", repo_id=name)), same(uploader, name, folder)) == (MADE, True)
-    info = uploader.does("model_info", repo_id=name)
+    assert uploader.succeed("create_repo", repo_id=name, private=True, exist_ok=True).endswith(name)
+    assert uploader.fail("create_repo", repo_id=name).startswith("HfHubHTTPError: Client error '409 Conflict'")
+    done = uploader.upload(repo_id=name, folder_path=folder)
+    assert uploader.writes() == ["object answered", "object answered", "commit"]
+    assert (sorted(uploader.succeed("list_repo_files", repo_id=name)), has_files_of(uploader, name, folder)) == (ALL_FILES, True)
+    info = uploader.succeed("model_info", repo_id=name)
     assert (info["private"], info["sha"]) == (True, done)
-    assert [sibling["rfilename"] for sibling in info["siblings"]] == MADE
-    whole = Path(uploader.does("snapshot_download", repo_id=name))
+    assert [sibling["rfilename"] for sibling in info["siblings"]] == ALL_FILES
+    whole = Path(uploader.succeed("snapshot_download", repo_id=name))
     assert all((whole / file).read_bytes() == (folder / file).read_bytes() for file in NAMES)
-    (weights,) = uploader.does("get_paths_info", repo_id=name, paths=[NAMES[-1]])
+    (weights,) = uploader.succeed("get_paths_info", repo_id=name, paths=[NAMES[-1]])
     assert weights["lfs"]["size"] == (folder / NAMES[-1]).stat().st_size
 
 
-def test_what_is_there_is_not_sent_again(uploader: Client, folder: Path, tmp_path: Path):
+def test_files_that_the_repository_has_are_not_sent_again(uploader: Client, folder: Path, tmp_path: Path):
     name = uploader.repository()
-    first = uploader.uploads(repo_id=name, folder_path=folder)
-    assert same(uploader, name, folder)
-    again = uploader.uploads(repo_id=name, folder_path=folder)
-    assert (uploader.sent(), again) == ([], first)
-    # In another place it is another file, and the same object.
-    uploader.does("upload_folder", repo_id=name, folder_path=folder, path_in_repo="copy")
-    assert uploader.sent() == ["commit"]
-    uploader.does("upload_folder", repo_id=name, folder_path=folder, path_in_repo="copy", allow_patterns="*.md", delete_patterns="*")
-    assert uploader.state(name)[0] == [*MADE[:1], "README.md", *MADE[2:3], "copy/README.md", *MADE[3:]]
-    # Of the same sizes, so that only the contents tell it from the first.
-    other = filled(tmp_path / "other", seed=1)
-    uploader.does("upload_folder", repo_id=name, folder_path=other)
-    assert same(uploader, name, other)
+    first = uploader.upload(repo_id=name, folder_path=folder)
+    assert has_files_of(uploader, name, folder)
+    again = uploader.upload(repo_id=name, folder_path=folder)
+    assert (uploader.writes(), again) == ([], first)
+    # At another path the file is new, but its object is already stored.
+    uploader.succeed("upload_folder", repo_id=name, folder_path=folder, path_in_repo="copy")
+    assert uploader.writes() == ["commit"]
+    uploader.succeed("upload_folder", repo_id=name, folder_path=folder, path_in_repo="copy", allow_patterns="*.md", delete_patterns="*")
+    assert uploader.state(name)[0] == [*ALL_FILES[:1], "README.md", *ALL_FILES[2:3], "copy/README.md", *ALL_FILES[3:]]
+    # The other folder's files have the same sizes, and differ in content only.
+    other = write_sae_folder(tmp_path / "other", seed=1)
+    uploader.succeed("upload_folder", repo_id=name, folder_path=other)
+    assert has_files_of(uploader, name, other)
 
 
 @pytest.mark.parametrize("kind", ["error", "drop"])
@@ -176,73 +180,73 @@ def test_what_is_there_is_not_sent_again(uploader: Client, folder: Path, tmp_pat
         ("commit", 0, 1, 3, ["commit"]),
     ],
 )
-def test_what_breaks_leaves_the_repository_as_it_was(uploader, folder, tmp_path, kind, on, after, times, tried, later):
+def test_a_failed_upload_leaves_the_repository_unchanged(uploader, folder, tmp_path, kind, on, after, times, tried, later):
     name = uploader.repository()
-    uploader.does("upload_folder", repo_id=name, folder_path=filled(tmp_path / "before", seed=1))
+    uploader.succeed("upload_folder", repo_id=name, folder_path=write_sae_folder(tmp_path / "before", seed=1))
     before = uploader.state(name)
-    error = uploader.fails("upload_folder", Fault(kind, on=on, after=after, times=times), repo_id=name, folder_path=folder)
+    error = uploader.fail("upload_folder", Fault(kind, on=on, after=after, times=times), repo_id=name, folder_path=folder)
     assert error.startswith(
         "RuntimeError: Error while uploading" if on == "upload" else ("HfHubHTTPError", "ReadError", "RemoteProtocolError")
     )
-    assert (len(uploader.sent()), uploader.hub.faults[0].times) == (tried, 0)
+    assert (len(uploader.writes()), uploader.hub.faults[0].times) == (tried, 0)
     assert uploader.state(name) == before
-    assert same(uploader, name, tmp_path / "before")
-    uploader.does("upload_folder", repo_id=name, folder_path=folder)
-    assert sorted(uploader.sent()) == sorted(later)
-    assert same(uploader, name, folder)
+    assert has_files_of(uploader, name, tmp_path / "before")
+    uploader.succeed("upload_folder", repo_id=name, folder_path=folder)
+    assert sorted(uploader.writes()) == sorted(later)
+    assert has_files_of(uploader, name, folder)
 
 
 @pytest.mark.parametrize("kind", ["error", "drop"])
-def test_an_upload_that_heals_is_the_clients_own_business(uploader: Client, folder: Path, kind: Any):
+def test_the_client_retries_a_failed_upload_by_itself(uploader: Client, folder: Path, kind: Any):
     name = uploader.repository()
-    uploader.does("upload_folder", Fault(kind, on="upload", times=2), repo_id=name, folder_path=folder)
-    assert uploader.sent().count(f"object {kind}") == 2
-    assert same(uploader, name, folder)
+    uploader.succeed("upload_folder", Fault(kind, on="upload", times=2), repo_id=name, folder_path=folder)
+    assert uploader.writes().count(f"object {kind}") == 2
+    assert has_files_of(uploader, name, folder)
 
 
-def test_whoever_has_no_right_is_refused(uploader: Client, folder: Path, tmp_path: Path):
+def test_clients_without_the_token_are_refused(uploader: Client, folder: Path, tmp_path: Path):
     public, private = uploader.repository(), uploader.repository(private=True)
     before = uploader.state(private)
     for token, line in [("hf_test_wrong", "HfHubHTTPError: Client error '401"), (False, "RepositoryNotFoundError: 401 ")]:
-        assert "'401 Unauthorized'" in uploader.fails("create_repo", repo_id="org/other", token=token, exist_ok=True)
+        assert "'401 Unauthorized'" in uploader.fail("create_repo", repo_id="org/other", token=token, exist_ok=True)
         for name in (public, private):
-            assert uploader.fails("upload_folder", repo_id=name, folder_path=folder, token=token).startswith(line)
-            assert uploader.fails("create_branch", repo_id=name, branch="trial", token=token).startswith(line)
-    assert uploader.fails("hf_hub_download", repo_id=private, filename=".gitattributes", token=False).startswith("RepositoryNotFoundError")
-    assert (uploader.does("whoami")["name"], uploader.fails("whoami", token="hf_test_wrong")) == (
+            assert uploader.fail("upload_folder", repo_id=name, folder_path=folder, token=token).startswith(line)
+            assert uploader.fail("create_branch", repo_id=name, branch="trial", token=token).startswith(line)
+    assert uploader.fail("hf_hub_download", repo_id=private, filename=".gitattributes", token=False).startswith("RepositoryNotFoundError")
+    assert (uploader.succeed("whoami")["name"], uploader.fail("whoami", token="hf_test_wrong")) == (
         USER,
         "HfHubHTTPError: Invalid user token.",
     )
     assert TOKEN not in str(uploader.hub.log) and uploader.state(private) == before
     with Hub(uploader.hub.folder) as hub:
         reader = Client(hub, tmp_path)
-        assert "403 Forbidden" in reader.fails("upload_folder", repo_id=public, folder_path=folder)
+        assert "403 Forbidden" in reader.fail("upload_folder", repo_id=public, folder_path=folder)
         assert reader.state(public)[0] == [".gitattributes"]
         reader.process.communicate(timeout=20)
 
 
-def test_a_branch_is_beside_main(uploader: Client, folder: Path, tmp_path: Path):
-    name, other = uploader.repository(), filled(tmp_path / "other", seed=1)
-    uploader.does("upload_folder", repo_id=name, folder_path=folder)
-    assert "Revision Not Found" in uploader.fails("upload_folder", repo_id=name, folder_path=other, revision="trial")
-    uploader.does("create_branch", repo_id=name, branch="trial")
-    assert "409 Conflict" in uploader.fails("create_branch", repo_id=name, branch="trial")
-    assert uploader.does("model_info", repo_id=name, revision="trial")["sha"] == uploader.state(name)[1]
-    done = uploader.uploads(repo_id=name, folder_path=other, revision="trial")
-    assert same(uploader, name, folder)
-    assert same(uploader, name, other, revision="trial") and same(uploader, name, other, revision=done)
-    assert sorted(uploader.does("list_repo_files", repo_id=name, revision="trial")) == uploader.state(name)[0] == MADE
-    assert {path.name for path in (uploader.hub.folder / "models" / name).iterdir()} == {Path(made).parts[0] for made in MADE}
+def test_a_branch_and_main_do_not_change_each_other(uploader: Client, folder: Path, tmp_path: Path):
+    name, other = uploader.repository(), write_sae_folder(tmp_path / "other", seed=1)
+    uploader.succeed("upload_folder", repo_id=name, folder_path=folder)
+    assert "Revision Not Found" in uploader.fail("upload_folder", repo_id=name, folder_path=other, revision="trial")
+    uploader.succeed("create_branch", repo_id=name, branch="trial")
+    assert "409 Conflict" in uploader.fail("create_branch", repo_id=name, branch="trial")
+    assert uploader.succeed("model_info", repo_id=name, revision="trial")["sha"] == uploader.state(name)[1]
+    done = uploader.upload(repo_id=name, folder_path=other, revision="trial")
+    assert has_files_of(uploader, name, folder)
+    assert has_files_of(uploader, name, other, revision="trial") and has_files_of(uploader, name, other, revision=done)
+    assert sorted(uploader.succeed("list_repo_files", repo_id=name, revision="trial")) == uploader.state(name)[0] == ALL_FILES
+    assert {path.name for path in (uploader.hub.folder / "models" / name).iterdir()} == {Path(made).parts[0] for made in ALL_FILES}
 
 
 def test_a_card_is_checked_before_anything_is_sent(uploader: Client, folder: Path):
     name = uploader.repository()
     (folder / "README.md").write_text("---\ntags: [sae\n---\n")
-    assert uploader.fails("upload_folder", repo_id=name, folder_path=folder).startswith("ValueError: Invalid metadata in README.md")
-    assert uploader.sent() == []
+    assert uploader.fail("upload_folder", repo_id=name, folder_path=folder).startswith("ValueError: Invalid metadata in README.md")
+    assert uploader.writes() == []
 
 
-def test_one_refused_line_refuses_the_commit(uploader: Client):
+def test_one_refused_operation_refuses_the_whole_commit(uploader: Client):
     name = uploader.repository()
     before = uploader.state(name)
     header, file = {"key": "header", "value": {"summary": ""}}, {"key": "file", "value": {"path": "a/b.txt", "content": "YQ=="}}
@@ -262,7 +266,7 @@ def test_one_refused_line_refuses_the_commit(uploader: Client):
             return response.status
 
     assert [status("POST", commit, header, file, line) for _, line in refused] == [expected for expected, _ in refused]
-    # An object has a place once a batch gave it one, and nothing but what it is called after goes there.
+    # An object can be uploaded only after a batch request named it, and only with the content of its hash.
     place = f"/{name}.git/info/lfs/objects/{'0' * 64}"
     assert status("PUT", place, "other") == 403
     assert status("POST", f"/{name}.git/info/lfs/objects/batch", {"objects": [{"oid": "0" * 64, "size": 7}]}) == 200
@@ -273,13 +277,13 @@ def test_one_refused_line_refuses_the_commit(uploader: Client):
     assert uploader.state(name)[0] == [".gitattributes", "a/b.txt"]
 
 
-def test_saelens_loads_what_was_uploaded(uploader: Client, tmp_path: Path):
+def test_saelens_loads_an_uploaded_sae(uploader: Client, tmp_path: Path):
     from tests.helpers.judged import sae
 
     name = uploader.repository(private=True)
     sae(3).save_model(tmp_path / "made")
-    uploader.does("upload_folder", repo_id=name, folder_path=tmp_path / "made", path_in_repo="layer/width_x")
-    uploader.does("from_pretrained", release=name, sae_id="layer/width_x", into=tmp_path / "loaded")
+    uploader.succeed("upload_folder", repo_id=name, folder_path=tmp_path / "made", path_in_repo="layer/width_x")
+    uploader.succeed("from_pretrained", release=name, sae_id="layer/width_x", into=tmp_path / "loaded")
     made, loaded = (load_file(tmp_path / place / "sae_weights.safetensors") for place in ("made", "loaded"))
     assert made.keys() == loaded.keys()
     assert all((made[weight] == loaded[weight]).all() for weight in made)
