@@ -16,7 +16,7 @@ from metasae_lightning.data.batching import Batching, Storage
 from metasae_lightning.data.cache_folder import CACHED, ActivationCache, fingerprint
 from metasae_lightning.data.cached_stream import CachedStream, write
 from metasae_lightning.data.stream import Batches, Stream
-from metasae_lightning.data.synthetic import place_of
+from metasae_lightning.data.synthetic import rank_and_world_size
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import device
 from metasae_lightning.lm.base import LanguageModel
@@ -136,7 +136,7 @@ class ActivationsDataModule(LightningDataModule):
         self.language_model.load()
         self._warn_once()
         if stage == "fit" and self.batching.held_out:
-            ranks, seed = place_of(self)[1], self.batching.seed
+            ranks, seed = rank_and_world_size(self)[1], self.batching.seed
             check_held_out(self.corpus, self.batching.held_out, seed=seed, ranks=ranks, stall_seconds=self.stall_seconds)
 
     def _warn_once(self) -> None:
@@ -144,7 +144,9 @@ class ActivationsDataModule(LightningDataModule):
             return
         self._told, name = True, self.language_model.name
         ends = self.language_model.tokenizer.eos_token_id is not None
-        if not (self.batching.cross_document_attention or (ends and self.language_model.can_separate_documents(self.batching.context_size))):
+        if not (
+            self.batching.cross_document_attention or (ends and self.language_model.can_separate_documents(self.batching.context_size))
+        ):
             why = "" if ends else ", since its tokenizer has no EOS to end documents with"
             rank_zero_warn(
                 f"{name} cannot be kept from attending across the documents of a context{why}: it does "
@@ -155,7 +157,7 @@ class ActivationsDataModule(LightningDataModule):
 
     def stream(self, split: Split, tokens: int) -> Stream:
         """A fresh stream of this rank's share of so many tokens of a split."""
-        rank, world_size = place_of(self)
+        rank, world_size = rank_and_world_size(self)
         # Order matters to training only: elsewhere a larger buffer would be memory for nothing.
         batching = self.batching if split == "train" else replace(self.batching, buffer_size=self.batching.batch_size)
         where: dict[str, Any] = {"split": split, "tokens": tokens // world_size, "rank": rank, "world_size": world_size}

@@ -154,7 +154,7 @@ class SyntheticDataModule(LightningDataModule):
 
     def stream(self, split: Split, tokens: int) -> SyntheticStream:
         """A fresh stream of this rank's share of so many tokens of a split."""
-        rank, world_size = place_of(self)
+        rank, world_size = rank_and_world_size(self)
         return SyntheticStream(
             self._planted, split=split, tokens=tokens // world_size, batch_size=self.batch_size, seed=self.seed, rank=rank
         )
@@ -198,7 +198,10 @@ class SyntheticDataModule(LightningDataModule):
         self._train.load_state_dict(state_dict)
 
 
-def place_of(module: LightningDataModule) -> tuple[int, int]:
-    """This process's rank and how many there are."""
+def rank_and_world_size(module: LightningDataModule) -> tuple[int, int]:
+    """Rank and number of ranks of the trainer; (0, 1) without a trainer.
+
+    The trainer decides, not torch's process group: without a trainer a data module gives every process all of the data.
+    """
     trainer = module.trainer
     return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
