@@ -24,7 +24,7 @@ from sae_lens import BatchTopKTrainingSAEConfig
 from step import MACRO, META, SIZES
 from torch.distributed.device_mesh import init_device_mesh
 
-from metasae_lightning.compute.process_group import Ranks
+from metasae_lightning.compute.process_group import ProcessGroup
 from metasae_lightning.penalties import Decomposability
 from metasae_lightning.step import Batch
 from metasae_lightning.training import JointSAE
@@ -41,22 +41,22 @@ def run(rank: int, count: int, size: str, steps: int, cut: Any, strategy: str, f
     primary = BatchTopKTrainingSAEConfig(d_sae=d_sae, k=k, **plain)
     meta = BatchTopKTrainingSAEConfig(d_sae=m, k=meta_k, **plain)
     module = JointSAE(primary, meta, {"d": Decomposability(0.3)}, n_p=MACRO, n_m=META, b_dec_init="mean", batch_cut=cut)
-    ranks = replace(Ranks.joined(), sent=[])
+    ranks = replace(ProcessGroup.default(), bytes_sent=[])
     mesh = init_device_mesh("cpu", (1, count), mesh_dim_names=("data_parallel", "tensor_parallel")) if strategy == "sharded" else None
     module.join(ranks, mesh)
-    assert module.meta is not None and ranks.sent is not None
+    assert module.meta is not None and ranks.bytes_sent is not None
     optimizers = adam(module.primary.parameters()), adam(module.meta.parameters())
     generator, seconds = torch.Generator().manual_seed(0), list[float]()
     for step in range(-MACRO, steps):
-        x = torch.randn(tokens, d_in, generator=generator)[ranks.share(tokens)]
+        x = torch.randn(tokens, d_in, generator=generator)[ranks.even_slice(tokens)]
         torch.distributed.barrier()
         began = time.perf_counter()
         module.step(Batch(x), *optimizers)
         if step >= 0:
             seconds.append(time.perf_counter() - began)
         else:
-            ranks.sent.clear()
-    torch.save({"seconds": seconds, "bytes": sum(ranks.sent)}, f"{folder}/{rank}.pt")
+            ranks.bytes_sent.clear()
+    torch.save({"seconds": seconds, "bytes": sum(ranks.bytes_sent)}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

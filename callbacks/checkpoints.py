@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from metasae_lightning.compute.process_group import Ranks
+from metasae_lightning.compute.process_group import ProcessGroup
 from metasae_lightning.errors import InputError
 from metasae_lightning.training.checkpoint_files import link_and_prune
 
@@ -59,7 +59,7 @@ class Checkpoints(Checkpoint):
         due = self.every_tokens is not None and tokens - self._saved_at >= self.every_tokens
         due |= self.every_minutes is not None and time.monotonic() - self._when >= 60 * self.every_minutes
         # Clocks differ, and a signal reaches ranks one by one: they decide together.
-        told = int(Ranks.joined().most(2 * self._told + due, next(pl_module.parameters())))
+        told = int(ProcessGroup.default().max_scalar(2 * self._told + due, next(pl_module.parameters())))
         # Of a run that is at its end the checkpoint is that of the end, once everything else is written.
         if told and not trainer.is_last_batch:
             if validates(trainer):

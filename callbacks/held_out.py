@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from metasae_lightning.compute.sharding import whole
+from metasae_lightning.compute.sharding import full
 from metasae_lightning.metrics.dead_latents import DeadLatents
 from metasae_lightning.metrics.feature_recovery import FeatureRecovery
 from metasae_lightning.metrics.reconstruction import Reconstruction
@@ -30,7 +30,7 @@ class HeldOut(Observer):
         features = getattr(getattr(trainer, "datamodule", None), "features", None)
         if features is not None:
             self._recovery = FeatureRecovery(features).to(pl_module.device)
-            self._recovery.update(whole(pl_module.primary.W_dec.detach()))
+            self._recovery.update(full(pl_module.primary.W_dec.detach()))
 
     def _update(self, pl_module: Any, outputs: Any, batch: Any) -> None:
         seen: Evaluation = outputs["output"]
@@ -38,7 +38,7 @@ class HeldOut(Observer):
         self._reconstruction.update(seen.activations, seen.reconstruction, seen.codes)
         self._dead.update(seen.codes)
         if self._recovery is not None:
-            self._recovery.update(whole(pl_module.primary.W_dec.detach()), seen.codes, Batch.of(batch).features)
+            self._recovery.update(full(pl_module.primary.W_dec.detach()), seen.codes, Batch.of(batch).features)
 
     def _log(self, pl_module: Any, prefix: str) -> None:
         assert self._reconstruction is not None and self._dead is not None

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from metasae_lightning import functional
-from metasae_lightning.compute.sharding import whole
+from metasae_lightning.compute.sharding import full
 from metasae_lightning.metrics.cofiring import PhiSample
 from metasae_lightning.training.arm_callbacks import Observer
 
@@ -49,7 +49,7 @@ class Figures(Observer):
             tokens, firings = int(self._sample.tokens), self._sample.firings.cpu()
             both, one, other = (count.cpu() for count in pairs(self._sample))
         self._sample = None
-        W_dec, live = whole(pl_module.primary.W_dec.detach()).float(), firings > 0
+        W_dec, live = full(pl_module.primary.W_dec.detach()).float(), firings > 0
         if not trainer.is_global_zero:
             return
         histograms = {"decoder/nearest_cosine": functional.nearest_cosines(W_dec).cpu()}

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from metasae_lightning import functional
 from metasae_lightning.compute.buffers import LENT
-from metasae_lightning.compute.process_group import Crew
+from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.row_chunks import mean_over_rows, order
-from metasae_lightning.compute.sharding import own, share, whole
+from metasae_lightning.compute.sharding import full, local, local_rows
 from metasae_lightning.errors import InputError
 from metasae_lightning.schedules import warm_up
 
@@ -44,14 +44,16 @@ class Penalty(nn.Module, ABC):
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """The penalty's value at primary step `step` (from 0). A pure function of its arguments."""
 
-    def rank_share(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
+    def rank_share(
+        self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, parallelism: Parallelism
+    ) -> Float[Tensor, ""]:
         """This rank's share: the sum of the shares over ranks is the penalty, for values and for gradients.
 
         By default every rank computes the whole penalty and divides it by the number of ranks; override this to divide the work. `W_dec`
         may be a DTensor, of which this rank holds only its own rows.
         """
-        value = self(whole(W_dec), critic, step)
-        return value if crew.all.alone else value / crew.all.world_size
+        value = self(full(W_dec), critic, step)
+        return value if parallelism.world.is_single else value / parallelism.world.world_size
 
 
 class Penalties(nn.ModuleDict):
@@ -61,7 +63,7 @@ class Penalties(nn.ModuleDict):
         """Pairs of name and penalty."""
         return list(self.items())  # pyright: ignore[reportReturnType]
 
-    def loss(self, W_dec: Tensor, critic: Critic | None, step: int, crew: Crew) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def loss(self, W_dec: Tensor, critic: Critic | None, step: int, parallelism: Parallelism) -> tuple[Tensor | None, dict[str, Tensor]]:
         """This rank's share of the weighted penalty loss (None if all weights are 0 now), and the value of each penalty with a weight.
 
         Weights are multiplied by `d_in`: the papers' squared error is a mean over `d_in`, SAELens's is a sum.
@@ -72,15 +74,22 @@ class Penalties(nn.ModuleDict):
             weight = W_dec.shape[1] * penalty.weight * warm_up(step, penalty.warm_up_steps)
             if weight == 0:
                 continue
-            value = penalty.rank_share(W_dec, critic, step, crew)
-            values[name] = crew.all.summed(value)
+            value = penalty.rank_share(W_dec, critic, step, parallelism)
+            values[name] = parallelism.world.sum_tensor(value)
             if value.requires_grad:  # `Orthogonality` with `every` > 1 is a constant 0 at most steps
                 total = weight * value if total is None else total + weight * value
         return total, values
 
     @torch.no_grad()
     def values_by_name(
-        self, W_dec: Tensor, critic: Critic | None, step: int, crew: Crew, known: dict[str, Tensor], *, critic_is_trained: bool
+        self,
+        W_dec: Tensor,
+        critic: Critic | None,
+        step: int,
+        parallelism: Parallelism,
+        known: dict[str, Tensor],
+        *,
+        critic_is_trained: bool,
     ) -> dict[str, Tensor]:
         """The value of every penalty: the `known` ones, and all others computed here.
 
@@ -88,7 +97,7 @@ class Penalties(nn.ModuleDict):
         """
         for name, penalty in self.named():
             if name not in known and (critic_is_trained or not penalty.needs_critic):
-                known = {**known, name: crew.all.summed(penalty.rank_share(W_dec, critic, step, crew))}
+                known = {**known, name: parallelism.world.sum_tensor(penalty.rank_share(W_dec, critic, step, parallelism))}
         return known
 
 
@@ -112,16 +121,18 @@ class Decomposability(Penalty):
 
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """Mean decomposability of all rows, or of the rows drawn for this step."""
-        return self.rank_share(W_dec, critic, step, Crew())
+        return self.rank_share(W_dec, critic, step, Parallelism())
 
-    def rank_share(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
+    def rank_share(
+        self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, parallelism: Parallelism
+    ) -> Float[Tensor, ""]:
         """The mean over the rows that this rank processes, times the fraction of all rows that these are."""
         assert critic is not None
-        drawn, count, decoder = None, len(W_dec), own(W_dec)
+        drawn, count, decoder = None, len(W_dec), local(W_dec)
         if self.rows < 1:
             count = max(1, round(self.rows * len(W_dec)))
             drawn = order(len(W_dec), step=step, seed=self.seed)[:count]
-        indices = share(W_dec, drawn, crew)
+        indices = local_rows(W_dec, drawn, parallelism)
         with torch.no_grad():
             rows = decoder if indices is None else decoder.index_select(0, indices)
             reconstruction = critic(functional.unit_rows(rows, LENT.take("unit", rows.shape, rows)))
@@ -130,7 +141,7 @@ class Decomposability(Penalty):
             return functional.decomposability_with_slope(chunk, rebuilt.to(chunk.dtype), self.sigma_sq)
 
         mean = mean_over_rows(value_and_slope, decoder, reconstruction, indices)
-        return mean if crew.all.alone else mean * (len(reconstruction) / count)
+        return mean if parallelism.world.is_single else mean * (len(reconstruction) / count)
 
 
 @final
@@ -148,14 +159,16 @@ class Orthogonality(Penalty):
 
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """Mean squared cosine to the nearest neighbour, with the chunks of this step."""
-        return self.rank_share(W_dec, critic, step, Crew())
+        return self.rank_share(W_dec, critic, step, Parallelism())
 
-    def rank_share(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, crew: Crew) -> Float[Tensor, ""]:
+    def rank_share(
+        self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, parallelism: Parallelism
+    ) -> Float[Tensor, ""]:
         """The sum over this rank's slice of every chunk, divided by the number of all rows. Neighbours are searched in the whole chunk."""
         if step % self.every:
-            return own(W_dec).new_zeros(())
-        W_dec = whole(W_dec)
+            return local(W_dec).new_zeros(())
+        W_dec = full(W_dec)
         permuted = order(len(W_dec), step=step, seed=self.seed).to(W_dec.device)
         chunks = list(permuted.chunk(-(-len(permuted) // self.chunk_size)))
-        shares = [crew.all.share(len(chunk)) for chunk in chunks]
+        shares = [parallelism.world.even_slice(len(chunk)) for chunk in chunks]
         return self.every * functional.orthogonality(W_dec, chunks, shares).sum() / len(W_dec)

@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other, and nothing where there is but one."""
+"""Communication among the processes of one run. With a single process every operation is the identity."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,150 +11,150 @@ from torch import distributed as dist
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among those that train one SAE. Each calls the same methods in the same order."""
+class ProcessGroup:
+    """Processes that communicate, seen from one of them. Each calls the same methods in the same order."""
 
     rank: int = 0
-    """Which it is."""
+    """Index of this process in the group."""
     world_size: int = 1
-    """How many there are."""
-    sent: list[int] | None = None
-    """Bytes that were given away so far, where somebody counts."""
+    """Number of processes in the group."""
+    bytes_sent: list[int] | None = None
+    """Sizes of the messages sent by this process; None does not count them."""
     group: Any = None
-    """Torch's group of them; its default one where none is named."""
+    """Torch's process group; None is torch's default group."""
 
     @classmethod
-    def joined(cls) -> "Ranks":
-        """All that have joined torch's default group; this one alone where there is none."""
-        there = dist.is_available() and dist.is_initialized()
-        return cls(dist.get_rank(), dist.get_world_size()) if there else ALONE
+    def default(cls) -> "ProcessGroup":
+        """All processes of torch's default group, or a single process if there is none."""
+        initialized = dist.is_available() and dist.is_initialized()
+        return cls(dist.get_rank(), dist.get_world_size()) if initialized else SINGLE
 
-    def within(self, group: Any) -> "Ranks":
-        """Those of these that are in a group of torch's."""
-        return Ranks(dist.get_rank(group), dist.get_world_size(group), self.sent, group)
+    def subgroup(self, group: Any) -> "ProcessGroup":
+        """The processes of one of torch's process groups; messages are counted in the same list."""
+        return ProcessGroup(dist.get_rank(group), dist.get_world_size(group), self.bytes_sent, group)
 
     @property
-    def alone(self) -> bool:
-        """Whether there is nobody to talk to."""
+    def is_single(self) -> bool:
+        """Whether the group has one process only."""
         return self.world_size == 1
 
-    def share(self, count: int) -> slice:
-        """This rank's of so many things, in the order of ranks, as even as can be.
+    def even_slice(self, count: int) -> slice:
+        """This rank's slice of `count` items that are divided among ranks as evenly as possible.
 
-        >>> [Ranks(rank, 3).share(7) for rank in range(3)]
+        >>> [ProcessGroup(rank, 3).even_slice(7) for rank in range(3)]
         [slice(0, 3, None), slice(3, 5, None), slice(5, 7, None)]
         """
-        size, more = divmod(count, self.world_size)
-        begin = self.rank * size + min(self.rank, more)
-        return slice(begin, begin + size + (self.rank < more))
+        size, remainder = divmod(count, self.world_size)
+        begin = self.rank * size + min(self.rank, remainder)
+        return slice(begin, begin + size + (self.rank < remainder))
 
-    def sum_(self, *tensors: Tensor | None) -> None:
-        """Each tensor the sum over ranks, in place: the same bits on all of them."""
-        self._reduce(tensors, dist.ReduceOp.SUM)
+    def all_reduce_sum_(self, *tensors: Tensor | None) -> None:
+        """Replace each tensor by its sum over ranks, in place. All ranks get the same bits."""
+        self._all_reduce(tensors, dist.ReduceOp.SUM)
 
-    def first_(self, *tensors: Tensor | None) -> None:
-        """Each tensor what the first rank has, in place."""
-        for tensor in tensors if not self.alone else ():
+    def all_reduce_max_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its elementwise maximum over ranks, in place."""
+        self._all_reduce(tensors, dist.ReduceOp.MAX)
+
+    def broadcast_(self, *tensors: Tensor | None) -> None:
+        """Replace each tensor by rank 0's, in place."""
+        for tensor in tensors if not self.is_single else ():
             if tensor is not None:
                 dist.broadcast(tensor, group=self.group, group_src=0)
-                self._count(tensor if self.rank == 0 else tensor[:0])
+                self._count_bytes(tensor if self.rank == 0 else tensor[:0])
 
-    def summed(self, part: Tensor) -> Tensor:
-        """The sum over ranks; the part stays what it is."""
-        whole = part.detach().clone()
-        self.sum_(whole)
-        return whole
+    def sum_tensor(self, tensor: Tensor) -> Tensor:
+        """A new tensor: the sum over ranks."""
+        total = tensor.detach().clone()
+        self.all_reduce_sum_(total)
+        return total
 
-    def largest_(self, *tensors: Tensor) -> None:
-        """Each tensor the largest over ranks, in place."""
-        self._reduce(tensors, dist.ReduceOp.MAX)
+    def sum_scalar(self, value: float, like: Tensor) -> float:
+        """The sum of a number over ranks; messages use the device of `like`."""
+        return value if self.is_single else self._reduce_scalar(value, like, self.all_reduce_sum_)
 
-    def total(self, value: float, like: Tensor) -> float:
-        """The sum over ranks of a number; `like` lies where messages are made."""
-        return value if self.alone else self._of(value, like, self.sum_)
+    def max_scalar(self, value: float, like: Tensor) -> float:
+        """The maximum of a number over ranks; messages use the device of `like`."""
+        return value if self.is_single else self._reduce_scalar(value, like, self.all_reduce_max_)
 
-    def most(self, value: float, like: Tensor) -> float:
-        """The largest over ranks of a number."""
-        return value if self.alone else self._of(value, like, self.largest_)
-
-    def each(self, value: int, like: Tensor) -> list[int]:
-        """A number of every rank, in their order."""
-        if self.alone:
+    def gather_int(self, value: int, like: Tensor) -> list[int]:
+        """The integer of every rank, ordered by rank; messages use the device of `like`."""
+        if self.is_single:
             return [value]
-        numbers = torch.zeros(self.world_size, dtype=torch.int64, device=like.device)
-        numbers[self.rank] = value
-        self.sum_(numbers)
-        return numbers.tolist()
+        values = torch.zeros(self.world_size, dtype=torch.int64, device=like.device)
+        values[self.rank] = value
+        self.all_reduce_sum_(values)
+        return values.tolist()
 
-    def place(self, count: int, like: Tensor) -> slice:
-        """Where this rank's are among so many things of each, in the order of ranks."""
-        begin = sum(self.each(count, like)[: self.rank])
+    def rank_slice(self, count: int, like: Tensor) -> slice:
+        """This rank's slice of the concatenation over ranks, where this rank has `count` items."""
+        begin = sum(self.gather_int(count, like)[: self.rank])
         return slice(begin, begin + count)
 
-    def together(self, rows: Float[Tensor, "row d"]) -> Float[Tensor, "all d"]:
-        """The rows of every rank, in their order."""
-        if self.alone:
+    def all_gather_rows(self, rows: Float[Tensor, "row d"]) -> Float[Tensor, "all d"]:
+        """The rows of all ranks, concatenated by rank; ranks may have different numbers of rows."""
+        if self.is_single:
             return rows
-        counts = self.each(len(rows), rows)
+        counts = self.gather_int(len(rows), rows)
         parts = [rows.new_empty(count, *rows.shape[1:]) for count in counts]
         for rank, part in enumerate(parts):
             if rank == self.rank:
                 part.copy_(rows)
             dist.broadcast(part, group=self.group, group_src=rank)
-            self._count(part if rank == self.rank else part[:0])
+            self._count_bytes(part if rank == self.rank else part[:0])
         return torch.cat(parts)
 
-    def beside(self, matrix: Float[Tensor, "row column"]) -> Float[Tensor, "row all"]:
-        """Matrices of one shape, one of each rank, beside each other in their order."""
-        if self.alone:
+    def all_gather_columns(self, matrix: Float[Tensor, "row column"]) -> Float[Tensor, "row all"]:
+        """The matrices of all ranks, which have one shape, concatenated along columns by rank."""
+        if self.is_single:
             return matrix
         parts = [torch.empty_like(matrix) for _ in range(self.world_size)]
         dist.all_gather(parts, matrix.contiguous(), group=self.group)
-        self._count(matrix)
+        self._count_bytes(matrix)
         return torch.cat(parts, 1)
 
-    def _of(self, value: float, like: Tensor, by: Any) -> float:
+    def _reduce_scalar(self, value: float, like: Tensor, all_reduce_: Any) -> float:
         number = torch.tensor(value, dtype=torch.float64, device=like.device)
-        by(number)
+        all_reduce_(number)
         return number.item()
 
-    def _reduce(self, tensors: Iterable[Tensor | None], op: Any) -> None:
-        if self.alone:
+    def _all_reduce(self, tensors: Iterable[Tensor | None], operation: Any) -> None:
+        if self.is_single:
             return
-        given = [tensor for tensor in tensors if tensor is not None]
-        for work in [dist.all_reduce(tensor, op=op, group=self.group, async_op=True) for tensor in given]:
+        present = [tensor for tensor in tensors if tensor is not None]
+        for work in [dist.all_reduce(tensor, op=operation, group=self.group, async_op=True) for tensor in present]:
             assert work is not None
             work.wait()
-        self._count(*given)
+        self._count_bytes(*present)
 
-    def _count(self, *tensors: Tensor) -> None:
-        if self.sent is not None:
-            self.sent.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    def _count_bytes(self, *tensors: Tensor) -> None:
+        if self.bytes_sent is not None:
+            self.bytes_sent.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 
-ALONE = Ranks()
-"""One process."""
+SINGLE = ProcessGroup()
+"""A group of one process."""
 
 
 @dataclass(frozen=True)
-class Crew:
-    """How the ranks divide the work on one SAE."""
+class Parallelism:
+    """How ranks divide the training of one SAE: by tokens, by latents, or both."""
 
-    all: Ranks = ALONE
-    """Every rank."""
-    rows: Ranks = ALONE
-    """Those that have this rank's latents, and other rows."""
-    latents: Ranks = ALONE
-    """Those that have this rank's rows, and other latents."""
+    world: ProcessGroup = SINGLE
+    """All ranks."""
+    data_group: ProcessGroup = SINGLE
+    """Data-parallel group: same shard of latents, different tokens."""
+    tensor_group: ProcessGroup = SINGLE
+    """Tensor-parallel group: same tokens, different shard of latents."""
 
     @classmethod
-    def of(cls, ranks: Ranks, mesh: Any = None) -> "Crew":
-        """Each has all latents, or, on a mesh of Lightning's, its part of them."""
+    def of(cls, world: ProcessGroup, mesh: Any = None) -> "Parallelism":
+        """Data parallelism over all ranks or, with a device mesh of Lightning's, the groups of that mesh."""
         if mesh is None:
-            return cls(ranks, ranks)
-        return cls(ranks, ranks.within(mesh.get_group("data_parallel")), ranks.within(mesh.get_group("tensor_parallel")))
+            return cls(world, world)
+        return cls(world, world.subgroup(mesh.get_group("data_parallel")), world.subgroup(mesh.get_group("tensor_parallel")))
 
     @property
-    def within(self) -> "Crew":
-        """Those that have this rank's rows, as if there were no others."""
-        return Crew(self.latents, ALONE, self.latents)
+    def tensor_only(self) -> "Parallelism":
+        """The tensor-parallel group alone, without data parallelism."""
+        return Parallelism(self.tensor_group, SINGLE, self.tensor_group)

@@ -1,4 +1,4 @@
-"""Matrices whose latents are divided among ranks, as torch's DTensor has them, and the sums that gradients take across ranks."""
+"""Matrices whose latents are sharded among ranks as DTensors, and the autograd functions that sum across ranks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,92 +9,96 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from metasae_lightning.compute.process_group import Crew, Ranks
+from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
 
 
-def divide(module: nn.Module, mesh: Any, along: Mapping[str, int]) -> None:
-    """Have each rank of a mesh keep its part of these parameters, each along its dimension, and all of every other one.
+def shard_parameters(module: nn.Module, mesh: Any, dimensions: Mapping[str, int]) -> None:
+    """Shard the named parameters of a module along their dimensions, and replicate its other parameters.
 
-    Every rank has the same values before: nothing is sent, and no more than its part moves to its device. Dimensions divide evenly.
+    Every rank has the full values before, so nothing is sent, and only a rank's shard moves to its device. The dimensions must divide
+    evenly.
     """
     for name, parameter in list(module.named_parameters(recurse=False)):
-        place = Shard(along[name]) if name in along else Replicate()
-        # In memory of its own: what was divided can be let go of.
-        part = _part(parameter.detach(), mesh, place).clone(memory_format=torch.contiguous_format)
-        setattr(module, name, nn.Parameter(DTensor.from_local(part, mesh, [place], run_check=False)))
+        placement = Shard(dimensions[name]) if name in dimensions else Replicate()
+        # A copy, so that the full parameter can be freed.
+        shard = _shard_of(parameter.detach(), mesh, placement).clone(memory_format=torch.contiguous_format)
+        setattr(module, name, nn.Parameter(DTensor.from_local(shard, mesh, [placement], run_check=False)))
 
 
-def divided(tensor: Tensor) -> bool:
-    """Whether a rank has no more than its part of it."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each rank holds only a shard of the tensor."""
     return isinstance(tensor, DTensor) and isinstance(tensor.placements[0], Shard)
 
 
-def own(tensor: Tensor) -> Tensor:
-    """This rank's part of what is divided; a gradient goes back to it, and what is written into it stays."""
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard, as a view: gradients flow to it, and writes to it stay."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of what is divided, on every rank: each makes a part of its gradient, and they add up."""
+def full(tensor: Tensor) -> Tensor:
+    """The full tensor on every rank. Backward: each rank contributes a part of the gradient, and the parts are summed."""
     return tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
 
 
-def first(tensor: Tensor, ranks: Ranks) -> int:
-    """Which row of the whole is the first of this rank's part, of those that have other rows of it."""
-    return ranks.rank * len(own(tensor)) if isinstance(tensor, DTensor) else 0
+def shard_offset(tensor: Tensor, group: ProcessGroup) -> int:
+    """Index in the full tensor of the first row of this rank's shard."""
+    return group.rank * len(local(tensor)) if isinstance(tensor, DTensor) else 0
 
 
-def mine(chosen: Int[Tensor, " row"], tensor: Tensor, ranks: Ranks) -> Int[Tensor, " own"]:
-    """Those of some rows of the whole that this rank has, by their numbers in its part."""
+def local_indices(indices: Int[Tensor, " row"], tensor: Tensor, group: ProcessGroup) -> Int[Tensor, " local"]:
+    """Those of some row indices of the full tensor that lie in this rank's shard, as indices into the shard."""
     if not isinstance(tensor, DTensor):
-        return chosen
-    begin = first(tensor, ranks)
-    return chosen[(chosen >= begin) & (chosen < begin + len(own(tensor)))] - begin
+        return indices
+    begin = shard_offset(tensor, group)
+    return indices[(indices >= begin) & (indices < begin + len(local(tensor)))] - begin
 
 
 @torch.no_grad()
-def fill(tensor: Tensor, values: Tensor) -> None:
-    """Give a tensor, divided or not, these values, which every rank has all of."""
+def copy_into(tensor: Tensor, values: Tensor) -> None:
+    """Copy full values, which every rank has, into a tensor that may be sharded."""
     if isinstance(tensor, DTensor):
-        values = _part(values, tensor.device_mesh, tensor.placements[0])
-    own(tensor).copy_(values)
+        values = _shard_of(values, tensor.device_mesh, tensor.placements[0])
+    local(tensor).copy_(values)
 
 
 @torch.no_grad()
-def gathered(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Everything whole, in ordinary memory, where it is to be kept; every rank takes part."""
-    found: dict[str, Tensor] = {}
+def full_state_dict(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """All tensors in full, on the CPU, on the ranks with `keep`; an empty dict on others. All ranks must call it."""
+    full_tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        all_of_it = whole(tensor.detach())
+        full_tensor = full(tensor.detach())
         if keep:
-            found[name] = all_of_it.cpu()
-    return found
+            full_tensors[name] = full_tensor.cpu()
+    return full_tensors
 
 
-def share(decoder: Tensor, chosen: Int[Tensor, " row"] | None, crew: Crew) -> Int[Tensor, " own"] | None:
-    """Which of this rank's decoder rows are its share of the work on those `chosen` of the whole, or on all; none is all it has."""
-    if chosen is not None:
-        chosen = mine(chosen, decoder, crew.latents)
-    if not crew.rows.alone:
-        chosen = torch.arange(len(own(decoder))) if chosen is None else chosen
-        chosen = chosen[crew.rows.share(len(chosen))]
-    return None if chosen is None else chosen.to(decoder.device)
+def local_rows(decoder: Tensor, indices: Int[Tensor, " row"] | None, parallelism: Parallelism) -> Int[Tensor, " local"] | None:
+    """Indices, into this rank's shard, of the rows that it should process; None means every row of the shard.
+
+    `indices` limits the work to some rows of the full decoder. Ranks of a data-parallel group divide the rows among them.
+    """
+    if indices is not None:
+        indices = local_indices(indices, decoder, parallelism.tensor_group)
+    if not parallelism.data_group.is_single:
+        indices = torch.arange(len(local(decoder))) if indices is None else indices
+        indices = indices[parallelism.data_group.even_slice(len(indices))]
+    return None if indices is None else indices.to(decoder.device)
 
 
-def added(part: Tensor, ranks: Ranks) -> Tensor:
-    """The sum of what each rank has made, on all of them: each one's part takes the gradient of the sum."""
-    return part if ranks.alone else _Added.apply(part, ranks)  # type: ignore[return-value]
+def all_reduce_sum(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """Forward: the sum over ranks. Backward: the identity."""
+    return tensor if group.is_single else _AllReduceSum.apply(tensor, group)  # type: ignore[return-value]
 
 
-def shared(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """What all ranks have alike and each makes a part of what follows from: its gradient is the sum of theirs."""
-    return tensor if ranks.alone else _Shared.apply(tensor, ranks)  # type: ignore[return-value]
+def replicated(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """A replicated tensor that every rank uses in a part of the computation. Forward: the identity. Backward: the sum over ranks."""
+    return tensor if group.is_single else _Replicated.apply(tensor, group)  # type: ignore[return-value]
 
 
-class _Added(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
-        return ranks.summed(part)
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        return group.sum_tensor(tensor)
 
     @staticmethod
     @once_differentiable
@@ -102,18 +106,18 @@ class _Added(torch.autograd.Function):
         return gradients[0], None
 
 
-class _Shared(torch.autograd.Function):
+class _Replicated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
         return tensor.view_as(tensor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.ranks.summed(gradients[0]), None
+        return ctx.group.sum_tensor(gradients[0]), None
 
 
-def _part(tensor: Tensor, mesh: Any, place: Any) -> Tensor:
-    """A rank's part of what it has all of."""
-    return tensor.chunk(mesh.size(), place.dim)[mesh.get_local_rank()] if isinstance(place, Shard) else tensor
+def _shard_of(tensor: Tensor, mesh: Any, placement: Any) -> Tensor:
+    """This rank's shard of a full tensor; a replicated tensor as it is."""
+    return tensor.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()] if isinstance(placement, Shard) else tensor

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metasae_lightning.compute.process_group import Ranks
+from metasae_lightning.compute.process_group import ProcessGroup
 
 # A positive float's bits are ordered as it is. So many of them are looked at in a round, from the first that matter on.
 DIGIT = 12
@@ -24,7 +24,7 @@ class Cut(NamedTuple):
     """Whether there were as many as were asked for."""
 
 
-def cut(values: Float[Tensor, " value"], count: int, ranks: Ranks) -> Cut:
+def cut(values: Float[Tensor, " value"], count: int, ranks: ProcessGroup) -> Cut:
     """The `count` largest of the positive numbers of all ranks; of equals those of earlier ranks, and of a rank's own the first.
 
     Each round tells how many numbers begin with each string of bits, and goes on with the one that the cut goes through.
@@ -41,10 +41,10 @@ def cut(values: Float[Tensor, " value"], count: int, ranks: Ranks) -> Cut:
         width = min(DIGIT, bits - last)
         digits = (inside >> last).bitwise_and(2**width - 1)
         numbers = torch.bincount(digits, minlength=2**width)
-        ranks.sum_(numbers)
+        ranks.all_reduce_sum_(numbers)
         least = numbers.flip(0).cumsum(0).flip(0)  # how many begin so, or higher
         if prefix is None and int(least[0]) <= count:
-            edge = ranks.most(-values[positive].min().item() if len(inside) else -torch.inf, values)
+            edge = ranks.max_scalar(-values[positive].min().item() if len(inside) else -torch.inf, values)
             return Cut(positive, None if edge == -torch.inf else -edge, int(least[0]) == count)
         digit = int((least >= left).sum()) - 1
         left -= int(least[digit] - numbers[digit])
@@ -53,6 +53,6 @@ def cut(values: Float[Tensor, " value"], count: int, ranks: Ranks) -> Cut:
     edge = keys.new_tensor(prefix)
     keep = positive & (keys > edge)
     # All that are left are equal.
-    own = min(max(left - sum(ranks.each(len(inside), values)[: ranks.rank]), 0), len(inside))
+    own = min(max(left - sum(ranks.gather_int(len(inside), values)[: ranks.rank]), 0), len(inside))
     keep[(keys == edge).nonzero().flatten()[:own]] = True
     return Cut(keep, edge.view(values.dtype).item(), True)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metasae_lightning.compute.sharding import fill
+from metasae_lightning.compute.sharding import copy_into
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae.normalizers import ExpectedAverage, Normalizer
 from metasae_lightning.sae.thresholds import global_threshold
@@ -61,7 +61,7 @@ def transfer_weights(source: Any, target: Any, normalizer: Normalizer, z: Float[
         source_names, target_names = ", ".join(sorted(weights)), ", ".join(sorted(parameters))
         raise InputError(f"init_from: {architectures[0]!r} has {source_names}, and {architectures[1]!r} wants {target_names}")
     for name, parameter in parameters.items():
-        fill(parameter, weights[name])
+        copy_into(parameter, weights[name])
     return lost
 
 

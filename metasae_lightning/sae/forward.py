@@ -12,8 +12,8 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
 from metasae_lightning import compute
-from metasae_lightning.compute.process_group import Crew, Ranks
-from metasae_lightning.compute.sharding import added, first, mine, own, shared
+from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
+from metasae_lightning.compute.sharding import all_reduce_sum, local, local_indices, replicated, shard_offset
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae.forward_result import ForwardResult
 from metasae_lightning.sae.pretrained import AnySAE
@@ -37,11 +37,11 @@ class ForwardPass(ABC):
         self.sae: Any = sae
         self.cached_support: tuple[Tensor, Tensor] | None = None
         """Row and latent indices of the nonzeros that `read` with `reuse_support` keeps."""
-        self.crew = Crew()
+        self.parallelism = Parallelism()
         """The ranks whose batches are ranked together, and those that have the other latents."""
 
     @abstractmethod
-    def join(self, crew: Crew, cut: BatchCut) -> None:
+    def join(self, parallelism: Parallelism, cut: BatchCut) -> None:
         """Train together with other ranks, each of which has part of the batch or part of the latents."""
 
     @abstractmethod
@@ -80,9 +80,9 @@ def forward_pass_for(sae: AnySAE, kernels: Kernels, *, n_fixed_rows: int = 0) ->
 class DenseForward(ForwardPass):
     """SAELens's own forward pass."""
 
-    def join(self, crew: Crew, cut: BatchCut) -> None:
+    def join(self, parallelism: Parallelism, cut: BatchCut) -> None:
         """Refuse a top-k over the batches of several ranks, which SAELens cannot compute."""
-        if isinstance(self.sae, BatchTopKTrainingSAE) and cut == "global" and not crew.all.alone:
+        if isinstance(self.sae, BatchTopKTrainingSAE) and cut == "global" and not parallelism.world.is_single:
             raise InputError(
                 f"SAELens's own {type(self.sae).__name__} ranks each process's batch separately: set kernels: sparse where it is one of "
                 f"{', '.join(cls.__name__ for cls in TOP_K_CLASSES)}, or batch_cut: local"
@@ -129,20 +129,20 @@ class SparseForward(ForwardPass):
         # Fixed rows are overwritten in place. The rows of a new batch are not: the previous ones may still be in use.
         self._rows = compute.Memory() if screen is not None else None
 
-    def join(self, crew: Crew, cut: BatchCut) -> None:
+    def join(self, parallelism: Parallelism, cut: BatchCut) -> None:
         """Rank the activations of all ranks' batches together, or of this rank's batch; latents may be sharded in both cases."""
-        self.crew = crew if cut == "global" else crew.within
+        self.parallelism = parallelism if cut == "global" else parallelism.tensor_only
 
     def check_divisible(self) -> None:
         """Accept: the kernels look up at each call which latents this rank has."""
 
     def train(self, z: Tensor, *, dead: Tensor, step: int, fresh_gradients: bool) -> ForwardResult:
         """The architecture's mean squared errors and its auxiliary loss on the dead latents; a threshold is updated as SAELens does."""
-        W_dec, b_dec = own(self.sae.W_dec), own(self.sae.b_dec)
+        W_dec, b_dec = local(self.sae.W_dec), local(self.sae.b_dec)
         z, all_dead = z.to(W_dec.dtype), dead.nonzero().flatten()
-        dead_latents = mine(all_dead, self.sae.W_dec, self.crew.latents)
+        dead_latents = local_indices(all_dead, self.sae.W_dec, self.parallelism.tensor_group)
         encoded = self._encode(z, dead_latents, fresh_gradients)
-        buffers, ranks = self._gradients if fresh_gradients else None, self.crew.latents
+        buffers, ranks = self._gradients if fresh_gradients else None, self.parallelism.tensor_group
         if len(self._widths) == 1:
             row_buffers = self._rows if fresh_gradients else None
             error, difference, dead_rows = compute.squared_error(
@@ -173,18 +173,20 @@ class SparseForward(ForwardPass):
             self.cached_support = encoded.pattern.rows, encoded.pattern.columns
         with torch.autocast(z.device.type, enabled=False):
             buffer = compute.LENT.take("rebuilt", z.shape, encoded.values) if reuse_output else None
-            reconstruction = encoded.pattern.product(encoded.values, own(self.sae.W_dec), buffer)
-            self.crew.latents.sum_(reconstruction)
-            return self._codes(encoded), reconstruction.add_(own(self.sae.b_dec))
+            reconstruction = encoded.pattern.product(encoded.values, local(self.sae.W_dec), buffer)
+            self.parallelism.tensor_group.all_reduce_sum_(reconstruction)
+            return self._codes(encoded), reconstruction.add_(local(self.sae.b_dec))
 
     def _encode(self, z: Tensor, dead_latents: Tensor | None, fresh_gradients: bool) -> compute.Encoded:
         """The top-k activations, and all activations of the dead latents."""
         sae = self.sae
         each_row = not isinstance(sae, BatchTopKTrainingSAE)
-        rule = compute.Rule(sae.cfg.k, each_row, self._last_cut, self.screen, self.crew)
-        origin = shared(own(sae.b_dec), self.crew.latents) if sae.cfg.apply_b_dec_to_input else None
+        rule = compute.Rule(sae.cfg.k, each_row, self._last_cut, self.screen, self.parallelism)
+        origin = replicated(local(sae.b_dec), self.parallelism.tensor_group) if sae.cfg.apply_b_dec_to_input else None
         buffers: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if fresh_gradients else {}
-        encoded = compute.encode(z, own(sae.W_enc), own(sae.b_enc), rule, origin=origin, scale=self._norms, apart=dead_latents, **buffers)
+        encoded = compute.encode(
+            z, local(sae.W_enc), local(sae.b_enc), rule, origin=origin, scale=self._norms, apart=dead_latents, **buffers
+        )
         self._last_cut = encoded.edge
         return encoded
 
@@ -202,18 +204,18 @@ class SparseForward(ForwardPass):
         """The reconstruction by the latents below each matryoshka width (the last by all latents), and the dead latents' decoder rows."""
         pattern, order = _split_by_level(encoded.pattern, [width - self._first for width in self._widths])
         reconstructions, dead_rows = compute.decode(encoded.values[order], pattern, W_dec, dead_latents, buffers)
-        reconstructions = added(reconstructions, self.crew.latents)
+        reconstructions = all_reduce_sum(reconstructions, self.parallelism.tensor_group)
         return reconstructions.view(len(self._widths), -1, reconstructions.shape[1]).cumsum(0) + b_dec, dead_rows
 
     @property
     def _norms(self) -> Tensor | None:
         """The norms of the decoder rows, where the architecture ranks activations times norms."""
-        return own(self.sae.W_dec).detach().norm(dim=-1) if self.sae.cfg.rescale_acts_by_decoder_norm else None
+        return local(self.sae.W_dec).detach().norm(dim=-1) if self.sae.cfg.rescale_acts_by_decoder_norm else None
 
     @property
     def _first(self) -> int:
         """Index of the first latent of this rank's shard."""
-        return first(self.sae.W_dec, self.crew.latents)
+        return shard_offset(self.sae.W_dec, self.parallelism.tensor_group)
 
     @property
     def _widths(self) -> list[int]:
@@ -233,20 +235,20 @@ class SparseForward(ForwardPass):
         """
         widths = self._widths if getattr(self.sae.cfg, "use_matryoshka_aux_loss", False) else self._widths[-1:]
         borders = [0, *torch.searchsorted(dead_latents, dead_latents.new_tensor(widths) - self._first).tolist()]
-        norms, k_aux, total, ranks = self._norms, dead_rows.shape[1] // 2, dead_rows.new_zeros(()), self.crew.latents
+        norms, k_aux, total, ranks = self._norms, dead_rows.shape[1] // 2, dead_rows.new_zeros(()), self.parallelism.tensor_group
         for begin, end, residual in zip(borders[:-1], borders[1:], residuals[-len(widths) :], strict=True):
-            counts = ranks.each(end - begin, dead_rows)
+            counts = ranks.gather_int(end - begin, dead_rows)
             if not sum(counts):
                 continue
             level_acts = acts[:, begin:end]
             if sum(counts) > k_aux:
                 scores = level_acts.detach() if norms is None else level_acts.detach() * norms[dead_latents[begin:end]]
                 level_acts = level_acts * _topk_mask(scores, k_aux, max(counts), ranks)
-            total = total + min(sum(counts) / k_aux, 1.0) * _error(added(level_acts @ dead_rows[begin:end], ranks), residual)
+            total = total + min(sum(counts) / k_aux, 1.0) * _error(all_reduce_sum(level_acts @ dead_rows[begin:end], ranks), residual)
         return self.sae.cfg.aux_loss_coefficient * total
 
 
-def _topk_mask(scores: Tensor, k: int, max_columns: int, ranks: Ranks) -> Tensor:
+def _topk_mask(scores: Tensor, k: int, max_columns: int, ranks: ProcessGroup) -> Tensor:
     """Mask of each row's `k` largest scores among the columns of all ranks, each of which has at most `max_columns`."""
     local_columns = scores.topk(min(k, scores.shape[1]), sorted=False).indices
     padding = min(k, max_columns) - local_columns.shape[1]

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metasae_lightning import functional
-from metasae_lightning.compute.process_group import Ranks
+from metasae_lightning.compute.process_group import ProcessGroup
 from metasae_lightning.step import Codes, StepStats
 
 
@@ -38,12 +38,12 @@ class ForwardResult:
         return ForwardResult(self.loss, self.losses, codes.slice_rows(rows), lambda: self.reconstruction[rows])
 
 
-def gather_codes(codes: Codes, shard_offset: int, d_sae: int, ranks: Ranks) -> Codes:
+def gather_codes(codes: Codes, shard_offset: int, d_sae: int, ranks: ProcessGroup) -> Codes:
     """The codes of all latents, from each rank's codes of its own shard of latents, which starts at `shard_offset`."""
-    if ranks.alone:
+    if ranks.is_single:
         return codes
     # float64 represents every row and latent index exactly.
-    gathered = ranks.together(torch.stack([codes.rows.double(), (codes.latents + shard_offset).double(), codes.values.double()], 1))
+    gathered = ranks.all_gather_rows(torch.stack([codes.rows.double(), (codes.latents + shard_offset).double(), codes.values.double()], 1))
     rows, latents, values = gathered[(gathered[:, 0] * d_sae + gathered[:, 1]).argsort()].unbind(1)
     return Codes(rows.long(), latents.long(), values.to(codes.values.dtype), (codes.shape[0], d_sae))
 
@@ -63,14 +63,14 @@ def concatenate_results(results: list[ForwardResult]) -> ForwardResult:
     return ForwardResult(loss, losses, codes, lambda: torch.cat([result.reconstruction for result in results]))
 
 
-def step_stats(x: Float[Tensor, "row d_in"], result: ForwardResult, *, dead: float, ranks: Ranks) -> StepStats:
+def step_stats(x: Float[Tensor, "row d_in"], result: ForwardResult, *, dead: float, ranks: ProcessGroup) -> StepStats:
     """Loss, FVU and L0 of a step over the rows of all ranks; `x` and `result` are this rank's, `dead` is the dead fraction."""
-    if ranks.alone:
+    if ranks.is_single:
         return StepStats(result.loss.detach(), result.losses, functional.fvu(x, result.reconstruction), result.codes.l0, dead)
     n, total, squares, error = functional.reconstruction_sums(x, result.reconstruction)
     means = torch.stack([result.loss.detach(), *result.losses.values(), x.new_tensor(result.codes.l0)]).double() * n
     sums = torch.cat([torch.stack([n, squares, error]), means, total])
-    ranks.sum_(sums)
+    ranks.all_reduce_sum_(sums)
     (n, squares, error), means, total = sums.split([3, len(means), len(total)])
     loss, *losses, l0 = (means / n).to(x.dtype)
     fvu = functional.fvu_of_sums((n, total, squares, error)).to(x.dtype)

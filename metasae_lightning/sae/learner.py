@@ -16,9 +16,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from metasae_lightning import functional
-from metasae_lightning.compute.process_group import Crew
+from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.row_chunks import pieces
-from metasae_lightning.compute.sharding import divide, divided, fill, first, gathered, own
+from metasae_lightning.compute.sharding import copy_into, full_state_dict, is_sharded, local, shard_offset, shard_parameters
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import forward, pretrained
 from metasae_lightning.sae.forward_result import ForwardResult, concatenate_results, gather_codes, step_stats
@@ -74,7 +74,7 @@ class Learner(nn.Module):
         self.role, self.config = role, config
         self.sae = pretrained.build(cfg, role=role, seed=seed)
         self._forward_pass = forward.forward_pass_for(self.sae, config.kernels, n_fixed_rows=config.n_fixed_rows)
-        self.crew = Crew()
+        self.parallelism = Parallelism()
         self.guard: NonFiniteGuard | None = None
         self.normalizer = make_normalizer(cfg.normalize_activations, cfg.d_in)
         self.register_buffer("silent_for", torch.zeros(cfg.d_sae, dtype=torch.int64))
@@ -86,10 +86,10 @@ class Learner(nn.Module):
             self.register_load_state_dict_post_hook(_apply_measured_k)
         self._renormalize()
 
-    def join(self, crew: Crew, cut: forward.BatchCut) -> None:
+    def join(self, parallelism: Parallelism, cut: forward.BatchCut) -> None:
         """Train together with other ranks: each has part of a step's rows or part of the latents, and all make the same step."""
-        self.crew = crew
-        self._forward_pass.join(crew, cut)
+        self.parallelism = parallelism
+        self._forward_pass.join(parallelism, cut)
 
     def divide(self, mesh: Any) -> None:
         """Shard the latents over the ranks of a mesh; an optimiser's state of them is sharded with them."""
@@ -98,11 +98,11 @@ class Learner(nn.Module):
         self._forward_pass.check_divisible()
         if self.sae.cfg.d_sae % mesh.size():
             raise InputError(f"{self.role}.d_sae must be a multiple of the {mesh.size()} ranks that divide it, got {self.sae.cfg.d_sae}")
-        divide(self.sae, mesh, forward.LATENTS)
+        shard_parameters(self.sae, mesh, forward.LATENTS)
 
     def weights(self, *, keep: bool = True) -> dict[str, Tensor]:
         """The SAE's full state dict, on ranks with `keep`, otherwise an empty one; every rank must call this."""
-        return gathered(self.sae.state_dict(), keep=keep)
+        return full_state_dict(self.sae.state_dict(), keep=keep)
 
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
@@ -120,10 +120,10 @@ class Learner(nn.Module):
         if self.initialized or (self.guard is not None and not x.isfinite().all()):
             return None
         # Every rank has the same rows here, so nothing is reduced over data ranks. Full precision, since the results are kept for the run.
-        crew, self._forward_pass.crew = self._forward_pass.crew, self.crew.within
+        parallelism, self._forward_pass.parallelism = self._forward_pass.parallelism, self.parallelism.tensor_only
         with torch.autocast(x.device.type, enabled=False):
             report = self._initialize(x)
-        self._forward_pass.crew = crew
+        self._forward_pass.parallelism = parallelism
         self.initialized.fill_(True)
         return report
 
@@ -133,9 +133,9 @@ class Learner(nn.Module):
         if self.config.init_from is not None:
             return self._load_weights(self.config.init_from, x)
         if self.config.b_dec_init == "mean":
-            fill(self.sae.b_dec, self.normalizer.normalize(x)[0].mean(0))
+            copy_into(self.sae.b_dec, self.normalizer.normalize(x)[0].mean(0))
         elif self.config.b_dec_init == "geometric_median":
-            fill(self.sae.b_dec, functional.geometric_median(self.normalizer.normalize(x)[0]))
+            copy_into(self.sae.b_dec, functional.geometric_median(self.normalizer.normalize(x)[0]))
         return None
 
     def _load_weights(self, init_from: InitFrom, x: Tensor) -> InitReport:
@@ -161,15 +161,17 @@ class Learner(nn.Module):
         optimizer.zero_grad()
         if self.guard is not None:
             self.guard.remember(self._forward_state())
-        count, local_rows = int(self.crew.all.total(len(x), x)), self.crew.latents.place(len(x), x)
-        results = self._backward_micro_batches(self.crew.latents.together(x), count, backward)
+        count, local_rows = int(self.parallelism.world.sum_scalar(len(x), x)), self.parallelism.tensor_group.rank_slice(len(x), x)
+        results = self._backward_micro_batches(self.parallelism.tensor_group.all_gather_rows(x), count, backward)
         if extra_loss is not None:  # in a backward pass of its own, which adds its gradient to that of the loss in place
             backward(extra_loss)
         self._reduce_gradients()
         result = concatenate_results(results)
-        if not self.crew.latents.alone:
+        if not self.parallelism.tensor_group.is_single:
             result = result.select_rows(local_rows, self._gather_codes(result.codes))
-        if self.guard is not None and self.guard.skips(self._checked_tensors(result, extra_loss), self._forward_state(), self.crew.all):
+        if self.guard is not None and self.guard.skips(
+            self._checked_tensors(result, extra_loss), self._forward_state(), self.parallelism.world
+        ):
             self.rows_seen += count
             return replace(result, applied=False)
         self.cached_support = None
@@ -191,13 +193,15 @@ class Learner(nn.Module):
 
     def _reduce_gradients(self) -> None:
         """Sum the gradients over data ranks, and make those of replicated parameters bit-equal on ranks that shard the latents."""
-        if not self.crew.rows.alone:  # a parameter without a gradient on this rank may have one on others, and all take part in the sum
+        if (
+            not self.parallelism.data_group.is_single
+        ):  # a parameter without a gradient on this rank may have one on others, and all take part in the sum
             for parameter in self.sae.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and parameter.grad is None else parameter.grad
         gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
-        self.crew.rows.sum_(*(own(gradient) for gradient in gradients))
+        self.parallelism.data_group.all_reduce_sum_(*(local(gradient) for gradient in gradients))
         # Each rank adds up a replicated gradient in an order of its own: the first rank's result replaces the others.
-        self.crew.latents.first_(*(own(gradient) for gradient in gradients if not divided(gradient)))
+        self.parallelism.tensor_group.broadcast_(*(local(gradient) for gradient in gradients if not is_sharded(gradient)))
 
     def _forward_state(self) -> dict[str, Tensor]:
         """Buffers that a forward pass changes; they are restored when the step is skipped."""
@@ -227,10 +231,10 @@ class Learner(nn.Module):
         `reuse_support`: keep the active latents of the first such call since the last applied step instead of running top-k; for rows
         that have moved little since. `reuse_output`: the reconstruction is in a shared buffer, valid until the next such call.
         """
-        if self.crew.latents.alone:
+        if self.parallelism.tensor_group.is_single:
             return self._read_local(x, reuse_support=reuse_support, reuse_output=reuse_output)
-        local_rows = self.crew.latents.place(len(x), x)
-        codes, reconstruction = self._read_local(self.crew.latents.together(x))
+        local_rows = self.parallelism.tensor_group.rank_slice(len(x), x)
+        codes, reconstruction = self._read_local(self.parallelism.tensor_group.all_gather_rows(x))
         return codes.slice_rows(local_rows), reconstruction[local_rows]
 
     def reconstruct(
@@ -247,13 +251,13 @@ class Learner(nn.Module):
 
     def _gather_codes(self, codes: Codes) -> Codes:
         """Codes in all latents, from the codes of each rank's shard of latents."""
-        return gather_codes(codes, first(self.W_dec, self.crew.latents), len(self.W_dec), self.crew.latents)
+        return gather_codes(codes, shard_offset(self.W_dec, self.parallelism.tensor_group), len(self.W_dec), self.parallelism.tensor_group)
 
     def _forward(self, x: Tensor, *, fresh_gradients: bool) -> ForwardResult:
         """The training forward pass on raw rows; the loss is in normalised space, the reconstruction in raw space."""
         z, undo = self.normalizer.normalize(x)
         out = self._forward_pass.train(z, dead=self.dead, step=int(self.steps), fresh_gradients=fresh_gradients)
-        if self.crew.all.total(out.codes.values.numel(), z):  # SAELens does not update its threshold when no latent fires
+        if self.parallelism.world.sum_scalar(out.codes.values.numel(), z):  # SAELens does not update its threshold when no latent fires
             self.updates += 1
         loss, losses = out.loss, {name: value.detach() for name, value in out.losses.items()}
         if not len(x):  # the mean over no rows is NaN; its weight in the step's loss is 0
@@ -265,7 +269,7 @@ class Learner(nn.Module):
         """Remove the radial part of the decoder's gradient, for unit rows, and clip the norm of the whole gradient."""
         gradient = self.W_dec.grad
         if self.config.decoder_rows == "unit" and gradient is not None:
-            for chunk, rows in pieces(own(gradient), own(self.W_dec)):
+            for chunk, rows in pieces(local(gradient), local(self.W_dec)):
                 chunk.copy_(functional.without_radial(chunk, rows))
         if self.config.clip_grad_norm is not None:
             clip_grad_norm_(self.sae.parameters(), self.config.clip_grad_norm)
@@ -274,7 +278,7 @@ class Learner(nn.Module):
     def _renormalize(self) -> None:
         """Scale the decoder rows to length 1, for unit rows."""
         if self.config.decoder_rows == "unit":
-            for (rows,) in pieces(own(self.W_dec)):
+            for (rows,) in pieces(local(self.W_dec)):
                 rows.copy_(functional.unit_rows(rows))
         # Without this, one autocast context around several steps (outside Lightning) would keep using the weights cast before the first.
         torch.clear_autocast_cache()
@@ -286,17 +290,19 @@ class Learner(nn.Module):
         self.rows_seen += rows
         fired = torch.zeros_like(self.silent_for, dtype=torch.uint8)
         fired[codes.latents] = 1
-        self.crew.all.largest_(fired)
+        self.parallelism.world.all_reduce_max_(fired)
         self.silent_for.add_(rows).masked_fill_(fired.bool(), 0)
-        if self._forward_pass.crew.rows.alone and not self.crew.rows.alone:  # batch_cut: local gives each rank a threshold of its own
+        if (
+            self._forward_pass.parallelism.data_group.is_single and not self.parallelism.data_group.is_single
+        ):  # batch_cut: local gives each rank a threshold of its own
             thresholds = [buffer for buffer in self.sae.buffers() if buffer.is_floating_point()]
-            self.crew.all.sum_(*thresholds)
+            self.parallelism.world.all_reduce_sum_(*thresholds)
             for threshold in thresholds:
-                threshold /= self.crew.all.world_size
+                threshold /= self.parallelism.world.world_size
 
     def step_stats(self, x: Float[Tensor, "rows d_in"], result: ForwardResult) -> StepStats:
         """Loss, FVU, L0 and dead fraction of a step, over the rows of all ranks; `x` are this rank's rows."""
-        return step_stats(x, result, dead=self.dead.float().mean().item(), ranks=self.crew.all)
+        return step_stats(x, result, dead=self.dead.float().mean().item(), ranks=self.parallelism.world)
 
 
 def _apply_measured_k(learner: Learner, _: object = None) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metasae_lightning.compute.process_group import Ranks
-from metasae_lightning.compute.sharding import own
+from metasae_lightning.compute.process_group import ProcessGroup
+from metasae_lightning.compute.sharding import local
 
 
 class NonFiniteGuard:
@@ -30,10 +30,10 @@ class NonFiniteGuard:
         self._state = {name: value.clone() for name, value in state.items()}
 
     @torch.no_grad()
-    def skips(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], ranks: Ranks) -> bool:
+    def skips(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], ranks: ProcessGroup) -> bool:
         """Whether the step must be skipped because one of the `tensors` is not finite on any rank; if so, the buffers are restored."""
         bad_tensor = first_nonfinite(tensors)
-        skipped = bool(ranks.most(bad_tensor is not None, next(iter(tensors.values()))))
+        skipped = bool(ranks.max_scalar(bad_tensor is not None, next(iter(tensors.values()))))
         self.bad_tensor = bad_tensor or "a tensor on another rank" if skipped else None
         self.total, self.in_a_row = self.total + skipped, self.in_a_row + 1 if skipped else 0
         for name, value in state.items() if skipped else ():
@@ -79,7 +79,7 @@ def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
     >>> first_nonfinite({"a": torch.tensor([3e38, 3e38]), "b": torch.tensor([1.0, torch.nan])})
     'b'
     """
-    local_tensors = {name: own(value.detach()) for name, value in tensors.items() if value.is_floating_point()}
+    local_tensors = {name: local(value.detach()) for name, value in tensors.items() if value.is_floating_point()}
     # A finite sum proves that all terms are finite, with one wait for the device. A sum may also overflow: then each tensor is checked.
     sums = [value.sum(dtype=torch.float32) for value in local_tensors.values()]
     if torch.stack([total.to(sums[-1].device) for total in sums]).isfinite().all():

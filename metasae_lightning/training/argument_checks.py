@@ -8,7 +8,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from metasae_lightning.compute.process_group import Ranks
+from metasae_lightning.compute.process_group import ProcessGroup
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Penalty
 from metasae_lightning.sae import TrainingSAEConfig
@@ -73,18 +73,18 @@ def check_data(data: Any, hook: str | None, d_in: int) -> None:
         raise InputError(f"primary.d_in is {d_in}, but the activations are {width} wide: set d_in: {width}")
 
 
-def check_ranks(ranks: Ranks, critic_supports: str) -> None:
+def check_ranks(ranks: ProcessGroup, critic_supports: str) -> None:
     """Reject `critic_supports: macro_step` on several ranks: a checkpoint saves the critic's cached support of one process only."""
-    if critic_supports == "macro_step" and not ranks.alone:
+    if critic_supports == "macro_step" and not ranks.is_single:
         raise InputError(f"critic_supports: macro_step is for one process, got {ranks.world_size} ranks: leave it at exact")
 
 
-def check_batches(trainer: Any, ranks: Ranks, rows_seen: int) -> None:
+def check_batches(trainer: Any, ranks: ProcessGroup, rows_seen: int) -> None:
     """Check that all ranks start from the same step and have equally many batches.
 
     Ranks take every step together, so a rank with more batches would wait for the others for ever.
     """
-    tokens = ranks.each(rows_seen, torch.zeros(0, device=trainer.strategy.root_device))
+    tokens = ranks.gather_int(rows_seen, torch.zeros(0, device=trainer.strategy.root_device))
     if len(set(tokens)) > 1:
         raise InputError(f"--ckpt_path: ranks resumed from different checkpoints, after {', '.join(map(str, tokens))} tokens: name a file")
     planned, available = trainer.num_training_batches, sized_len(trainer.train_dataloader)
@@ -96,7 +96,7 @@ def check_batches(trainer: Any, ranks: Ranks, rows_seen: int) -> None:
         )
     for what, counts in (("training", [trainer.num_training_batches]), ("validation", trainer.num_val_batches)):
         if all(count != float("inf") for count in counts):
-            per_rank = ranks.each(int(sum(counts)), torch.zeros(0, device=trainer.strategy.root_device))
+            per_rank = ranks.gather_int(int(sum(counts)), torch.zeros(0, device=trainer.strategy.root_device))
             if len(set(per_rank)) > 1:
                 raise InputError(f"data: ranks must have equally many {what} batches, and have {', '.join(map(str, per_rank))}")
 

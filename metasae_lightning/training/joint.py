@@ -14,9 +14,9 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from metasae_lightning import functional
-from metasae_lightning.compute.process_group import Crew, Ranks
+from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
 from metasae_lightning.compute.row_chunks import order
-from metasae_lightning.compute.sharding import own, share, whole
+from metasae_lightning.compute.sharding import full, local, local_rows
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Critic, Penalties, Penalty
 from metasae_lightning.sae import TrainingSAEConfig
@@ -71,7 +71,7 @@ class JointSAE(LightningModule):
     critic_supports: Literal["exact", "macro_step"]
     kernels: Kernels
     batch_cut: BatchCut
-    crew: Crew = Crew()
+    parallelism: Parallelism = Parallelism()
 
     def __init__(
         self,
@@ -130,9 +130,9 @@ class JointSAE(LightningModule):
     ) -> StepOutput:
         """Take one primary step and, at the end of a macro-step, the meta phase. This is the whole algorithm."""
         if not self.primary.initialized:  # from the first batches of all ranks
-            _log_init(self.primary.initialize(self.crew.all.together(batch.activations)), "primary")
+            _log_init(self.primary.initialize(self.parallelism.world.all_gather_rows(batch.activations)), "primary")
         if self.meta is not None and self.primary.initialized and not self.meta.initialized:  # before its first use as critic
-            _log_init(self.meta.initialize(functional.unit_rows(whole(self.primary.W_dec.detach()))), "meta")
+            _log_init(self.meta.initialize(functional.unit_rows(full(self.primary.W_dec.detach()))), "meta")
         penalty, values = self.penalties.loss(*self._penalty_args())
         values = self.penalties.values_by_name(*self._penalty_args(), values, critic_is_trained=self._critic_is_trained)
         result = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, extra_loss=penalty)
@@ -142,7 +142,7 @@ class JointSAE(LightningModule):
         meta_stats = self._meta_phase(meta_steps, meta_optimizer)
         if last:  # report the final decoder's penalties, by the final critic
             values = self.penalties.values_by_name(*self._penalty_args(), {}, critic_is_trained=self._critic_is_trained)
-        loss = stats.loss if penalty is None else stats.loss + self.crew.all.summed(penalty)
+        loss = stats.loss if penalty is None else stats.loss + self.parallelism.world.sum_tensor(penalty)
         skips = longest_skip(self.guards.values())
         return StepOutput(loss, stats, result.codes, result.reconstruction, penalties=values, meta=meta_stats, **skips)
 
@@ -150,26 +150,26 @@ class JointSAE(LightningModule):
         """Codes and reconstruction of a batch, with the activation function of training. Changes no state."""
         return Evaluation(batch.activations, *self.primary.read(batch.activations))
 
-    def join(self, ranks: Ranks, mesh: Any = None) -> None:
+    def join(self, ranks: ProcessGroup, mesh: Any = None) -> None:
         """Train together with other ranks, on parts of one batch; on a device mesh, shard the primary along its `tensor_parallel` side."""
         argument_checks.check_ranks(ranks, self.critic_supports)
-        self.crew = Crew.of(ranks, mesh)
-        self.primary.join(self.crew, self.batch_cut)
+        self.parallelism = Parallelism.of(ranks, mesh)
+        self.primary.join(self.parallelism, self.batch_cut)
         if mesh is not None:
             self.primary.divide(mesh["tensor_parallel"])
         if self.meta is not None:  # every rank has the whole meta SAE
-            self.meta.join(Crew.of(ranks), self.batch_cut)
+            self.meta.join(Parallelism.of(ranks), self.batch_cut)
 
     @property
     def rows_seen(self) -> int:
         """Tokens trained on, over all ranks."""
         return int(self.primary.rows_seen)
 
-    def _penalty_args(self) -> tuple[Tensor, Critic | None, int, Crew]:
+    def _penalty_args(self) -> tuple[Tensor, Critic | None, int, Parallelism]:
         """Arguments of every penalty: decoder, critic (the frozen meta SAE), primary step, process groups."""
         reuse_support = self.critic_supports == "macro_step"
         critic = None if self.meta is None else partial(self.meta.reconstruct, reuse_support=reuse_support, reuse_output=True)
-        return self.primary.W_dec, critic, int(self.primary.steps), self.crew
+        return self.primary.W_dec, critic, int(self.primary.steps), self.parallelism
 
     @property
     def _critic_is_trained(self) -> bool:
@@ -182,12 +182,12 @@ class JointSAE(LightningModule):
             return None
         assert optimizer is not None
         decoder, stats = self.primary.W_dec.detach(), None
-        rows = functional.unit_rows(own(decoder))
+        rows = functional.unit_rows(local(decoder))
         for steps_left in reversed(range(steps)):
             drawn = None
             if self.meta_rows is not None:  # another seed than a penalty's, which would draw the same rows
                 drawn = order(len(decoder), step=int(self.meta.steps), seed=self.seed + 1)[: self.meta_rows]
-            indices = share(decoder, drawn, self.crew)
+            indices = local_rows(decoder, drawn, self.parallelism)
             meta_batch = rows if indices is None else rows[indices]
             result = self.meta.learn(meta_batch, optimizer, backward=self._backward)
             self._step_schedule(self.meta, result)
@@ -215,7 +215,7 @@ class JointSAE(LightningModule):
         """Check trainer and data, join the other ranks, and set up penalties."""
         if stage == "fit":
             argument_checks.check_trainer(self.trainer)
-        self.join(Ranks.joined(), getattr(self.trainer.strategy, "device_mesh", None))
+        self.join(ProcessGroup.default(), getattr(self.trainer.strategy, "device_mesh", None))
         argument_checks.check_data(getattr(self.trainer, "datamodule", None), self.hook, self.primary.sae.cfg.d_in)
         for penalty in self.penalties.values():
             penalty.setup(self.trainer)  # pyright: ignore
@@ -231,7 +231,7 @@ class JointSAE(LightningModule):
     def on_train_start(self) -> None:
         """Load the SAEs given by `init_from` if `on_fit_start` could not yet; check that all ranks have equally many batches."""
         self._load_init_from()
-        argument_checks.check_batches(self.trainer, self.crew.all, self.rows_seen)
+        argument_checks.check_batches(self.trainer, self.parallelism.world, self.rows_seen)
 
     def _load_init_from(self) -> None:
         """Load and check the SAEs given by `init_from`, except in a resumed run, whose SAEs are initialised."""

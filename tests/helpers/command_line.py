@@ -6,6 +6,7 @@ Ranks are started as torchrun starts them, by the environment. What a process pr
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -42,17 +43,17 @@ class CommandLine:
 
     def __init__(self, words: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None) -> None:
         ranks = devices_of(words)
-        self._folder = tempfile.TemporaryDirectory()
-        self.out, self.err = (Path(self._folder.name) / name for name in ("out", "err"))
+        folder = Path(tempfile.mkdtemp())
+        self.out, self.err = folder / "out", folder / "err"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         shared = {**os.environ, **(environment or {})}
         self._processes: list[Any] = []
         for rank in range(ranks):
-            launched = {"LOCAL_RANK": str(rank), "RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-            launched = {**launched, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
-            target = (list(words), {**shared, **launched}, str(cwd), str(self.out), str(self.err))
+            launched = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+            launched |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            target = (list(words), {**shared, **(launched if ranks > 1 else {})}, str(cwd), str(self.out), str(self.err))
             process = forkserver().Process(target=_run, args=target)
             process.start()
             self._processes.append(process)
@@ -85,7 +86,9 @@ class CommandLine:
             if process.exitcode is None:
                 self.kill()
                 raise TimeoutError(f"still running after {timeout} s: {self.err.read_text()[-3000:]}")
-        return self.out.read_text(), self.err.read_text()
+        printed = self.out.read_text(), self.err.read_text()
+        shutil.rmtree(self.out.parent)
+        return printed
 
 
 def _run(words: list[str], environment: dict[str, str], folder: str, out: str, err: str) -> None:
