@@ -69,7 +69,7 @@ def check_held_out(corpus: Corpus, held_out: float, *, seed: int, ranks: int, st
             if not missing:
                 return
     raise InputError(
-        f"held_out: {held_out} of the documents of {corpus.description()} is too few to validate on: "
+        f"held_out: a fraction of {held_out} of the documents of {corpus.description()} is too small to validate on: "
         "raise it, or set it to 0 to train without validation"
     )
 

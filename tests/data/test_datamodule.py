@@ -203,7 +203,7 @@ def test_without_held_out_documents_a_run_ends_all_the_same(folder, tmp_path):
 
 def test_too_few_documents_to_validate_on_are_told_before_training(folder, tmp_path):
     listener = Listener()
-    with pytest.raises(InputError, match=r"held_out: of the documents of .* a share of 0.001 is too little to validate on"):
+    with pytest.raises(InputError, match=r"held_out: a fraction of 0.001 of the documents of .* is too small to validate on"):
         trainer(tmp_path).fit(listener, activations(folder, held_out=0.001))
     assert not listener.heard
 
