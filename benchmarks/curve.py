@@ -97,7 +97,7 @@ def main() -> None:
                     off = (penalty_gradient(fast, step, **how) - exact).norm() / exact.norm()
                     errors.setdefault(name, []).append(off.item())
             if step % 50 == 49:
-                searches = fast.meta._forward_pass.screen.searches  # type: ignore[union-attr]
+                searches = fast.meta._forward_pass.incremental_topk.searches  # type: ignore[union-attr]
                 far = ", ".join(f"{name} {max(map(abs, found)):.1e}" for name, found in apart.items())
                 print(f"step {step + 1}: loss {losses['sparse']:.4f}, from dense at most: {far}; {searches} searches", flush=True)
     stream.close()

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from metasae_lightning.compute.row_chunks import pieces
+from metasae_lightning.compute.row_chunks import row_chunks
 
 Rows = Float[Tensor, "d_sae d_in"]
 Counts = Float[Tensor, "*shape"]
@@ -24,7 +24,7 @@ def unit_rows(W_dec: Rows, into: Rows | None = None) -> Rows:
     """
     if into is None:
         return normalize(W_dec, dim=-1)
-    for rows, unit in pieces(W_dec.detach(), into):
+    for rows, unit in row_chunks(W_dec.detach(), into):
         torch.div(rows, rows.norm(dim=-1, keepdim=True).clamp(min=1e-12), out=unit)
     return into
 
@@ -94,7 +94,7 @@ def fvu(
     """
     centre = x.mean(0) if mean is None else mean
     error, variance = x.new_zeros(()), x.new_zeros(())
-    for some, rebuilt in pieces(x, reconstruction):
+    for some, rebuilt in row_chunks(x, reconstruction):
         error += (some - rebuilt).square().sum()
         variance += (some - centre).square().sum()
     return error / variance

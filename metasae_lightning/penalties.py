@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metasae_lightning import functional
-from metasae_lightning.compute.buffers import LENT
+from metasae_lightning.compute.buffers import SHARED
 from metasae_lightning.compute.process_group import Parallelism
-from metasae_lightning.compute.row_chunks import mean_over_rows, order
+from metasae_lightning.compute.row_chunks import mean_over_rows, step_permutation
 from metasae_lightning.compute.sharding import full, local, local_rows
 from metasae_lightning.errors import InputError
 from metasae_lightning.schedules import warm_up
@@ -131,11 +131,11 @@ class Decomposability(Penalty):
         drawn, count, decoder = None, len(W_dec), local(W_dec)
         if self.rows < 1:
             count = max(1, round(self.rows * len(W_dec)))
-            drawn = order(len(W_dec), step=step, seed=self.seed)[:count]
+            drawn = step_permutation(len(W_dec), step=step, seed=self.seed)[:count]
         indices = local_rows(W_dec, drawn, parallelism)
         with torch.no_grad():
             rows = decoder if indices is None else decoder.index_select(0, indices)
-            reconstruction = critic(functional.unit_rows(rows, LENT.take("unit", rows.shape, rows)))
+            reconstruction = critic(functional.unit_rows(rows, SHARED.get("unit", rows.shape, rows)))
 
         def value_and_slope(chunk: Tensor, rebuilt: Tensor) -> tuple[Tensor, Tensor]:
             return functional.decomposability_with_slope(chunk, rebuilt.to(chunk.dtype), self.sigma_sq)
@@ -168,7 +168,7 @@ class Orthogonality(Penalty):
         if step % self.every:
             return local(W_dec).new_zeros(())
         W_dec = full(W_dec)
-        permuted = order(len(W_dec), step=step, seed=self.seed).to(W_dec.device)
+        permuted = step_permutation(len(W_dec), step=step, seed=self.seed).to(W_dec.device)
         chunks = list(permuted.chunk(-(-len(permuted) // self.chunk_size)))
         shares = [parallelism.world.even_slice(len(chunk)) for chunk in chunks]
         return self.every * functional.orthogonality(W_dec, chunks, shares).sum() / len(W_dec)

@@ -1,24 +1,36 @@
-"""Matrices in pieces: across processes, in shards, in row chunks, sparse. Needs torch alone."""
+"""Matrix computations: across processes, sharded, in row chunks, sparse. Imports torch only."""
 
 from typing import TYPE_CHECKING
 
 from metasae_lightning.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
-    from metasae_lightning.compute.buffers import LENT, Memory
-    from metasae_lightning.compute.encode_decode import Encoded, Rule, decode, encode, squared_error
+    from metasae_lightning.compute.buffers import SHARED, BufferPool
+    from metasae_lightning.compute.encode_decode import Encoded, TopKRule, decode, encode, squared_error
     from metasae_lightning.compute.sparse_matrix import Pattern
-    from metasae_lightning.compute.topk import among, largest
-    from metasae_lightning.compute.topk_incremental import Screen
+    from metasae_lightning.compute.topk import largest_indices, topk_mask
+    from metasae_lightning.compute.topk_incremental import IncrementalTopK
 
-__all__ = ["LENT", "Encoded", "Memory", "Pattern", "Rule", "Screen", "among", "decode", "encode", "largest", "squared_error"]
+__all__ = [
+    "SHARED",
+    "BufferPool",
+    "Encoded",
+    "IncrementalTopK",
+    "Pattern",
+    "TopKRule",
+    "decode",
+    "encode",
+    "largest_indices",
+    "squared_error",
+    "topk_mask",
+]
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        **dict.fromkeys(["LENT", "Memory"], "metasae_lightning.compute.buffers"),
-        **dict.fromkeys(["Encoded", "Rule", "decode", "encode", "squared_error"], "metasae_lightning.compute.encode_decode"),
+        **dict.fromkeys(["SHARED", "BufferPool"], "metasae_lightning.compute.buffers"),
+        **dict.fromkeys(["Encoded", "TopKRule", "decode", "encode", "squared_error"], "metasae_lightning.compute.encode_decode"),
         "Pattern": "metasae_lightning.compute.sparse_matrix",
-        **dict.fromkeys(["among", "largest"], "metasae_lightning.compute.topk"),
-        "Screen": "metasae_lightning.compute.topk_incremental",
+        **dict.fromkeys(["topk_mask", "largest_indices"], "metasae_lightning.compute.topk"),
+        "IncrementalTopK": "metasae_lightning.compute.topk_incremental",
     },
 )

@@ -1,4 +1,4 @@
-"""Room for the large matrices of a step, kept from one step to the next."""
+"""Buffers for the large matrices of a training step, reused at the next step."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,43 +6,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metasae_lightning.compute.row_chunks import cached
+from metasae_lightning.compute.row_chunks import is_blocked
 
 
-class Memory:
-    """Matrices by name. On a CPU a large one that is new comes from the system page by page, for more than the sums in it cost.
+class BufferPool:
+    """Uninitialised buffers by name, for a CPU.
 
-    What is taken holds what was last written to it, and is only lent: the next to ask for that name writes over it. A GPU's memory torch
-    keeps itself, so there is none of it here.
+    On a CPU, allocating a large matrix costs more than the arithmetic on it, because the system maps it page by page. On a GPU, torch's
+    allocator reuses memory itself, so the pool holds no buffers there.
+
+    A buffer contains whatever was last written to it. The next `get` of the same name returns the same memory, so a result in a buffer is
+    valid until then.
 
     Args:
-        shapes: Whether a name has a matrix of each shape that it was asked for, or the last one's.
+        per_shape: Keep one buffer for each pair of name and shape; False keeps one for each name, of the shape last asked for.
     """
 
-    def __init__(self, *, shapes: bool = False) -> None:
-        self._shapes = shapes
-        self._held: dict[Any, Tensor] = {}
+    def __init__(self, *, per_shape: bool = False) -> None:
+        self._per_shape = per_shape
+        self._buffers: dict[Any, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_held": {}, "_shapes": self._shapes}
+        return {"_buffers": {}, "_per_shape": self._per_shape}
 
-    def take(self, name: str, shape: Iterable[int], like: Tensor) -> Tensor | None:
-        """A matrix of that shape; none where there is nothing to be gained."""
-        if not cached(like) or torch.is_inference_mode_enabled():  # what is made there cannot be written to later
+    def get(self, name: str, shape: Iterable[int], like: Tensor) -> Tensor | None:
+        """The buffer of that name and shape, with the data type of `like`; None where reuse saves no time or is impossible."""
+        # A tensor that is allocated in inference mode cannot be written to outside it.
+        if not is_blocked(like) or torch.is_inference_mode_enabled():
             return None
         shape = tuple(shape)
-        key = (name, shape) if self._shapes else name
-        held = self._held.get(key)
-        if held is None or held.shape != shape or held.dtype != like.dtype:
-            held = self._held[key] = like.new_empty(shape)
-        return held
+        key = (name, shape) if self._per_shape else name
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != shape or buffer.dtype != like.dtype:
+            buffer = self._buffers[key] = like.new_empty(shape)
+        return buffer
+
+    def clear(self) -> None:
+        """Free all buffers. Results that are still in use keep their memory."""
+        self._buffers.clear()
 
 
-# For what is used up before anybody else can ask: one room for all SAEs of a process, which take their steps one after the other.
-LENT = Memory(shapes=True)
+SHARED = BufferPool(per_shape=True)
+"""The process's buffers for results that are consumed within one step. SAEs share them, because they take their steps in turn."""
 
 
-def room(memory: Memory | None, name: str, shape: Iterable[int], like: Tensor) -> Tensor:
-    """A matrix to write to: of that memory, or new."""
-    taken = None if memory is None else memory.take(name, shape, like)
-    return like.new_empty(tuple(shape)) if taken is None else taken
+def buffer_or_new(pool: BufferPool | None, name: str, shape: Iterable[int], like: Tensor) -> Tensor:
+    """A matrix to write to: a buffer of the pool, or a new tensor if there is no pool or it has no buffer."""
+    buffer = None if pool is None else pool.get(name, shape, like)
+    return like.new_empty(tuple(shape)) if buffer is None else buffer

@@ -1,7 +1,9 @@
-"""Some rows of a large matrix at a time: what is made of them on the way stays in a processor's cache."""
+"""Computation on a few rows of a large matrix at a time, so that intermediate results stay in the processor's cache."""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,92 +11,106 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Numbers of a piece of a matrix: 2.5 MB of float32.
-PIECE = 640 * 2**10
-# By how much everything is smaller just now, in each direction, and whether it is tried as a GPU would do it.
-_factor, _gpu = 1.0, False
+# Elements of a chunk: 2.5 MB of float32.
+CHUNK_ELEMENTS = 640 * 2**10
 OfRows = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def some(size: int) -> int:
-    """So many numbers at a time; fewer in a `trial`."""
-    return max(1, round(size / _factor**2))
+@dataclass(frozen=True)
+class ChunkPolicy:
+    """How the sizes of chunks and blocks are chosen."""
+
+    factor: float = 1.0
+    """How many times smaller the model is, in each dimension, than the model that it stands for."""
+    as_gpu: bool = False
+    """Whether a CPU takes the code path of a GPU."""
 
 
-def cached(tensor: Tensor) -> bool:
-    """Whether work is cut to what a processor's cache holds, and rooms are kept: on a CPU, unless it stands for a GPU in a `trial`."""
-    return tensor.device.type == "cpu" and not _gpu
+# A context variable, so that a dry run changes chunk sizes for its own code only. Autograd threads see the default.
+DEFAULT_POLICY = ChunkPolicy()
+_POLICY: ContextVar[ChunkPolicy] = ContextVar("chunk_policy", default=DEFAULT_POLICY)
+
+
+def scaled_size(size: int) -> int:
+    """A number of elements; in a dry run, divided by `factor`^2."""
+    return max(1, round(size / _POLICY.get().factor ** 2))
+
+
+def is_blocked(tensor: Tensor) -> bool:
+    """Whether computation on the tensor uses cache-sized blocks and reused buffers: on a CPU, except in a dry run of a GPU's code path."""
+    return tensor.device.type == "cpu" and not _POLICY.get().as_gpu
 
 
 @contextmanager
-def trial(factor: float, *, gpu: bool = False) -> Generator[None]:
-    """Pieces as they are to a matrix so many times as long and as wide: who tries a step on a small model measures those of a large one.
+def dry_run_scale(factor: float, *, gpu: bool = False) -> Generator[None]:
+    """Scale chunk sizes down by `factor`^2, so that a dry run on a model `factor` times smaller makes the same number of chunks.
 
-    With `gpu` the step goes the way that it goes on one.
+    `gpu`: take the GPU code path on a CPU.
     """
-    global _factor, _gpu
-    before = _factor, _gpu
-    _factor, _gpu = factor, gpu
+    token = _POLICY.set(ChunkPolicy(factor, gpu))
     try:
         yield
     finally:
-        _factor, _gpu = before
+        _POLICY.reset(token)
 
 
-def pieces(*matrices: Float[Tensor, "row _"]) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each, some at a time, to be read or written to.
+def row_chunks(*matrices: Float[Tensor, "row _"]) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same rows of each matrix, one chunk of rows after the other, for reading or writing.
 
-    >>> [piece.tolist() for (piece,) in pieces(torch.ones(2, 1))]
+    >>> [chunk.tolist() for (chunk,) in row_chunks(torch.ones(2, 1))]
     [[[1.0], [1.0]]]
     """
-    rows = max(1, some(PIECE) // max(matrix.shape[1] for matrix in matrices))
+    rows = max(1, scaled_size(CHUNK_ELEMENTS) // max(matrix.shape[1] for matrix in matrices))
     yield from zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
 
 def mean_over_rows(
-    of_rows: OfRows, W: Float[Tensor, "row d"], beside: Float[Tensor, "some e"], chosen: Int[Tensor, " some"] | None = None
+    of_rows: OfRows, W: Float[Tensor, "row d"], others: Float[Tensor, "selected e"], indices: Int[Tensor, " selected"] | None = None
 ) -> Float[Tensor, ""]:
-    """The mean of `of_rows(W_i, beside_i)`, which gives a number a row and its gradient in that; nothing goes through `beside`.
+    """The mean over rows of `f(W_i, others_i)`. `of_rows(W, others)` returns the value of f and its gradient in W for some rows.
 
-    With `chosen` it is over those rows, each named once, which `beside` is of: what the others' gradient is is not written out where a
-    gradient is there to be added to. Over none it is 0.
+    `others` gets no gradient. `indices` limits the mean to some rows of W, each at most once; `others` has one row for each index. The
+    mean over no rows is 0. The gradient of W is sparse if W has a gradient to add it to.
 
     >>> W = torch.tensor([[1.0], [3.0]], requires_grad=True)
-    >>> mean_over_rows(lambda rows, beside: ((rows * beside).sum(1), beside), W, torch.tensor([[2.0], [4.0]])).backward()
+    >>> mean_over_rows(lambda rows, others: ((rows * others).sum(1), others), W, torch.tensor([[2.0], [4.0]])).backward()
     >>> W.grad.tolist()
     [[1.0], [2.0]]
     """
-    return _MeanOverRows.apply(W, beside, of_rows, chosen)  # type: ignore[return-value]
+    return _MeanOverRows.apply(W, others, of_rows, indices)  # type: ignore[return-value]
 
 
-def order(rows: int, *, step: int, seed: int = 0) -> Int[Tensor, " row"]:
-    """The numbers of so many rows in an order of the step's own: new at each step, the same after a resume; no random stream moves."""
+def step_permutation(rows: int, *, step: int, seed: int = 0) -> Int[Tensor, " row"]:
+    """A random permutation that is a function of the step and the seed: the same after a resume. It moves no random stream."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
 
 
 class _MeanOverRows(torch.autograd.Function):
+    """Computes values and gradient in one forward pass over chunks of rows."""
+
     @staticmethod
-    def forward(ctx: Any, W: Tensor, beside: Tensor, of_rows: OfRows, chosen: Tensor | None) -> Tensor:
-        wanted, given = ctx.needs_input_grad[0], W if chosen is None else W.index_select(0, chosen)
-        gradient = torch.empty_like(given) if wanted else given
-        ctx.gradient, ctx.chosen = gradient, chosen
-        ctx.save_for_backward(*([] if chosen is None else [W]))
-        total, count = W.new_zeros(()), max(len(given), 1)
-        for rows, others, into in pieces(given, beside, gradient):
-            values, slope = of_rows(rows, others)
-            if wanted:
-                torch.div(slope, count, out=into)
+    def forward(ctx: Any, W: Tensor, others: Tensor, of_rows: OfRows, indices: Tensor | None) -> Tensor:
+        needs_gradient, selected = ctx.needs_input_grad[0], W if indices is None else W.index_select(0, indices)
+        gradient = torch.empty_like(selected) if needs_gradient else selected
+        ctx.gradient, ctx.indices = gradient, indices
+        ctx.save_for_backward(*([] if indices is None else [W]))
+        total, count = W.new_zeros(()), max(len(selected), 1)
+        for rows, other_rows, gradient_rows in row_chunks(selected, others, gradient):
+            values, slope = of_rows(rows, other_rows)
+            if needs_gradient:
+                torch.div(slope, count, out=gradient_rows)
             total += values.sum() / count
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient, ctx.gradient = ctx.gradient.mul_(gradients[0]), None  # handed on, not copied: there is no second time
-        if ctx.chosen is not None:
+        # The gradient is scaled in place and handed on without a copy: backward runs once.
+        gradient, ctx.gradient = ctx.gradient.mul_(gradients[0]), None
+        if ctx.indices is not None:
             (W,) = ctx.saved_tensors
             if W.is_leaf and W.grad is not None:
-                gradient = torch.sparse_coo_tensor(ctx.chosen[None], gradient, W.shape, check_invariants=False)
+                gradient = torch.sparse_coo_tensor(ctx.indices[None], gradient, W.shape, check_invariants=False)
             else:
-                gradient = torch.zeros_like(W).index_copy_(0, ctx.chosen, gradient)
+                gradient = torch.zeros_like(W).index_copy_(0, ctx.indices, gradient)
         return gradient, None, None, None

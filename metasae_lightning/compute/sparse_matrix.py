@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metasae_lightning.compute.row_chunks import cached, some
+from metasae_lightning.compute.row_chunks import is_blocked, scaled_size
 
 # Numbers that are turned over at a time.
-TURNED = 320 * 2**10
+TRANSPOSED_ELEMENTS = 320 * 2**10
 
 with warnings.catch_warnings():  # torch says once in a process that its CSR layout is young
     warnings.simplefilter("ignore")
@@ -45,11 +45,11 @@ class Pattern:
         self, dense: Float[Tensor, "row d"], values: Float[Tensor, " nnz"], into: Float[Tensor, "d column"] | None = None
     ) -> Float[Tensor, "d column"]:
         """`dense^T S`: some columns at a time, turned over while they are near."""
-        if not cached(dense):
+        if not is_blocked(dense):
             return self.transposed_product(values, dense).T.contiguous()
         order, pointers, rows = self._by_column
         into = dense.new_empty(dense.shape[1], self.shape[1]) if into is None else into
-        columns = max(1, some(TURNED) // dense.shape[1])
+        columns = max(1, scaled_size(TRANSPOSED_ELEMENTS) // dense.shape[1])
         values, space = values[order], dense.new_empty(columns, dense.shape[1])
         for left in range(0, self.shape[1], columns):
             at = pointers[left : left + columns + 1]

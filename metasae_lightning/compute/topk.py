@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from metasae_lightning.compute.process_group import Crew, Ranks
-from metasae_lightning.compute.row_chunks import cached, some
-from metasae_lightning.compute.topk_across_ranks import cut
+from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
+from metasae_lightning.compute.row_chunks import is_blocked, scaled_size
+from metasae_lightning.compute.topk_across_ranks import topk_across_ranks
 
 # Of so many values one is looked at to guess where the cut will be; of so many rows some, where there is nothing else to go by.
 STRIDE, SAMPLED_ROWS = 31, 32
@@ -28,16 +28,16 @@ SURPLUS = 3
 SLACK = 1e-5
 
 
-def largest(values: Float[Tensor, " value"], count: int) -> Int[Tensor, " kept"]:
+def largest_indices(values: Float[Tensor, " value"], count: int) -> Int[Tensor, " kept"]:
     """Indices of the `count` largest values, in any order; of positive ones alone where fewer are positive. No value is negative.
 
     A thirty-first of the values guesses a cut somewhat too low, and only what lies above it is ranked. A guess that was too high
     is noticed, and everything is ranked then: the result is that of `topk` in either case, but for the choice among equals.
 
-    >>> sorted(largest(torch.tensor([0.0, 3.0, 1.0, 0.0, 2.0]), 2).tolist()), largest(torch.zeros(3), 2).tolist()
+    >>> sorted(largest_indices(torch.tensor([0.0, 3.0, 1.0, 0.0, 2.0]), 2).tolist()), largest_indices(torch.zeros(3), 2).tolist()
     ([1, 4], [])
     """
-    if not cached(values):  # a GPU ranks everything sooner than it could wait for a guess
+    if not is_blocked(values):  # a GPU ranks everything sooner than it could wait for a guess
         return values.topk(count).indices
     above = (values > _guess(values[::STRIDE], count / STRIDE)).nonzero().flatten()
     if len(above) < count:
@@ -45,18 +45,18 @@ def largest(values: Float[Tensor, " value"], count: int) -> Int[Tensor, " kept"]
     return above if len(above) <= count else above[values[above].topk(count, sorted=False).indices]
 
 
-class Kept(NamedTuple):
+class TopK(NamedTuple):
     """The latents that are kept of a batch, in the order of their places."""
 
     values: Float[Tensor, " nnz"]
     """Their activations, before any scale."""
     rows: Int[Tensor, " nnz"]
     columns: Int[Tensor, " nnz"]
-    edge: float | None
+    threshold: float | None
     """The smallest scaled activation among them, of all ranks."""
 
 
-class Encoder:
+class BlockwiseEncoder:
     """Activations `(x W_enc + b_enc) * scale` of a batch, made block by block and looked through while they are near.
 
     Args:
@@ -64,23 +64,25 @@ class Encoder:
         W_enc: The encoder.
         b_enc: Its bias, whose type is that of everything but the product.
         scale: What has a say in what is kept, and is not in the values that are returned.
-        apart: Latents, in order, whose pre-activations are wanted whatever is kept.
-        crew: Through whose batches one cut is made, and who has other latents of the same rows.
+        extra_latents: Latents, in order, whose pre-activations are wanted whatever is kept.
+        parallelism: Through whose batches one cut is made, and who has other latents of the same rows.
     """
 
-    def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, apart: Tensor, crew: Crew) -> None:
+    def __init__(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, extra_latents: Tensor, parallelism: Parallelism
+    ) -> None:
         kind = x.device.type
         lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else b_enc.dtype
-        self.x, self.W_enc, self.b_enc, self.scale, self.cut_apart = x.to(lower), W_enc.to(lower), b_enc, scale, apart
-        self.apart = b_enc.new_zeros(len(x), len(apart))
-        self.rows, self.latents, self.ranks, self.beside = len(x), W_enc.shape[1], crew.all, crew.latents
+        self.x, self.W_enc, self.b_enc, self.scale, self.extra_latents = x.to(lower), W_enc.to(lower), b_enc, scale, extra_latents
+        self.extra_pre_acts = b_enc.new_zeros(len(x), len(extra_latents))
+        self.rows, self.latents, self.ranks, self.beside = len(x), W_enc.shape[1], parallelism.world, parallelism.tensor_group
 
-    def keep(self, k: float, *, each_row: bool, near: float | None) -> Kept:
+    def keep(self, k: float, *, per_row: bool, hint: float | None) -> TopK:
         """The `k` largest of each row, or the `k * rows` largest of the batch; of positive ones alone.
 
         `near` is the edge of a batch like this one. It saves time where it is right, and changes nothing where it is not.
         """
-        return self._each_row(int(k)) if each_row else self._whole(k, near)
+        return self._each_row(int(k)) if per_row else self._whole(k, hint)
 
     def blocks(self, rows: int, latents: int) -> Iterator[tuple[int, int, Tensor]]:
         """Products with the encoder, without bias or scale, and where they begin. Each is overwritten by the next."""
@@ -92,69 +94,69 @@ class Encoder:
                 block = space[: len(x) * W_enc.shape[1]].view(len(x), -1)
                 with torch.autocast(self.x.device.type, enabled=False):
                     torch.mm(x, W_enc, out=block)
-                self._set_apart(block, top, left)
+                self._copy_extra(block, top, left)
                 yield top, left, block
 
-    def set_apart(self) -> None:
+    def compute_extra(self) -> None:
         """The pre-activations that are wanted whatever is kept, where no block is gone through."""
-        if len(self.cut_apart):
-            torch.addmm(self.b_enc[self.cut_apart], self.x, self.W_enc[:, self.cut_apart], out=self.apart)
+        if len(self.extra_latents):
+            torch.addmm(self.b_enc[self.extra_latents], self.x, self.W_enc[:, self.extra_latents], out=self.extra_pre_acts)
 
-    def _set_apart(self, block: Tensor, top: int, left: int) -> None:
-        first, last = torch.searchsorted(self.cut_apart, self.cut_apart.new_tensor([left, left + block.shape[1]])).tolist()
+    def _copy_extra(self, block: Tensor, top: int, left: int) -> None:
+        first, last = torch.searchsorted(self.extra_latents, self.extra_latents.new_tensor([left, left + block.shape[1]])).tolist()
         if last > first:
-            at = self.cut_apart[first:last]
-            self.apart[top : top + len(block), first:last] = block.index_select(1, at - left) + self.b_enc[at]
+            at = self.extra_latents[first:last]
+            self.extra_pre_acts[top : top + len(block), first:last] = block.index_select(1, at - left) + self.b_enc[at]
 
     def _shape(self) -> tuple[int, int]:
         """Rows and latents of a block."""
-        block = some(BLOCK if cached(self.x) else GPU_BLOCK)
+        block = scaled_size(BLOCK if is_blocked(self.x) else GPU_BLOCK)
         rows = max(min(self.rows, BLOCK_ROWS), block // self.latents)
         return min(rows, self.rows), min(max(block // rows, 1), self.latents)
 
-    def _each_row(self, k: int) -> Kept:
+    def _each_row(self, k: int) -> TopK:
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        rows = max(1, min(self.rows, some(WHOLE_ROWS * BLOCK if cached(self.x) else GPU_BLOCK) // self.latents))
+        rows = max(1, min(self.rows, scaled_size(WHOLE_ROWS * BLOCK if is_blocked(self.x) else GPU_BLOCK) // self.latents))
         for top, _, block in self.blocks(rows, self.latents):
             raw = block + self.b_enc
             scaled = raw if self.scale is None else raw * self.scale
             columns = scaled.topk(min(k, self.latents), sorted=False).indices.sort().values
             values = raw.gather(1, columns)
-            at, which = ((values > 0) & among(scaled.gather(1, columns), k, self.beside)).nonzero(as_tuple=True)
+            at, which = ((values > 0) & topk_mask(scaled.gather(1, columns), k, self.beside)).nonzero(as_tuple=True)
             found.append((values[at, which], at + top, columns[at, which]))
-        return Kept(*map(torch.cat, zip(*found, strict=True)), edge=None) if found else self._nothing()
+        return TopK(*map(torch.cat, zip(*found, strict=True)), threshold=None) if found else self._nothing()
 
-    def _whole(self, k: float, near: float | None) -> Kept:
-        if self.ranks.alone:
-            scaled, raw, places = self.top(int(k * self.rows), near)
+    def _whole(self, k: float, hint: float | None) -> TopK:
+        if self.ranks.is_single:
+            scaled, raw, places = self.top(int(k * self.rows), hint)
             edge = scaled.min().item() if len(scaled) else None
         else:
-            raw, places, edge = self._of_all(k, near)
+            raw, places, edge = self._of_all(k, hint)
         rows = places // self.latents
-        return Kept(raw, rows, places - rows * self.latents, edge)
+        return TopK(raw, rows, places - rows * self.latents, edge)
 
-    def _of_all(self, k: float, near: float | None) -> tuple[Tensor, Tensor, float | None]:
+    def _of_all(self, k: float, hint: float | None) -> tuple[Tensor, Tensor, float | None]:
         """This rank's part of what is kept of all ranks' batches. No more of a rank's own can be kept than are kept of all."""
-        count = int(k * self.ranks.total(self.rows, self.b_enc) / self.beside.world_size)
-        begin = None if near is None else NEAR * near
+        count = int(k * self.ranks.sum_scalar(self.rows, self.b_enc) / self.beside.world_size)
+        begin = None if hint is None else NEAR * hint
         while True:
             if begin is None:  # one for all: what one rank guessed from its few rows may be too high for another
                 own = self._guess(int(k * self.rows / self.beside.world_size)) if self.rows else torch.inf
-                begin = max(0.0, -self.ranks.most(-own, self.b_enc))
-                near = None
+                begin = max(0.0, -self.ranks.max_scalar(-own, self.b_enc))
+                hint = None
             scaled, raw, places = self._above(begin, count) if self.rows else (*[self.b_enc.new_empty(0)] * 2, self._nothing().rows)
-            found = cut(scaled, count, self.ranks)
-            if begin == 0 or (found.enough and found.edge is not None and found.edge >= begin):
+            found = topk_across_ranks(scaled, count, self.ranks)
+            if begin == 0 or (found.is_complete and found.threshold is not None and found.threshold >= begin):
                 order = places[found.keep].argsort()
-                return raw[found.keep][order], places[found.keep][order], found.edge
-            begin = None if near is not None else 0.0
+                return raw[found.keep][order], places[found.keep][order], found.threshold
+            begin = None if hint is not None else 0.0
 
-    def top(self, count: int, near: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def top(self, count: int, hint: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled and raw activations and the places of the `count` largest, of positive ones alone, in the order of their places."""
         if count == 0 or self.rows == 0:
-            self.set_apart()
+            self.compute_extra()
             return self.b_enc.new_empty(0), *self._nothing()[:2]
-        found = None if near is None else self._above_or_not(NEAR * near, count)
+        found = None if hint is None else self._above_or_not(NEAR * hint, count)
         found = found or self._above_or_not(self._guess(count), count) or self._above(0.0, count)
         scaled, raw, places = found
         places, order = places.sort()
@@ -179,9 +181,9 @@ class Encoder:
             kept.append((scaled, raw, (rows + top) * self.latents + latents))
             held += len(raw)
             if held > SURPLUS * count:
-                kept = [of_largest(kept, count)]
+                kept = [select_largest(kept, count)]
                 held, cut = count, max(cut, kept[0][0].min().item())
-        return of_largest(kept, count)
+        return select_largest(kept, count)
 
     def _floor(self, cut: float, columns: slice) -> Tensor:
         """What a latent's product must exceed for its activation to exceed the cut; lower by what rounding may take from either."""
@@ -197,18 +199,18 @@ class Encoder:
         acts = acts if self.scale is None else acts * self.scale
         return max(0.0, _guess(acts.flatten(), count * len(few) / self.rows).item())
 
-    def _nothing(self) -> Kept:
+    def _nothing(self) -> TopK:
         empty = torch.empty(0, dtype=torch.long, device=self.x.device)
-        return Kept(self.b_enc.new_empty(0), empty, empty, None)
+        return TopK(self.b_enc.new_empty(0), empty, empty, None)
 
 
-def among(candidates: Float[Tensor, "row candidate"], count: int, ranks: Ranks) -> Bool[Tensor, "row candidate"]:
+def topk_mask(candidates: Float[Tensor, "row candidate"], count: int, ranks: ProcessGroup) -> Bool[Tensor, "row candidate"]:
     """Which of a rank's candidates are among the `count` largest of their row on all ranks; as many of each.
 
-    >>> among(torch.tensor([[1.0, 3.0, 2.0]]), 2, Ranks())
+    >>> topk_mask(torch.tensor([[1.0, 3.0, 2.0]]), 2, ProcessGroup())
     tensor([[False,  True,  True]])
     """
-    of_all = ranks.beside(candidates)
+    of_all = ranks.all_gather_columns(candidates)
     if of_all.shape[1] <= count:
         return torch.ones_like(candidates, dtype=torch.bool)
     kept = torch.zeros_like(of_all, dtype=torch.bool).scatter_(1, of_all.topk(count, sorted=False).indices, True)
@@ -223,14 +225,14 @@ def _guess(few: Tensor, wanted: float) -> Tensor:
 def _places(mask: Tensor) -> Tensor:
     """Flat indices of what is true: eight at a time first, since most are not."""
     flat = mask.flatten()
-    if not cached(mask) or flat.numel() % 8:
+    if not is_blocked(mask) or flat.numel() % 8:
         return flat.nonzero().flatten()
     words = flat.view(torch.int64).nonzero().flatten()
     at, offset = flat.view(-1, 8)[words].nonzero(as_tuple=True)
     return words[at] * 8 + offset
 
 
-def of_largest(found: list[tuple[Tensor, Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor, Tensor]:
+def select_largest(found: list[tuple[Tensor, Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` largest by the first of the three, in order; of equals the first; of positive ones alone."""
     scaled, raw, places = map(torch.cat, zip(*found, strict=True))
     keep = scaled > 0

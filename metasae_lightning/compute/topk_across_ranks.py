@@ -13,24 +13,24 @@ DIGIT = 12
 KEYS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-class Cut(NamedTuple):
+class TopKMask(NamedTuple):
     """What a rank keeps of its own."""
 
     keep: Bool[Tensor, " value"]
     """Which of its numbers are among the largest of all."""
-    edge: float | None
+    threshold: float | None
     """The smallest that any rank keeps; none where there is no number at all."""
-    enough: bool
+    is_complete: bool
     """Whether there were as many as were asked for."""
 
 
-def cut(values: Float[Tensor, " value"], count: int, ranks: ProcessGroup) -> Cut:
+def topk_across_ranks(values: Float[Tensor, " value"], count: int, group: ProcessGroup) -> TopKMask:
     """The `count` largest of the positive numbers of all ranks; of equals those of earlier ranks, and of a rank's own the first.
 
     Each round tells how many numbers begin with each string of bits, and goes on with the one that the cut goes through.
 
-    >>> cut(torch.tensor([1.0, 3.0, 0.0, 2.0, 2.0]), 2, Ranks())
-    Cut(keep=tensor([False,  True, False,  True, False]), edge=2.0, enough=True)
+    >>> topk_across_ranks(torch.tensor([1.0, 3.0, 0.0, 2.0, 2.0]), 2, ProcessGroup())
+    TopKMask(keep=tensor([False,  True, False,  True, False]), threshold=2.0, is_complete=True)
     """
     values = values if values.dtype in KEYS else values.float()
     positive = values > 0
@@ -41,18 +41,18 @@ def cut(values: Float[Tensor, " value"], count: int, ranks: ProcessGroup) -> Cut
         width = min(DIGIT, bits - last)
         digits = (inside >> last).bitwise_and(2**width - 1)
         numbers = torch.bincount(digits, minlength=2**width)
-        ranks.all_reduce_sum_(numbers)
+        group.all_reduce_sum_(numbers)
         least = numbers.flip(0).cumsum(0).flip(0)  # how many begin so, or higher
         if prefix is None and int(least[0]) <= count:
-            edge = ranks.max_scalar(-values[positive].min().item() if len(inside) else -torch.inf, values)
-            return Cut(positive, None if edge == -torch.inf else -edge, int(least[0]) == count)
+            threshold = group.max_scalar(-values[positive].min().item() if len(inside) else -torch.inf, values)
+            return TopKMask(positive, None if threshold == -torch.inf else -threshold, int(least[0]) == count)
         digit = int((least >= left).sum()) - 1
         left -= int(least[digit] - numbers[digit])
         prefix = (prefix or 0) << width | digit
         inside = inside[digits == digit]
-    edge = keys.new_tensor(prefix)
-    keep = positive & (keys > edge)
+    threshold = keys.new_tensor(prefix)
+    keep = positive & (keys > threshold)
     # All that are left are equal.
-    own = min(max(left - sum(ranks.gather_int(len(inside), values)[: ranks.rank]), 0), len(inside))
-    keep[(keys == edge).nonzero().flatten()[:own]] = True
-    return Cut(keep, edge.view(values.dtype).item(), True)
+    own = min(max(left - sum(group.gather_int(len(inside), values)[: group.rank]), 0), len(inside))
+    keep[(keys == threshold).nonzero().flatten()[:own]] = True
+    return TopKMask(keep, threshold.view(values.dtype).item(), True)

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metasae_lightning.compute.row_chunks import cached, pieces
+from metasae_lightning.compute.row_chunks import is_blocked, row_chunks
 from metasae_lightning.compute.sparse_matrix import Pattern
-from metasae_lightning.compute.topk import SLACK, Encoder, Kept, of_largest
+from metasae_lightning.compute.topk import SLACK, BlockwiseEncoder, TopK, select_largest
 
 # Candidates, times what is kept: more last for more steps, and each costs a product of two rows at every one of them.
 SPARE = 4
@@ -31,7 +31,7 @@ class Reference:
     """The largest norm of a row."""
 
 
-class Screen:
+class IncrementalTopK:
     """What a decoder's rows said to a meta SAE when it last read all of them.
 
     `r . e + b` moves by at most `|r - r0| |e| + |r0| |e - e0| + |b - b0|`. As long as the smallest of the kept is larger than anything
@@ -45,42 +45,42 @@ class Screen:
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self._reference: Reference | None = None
-        self._edge = 0.0
+        self._threshold = 0.0
         self.searches = 0
         """How often everything was searched."""
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_reference": None, "_edge": 0.0}
+        return {**self.__dict__, "_reference": None, "_threshold": 0.0}
 
-    def suits(self, encoder: Encoder) -> bool:
+    def supports(self, encoder: BlockwiseEncoder) -> bool:
         """On a CPU, in full precision, without a scale and in one process; elsewhere a search is not what takes the time, or is divided.
 
         Nor where what is made cannot be written to later.
         """
-        plain = encoder.x.dtype == encoder.b_enc.dtype and encoder.scale is None and encoder.ranks.alone
-        return plain and encoder.rows == self.rows and cached(encoder.x) and not torch.is_inference_mode_enabled()
+        plain = encoder.x.dtype == encoder.b_enc.dtype and encoder.scale is None and encoder.ranks.is_single
+        return plain and encoder.rows == self.rows and is_blocked(encoder.x) and not torch.is_inference_mode_enabled()
 
-    def keep(self, encoder: Encoder, count: int) -> Kept:
+    def keep(self, encoder: BlockwiseEncoder, count: int) -> TopK:
         """The `count` largest activations of the batch, of positive ones alone."""
         reference = self._reference
         if reference is not None and reference.x.shape == encoder.x.shape and reference.x.dtype == encoder.x.dtype:
-            bound = reference.floor + _turned(reference, encoder)
-            if bound <= STEADY * self._edge and (bound := bound + _moved(reference, encoder)) <= STEADY * self._edge:
-                encoder.set_apart()
-                kept = _among(reference.pattern, encoder, count)
-                self._edge = kept.edge or 0.0
-                if kept.edge is not None and len(kept.values) == count and kept.edge * (1 - SLACK) >= bound:
+            bound = reference.floor + _weight_drift_bound(reference, encoder)
+            if bound <= STEADY * self._threshold and (bound := bound + _input_drift_bound(reference, encoder)) <= STEADY * self._threshold:
+                encoder.compute_extra()
+                kept = _rank_candidates(reference.pattern, encoder, count)
+                self._threshold = kept.threshold or 0.0
+                if kept.threshold is not None and len(kept.values) == count and kept.threshold * (1 - SLACK) >= bound:
                     return kept
         self._reference = reference = self._search(encoder, count)
-        kept = _among(reference.pattern, encoder, count)
-        self._edge = kept.edge or 0.0
+        kept = _rank_candidates(reference.pattern, encoder, count)
+        self._threshold = kept.threshold or 0.0
         return kept
 
-    def _search(self, encoder: Encoder, count: int) -> Reference:
+    def _search(self, encoder: BlockwiseEncoder, count: int) -> Reference:
         self.searches += 1
         wanted = SPARE * count
         values, _, places = encoder.top(wanted)
-        encoder.set_apart()  # by the same product as where nothing is searched
+        encoder.compute_extra()  # by the same product as where nothing is searched
         rows = places // encoder.latents
         old = self._reference
         x = (
@@ -93,20 +93,20 @@ class Screen:
         return Reference(x, encoder.W_enc.clone(), encoder.b_enc.clone(), pattern, floor, x.norm(dim=1).max().item())
 
 
-def _among(pattern: Pattern, encoder: Encoder, count: int) -> Kept:
+def _rank_candidates(pattern: Pattern, encoder: BlockwiseEncoder, count: int) -> TopK:
     values = pattern.sampled(encoder.x, encoder.W_enc.T.contiguous()) + encoder.b_enc[pattern.columns]
     places = torch.arange(len(values), device=values.device)
-    kept, _, at = of_largest([(values, values, places)], count)
-    return Kept(kept, pattern.rows[at], pattern.columns[at], kept.min().item() if len(kept) else None)
+    kept, _, at = select_largest([(values, values, places)], count)
+    return TopK(kept, pattern.rows[at], pattern.columns[at], kept.min().item() if len(kept) else None)
 
 
-def _moved(reference: Reference, encoder: Encoder) -> float:
+def _input_drift_bound(reference: Reference, encoder: BlockwiseEncoder) -> float:
     """By no more than this a pre-activation has moved because its row has."""
-    rows = max((now - then).norm(dim=1).max().item() for now, then in pieces(encoder.x, reference.x))
+    rows = max((now - then).norm(dim=1).max().item() for now, then in row_chunks(encoder.x, reference.x))
     return rows * encoder.W_enc.norm(dim=0).max().item()
 
 
-def _turned(reference: Reference, encoder: Encoder) -> float:
+def _weight_drift_bound(reference: Reference, encoder: BlockwiseEncoder) -> float:
     """By no more than this because its latent has."""
     turned = (encoder.W_enc - reference.W_enc).norm(dim=0).max().item()
     return reference.longest * turned + (encoder.b_enc - reference.b_enc).abs().max().item()

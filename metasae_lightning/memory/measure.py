@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from metasae_lightning import functional
-from metasae_lightning.compute.row_chunks import trial
+from metasae_lightning.compute.row_chunks import dry_run_scale
 from metasae_lightning.lm.base import LanguageModel
 from metasae_lightning.memory.scaled_copies import smaller
 from metasae_lightning.sae.learner import Learner
@@ -206,7 +206,7 @@ def training(model: JointSAE, rows: int, *, precision: str = "32-true", gpu: boo
     with (
         torch.random.fork_rng(),
         warnings.catch_warnings(),
-        trial(factor, gpu=gpu),
+        dry_run_scale(factor, gpu=gpu),
         torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision),
     ):
         warnings.simplefilter("ignore")

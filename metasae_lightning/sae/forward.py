@@ -73,7 +73,7 @@ def forward_pass_for(sae: AnySAE, kernels: Kernels, *, n_fixed_rows: int = 0) ->
     """
     if kernels == "dense" or type(sae) not in TOP_K_CLASSES:
         return DenseForward(sae)
-    return SparseForward(sae, compute.Screen(n_fixed_rows) if n_fixed_rows else None)
+    return SparseForward(sae, compute.IncrementalTopK(n_fixed_rows) if n_fixed_rows else None)
 
 
 @final
@@ -120,14 +120,14 @@ class SparseForward(ForwardPass):
     before decoding: here the norms take part in the ranking and in the returned codes only.
     """
 
-    def __init__(self, sae: AnySAE, screen: compute.Screen | None = None) -> None:
+    def __init__(self, sae: AnySAE, incremental_topk: compute.IncrementalTopK | None = None) -> None:
         super().__init__(sae)
-        self.screen = screen
+        self.incremental_topk = incremental_topk
         # The smallest activation that the last top-k kept: where the next search begins.
         self._last_cut: float | None = None
-        self._gradients = compute.Memory()
+        self._gradients = compute.BufferPool()
         # Fixed rows are overwritten in place. The rows of a new batch are not: the previous ones may still be in use.
-        self._rows = compute.Memory() if screen is not None else None
+        self._rows = compute.BufferPool() if incremental_topk is not None else None
 
     def join(self, parallelism: Parallelism, cut: BatchCut) -> None:
         """Rank the activations of all ranks' batches together, or of this rank's batch; latents may be sharded in both cases."""
@@ -155,11 +155,11 @@ class SparseForward(ForwardPass):
             difference = reconstructions[-1].detach() - z
             inner = zip(self._widths[:-1], reconstructions, strict=False)
             losses |= {f"inner_mse_loss_{width}": _error(reconstruction, z) for width, reconstruction in inner}
-        auxiliary = self._auxiliary_loss(residuals, dead_latents, encoded.apart, dead_rows) if len(all_dead) else z.new_zeros(())
+        auxiliary = self._auxiliary_loss(residuals, dead_latents, encoded.extra_pre_acts, dead_rows) if len(all_dead) else z.new_zeros(())
         losses["auxiliary_reconstruction_loss"] = auxiliary
         codes = self._codes(encoded)
-        if hasattr(self.sae, "update_topk_threshold") and encoded.edge is not None:
-            self.sae.update_topk_threshold(codes.values.new_tensor([encoded.edge]))
+        if hasattr(self.sae, "update_topk_threshold") and encoded.threshold is not None:
+            self.sae.update_topk_threshold(codes.values.new_tensor([encoded.threshold]))
         return ForwardResult(sum(losses.values(), z.new_zeros(())), losses, codes, lambda: z + difference)
 
     @torch.no_grad()
@@ -172,7 +172,7 @@ class SparseForward(ForwardPass):
         if reuse_support:
             self.cached_support = encoded.pattern.rows, encoded.pattern.columns
         with torch.autocast(z.device.type, enabled=False):
-            buffer = compute.LENT.take("rebuilt", z.shape, encoded.values) if reuse_output else None
+            buffer = compute.SHARED.get("rebuilt", z.shape, encoded.values) if reuse_output else None
             reconstruction = encoded.pattern.product(encoded.values, local(self.sae.W_dec), buffer)
             self.parallelism.tensor_group.all_reduce_sum_(reconstruction)
             return self._codes(encoded), reconstruction.add_(local(self.sae.b_dec))
@@ -181,13 +181,13 @@ class SparseForward(ForwardPass):
         """The top-k activations, and all activations of the dead latents."""
         sae = self.sae
         each_row = not isinstance(sae, BatchTopKTrainingSAE)
-        rule = compute.Rule(sae.cfg.k, each_row, self._last_cut, self.screen, self.parallelism)
+        rule = compute.TopKRule(sae.cfg.k, each_row, self._last_cut, self.incremental_topk, self.parallelism)
         origin = replicated(local(sae.b_dec), self.parallelism.tensor_group) if sae.cfg.apply_b_dec_to_input else None
         buffers: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if fresh_gradients else {}
         encoded = compute.encode(
-            z, local(sae.W_enc), local(sae.b_enc), rule, origin=origin, scale=self._norms, apart=dead_latents, **buffers
+            z, local(sae.W_enc), local(sae.b_enc), rule, origin=origin, scale=self._norms, extra_latents=dead_latents, **buffers
         )
-        self._last_cut = encoded.edge
+        self._last_cut = encoded.threshold
         return encoded
 
     def _encode_support(self, z: Tensor, rows: Tensor, columns: Tensor) -> compute.Encoded:
@@ -199,7 +199,7 @@ class SparseForward(ForwardPass):
         return compute.Encoded(values.relu(), pattern, z.new_empty(len(z), 0), None)
 
     def _decode_levels(
-        self, encoded: compute.Encoded, dead_latents: Tensor, W_dec: Tensor, b_dec: Tensor, buffers: compute.Memory | None
+        self, encoded: compute.Encoded, dead_latents: Tensor, W_dec: Tensor, b_dec: Tensor, buffers: compute.BufferPool | None
     ) -> tuple[Tensor, Tensor]:
         """The reconstruction by the latents below each matryoshka width (the last by all latents), and the dead latents' decoder rows."""
         pattern, order = _split_by_level(encoded.pattern, [width - self._first for width in self._widths])
@@ -253,7 +253,7 @@ def _topk_mask(scores: Tensor, k: int, max_columns: int, ranks: ProcessGroup) ->
     local_columns = scores.topk(min(k, scores.shape[1]), sorted=False).indices
     padding = min(k, max_columns) - local_columns.shape[1]
     candidates = torch.nn.functional.pad(scores.gather(1, local_columns), (0, padding), value=-torch.inf)
-    is_kept = compute.among(candidates, k, ranks)[:, : local_columns.shape[1]]
+    is_kept = compute.topk_mask(candidates, k, ranks)[:, : local_columns.shape[1]]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, local_columns, is_kept)
 
 

@@ -17,13 +17,13 @@ from torch.optim import Optimizer
 
 from metasae_lightning import functional
 from metasae_lightning.compute.process_group import Parallelism
-from metasae_lightning.compute.row_chunks import pieces
+from metasae_lightning.compute.row_chunks import row_chunks
 from metasae_lightning.compute.sharding import copy_into, full_state_dict, is_sharded, local, shard_offset, shard_parameters
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import forward, pretrained
 from metasae_lightning.sae.forward_result import ForwardResult, concatenate_results, gather_codes, step_stats
 from metasae_lightning.sae.init_from import InitFrom, InitReport
-from metasae_lightning.sae.nonfinite import NonFiniteGuard
+from metasae_lightning.sae.nonfinite import NonFiniteGuard, step_tensors
 from metasae_lightning.sae.normalizers import make_normalizer
 from metasae_lightning.step import Codes, StepStats
 
@@ -119,24 +119,20 @@ class Learner(nn.Module):
         """Compute from the first rows, once, the normaliser's statistics and the decoder bias; or convert the weights of `init_from`."""
         if self.initialized or (self.guard is not None and not x.isfinite().all()):
             return None
+        report: InitReport | None = None
         # Every rank has the same rows here, so nothing is reduced over data ranks. Full precision, since the results are kept for the run.
         parallelism, self._forward_pass.parallelism = self._forward_pass.parallelism, self.parallelism.tensor_only
         with torch.autocast(x.device.type, enabled=False):
-            report = self._initialize(x)
+            self.normalizer.fit(x)
+            if self.config.init_from is not None:
+                report = self._load_weights(self.config.init_from, x)
+            elif self.config.b_dec_init == "mean":
+                copy_into(self.sae.b_dec, self.normalizer.normalize(x)[0].mean(0))
+            elif self.config.b_dec_init == "geometric_median":
+                copy_into(self.sae.b_dec, functional.geometric_median(self.normalizer.normalize(x)[0]))
         self._forward_pass.parallelism = parallelism
         self.initialized.fill_(True)
         return report
-
-    def _initialize(self, x: Tensor) -> InitReport | None:
-        """Fit the normaliser, then set the decoder bias or all weights."""
-        self.normalizer.fit(x)
-        if self.config.init_from is not None:
-            return self._load_weights(self.config.init_from, x)
-        if self.config.b_dec_init == "mean":
-            copy_into(self.sae.b_dec, self.normalizer.normalize(x)[0].mean(0))
-        elif self.config.b_dec_init == "geometric_median":
-            copy_into(self.sae.b_dec, functional.geometric_median(self.normalizer.normalize(x)[0]))
-        return None
 
     def _load_weights(self, init_from: InitFrom, x: Tensor) -> InitReport:
         """Convert the weights of the SAE to start from; the report compares both SAEs on the rows `x`."""
@@ -169,9 +165,8 @@ class Learner(nn.Module):
         result = concatenate_results(results)
         if not self.parallelism.tensor_group.is_single:
             result = result.select_rows(local_rows, self._gather_codes(result.codes))
-        if self.guard is not None and self.guard.skips(
-            self._checked_tensors(result, extra_loss), self._forward_state(), self.parallelism.world
-        ):
+        checked = step_tensors(self.role, self.sae, result.loss, extra_loss)
+        if self.guard is not None and self.guard.skips(checked, self._forward_state(), self.parallelism.world):
             self.rows_seen += count
             return replace(result, applied=False)
         self.cached_support = None
@@ -206,12 +201,6 @@ class Learner(nn.Module):
     def _forward_state(self) -> dict[str, Tensor]:
         """Buffers that a forward pass changes; they are restored when the step is skipped."""
         return {"updates": self.updates, **dict(self.sae.named_buffers())}
-
-    def _checked_tensors(self, result: ForwardResult, extra_loss: Tensor | None) -> dict[str, Tensor]:
-        """Loss, penalty and gradients to check for NaN and infinity, in order of computation, so that the first bad one is the cause."""
-        gradients = {name: parameter.grad for name, parameter in self.sae.named_parameters() if parameter.grad is not None}
-        tensors = {f"the {self.role} SAE's loss": result.loss, **({} if extra_loss is None else {"the penalties' sum": extra_loss})}
-        return tensors | {f"the gradient of {self.role}.sae.{name}": gradient for name, gradient in gradients.items()}
 
     @property
     def cached_support(self) -> tuple[Tensor, Tensor] | None:
@@ -269,7 +258,7 @@ class Learner(nn.Module):
         """Remove the radial part of the decoder's gradient, for unit rows, and clip the norm of the whole gradient."""
         gradient = self.W_dec.grad
         if self.config.decoder_rows == "unit" and gradient is not None:
-            for chunk, rows in pieces(local(gradient), local(self.W_dec)):
+            for chunk, rows in row_chunks(local(gradient), local(self.W_dec)):
                 chunk.copy_(functional.without_radial(chunk, rows))
         if self.config.clip_grad_norm is not None:
             clip_grad_norm_(self.sae.parameters(), self.config.clip_grad_norm)
@@ -278,7 +267,7 @@ class Learner(nn.Module):
     def _renormalize(self) -> None:
         """Scale the decoder rows to length 1, for unit rows."""
         if self.config.decoder_rows == "unit":
-            for (rows,) in pieces(local(self.W_dec)):
+            for (rows,) in row_chunks(local(self.W_dec)):
                 rows.copy_(functional.unit_rows(rows))
         # Without this, one autocast context around several steps (outside Lightning) would keep using the weights cast before the first.
         torch.clear_autocast_cache()

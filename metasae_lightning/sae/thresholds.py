@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metasae_lightning import functional
-from metasae_lightning.compute.topk import largest
+from metasae_lightning.compute.topk import largest_indices
 from metasae_lightning.errors import InputError
 
 PreActivations = Callable[[Tensor], Float[Tensor, "batch d_sae"]]
@@ -67,7 +67,7 @@ def batchtopk_mask(values: Float[Tensor, "batch d_sae"], k: float) -> Float[Tens
     """Ones where BatchTopK keeps a pre-activation of the batch, zeros elsewhere."""
     flat = values.relu().flatten()
     mask = torch.zeros_like(flat)
-    mask[largest(flat, int(k * len(values)))] = 1
+    mask[largest_indices(flat, int(k * len(values)))] = 1
     return (mask * (flat > 0)).view_as(values)
 
 
@@ -144,7 +144,7 @@ def global_threshold(
             active += int((values.view(len(x), -1) > now).count_nonzero())
             n_largest = int(margin * target_l0 * len(x)) + 1
             if not collected and n_largest < int(values.count_nonzero()):
-                cut = values[largest(values, n_largest)].min().item()
+                cut = values[largest_indices(values, n_largest)].min().item()
             collected.append(values[values > cut])
         pooled = torch.cat(collected)
         if pooled.numel() > count:

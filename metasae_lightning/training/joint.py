@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metasae_lightning import functional
 from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
-from metasae_lightning.compute.row_chunks import order
+from metasae_lightning.compute.row_chunks import step_permutation
 from metasae_lightning.compute.sharding import full, local, local_rows
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Critic, Penalties, Penalty
@@ -186,7 +186,7 @@ class JointSAE(LightningModule):
         for steps_left in reversed(range(steps)):
             drawn = None
             if self.meta_rows is not None:  # another seed than a penalty's, which would draw the same rows
-                drawn = order(len(decoder), step=int(self.meta.steps), seed=self.seed + 1)[: self.meta_rows]
+                drawn = step_permutation(len(decoder), step=int(self.meta.steps), seed=self.seed + 1)[: self.meta_rows]
             indices = local_rows(decoder, drawn, self.parallelism)
             meta_batch = rows if indices is None else rows[indices]
             result = self.meta.learn(meta_batch, optimizer, backward=self._backward)

@@ -20,7 +20,7 @@ def test_largest_is_topk_whatever_the_guess(size: int, share: float, zeros: floa
     values = torch.rand(size, generator=generator) * (torch.rand(size, generator=generator) >= zeros)
     count = min(size, int(share * size))
     expected = values.topk(count).values
-    kept = values[compute.largest(values, count)].sort(descending=True).values
+    kept = values[compute.largest_indices(values, count)].sort(descending=True).values
     assert torch.equal(kept, expected[: len(kept)])
     assert not expected[len(kept) :].any()
 
@@ -30,13 +30,13 @@ def test_largest_is_topk_whatever_the_guess(size: int, share: float, zeros: floa
 def test_a_sample_that_misleads_changes_nothing(seen: float):
     values = torch.rand(topk.STRIDE * 100, generator=torch.Generator().manual_seed(0))
     values[:: topk.STRIDE] = seen
-    kept = compute.largest(values, 500)
+    kept = compute.largest_indices(values, 500)
     assert torch.equal(values[kept].sort().values, values.topk(500).values.sort().values)
 
 
 def test_equal_values_are_kept_as_often_as_asked():
     values = torch.ones(1000)
-    assert len(set(compute.largest(values, 77).tolist())) == 77
+    assert len(set(compute.largest_indices(values, 77).tolist())) == 77
 
 
 @pytest.fixture(params=["one block", "many blocks", "a GPU's way"])
@@ -46,9 +46,9 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setattr(topk, "BLOCK", 60)
         monkeypatch.setattr(topk, "GPU_BLOCK", 60)
         monkeypatch.setattr(topk, "BLOCK_ROWS", 7)
-        monkeypatch.setattr(patterns, "TURNED", 70)
-        monkeypatch.setattr(row_chunks, "PIECE", 50)
-    with row_chunks.trial(1.0, gpu=request.param == "a GPU's way"):
+        monkeypatch.setattr(patterns, "TRANSPOSED_ELEMENTS", 70)
+        monkeypatch.setattr(row_chunks, "CHUNK_ELEMENTS", 50)
+    with row_chunks.dry_run_scale(1.0, gpu=request.param == "a GPU's way"):
         yield
 
 
@@ -59,12 +59,12 @@ def inputs(rows: int = 24, d_in: int = 10, d_sae: int = 40, seed: int = 0) -> tu
     return tuple(torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes)
 
 
-def reference(given: tuple[Tensor, ...], k: float, *, each_row: bool, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def reference(given: tuple[Tensor, ...], k: float, *, per_row: bool, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """The formula on dense matrices: what is kept and what it decodes to."""
     x, W_enc, b_enc, origin, W_dec = given
     raw = (x - origin) @ W_enc + b_enc
     ranked = raw.detach() if scale is None else raw.detach() * scale
-    if each_row:
+    if per_row:
         keep = torch.zeros_like(raw, dtype=torch.bool).scatter(1, ranked.topk(int(k), dim=1).indices, True)
     else:
         keep = torch.zeros(raw.numel(), dtype=torch.bool)
@@ -80,19 +80,19 @@ APART = torch.tensor([3, 7, 39])
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("near", [None, 100.0, 1e-3, 1.5])
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("each_row", [False, True])
-def test_encode_and_decode_are_the_dense_formula_and_so_are_all_gradients(each_row: bool, scaled: bool, near: float | None):
+@pytest.mark.parametrize("per_row", [False, True])
+def test_encode_and_decode_are_the_dense_formula_and_so_are_all_gradients(per_row: bool, scaled: bool, near: float | None):
     given_tensors = inputs()
     x, W_enc, b_enc, origin, W_dec = given_tensors
     scale = torch.rand(40, dtype=torch.float64) + 0.5 if scaled else None
 
     def ours(x: Tensor, W_enc: Tensor, b_enc: Tensor, origin: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rule = compute.Rule(3, each_row, near)
-        found = compute.encode(x, W_enc, b_enc, rule, origin=origin, scale=scale, apart=APART)
+        rule = compute.TopKRule(3, per_row, near)
+        found = compute.encode(x, W_enc, b_enc, rule, origin=origin, scale=scale, extra_latents=APART)
         rebuilt, rows = compute.decode(found.values, found.pattern, W_dec, APART)
-        return rebuilt, found.apart, rows
+        return rebuilt, found.extra_pre_acts, rows
 
-    acts, expected = reference(given_tensors, 3, each_row=each_row, scale=scale)
+    acts, expected = reference(given_tensors, 3, per_row=per_row, scale=scale)
     found = ours(*given_tensors)
     torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found[1], ((x - origin) @ W_enc + b_enc)[:, APART], rtol=1e-12, atol=1e-12)
@@ -109,7 +109,7 @@ def test_encode_and_decode_are_the_dense_formula_and_so_are_all_gradients(each_r
 @pytest.mark.usefixtures("blocks")
 def test_squared_error_is_its_formula_and_so_are_its_gradients():
     x, W_enc, b_enc, origin, W_dec = inputs()
-    acts, rebuilt = reference((x, W_enc, b_enc, origin, W_dec), 3, each_row=False, scale=None)
+    acts, rebuilt = reference((x, W_enc, b_enc, origin, W_dec), 3, per_row=False, scale=None)
     rows, columns = acts.nonzero(as_tuple=True)
     pattern, values, b_dec = compute.Pattern(rows, columns, (24, 40)), acts[rows, columns].detach().requires_grad_(), origin
     error, off, apart = compute.squared_error(values, pattern, W_dec, b_dec, x, APART)
@@ -140,7 +140,7 @@ def test_what_is_kept_is_the_largest_of_the_batch(rows: int, latents: int, k: fl
     elif kind == "none":
         pre = -pre.abs()
     count = min(int(k * rows), rows * latents)
-    rule = compute.Rule(count / rows + 1e-9, each_row=False)
+    rule = compute.TopKRule(count / rows + 1e-9, per_row=False)
     found = compute.encode(pre, torch.eye(latents, dtype=torch.float64), torch.zeros(latents, dtype=torch.float64), rule)
     expected = pre.relu().flatten().topk(count).values
     expected = expected[expected > 0]
@@ -155,38 +155,40 @@ def test_what_is_kept_is_the_largest_of_the_batch(rows: int, latents: int, k: fl
 def test_a_cut_that_rises_on_the_way_loses_nothing_that_lies_close(near: float | None):
     """All activations within a tenth of each other: candidates are thinned out again and again, and the cut is as near as any."""
     pre = 1 + torch.rand(64, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 10
-    found = compute.encode(pre, torch.eye(500, dtype=torch.float64), torch.zeros(500, dtype=torch.float64), compute.Rule(0.8, False, near))
+    found = compute.encode(
+        pre, torch.eye(500, dtype=torch.float64), torch.zeros(500, dtype=torch.float64), compute.TopKRule(0.8, False, near)
+    )
     assert torch.equal(found.values.sort(descending=True).values, pre.flatten().topk(51).values)
 
 
 def test_a_bias_far_larger_than_what_is_left_of_it_loses_nothing():
     """1001.00006 - 1000 rounds to more than 1.00005."""
     x, W_enc, b_enc = torch.ones(1, 1), torch.tensor([[1001.000061, 1.000055]]), torch.tensor([-1000.0, 0.0])
-    assert compute.encode(x, W_enc, b_enc, compute.Rule(1, False)).pattern.columns.tolist() == [0]
+    assert compute.encode(x, W_enc, b_enc, compute.TopKRule(1, False)).pattern.columns.tolist() == [0]
 
 
 def test_what_is_wanted_apart_is_there_where_nothing_is_kept():
     x, W_enc, b_enc, _, _ = (piece.detach() for piece in inputs(rows=1))
-    found = compute.encode(x, W_enc, b_enc, compute.Rule(0.5, False), apart=APART)
+    found = compute.encode(x, W_enc, b_enc, compute.TopKRule(0.5, False), extra_latents=APART)
     assert not len(found.values)
-    torch.testing.assert_close(found.apart, (x @ W_enc + b_enc)[:, APART])
+    torch.testing.assert_close(found.extra_pre_acts, (x @ W_enc + b_enc)[:, APART])
 
 
 def test_a_cut_that_was_right_before_changes_nothing():
     x, W_enc, b_enc, _, _ = (piece.detach() for piece in inputs(rows=200))
-    plain = compute.encode(x, W_enc, b_enc, compute.Rule(3, each_row=False))
-    for near in (plain.edge, 2 * plain.edge, 0.01 * plain.edge):  # type: ignore[operator]
-        again = compute.encode(x, W_enc, b_enc, compute.Rule(3, False, near))
+    plain = compute.encode(x, W_enc, b_enc, compute.TopKRule(3, per_row=False))
+    for near in (plain.threshold, 2 * plain.threshold, 0.01 * plain.threshold):  # type: ignore[operator]
+        again = compute.encode(x, W_enc, b_enc, compute.TopKRule(3, False, near))
         assert torch.equal(again.values, plain.values) and torch.equal(again.pattern.columns, plain.pattern.columns)
-        assert again.edge == plain.edge
+        assert again.threshold == plain.threshold
 
 
 def test_gradients_in_lent_memory_are_those_in_new_memory():
     found = []
-    for memory in (None, compute.Memory()):
+    for memory in (None, compute.BufferPool()):
         for _ in range(2):  # the second time the memory holds the first's
             x, W_enc, b_enc, origin, W_dec = inputs()
-            kept = compute.encode(x, W_enc, b_enc, compute.Rule(3, False), origin=origin, gradients=memory, rows=memory)
+            kept = compute.encode(x, W_enc, b_enc, compute.TopKRule(3, False), origin=origin, gradients=memory, rows=memory)
             error, _, _ = compute.squared_error(kept.values, kept.pattern, W_dec, origin, x, gradients=memory, rows=memory)
             error.backward()
             found.append((W_enc.grad.clone(), W_dec.grad.clone(), origin.grad.clone()))  # type: ignore[union-attr]
@@ -197,7 +199,7 @@ def test_gradients_in_lent_memory_are_those_in_new_memory():
 @pytest.mark.parametrize("turned", [False, True])
 def test_what_lent_memory_held_does_not_matter(turned: bool):
     x, W_enc, b_enc, *_ = (piece.detach() for piece in inputs(d_sae=600))
-    kept = compute.encode(x, W_enc, b_enc, compute.Rule(3, False))
+    kept = compute.encode(x, W_enc, b_enc, compute.TopKRule(3, False))
     if turned:
         plain = kept.pattern.left_product(x, kept.values)
         found = kept.pattern.left_product(x, kept.values, torch.full_like(plain, torch.nan))
@@ -213,7 +215,7 @@ def test_what_lent_memory_held_does_not_matter(turned: bool):
 def test_under_autocast_the_encoder_alone_is_in_the_lower_type():
     x, W_enc, b_enc, origin, W_dec = (piece.detach().float().requires_grad_() for piece in inputs())
     with torch.autocast("cpu", torch.bfloat16):
-        kept = compute.encode(x, W_enc, b_enc, compute.Rule(3, False), origin=origin)
+        kept = compute.encode(x, W_enc, b_enc, compute.TopKRule(3, False), origin=origin)
         error, _, _ = compute.squared_error(kept.values, kept.pattern, W_dec, origin, x)
         error.backward()
     lower = ((x - origin).bfloat16() @ W_enc.bfloat16()).float() + b_enc

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from metasae_lightning.compute.process_group import SINGLE, Parallelism, ProcessGroup
-from metasae_lightning.compute.topk_across_ranks import cut
+from metasae_lightning.compute.topk_across_ranks import topk_across_ranks
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Decomposability, Orthogonality
 from metasae_lightning.step import Batch
@@ -156,7 +156,9 @@ def cut_on_rank(rank: int, folder: str) -> None:
         check_batches(trainer(7), ranks, 640 * (1 + (rank == 2)))
     whole = ranks.all_gather_rows(torch.full((rank, 2), float(rank)))  # the first has none
     assert whole.tolist() == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
-    torch.save([cut(values(rank, case), count, ranks) for case in range(10) for count in (1, 7, 60, 500)], f"{folder}/{rank}.pt")
+    torch.save(
+        [topk_across_ranks(values(rank, case), count, ranks) for case in range(10) for count in (1, 7, 60, 500)], f"{folder}/{rank}.pt"
+    )
 
 
 def test_the_cut_keeps_what_topk_keeps_of_all(tmp_path: Path):

@@ -27,54 +27,61 @@ def moving(steps: int, size: float, seed: int = 0) -> list[tuple[Tensor, Tensor,
 # Rows moved by 0.001 need few searches; by 1, one at every step; and what is kept is right at any speed.
 @pytest.mark.parametrize(("size", "searches"), [(1e-4, 1), (1.0, 12)])
 def test_what_is_kept_is_what_a_search_keeps(size: float, searches: int):
-    screen = compute.Screen(300)
+    incremental = compute.IncrementalTopK(300)
     for x, W_enc, b_enc in moving(12, size):
-        fast = compute.encode(x, W_enc, b_enc, compute.Rule(4, False, screen=screen))
-        slow = compute.encode(x, W_enc, b_enc, compute.Rule(4, False))
+        fast = compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=incremental))
+        slow = compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False))
         assert torch.equal(fast.pattern.rows, slow.pattern.rows) and torch.equal(fast.pattern.columns, slow.pattern.columns)
         torch.testing.assert_close(fast.values, slow.values, rtol=1e-5, atol=1e-6)
-    assert screen.searches == searches
+    assert incremental.searches == searches
 
 
 def test_candidates_alone_would_have_been_wrong():
     """Control: without the bound, candidates of the first step miss what is kept later."""
     (x, W_enc, b_enc), *_, (x_late, W_late, b_late) = moving(12, 0.3)
-    first = compute.encode(x, W_enc, b_enc, compute.Rule(4 * 4, False)).pattern
-    late = compute.encode(x_late, W_late, b_late, compute.Rule(4, False)).pattern
+    first = compute.encode(x, W_enc, b_enc, compute.TopKRule(4 * 4, False)).pattern
+    late = compute.encode(x_late, W_late, b_late, compute.TopKRule(4, False)).pattern
     candidates = set(zip(first.rows.tolist(), first.columns.tolist(), strict=True))
     assert set(zip(late.rows.tolist(), late.columns.tolist(), strict=True)) - candidates
 
 
 def test_one_row_that_jumps_is_seen():
-    screen, (x, W_enc, b_enc) = compute.Screen(300), moving(1, 0)[0]
-    compute.encode(x, W_enc, b_enc, compute.Rule(4, False, screen=screen))
+    incremental, (x, W_enc, b_enc) = compute.IncrementalTopK(300), moving(1, 0)[0]
+    compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=incremental))
     x = x.clone()
     x[17] = functional.unit_rows(W_enc.T[:1])[0]
-    fast, slow = (compute.encode(x, W_enc, b_enc, compute.Rule(4, False, screen=s)) for s in (screen, None))
-    assert torch.equal(fast.pattern.columns, slow.pattern.columns) and screen.searches == 2
+    fast, slow = (compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=s)) for s in (incremental, None))
+    assert torch.equal(fast.pattern.columns, slow.pattern.columns) and incremental.searches == 2
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_latent_that_jumps_is_seen(bias: bool):
     """The rows stay where they are; one latent's encoder or bias moves until it is every row's."""
-    screen, (x, W_enc, b_enc) = compute.Screen(300), moving(1, 0)[0]
-    compute.encode(x, W_enc, b_enc, compute.Rule(4, False, screen=screen))
+    incremental, (x, W_enc, b_enc) = compute.IncrementalTopK(300), moving(1, 0)[0]
+    compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=incremental))
     W_enc, b_enc = W_enc.clone(), b_enc.clone()
     if bias:
         b_enc[31] = 5.0
     else:
         W_enc[:, 31] = 5 * x[17]
-    fast, slow = (compute.encode(x, W_enc, b_enc, compute.Rule(4, False, screen=s)) for s in (screen, None))
-    assert torch.equal(fast.pattern.columns, slow.pattern.columns) and screen.searches == 2
+    fast, slow = (compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=s)) for s in (incremental, None))
+    assert torch.equal(fast.pattern.columns, slow.pattern.columns) and incremental.searches == 2
 
 
 def test_when_everything_was_searched_leaves_no_trace():
     """A run that goes on from a checkpoint has no candidates from before."""
-    screen, apart = compute.Screen(300), torch.tensor([3, 40, 77])
-    found = [compute.encode(x, W, b, compute.Rule(4, False, screen=screen), apart=apart) for x, W, b in moving(6, 1e-3)]
-    anew = [compute.encode(x, W, b, compute.Rule(4, False, screen=compute.Screen(300)), apart=apart) for x, W, b in moving(6, 1e-3)]
-    assert screen.searches < 6
-    assert all(torch.equal(a.values, b.values) and torch.equal(a.apart, b.apart) for a, b in zip(found, anew, strict=True))
+    incremental, apart = compute.IncrementalTopK(300), torch.tensor([3, 40, 77])
+    found = [
+        compute.encode(x, W, b, compute.TopKRule(4, False, incremental=incremental), extra_latents=apart) for x, W, b in moving(6, 1e-3)
+    ]
+    anew = [
+        compute.encode(x, W, b, compute.TopKRule(4, False, incremental=compute.IncrementalTopK(300)), extra_latents=apart)
+        for x, W, b in moving(6, 1e-3)
+    ]
+    assert incremental.searches < 6
+    assert all(
+        torch.equal(a.values, b.values) and torch.equal(a.extra_pre_acts, b.extra_pre_acts) for a, b in zip(found, anew, strict=True)
+    )
 
 
 def test_a_critic_that_was_asked_in_inference_mode_learns_on():
@@ -89,9 +96,11 @@ def test_a_critic_that_was_asked_in_inference_mode_learns_on():
 
 
 def test_few_positive_and_none_at_all():
-    screen, x, W_enc = compute.Screen(30), functional.unit_rows(torch.randn(30, 8)), torch.randn(8, 10)
-    none = compute.encode(x, W_enc, torch.full((10,), -1e3), compute.Rule(2, False, screen=screen))
-    few = compute.encode(x, W_enc, -(x @ W_enc).flatten().topk(5).values[-1].expand(10), compute.Rule(2, False, screen=screen))
+    incremental, x, W_enc = compute.IncrementalTopK(30), functional.unit_rows(torch.randn(30, 8)), torch.randn(8, 10)
+    none = compute.encode(x, W_enc, torch.full((10,), -1e3), compute.TopKRule(2, False, incremental=incremental))
+    few = compute.encode(
+        x, W_enc, -(x @ W_enc).flatten().topk(5).values[-1].expand(10), compute.TopKRule(2, False, incremental=incremental)
+    )
     assert len(none.values) == 0 and len(few.values) in (4, 5)
 
 
@@ -112,7 +121,7 @@ def trained(**settings: object) -> JointSAE:
 
 def test_a_run_with_screens_is_the_run_without():
     fast, slow = trained(), trained(kernels="dense")
-    assert fast.meta._forward_pass.screen.searches < 17 + 6  # type: ignore[union-attr]
+    assert fast.meta._forward_pass.incremental_topk.searches < 17 + 6  # type: ignore[union-attr]
     for name, tensor in slow.state_dict().items():
         torch.testing.assert_close(fast.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
@@ -177,8 +186,8 @@ def test_a_meta_step_may_read_some_rows():
 
 
 def test_a_draw_of_the_rows_is_searched_and_leaves_what_is_known_of_all():
-    screen, (x, W_enc, b_enc) = compute.Screen(300), moving(1, 0)[0]
+    incremental, (x, W_enc, b_enc) = compute.IncrementalTopK(300), moving(1, 0)[0]
     for rows in (x, x[:40], x):
-        fast, slow = (compute.encode(rows, W_enc, b_enc, compute.Rule(4, False, screen=s)) for s in (screen, None))
+        fast, slow = (compute.encode(rows, W_enc, b_enc, compute.TopKRule(4, False, incremental=s)) for s in (incremental, None))
         assert torch.equal(fast.pattern.columns, slow.pattern.columns)
-    assert screen.searches == 1
+    assert incremental.searches == 1
