@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metasae_lightning.compute.process_group import ProcessGroup
 from metasae_lightning.compute.sharding import local
@@ -71,6 +71,13 @@ def skipped_steps(guards: Iterable[NonFiniteGuard]) -> dict[str, float]:
     """The logged number of skipped steps of all SAEs; empty without guards."""
     totals = [guard.total for guard in guards]
     return {"train/skipped": float(sum(totals))} if totals else {}
+
+
+def step_tensors(role: str, sae: nn.Module, loss: Tensor, extra_loss: Tensor | None) -> dict[str, Tensor]:
+    """A step's loss, penalties and gradients by name, in order of computation, so that the first bad one is the cause."""
+    gradients = {name: parameter.grad for name, parameter in sae.named_parameters() if parameter.grad is not None}
+    losses = {f"the {role} SAE's loss": loss, **({} if extra_loss is None else {"the penalties' sum": extra_loss})}
+    return losses | {f"the gradient of {role}.sae.{name}": gradient for name, gradient in gradients.items()}
 
 
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -1,4 +1,4 @@
-"""The door to SAELens: what goes out works on raw activations, in SAELens's own hands."""
+"""Exported folders work on raw activations in SAELens's own code."""
 
 import json
 import warnings
@@ -49,7 +49,7 @@ def exported(module: JointSAE, folder: Path, **kw: Any) -> export.ExportRecord:
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_folder_does_on_raw_activations_what_training_did(name: str, normalizer: str, tmp_path: Path):
+def test_the_exported_sae_encodes_raw_activations_as_in_training(name: str, normalizer: str, tmp_path: Path):
     if (name, normalizer) == ("matching_pursuit", "covariance_whitening"):
         with pytest.raises(ValueError, match="not supported for MatchingPursuit"):  # a tied encoder cannot absorb the whitening
             trained(name, normalize_activations=normalizer)
@@ -62,19 +62,19 @@ def test_the_folder_does_on_raw_activations_what_training_did(name: str, normali
     sae, norm = module.primary.sae, module.primary.normalizer
     z, undo = norm.normalize(x)
     codes = sae.encode(z)
-    if "batchtopk" in name:  # per token, by the threshold instead of the batch's ranking
+    if "batchtopk" in name:  # inference uses the threshold for each token instead of ranking a batch
         threshold = sae.topk_threshold / (1 - (1 - sae.cfg.topk_threshold_lr) ** int(module.primary.updates))
         _, hidden = sae.encode_with_hidden_pre(z)
         codes = hidden.relu() * (hidden > threshold)
     rebuilt = norm.restore(sae.decode(codes), undo)
     ours, theirs = rebuilt.detach(), loaded.decode(loaded.encode(x)).detach()
     same = ((codes != 0) == (loaded.encode(x) != 0)).all(-1)
-    assert same.float().mean() > 0.97  # a pre-activation on the very edge may fall to either side in fp32
+    assert same.float().mean() > 0.97  # in fp32 a pre-activation very near the threshold may fall on either side
     torch.testing.assert_close(theirs[same], ours[same], rtol=1e-4, atol=1e-4)
 
 
-# Whoever hooks the SAE in hands it heads apart; training and our own readers have them flat.
-def test_an_sae_of_heads_takes_heads(tmp_path: Path):
+# SAELens passes an attention hook's heads as a separate dimension; training and our own readers flatten them.
+def test_an_sae_of_flattened_heads_accepts_separate_heads(tmp_path: Path):
     module = trained("jumprelu")
     exported(module, tmp_path / "x", metadata={"hook_name": "blocks.1.attn.hook_z"}, samples=[activations(3)])
     loaded, ours, x = SAE.load_from_disk(tmp_path / "x"), pretrained.load_pretrained(tmp_path / "x"), activations(77)
@@ -83,7 +83,7 @@ def test_an_sae_of_heads_takes_heads(tmp_path: Path):
     torch.testing.assert_close(loaded(heads).flatten(1), ours(x))
 
 
-def test_leaving_the_normaliser_out_is_noticed(tmp_path: Path):
+def test_an_export_without_the_normaliser_fails_the_comparison(tmp_path: Path):
     module = trained("batchtopk", normalize_activations="expected_average_only_in", offset=2.0)
     learner = module.primary
     wrong = export.export(learner.sae, tmp_path / "x", normalizer=make_normalizer("none", D_IN), updates=int(learner.updates))
@@ -102,7 +102,7 @@ def test_exported_l0_is_the_training_l0_after_any_number_of_steps(steps: int, tm
     l0 = (SAE.load_from_disk(tmp_path / "sae").encode(fresh) > 0).sum(-1).float().mean().item()
     assert record.l0 == pytest.approx(4.0, rel=0.02)
     assert l0 == pytest.approx(4.0, rel=0.03)
-    if steps < 300:  # control: what SAELens itself would save, a running mean that began at 0
+    if steps < 300:  # control: the threshold that SAELens would save, a running mean that started at 0
         module.primary.sae.save_inference_model(tmp_path / "raw")
         raw = (SAE.load_from_disk(tmp_path / "raw").encode(fresh) > 0).sum(-1).float().mean().item()
         assert raw > 4.0 * 1.05
@@ -120,7 +120,7 @@ def test_the_record_is_measured_on_the_saved_folder(tmp_path: Path):
     assert cfg["metadata"]["hook_name"] == "blocks.1.hook_resid_pre" and cfg["metadata"]["training_architecture"] == "batchtopk"
 
 
-def test_an_export_leaves_the_sae_in_training_alone_and_replaces_whole_folders(tmp_path: Path):
+def test_an_export_does_not_change_the_sae_in_training_and_replaces_the_whole_folder(tmp_path: Path):
     module = trained("batchtopk", normalize_activations="covariance_whitening")
     before, state = {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state()
     exported(module, tmp_path / "sae", samples=[activations(1)])
@@ -130,7 +130,7 @@ def test_an_export_leaves_the_sae_in_training_alone_and_replaces_whole_folders(t
     assert [path.name for path in tmp_path.iterdir()] == ["sae"]
 
 
-def test_an_export_that_fails_keeps_the_folder_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_export_keeps_the_older_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     module = trained("batchtopk", steps=3)
     exported(module, tmp_path / "sae")
     kept = (tmp_path / "sae" / "sae_weights.safetensors").read_bytes()
@@ -145,7 +145,7 @@ def test_an_export_that_fails_keeps_the_folder_that_was_there(tmp_path: Path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["sae"]
 
 
-def test_global_threshold_keeps_exactly_what_is_asked_even_where_one_batch_has_most():
+def test_the_global_threshold_gives_exactly_the_target_l0_even_where_one_batch_has_most_of_it():
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(100, 200, generator=generator) * scale for scale in (0.01, 0.01, 0.01, 5.0)]
     for target in (1.0, 3.5, 40.0):
@@ -154,13 +154,13 @@ def test_global_threshold_keeps_exactly_what_is_asked_even_where_one_batch_has_m
         assert kept == round(target * 400)
 
 
-def test_a_diverged_sae_has_no_threshold():
+def test_a_diverged_sae_is_refused_a_threshold():
     with pytest.raises(InputError, match="the SAE has diverged"):
         global_threshold(lambda x: x * float("inf"), [torch.ones(4, 8)], 1.0)
 
 
-def test_saelens_layer_norm_aux_loss_would_have_raised():
-    """Why normalisers live outside: SAELens's TopK refuses its auxiliary loss under layer_norm as soon as a latent is dead."""
+def test_saelens_own_layer_norm_raises_with_the_auxiliary_loss():
+    """Why normalisers are outside the SAE: SAELens's TopK refuses its auxiliary loss under layer_norm as soon as a latent is dead."""
     module = trained("batchtopk", normalize_activations="layer_norm", d_sae=400)
     assert module.primary.dead.any()
     inside = get_sae_training_class("batchtopk")[0](config("batchtopk", normalize_activations="layer_norm"))
@@ -168,7 +168,7 @@ def test_saelens_layer_norm_aux_loss_would_have_raised():
         forward.forward_pass_for(inside, "dense").train(activations(0), dead=torch.ones(48, dtype=torch.bool), step=0, fresh_gradients=True)
 
 
-def test_no_warning_of_saelens_escapes(tmp_path: Path):
+def test_an_export_emits_no_warning_of_saelens(tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         module = trained("batchtopk", steps=2)

@@ -1,4 +1,4 @@
-"""Runs whose dictionary is divided: their checkpoints load on any number of ranks, and are there whole or not at all."""
+"""Runs with latents sharded over ranks: their checkpoints load on any number of ranks, and are written atomically."""
 
 import os
 from pathlib import Path
@@ -49,7 +49,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def begun(run: Path, checkpoint: Path, *more: str) -> dict[str, torch.Tensor]:
-    """What a run that goes on from a checkpoint has before its first step."""
+    """The state of a resumed run before its first step."""
     fit(
         run,
         *more,
@@ -60,7 +60,7 @@ def begun(run: Path, checkpoint: Path, *more: str) -> dict[str, torch.Tensor]:
     return torch.load(f"{run}.pt")
 
 
-def test_a_checkpoint_of_four_ranks_is_gone_on_with_on_two_and_on_one(tmp_path: Path):
+def test_a_checkpoint_of_four_ranks_is_resumed_on_two_and_on_one(tmp_path: Path):
     fit(tmp_path / "four", *divided(4))
     middle = tmp_path / "four" / "checkpoints" / "tokens=8192.ckpt"
     assert len(list(middle.glob("*.distcp"))) == 4 and find_damage(middle) is None
@@ -73,7 +73,7 @@ def test_a_checkpoint_of_four_ranks_is_gone_on_with_on_two_and_on_one(tmp_path: 
         assert all(torch.equal(found[name], value) for name, value in states[0].items())
     assert one["primary.sae.W_enc exp_avg"].count_nonzero() > 0 and one["primary.steps"] == 8
 
-    # On as many ranks, which divide latents and rows otherwise, it comes to the same; and the last of them writes a folder of one SAE.
+    # Four ranks that shard latents and rows otherwise reach the same state, and export one SAE folder.
     mesh = {"class_path": "metasae_lightning.strategy.Sharded", "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 2}}
     (tmp_path / "mesh.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": mesh}}))
     fit(tmp_path / "square", "-c", str(tmp_path / "mesh.yaml"), "--trainer.devices", "4", "--ckpt_path", str(middle))
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_four_ranks_is_gone_on_with_on_two_and_on_one(tmp_path: 
     assert sae.W_dec.shape == (256, 64)
 
 
-def test_a_whole_checkpoint_is_divided_and_arms_are(tmp_path: Path):
+def test_an_unsharded_checkpoint_is_sharded_when_loaded_also_for_arms(tmp_path: Path):
     arms = ["--arms", yaml.safe_dump({"joint": {}, "solo": {"meta": None, "penalties": {}}}, default_flow_style=True).strip()]
     plain = ["--trainer.devices", "2", "--trainer.strategy", "ddp", *arms]
     fit(tmp_path / "ddp", *plain)
@@ -103,7 +103,7 @@ def test_a_whole_checkpoint_is_divided_and_arms_are(tmp_path: Path):
     assert "is damaged (its part __1_0.distcp is not what was written)" in told
 
 
-def test_a_folder_is_sealed_and_one_that_is_torn_is_passed_over(tmp_path: Path):
+def test_an_incomplete_checkpoint_folder_is_passed_over(tmp_path: Path):
     for number in (1, 2):
         draft = tmp_path / f".tokens={number}.ckpt.draft"
         draft.mkdir()
@@ -126,7 +126,7 @@ def test_a_folder_is_sealed_and_one_that_is_torn_is_passed_over(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "tokens=2.ckpt"]
 
 
-def test_a_folder_that_cannot_be_replaced_has_its_name_still(tmp_path: Path):
+def test_a_checkpoint_folder_that_cannot_be_replaced_keeps_its_name(tmp_path: Path):
     (tmp_path / "a.ckpt").mkdir()
     (tmp_path / "a.ckpt" / "part").write_text("as it was")
     with pytest.raises(FileNotFoundError):
@@ -142,7 +142,7 @@ class Mesh:
         return self.count
 
 
-def test_what_cannot_be_divided_is_refused():
+def test_saes_that_cannot_be_sharded_are_refused():
     joint = JointSAE(config("batchtopk", d_sae=50))
     with pytest.raises(InputError, match=r"primary\.d_sae must be a multiple of the 4 ranks that divide it, got 50"):
         joint.primary.divide(Mesh(4))
@@ -152,7 +152,7 @@ def test_what_cannot_be_divided_is_refused():
                 odd.primary.divide(Mesh(size))
 
 
-def test_sizes_that_do_not_make_up_the_ranks_are_refused(tmp_path: Path):
+def test_mesh_sizes_whose_product_is_not_the_number_of_ranks_are_refused(tmp_path: Path):
     mesh = {"class_path": "metasae_lightning.strategy.Sharded", "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 2}}
     (tmp_path / "mesh.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": mesh}}))
     told = fit(tmp_path / "run", "-c", str(tmp_path / "mesh.yaml"), "--trainer.devices", "2", rc=2)

@@ -1,4 +1,4 @@
-"""Thresholds on a real language model: what each rule promises, on fresh tokens, after few steps and after many."""
+"""Each threshold rule keeps its promise on fresh tokens of a real language model, after few training steps and after many."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ K, STEPS = 32, (50, 300, 1000)
 
 
 class Snapshots(Callback):
-    """Exports after so many steps, each into a folder of its own."""
+    """Export after each of these numbers of steps, into a folder per number."""
 
     def __init__(self, folder: Path, samples: list[torch.Tensor]):
         self.folder, self.samples = folder, samples
@@ -39,7 +39,7 @@ def l0(sae: Any, batches: list[torch.Tensor]) -> float:
     return sum(int((sae.encode(x) > 0).sum()) for x in batches) / sum(map(len, batches))
 
 
-def test_rules_hold_on_fresh_tokens_of_a_real_model(tmp_path: Path):
+def test_each_rule_gives_its_l0_on_fresh_tokens_of_a_real_model(tmp_path: Path):
     model = HuggingFaceLM("smollm2-135m-instruct", "blocks.15.hook_resid_post", device="cpu")
     sizes = {"tokens": 256 * STEPS[-1], "batch_size": 256, "buffer_size": 16_384, "validation_tokens": 131_072, "test_tokens": 131_072}
     data = ActivationsDataModule(model, PythonDocs(), held_out=0.05, skip_positions=2, max_norm_ratio=10, **sizes)
@@ -55,14 +55,14 @@ def test_rules_hold_on_fresh_tokens_of_a_real_model(tmp_path: Path):
         sae = SAE.load_from_disk(tmp_path / str(steps))
         known, found = l0(sae, samples), l0(sae, fresh)
         print(f"global, {steps} steps: L0 {known:.3f} on the sample, {found:.2f} on {sum(map(len, fresh)):,} fresh tokens")
-        # What other documents do beyond that is theirs: one threshold for all latents knows nothing of how often each should fire.
+        # Other documents may differ more, since one threshold for all latents does not fix how often each latent fires.
         assert known == pytest.approx(K, rel=0.01) and found == pytest.approx(K, rel=0.04)
     one: Any = SAE.load_from_disk(tmp_path / str(STEPS[-1]))
     scores = pretrained.pre_activations(one)
     assert scores is not None
     found: dict[str, tuple[float, float]] = {}
     for rule in ("rate", "eer"):
-        # Either half is the other's fresh tokens: what documents do comes in with both signs, and what is left over is the rule's.
+        # Each half serves as the other's fresh tokens: differences between documents then cancel, and the rest is due to the rule.
         both = [(samples, fresh), (fresh, samples)]
         for known, other in both:
             set_anew = calibrate(scores, known, K, rule)
