@@ -1,109 +1,165 @@
-"""Single latents for the page: where they fire, what lies near them, which is theirs in the other arm, what their meta latents are."""
+"""Single latents for the page: where each fires, its nearest latents, its match in the other arm, and its meta-latents.
 
+Decoders are read with NumPy, so that a page needs no torch.
+"""
+
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from metasae_lightning import functional
 from metasae_lightning.errors import InputError
 from metasae_lightning.report.load_runs import Arm
-from metasae_lightning.sae import pretrained
 
+Matrix: TypeAlias = NDArray[np.float32]
+# Per latent: nearest decoder rows and meta-latents that are shown; per meta-latent: latents that are shown.
 NEIGHBOURS, METAS, SHARING = 4, 4, 6
-# Decoder rows whose cosines with all others are there at once.
+# Decoder rows whose cosines with all others are in memory at once.
 ROWS = 1024
+# Architectures whose folder holds the decoder as SAELens uses it.
+DIRECT = {"standard", "gated", "jumprelu", "topk"}
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """An arm's directions, and how its meta SAE puts them together."""
+    """Decoder directions of one arm, and how its meta-SAE composes them."""
 
-    rows: Float[Tensor, "d_sae d_in"]
-    """Of unit norm."""
-    metas: Float[Tensor, "d_sae d_meta"] | None
-    """How much of each meta latent is in each of them."""
+    rows: Matrix
+    """Unit decoder rows, of shape (d_sae, d_in)."""
+    metas: Matrix | None
+    """Activation of each meta-latent on each row, of shape (d_sae, d_meta)."""
 
 
-def decoder(arm: Arm) -> Decoder | None:
-    """What lies in an arm's folder; none, if nothing was exported."""
+def read_decoder(arm: Arm) -> Decoder | None:
+    """The decoder that an arm exported, or None if it exported none."""
     folder = arm.place / "saes"
     if not (folder / "primary" / "cfg.json").exists():
         return None
-    rows = functional.unit_rows(pretrained.load_pretrained(folder / "primary").W_dec.detach().float())
+    rows = unit_rows(decoder_rows(folder / "primary"))
     if not (folder / "meta" / "cfg.json").exists():
         return Decoder(rows, None)
-    meta = pretrained.load_pretrained(folder / "meta")
-    if meta.W_dec.shape[1] != rows.shape[1]:
-        raise InputError(f"{folder / 'meta'} reads rows of {meta.W_dec.shape[1]}, and {folder / 'primary'} has rows of {rows.shape[1]}")
-    with torch.no_grad():
-        return Decoder(rows, meta.encode(rows).float())
+    width = decoder_rows(folder / "meta").shape[1]
+    if width != rows.shape[1]:
+        raise InputError(f"{folder / 'meta'} reads rows of {width}, and {folder / 'primary'} has rows of {rows.shape[1]}")
+    return Decoder(rows, encode(folder / "meta", rows))
 
 
-def browsed(arms: Sequence[Arm], decoders: Sequence[Decoder | None], most: int) -> list[dict[str, Any]]:
-    """Of each arm up to `most` latents, those that fired, spread evenly over how often they do."""
-    found: list[dict[str, Any]] = []
-    for place, (arm, own) in enumerate(zip(arms, decoders, strict=True)):
-        told = arm.latents
-        if told is None or own is None or len(told["firings"]) != len(own.rows):
+def unit_rows(matrix: Matrix) -> Matrix:
+    """Rows divided by their lengths."""
+    return matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
+
+
+def decoder_rows(folder: Path) -> Matrix:
+    """The decoder of a SAELens folder, one row a latent; SAELens itself loads architectures that it rewrites."""
+    config, weights = read_folder(folder)
+    if weights is not None and config.get("architecture") in DIRECT:
+        return weights["W_dec"].astype(np.float32)
+    from metasae_lightning.sae.pretrained import load_pretrained
+
+    return load_pretrained(folder).W_dec.detach().float().numpy()
+
+
+def encode(folder: Path, x: Matrix) -> Matrix:
+    """Latent activations of a SAELens SAE on some rows; computed here for JumpReLU, by SAELens for other architectures."""
+    config, weights = read_folder(folder)
+    normalizer = config.get("normalize_activations", "none")
+    if weights is None or config.get("architecture") != "jumprelu" or normalizer not in ("none", "layer_norm"):
+        import torch
+
+        from metasae_lightning.sae.pretrained import load_pretrained
+
+        with torch.no_grad():
+            return load_pretrained(folder).encode(torch.from_numpy(x)).float().numpy()
+    if normalizer == "layer_norm":
+        x = x - x.mean(1, keepdims=True)
+        x = x / (x.std(1, ddof=1, keepdims=True) + np.float32(1e-5))
+    if config.get("apply_b_dec_to_input"):
+        x = x - weights["b_dec"]
+    pre_activations = x @ weights["W_enc"] + weights["b_enc"]
+    return np.where((pre_activations > weights["threshold"]) & (pre_activations > 0), pre_activations, np.float32(0))
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Config and weights of a SAELens folder; None for weights in a type that NumPy lacks."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        config = json.loads((folder / "cfg.json").read_text())
+        return config, dict(load_file(folder / "sae_weights.safetensors"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be read: {' '.join(str(error).split())}") from error
+    except (KeyError, TypeError, AttributeError):  # bfloat16
+        return json.loads((folder / "cfg.json").read_text()), None
+
+
+def browsed_latents(arms: Sequence[Arm], decoders: Sequence[Decoder | None], most: int) -> list[dict[str, Any]]:
+    """Up to `most` latents of each arm among those that fired, spread evenly over their firing rates."""
+    entries: list[dict[str, Any]] = []
+    for index, (arm, decoder) in enumerate(zip(arms, decoders, strict=True)):
+        latents = arm.latents
+        if latents is None or decoder is None or len(latents["firings"]) != len(decoder.rows):
             continue
-        firings = torch.tensor(told["firings"])
-        kept = chosen(firings, most)
-        others = [(other, there) for there, other in enumerate(decoders) if there != place and other is not None]
-        other, there = next(iter(others), (None, None))
-        found.append(
-            {
-                **{"arm": place, "name": arm.name, "latents": len(firings), "live": int((firings > 0).sum()), "tokens": told["tokens"]},
-                **{"other": there, "rows": described(own, kept, told, None if other is None else other.rows)},
-                **{"metas": sharing(own.metas)},
-            }
-        )
-    return found
+        firings = np.asarray(latents["firings"])
+        others = [(other, number) for number, other in enumerate(decoders) if number != index and other is not None]
+        other, number = next(iter(others), (None, None))
+        rows = describe_latents(decoder, spread_latents(firings, most), latents, None if other is None else other.rows)
+        counts = {"latents": len(firings), "live": int((firings > 0).sum()), "tokens": latents["tokens"]}
+        entries.append({"arm": index, "name": arm.name, **counts, "other": number, "rows": rows, "metas": latents_of_metas(decoder.metas)})
+    return entries
 
 
-def chosen(firings: Tensor, most: int) -> list[int]:
-    """Latents that fired: all, or as many as are wanted, from the rarest to the commonest."""
-    live = firings.nonzero().flatten()
+def spread_latents(firings: NDArray[Any], most: int) -> list[int]:
+    """Latents that fired: all of them, or `most`, evenly from the rarest to the commonest."""
+    live = np.flatnonzero(firings)
     if len(live) <= most:
         return live.tolist()
-    order = live[firings[live].argsort(stable=True)]
-    return order[torch.linspace(0, len(order) - 1, most).round().long()].sort().values.tolist()
+    order = live[np.argsort(firings[live], kind="stable")]
+    return sorted(order[np.linspace(0, len(order) - 1, most, dtype=np.float32).round().astype(int)].tolist())
 
 
-def described(own: Decoder, kept: list[int], told: dict[str, Any], other: Tensor | None) -> list[list[Any]]:
-    """Of each kept latent its number, firings, largest value, neighbours, match, meta latents and contexts."""
-    found: list[list[Any]] = []
-    for some in torch.tensor(kept, dtype=torch.long).split(ROWS):
-        cosines = own.rows[some] @ own.rows.T
-        cosines[torch.arange(len(some)), some] = -torch.inf
-        near = cosines.topk(min(NEIGHBOURS, len(own.rows) - 1), dim=1)
-        match = None if other is None else (own.rows[some] @ other.T).max(1)
-        metas = None if own.metas is None else own.metas[some].topk(min(METAS, own.metas.shape[1]), dim=1)
-        for line, latent in enumerate(some.tolist()):
-            parts = [] if metas is None else pairs(metas.indices[line], metas.values[line])
-            found.append(
+def describe_latents(decoder: Decoder, chosen: list[int], latents: dict[str, Any], other: Matrix | None) -> list[list[Any]]:
+    """For each chosen latent: number, firings, maximum, nearest latents, match in the other arm, meta-latents and contexts."""
+    lines: list[list[Any]] = []
+    for begin in range(0, len(chosen), ROWS):
+        numbers = np.asarray(chosen[begin : begin + ROWS])
+        cosines = decoder.rows[numbers] @ decoder.rows.T
+        cosines[np.arange(len(numbers)), numbers] = -np.inf
+        products = None if other is None else decoder.rows[numbers] @ other.T
+        for line, latent in enumerate(numbers.tolist()):
+            match: list[float] = [] if products is None else largest(products[line], 1)[0]
+            metas = [] if decoder.metas is None else largest(decoder.metas[latent], METAS)
+            contexts = latents["contexts"].get(str(latent), [])
+            lines.append(
                 [
-                    *(latent, told["firings"][latent], told["maximum"][latent]),
-                    pairs(near.indices[line], near.values[line]),
-                    [] if match is None else [int(match.indices[line]), round(match.values[line].item(), 3)],
-                    [part for part in parts if part[1] > 0],
-                    [[context["at"], context["tokens"], context["values"]] for context in told["contexts"].get(str(latent), [])],
+                    *(latent, latents["firings"][latent], latents["maximum"][latent]),
+                    largest(cosines[line], min(NEIGHBOURS, len(decoder.rows) - 1)),
+                    match,
+                    [pair for pair in metas if pair[1] > 0],
+                    [[context["at"], context["tokens"], context["values"]] for context in contexts],
                 ]
             )
-    return found
+    return lines
 
 
-def sharing(metas: Tensor | None) -> list[list[list[float]]]:
-    """Of each meta latent the latents that most of it is in."""
+def latents_of_metas(metas: Matrix | None) -> list[list[list[float]]]:
+    """For each meta-latent, the latents that it is most active on."""
     if metas is None:
         return []
-    top = metas.T.topk(min(SHARING, len(metas)), dim=1)
-    return [[pair for pair in pairs(*line) if pair[1] > 0] for line in zip(top.indices, top.values, strict=True)]
+    return [[pair for pair in largest(column, SHARING) if pair[1] > 0] for column in metas.T]
 
 
-def pairs(indices: Tensor, values: Tensor) -> list[list[float]]:
-    """Numbers with their values, as the page keeps them."""
-    return [[int(index), round(value, 3)] for index, value in zip(indices.tolist(), values.tolist(), strict=True)]
+def largest(values: NDArray[Any], count: int) -> list[list[float]]:
+    """Index and rounded value of the `count` largest values, largest first.
+
+    >>> largest(np.array([0.5, 2.0, 1.0]), 2)
+    [[1, 2.0], [2, 1.0]]
+    """
+    count = min(count, len(values))
+    candidates = np.argpartition(-values, count - 1)[:count] if count else np.arange(0)
+    order = candidates[np.argsort(-values[candidates], kind="stable")]
+    return [[int(index), round(float(values[index]), 3)] for index in order]

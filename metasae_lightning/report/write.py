@@ -14,7 +14,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.report import figures
 from metasae_lightning.report.conclusions import FIGURES, Beside, Verdict, beside_the_paper, verdict
 from metasae_lightning.report.html_page import page
-from metasae_lightning.report.latent_browser import browsed, decoder
+from metasae_lightning.report.latent_browser import browsed_latents, read_decoder
 from metasae_lightning.report.load_runs import Arm, gather
 from metasae_lightning.report.seeds import Group, baseline, difference, grouped, headline
 
@@ -106,9 +106,9 @@ def write(found: Study, out: Path) -> Path:
 
 def fitting(found: Study, drawn: dict[str, Any]) -> str:
     """The page, with as many latents as it can hold."""
-    most, decoders = MOST, [decoder(arm) for arm in found.browsed]
+    most, decoders = MOST, [read_decoder(arm) for arm in found.browsed]
     while True:
-        latents = browsed(found.browsed, decoders, most)
+        latents = browsed_latents(found.browsed, decoders, most)
         text = page(found.title, found.groups, found.verdict, found.table, drawn, latents)
         size, held = len(text.encode(errors="replace")), max((len(one["rows"]) for one in latents), default=0)
         if size <= LARGEST or held <= 1:

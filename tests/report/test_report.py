@@ -20,7 +20,7 @@ from metasae_lightning import functional, report
 from metasae_lightning.cli import main
 from metasae_lightning.report import latent_browser, study, write
 from metasae_lightning.report.conclusions import ROWS
-from metasae_lightning.report.latent_browser import browsed, decoder
+from metasae_lightning.report.latent_browser import browsed_latents, read_decoder
 from metasae_lightning.report.load_runs import Arm, gather, metrics
 from metasae_lightning.report.seeds import Group, baseline, difference, grouped, headline
 from metasae_lightning.report.write import fitting
@@ -281,10 +281,10 @@ def test_the_latents_are_those_of_two_arms_with_what_lies_near(measured: Path, p
 
 def test_a_page_that_would_be_too_large_shows_fewer_latents_from_rare_to_common(measured: Path, monkeypatch: pytest.MonkeyPatch):
     found = study([str(measured)])
-    decoders = [decoder(arm) for arm in found.browsed]
-    whole, few = (browsed(found.browsed, decoders, most) for most in (1000, 5))
+    decoders = [read_decoder(arm) for arm in found.browsed]
+    whole, few = (browsed_latents(found.browsed, decoders, most) for most in (1000, 5))
     monkeypatch.setattr(latent_browser, "ROWS", 7)
-    assert browsed(found.browsed, decoders, 1000) == whole
+    assert browsed_latents(found.browsed, decoders, 1000) == whole
     firings = sorted(row[1] for row in whole[0]["rows"])
     assert len(few[0]["rows"]) == 5 and few[0]["live"] == len(whole[0]["rows"])
     assert {firings[0], firings[-1]} <= {row[1] for row in few[0]["rows"]}
