@@ -130,7 +130,7 @@ def test_an_sae_that_does_not_say_what_it_reads_gives_one_line(tmp_path: Path, c
         (["test", "{run}", "--rul=rate"], "there is no option rul"),
         (["test", "{run}", "--rule=best"], "rule: expected"),
         (["test", "{run}", "--data=nothing.yaml"], "nothing.yaml cannot be read as a recipe"),
-        (["test", "{run}", "{run}", "--out=x"], "out: several SAEs' results"),
+        (["test", "{run}", "{run}", "--out=x"], "out: the results of several SAEs"),
         (["calibrate", "{run}", "--rule=stored"], "rule: global, rate or eer set thresholds"),
         (["compare", "{run}"], "arguments are required: b"),
         (["test", "{run}", "--device=nowhere"], "device: 'nowhere' is not there"),
