@@ -1,7 +1,7 @@
-"""Encoding and decoding by the few latents that are kept, each with its own backward.
+"""Sparse encoding and decoding with hand-written backward passes.
 
-An SAE that keeps `k` of `d_sae` latents has `k / d_sae` of its matrix of activations to decode and to send gradients through; only the
-encoder's product is dense.
+An SAE with `k` active latents of `d_sae` decodes, and computes gradients for, a fraction `k / d_sae` of its activation matrix. Only the
+product with the encoder is dense.
 """
 
 from dataclasses import dataclass, field
@@ -21,30 +21,30 @@ from metasae_lightning.compute.topk_incremental import IncrementalTopK
 
 
 class Encoded(NamedTuple):
-    """The latents that are kept of a batch."""
+    """The active latents of a batch."""
 
     values: Float[Tensor, " nnz"]
     """Their activations, before any scale."""
     pattern: Pattern
-    """Where they are."""
+    """Their rows and latents."""
     extra_pre_acts: Float[Tensor, "row extra"]
-    """Pre-activations of the latents that were asked for as extra latents, before any scale."""
+    """Pre-activations of `extra_latents` on every row, before any scale."""
     threshold: float | None
-    """The smallest activation that is kept, where one cut is made through the whole batch."""
+    """The smallest active value of the batch; None if top-k runs per row."""
 
 
 @dataclass
 class TopKRule:
-    """What is kept of a batch: so many latents of each row, or so many a row wherever they are; of positive activations alone."""
+    """Which latents of a batch are active: the `k` largest positive of each row, or the `k * rows` largest positive of the batch."""
 
     k: float
     per_row: bool
     hint: float | None = None
-    """The edge of the last batch, to begin the search at. It saves time and changes nothing."""
+    """The threshold of the last batch, where the search starts. It changes the time, not the result."""
     incremental: IncrementalTopK | None = None
-    """Where the rows are those of the last batch, moved a little: what is known of them."""
+    """Incremental search, for rows that move little from one batch to the next."""
     parallelism: Parallelism = field(default_factory=Parallelism)
-    """Through whose batches one cut is made, and who has other latents of the same rows."""
+    """The ranks whose batches share one threshold, and the ranks with other latents of the same rows."""
 
 
 def encode(
@@ -59,10 +59,10 @@ def encode(
     gradients: BufferPool | None = None,
     rows: BufferPool | None = None,
 ) -> Encoded:
-    """What is kept of `((x - origin) W_enc + b_enc) * scale`; `scale` has a say in what is kept, and takes no gradient.
+    """The top-k latents of `((x - origin) W_enc + b_enc) * scale`. `scale` affects the ranking only, and gets no gradient.
 
-    Under autocast the product with `W_enc` is made in its type, everything else in that of the weights. The gradient of `W_enc` is made
-    in the memory `gradients`, and `x - origin` in `rows`, where they are given: then nothing that was made there may still be wanted.
+    Under autocast the product with `W_enc` uses the lower precision, everything else that of the weights. The buffers `gradients` take
+    the gradient of `W_enc`, the buffers `rows` take `x - origin`: earlier results in these buffers are overwritten.
     """
     extra_latents = torch.empty(0, dtype=torch.long, device=x.device) if extra_latents is None else extra_latents
     found: list[Any] = []
@@ -77,9 +77,9 @@ def decode(
     extra_latents: Int[Tensor, " extra"] | None = None,
     gradients: BufferPool | None = None,
 ) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, "extra d_in"]]:
-    """`S W_dec` for the sparse matrix `S`, and the rows of `W_dec` that were asked for as extra latents.
+    """`S W_dec` for the sparse matrix `S` of activations, and the rows of `W_dec` of the extra latents.
 
-    The gradient of `W_dec` is made in `gradients` where that is given: then nothing that was made there may still be wanted.
+    The buffers `gradients` take the gradient of `W_dec`: an earlier result in them is overwritten.
 
     >>> place = Pattern(torch.tensor([0, 1]), torch.tensor([1, 0]), (2, 2))
     >>> decode(torch.tensor([2.0, 3.0]), place, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))[0].tolist()
@@ -90,7 +90,7 @@ def decode(
 
 
 class _Encode(torch.autograd.Function):
-    """See `encode`. What is kept is kept whatever a small change would do, so a gradient goes through the kept ones alone."""
+    """Top-k encoding. The selection has zero gradient, so gradients flow through the active latents only."""
 
     @staticmethod
     def forward(
@@ -134,12 +134,12 @@ class _Encode(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 inputs = pattern.product(at, W_enc.T.contiguous()) + beside @ W_enc[:, extra_latents].T
             origins = -(W_enc @ biases) if ctx.centred else None
-        # Under a name of its own a parameter takes it without a copy.
+        # A view is a new tensor object: autograd then stores it as the parameter's gradient without a copy.
         return inputs, weights.view(W_enc.shape), biases, origins, *[None] * 6
 
 
 class _Decode(torch.autograd.Function):
-    """See `decode`."""
+    """Product of a sparse activation matrix with the decoder."""
 
     @staticmethod
     def forward(
@@ -188,7 +188,7 @@ def squared_error(
 
 
 class _SquaredError(torch.autograd.Function):
-    """See `squared_error`."""
+    """Sparse decoding and squared error in one function, with one matrix of the batch's size."""
 
     @staticmethod
     def forward(

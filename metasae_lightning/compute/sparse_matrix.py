@@ -1,4 +1,4 @@
-"""A sparse matrix by the places of its nonzeros, and its products with dense ones."""
+"""Sparsity patterns, and products of sparse matrices with dense ones."""
 
 import warnings
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ with warnings.catch_warnings():  # torch says once in a process that its CSR lay
 
 @dataclass(frozen=True)
 class Pattern:
-    """Where the nonzeros of a matrix are, ordered by row."""
+    """Rows and columns of the nonzeros of a matrix, ordered by row."""
 
     rows: Int[Tensor, " nnz"]
     columns: Int[Tensor, " nnz"]
@@ -29,14 +29,14 @@ class Pattern:
     def product(
         self, values: Float[Tensor, " nnz"], dense: Float[Tensor, "column d"], into: Float[Tensor, "row d"] | None = None
     ) -> Float[Tensor, "row d"]:
-        """`S dense`, in memory that is given or new."""
+        """`S dense`, written to `into` or to a new tensor."""
         into = dense.new_empty(self.shape[0], dense.shape[1]) if into is None else into
         return torch.addmm(into, _csr(self._pointers, self._columns32, values, self.shape), dense, beta=0, out=into)
 
     def transposed_product(
         self, values: Float[Tensor, " nnz"], dense: Float[Tensor, "row d"], into: Float[Tensor, "column d"] | None = None
     ) -> Float[Tensor, "column d"]:
-        """`S^T dense`, in memory that is given or new."""
+        """`S^T dense`, written to `into` or to a new tensor."""
         order, pointers, rows = self._by_column
         into = dense.new_empty(self.shape[1], dense.shape[1]) if into is None else into
         return torch.addmm(into, _csr(pointers, rows, values[order], self.shape[::-1]), dense, beta=0, out=into)

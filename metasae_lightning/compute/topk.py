@@ -1,4 +1,4 @@
-"""Which latents of a batch are kept, found without a matrix of all pre-activations and without ranking them all."""
+"""Top-k over the pre-activations of a batch, without the full matrix of pre-activations and without ranking all of them."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -46,26 +46,26 @@ def largest_indices(values: Float[Tensor, " value"], count: int) -> Int[Tensor, 
 
 
 class TopK(NamedTuple):
-    """The latents that are kept of a batch, in the order of their places."""
+    """The top-k latents of a batch, ordered by row, then by latent."""
 
     values: Float[Tensor, " nnz"]
-    """Their activations, before any scale."""
+    """Activations, before any scale."""
     rows: Int[Tensor, " nnz"]
     columns: Int[Tensor, " nnz"]
     threshold: float | None
-    """The smallest scaled activation among them, of all ranks."""
+    """The smallest selected activation, with its scale, over all ranks; None if top-k runs per row or selects nothing."""
 
 
 class BlockwiseEncoder:
-    """Activations `(x W_enc + b_enc) * scale` of a batch, made block by block and looked through while they are near.
+    """Activations `(x W_enc + b_enc) * scale` of a batch, computed and searched in blocks that stay in the processor's cache.
 
     Args:
         x: The batch.
         W_enc: The encoder.
         b_enc: Its bias, whose type is that of everything but the product.
-        scale: What has a say in what is kept, and is not in the values that are returned.
-        extra_latents: Latents, in order, whose pre-activations are wanted whatever is kept.
-        parallelism: Through whose batches one cut is made, and who has other latents of the same rows.
+        scale: Factors that affect the ranking, and not the returned values.
+        extra_latents: Latents, sorted, whose pre-activations are returned on every row.
+        parallelism: The ranks whose batches share one threshold, and the ranks with other latents of the same rows.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class BlockwiseEncoder:
         self.rows, self.latents, self.ranks, self.beside = len(x), W_enc.shape[1], parallelism.world, parallelism.tensor_group
 
     def keep(self, k: float, *, per_row: bool, hint: float | None) -> TopK:
-        """The `k` largest of each row, or the `k * rows` largest of the batch; of positive ones alone.
+        """The `k` largest positive values of each row, or the `k * rows` largest positive values of the batch.
 
         `near` is the edge of a batch like this one. It saves time where it is right, and changes nothing where it is not.
         """
         return self._each_row(int(k)) if per_row else self._whole(k, hint)
 
     def blocks(self, rows: int, latents: int) -> Iterator[tuple[int, int, Tensor]]:
-        """Products with the encoder, without bias or scale, and where they begin. Each is overwritten by the next."""
+        """First row, first latent and product with the encoder of each block, without bias or scale. Blocks share one buffer."""
         space = self.x.new_empty(rows * latents)
         for top in range(0, self.rows, max(rows, 1)):
             x = self.x[top : top + rows]
@@ -98,7 +98,7 @@ class BlockwiseEncoder:
                 yield top, left, block
 
     def compute_extra(self) -> None:
-        """The pre-activations that are wanted whatever is kept, where no block is gone through."""
+        """Compute the pre-activations of the extra latents with one product; for searches that compute no blocks."""
         if len(self.extra_latents):
             torch.addmm(self.b_enc[self.extra_latents], self.x, self.W_enc[:, self.extra_latents], out=self.extra_pre_acts)
 
@@ -192,7 +192,7 @@ class BlockwiseEncoder:
         return (cut if self.scale is None else cut / self.scale[columns]) - bias - above * bias.abs()
 
     def _guess(self, count: int) -> float:
-        """A cut from a few rows."""
+        """A threshold estimated from a few rows."""
         few = self.x[:: max(1, self.rows // SAMPLED_ROWS)]
         with torch.autocast(self.x.device.type, enabled=False):
             acts = few @ self.W_enc + self.b_enc

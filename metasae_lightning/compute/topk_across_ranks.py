@@ -1,4 +1,4 @@
-"""Where the cut lies through the numbers of all ranks: found by counts, the numbers themselves stay where they are."""
+"""Top-k over the values of all ranks by radix selection: ranks exchange counts, not values."""
 
 from typing import NamedTuple
 
@@ -14,10 +14,10 @@ KEYS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class TopKMask(NamedTuple):
-    """What a rank keeps of its own."""
+    """This rank's part of a top-k over all ranks."""
 
     keep: Bool[Tensor, " value"]
-    """Which of its numbers are among the largest of all."""
+    """Whether each of this rank's values is selected."""
     threshold: float | None
     """The smallest that any rank keeps; none where there is no number at all."""
     is_complete: bool

@@ -1,4 +1,4 @@
-"""Which latents are kept of rows that come again, moved a little: found among the few that could be."""
+"""Exact top-k for inputs and weights that move little between calls."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ STEADY = 1.05
 
 @dataclass(frozen=True)
 class Reference:
-    """The rows and the encoder that the candidates were found with."""
+    """Inputs, weights and candidates of the last full search."""
 
     x: Float[Tensor, "row d_in"]
     W_enc: Float[Tensor, "d_in d_sae"]
@@ -26,20 +26,20 @@ class Reference:
     pattern: Pattern
     """The candidates."""
     floor: float
-    """No other place had more."""
+    """Upper bound, at the full search, on every pre-activation that is not a candidate."""
     longest: float
     """The largest norm of a row."""
 
 
 class IncrementalTopK:
-    """What a decoder's rows said to a meta SAE when it last read all of them.
+    """Exact top-k that re-ranks the candidates of the last full search, and searches in full once the bound allows a newcomer.
 
     `r . e + b` moves by at most `|r - r0| |e| + |r0| |e - e0| + |b - b0|`. As long as the smallest of the kept is larger than anything
     that was not a candidate can have become, the kept are the ones that a search through everything would have kept; as soon as it is
     not, everything is searched. Values come from the same products of two rows in either case, so when that was leaves no trace.
 
     Args:
-        rows: So many rows are those that come again; others, as a draw from them, are not for it.
+        rows: Number of rows of the inputs that recur. Batches with another number of rows, such as a random subset, are not supported.
     """
 
     def __init__(self, rows: int) -> None:
@@ -47,7 +47,7 @@ class IncrementalTopK:
         self._reference: Reference | None = None
         self._threshold = 0.0
         self.searches = 0
-        """How often everything was searched."""
+        """Number of full searches."""
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_reference": None, "_threshold": 0.0}
@@ -101,12 +101,12 @@ def _rank_candidates(pattern: Pattern, encoder: BlockwiseEncoder, count: int) ->
 
 
 def _input_drift_bound(reference: Reference, encoder: BlockwiseEncoder) -> float:
-    """By no more than this a pre-activation has moved because its row has."""
+    """Bound on the change of any pre-activation caused by the change of the rows."""
     rows = max((now - then).norm(dim=1).max().item() for now, then in row_chunks(encoder.x, reference.x))
     return rows * encoder.W_enc.norm(dim=0).max().item()
 
 
 def _weight_drift_bound(reference: Reference, encoder: BlockwiseEncoder) -> float:
-    """By no more than this because its latent has."""
+    """Bound on the change of any pre-activation caused by the change of `W_enc` and `b_enc`."""
     turned = (encoder.W_enc - reference.W_enc).norm(dim=0).max().item()
     return reference.longest * turned + (encoder.b_enc - reference.b_enc).abs().max().item()
