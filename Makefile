@@ -22,9 +22,14 @@ quickstart: $(VENV)/.installed ## solo, joint and control on a small real langua
 
 install: $(VENV)/.installed ## the command alone: $(VENV)/bin/metasae
 
-# Tests are many and small: a process a core, each with one thread, is several times as fast as one process with all of them.
+# Tests are many and small, and those of several ranks wait for each other: a process a core and one more, each with one thread.
+WORKERS ?= $(shell echo $$(( $$($(PYTHON) -c "import os; print(os.cpu_count() or 1)") + 1 )))
+
 test: $(VENV)/.installed-test ## every test but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-quick: $(VENV)/.installed-test ## the fast tests, while you type
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not long" $(ARGS)
 
 test-slow: $(VENV)/.installed-test ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)

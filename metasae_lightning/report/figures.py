@@ -41,16 +41,26 @@ def drawn(groups: Sequence[Group]) -> dict[str, Figure]:
 
 
 def svg(figure: Figure, *, alone: bool = False) -> str:
-    """A figure as an element for a page, in the page's own text colour and of a size that its place decides; or alone, as a file."""
-    text = io.StringIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    """A figure as SVG: for a page, in the page's text colour and without a size; or `alone`, as a file."""
+    source = svg_source(figure)
     if alone:
-        return text.getvalue().replace(INK, "black")
-    element = text.getvalue()[text.getvalue().index("<svg") :].replace(INK, "currentColor")
+        return source.replace(INK, "black")
+    element = source[source.index("<svg") :].replace(INK, "currentColor")
     for size in ("width", "height"):
         element = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", element, count=1)
     return re.sub(r'<g id="[^"]*"', "<g", element)  # several of them are in one page
+
+
+def svg_source(figure: Figure) -> str:
+    """The SVG that matplotlib writes. It is stored on the figure, since a report needs it for the page and for a file."""
+    source = getattr(figure, "metasae_svg", None)
+    if source is None:
+        text = io.StringIO()
+        with mpl.rc_context(STYLE):
+            figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        source = text.getvalue()
+        setattr(figure, "metasae_svg", source)  # noqa: B010
+    return source
 
 
 def save(figure: Figure, path: Path) -> None:
