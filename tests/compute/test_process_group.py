@@ -161,7 +161,7 @@ def cut_on_rank(rank: int, folder: str) -> None:
     )
 
 
-def test_the_cut_keeps_what_topk_keeps_of_all(tmp_path: Path):
+def test_topk_across_ranks_selects_what_torch_topk_selects_of_all_values(tmp_path: Path):
     in_process_group(3, cut_on_rank, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
     cases = [(case, count) for case in range(10) for count in (1, 7, 60, 500)]
@@ -174,14 +174,14 @@ def test_the_cut_keeps_what_topk_keeps_of_all(tmp_path: Path):
         expected &= of_all > 0
         kept = torch.cat([found[rank][number].keep for rank in range(3)])
         assert (kept == expected).all(), (case, count)
-        edges = {found[rank][number].edge for rank in range(3)}
+        edges = {found[rank][number].threshold for rank in range(3)}
         assert edges == {of_all[expected].min().item() if expected.any() else None}
-        assert {found[rank][number].enough for rank in range(3)} == {int((of_all > 0).sum()) >= count}
+        assert {found[rank][number].is_complete for rank in range(3)} == {int((of_all > 0).sum()) >= count}
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(7, 3), (2, 4), (0, 2), (8, 4)])
-def test_shares_are_even_and_leave_nothing_out(count: int, ranks: int):
-    shares = [list(range(count))[ProcessGroup(rank, ranks).share(count)] for rank in range(ranks)]
+def test_even_slices_cover_all_items_and_differ_by_at_most_one(count: int, ranks: int):
+    shares = [list(range(count))[ProcessGroup(rank, ranks).even_slice(count)] for rank in range(ranks)]
     assert [*itertools.chain(*shares)] == list(range(count)) and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
