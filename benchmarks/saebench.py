@@ -156,13 +156,13 @@ def held_out(one: Any, wanted: int) -> tuple[Any, Tensor]:
     """The SAE's language model, and contexts of its held-out tokens, in full batches."""
     from metasae_lightning.cli.arguments import data_for
     from metasae_lightning.evaluation import held_out_text
-    from metasae_lightning.evaluation.saes import only_hook
+    from metasae_lightning.evaluation.saes import select_hook
 
     data = data_for(one, argparse.Namespace(data=None, device="cpu"))
     if getattr(data, "language_model", None) is None:
         raise SystemExit(f"{one.place} reads planted activations: SAEBench's core evaluation needs a language model")
     data.language_model.dtype = torch.float32
-    only_hook(one, data)
+    select_hook(one, data)
     data.setup("test")
     contexts, count = [], 0
     for passage in held_out_text.passages(
@@ -213,7 +213,7 @@ def our_core(one: Any, model: Any, tokens: Tensor) -> dict[str, float]:
         losses.append(torch.stack(ce).double())
         kl.append(functional.kl_divergence(clean, spliced)[counted].double())
         x = read[0][counted]
-        codes, reconstruction = one.read(x)
+        codes, reconstruction = one.encode_decode(x)
         metric.update(x, reconstruction, codes)
         dead.update(codes)
         error, spread = (x - reconstruction).double().square().sum(1), (x - x.mean(0)).double().square().sum(1)
@@ -265,10 +265,10 @@ def main() -> None:
         return
     if not given.saebench:
         parser.error("--saebench is needed: the interpreter of SAEBench's environment")
-    from metasae_lightning.evaluation.saes import subject
+    from metasae_lightning.evaluation.saes import load_sae
     from metasae_lightning.lm.embedded_model import EMBEDDED, embedded_folder
 
-    one = subject(given.sae)
+    one = load_sae(given.sae)
     folder = (Path(one.place) / "saes" / "primary" if one.run else Path(one.place)).resolve()
     model, tokens = held_out(one, given.tokens) if "core" in given.evals else (None, torch.zeros(0, 1))
     name = "" if model is None else str(embedded_folder()) if model.name == EMBEDDED else model.name

@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from metasae_lightning.cli.plugins import load_plugins
 from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
-from metasae_lightning.evaluation.saes import Subject, check_same_activations, corpus_of, model_of, subject
+from metasae_lightning.evaluation.saes import EvaluatedSAE, check_same_activations, corpus_of, language_model_of, load_sae
 from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.lm import device
 from metasae_lightning.run_folder import arm_folder, config_file, exported_arms, read_config
@@ -22,11 +22,11 @@ def settings_of(args: Namespace) -> Settings:
     return Settings(**{field.name: args[field.name] for field in fields(Settings)})
 
 
-def open_saes(places: Sequence[str], out: str | None) -> list[Subject]:
+def open_saes(places: Sequence[str], out: str | None) -> list[EvaluatedSAE]:
     """The SAEs in these places, each with a unique name."""
     if out is not None and len(places) > 1:
         raise InputError("out: the results of several SAEs go into the folder of each")
-    subjects = [subject(place, out=out) for place in places]
+    subjects = [load_sae(place, out=out) for place in places]
     names = [sae.name for sae in subjects]
     subjects = [sae if names.count(sae.name) == 1 else replace(sae, name=sae.place) for sae in subjects]
     check_same_activations(subjects)
@@ -38,7 +38,7 @@ def places_of_arms(places: Sequence[str]) -> list[str]:
     return [arm for place in places for arm in ([str(arm_folder(Path(place), name)) for name in exported_arms(Path(place))] or [place])]
 
 
-def data_for(sae: Subject, args: Namespace) -> Any:
+def data_for(sae: EvaluatedSAE, args: Namespace) -> Any:
     """The data module of `--data`, else of the SAE's run, else of the SAE's own metadata."""
     recipe = args.data or (None if sae.run is None else config_file(sae.run))
     if recipe is not None:
@@ -48,13 +48,13 @@ def data_for(sae: Subject, args: Namespace) -> Any:
         skip = (metadata.get("seqpos_slice") or [0])[0] or 0
         sizes: dict[str, Any] = {"context_size": metadata.get("context_size") or 128, "prepend_bos": metadata.get("prepend_bos", True)}
         sizes |= {"held_out": metadata.get("held_out") or 0.05, "max_norm_ratio": metadata.get("max_norm_ratio")}
-        data = ActivationsDataModule(model_of(sae), corpus_of(sae), tokens=4096, skip_positions=skip, **sizes)
+        data = ActivationsDataModule(language_model_of(sae), corpus_of(sae), tokens=4096, skip_positions=skip, **sizes)
     if args.device is not None and isinstance(data, ActivationsDataModule):
         data.language_model.set_device(device.parse_device(args.device))
     return data
 
 
-def check_same_data(saes: Sequence[Subject], args: Namespace) -> None:
+def check_same_data(saes: Sequence[EvaluatedSAE], args: Namespace) -> None:
     """Reject runs on different data without `--data`: one run may have trained on the text that another holds out."""
     runs = [sae for sae in saes if sae.run is not None]
     if args.data is not None or len(runs) < 2:
@@ -77,7 +77,7 @@ def data_of(path: Path) -> Any:
     return parser.instantiate_classes(parser.parse_object({"data": tree_of(path)["data"]}))["data"]
 
 
-def recipe_of(sae: Subject) -> dict[str, Any]:
+def recipe_of(sae: EvaluatedSAE) -> dict[str, Any]:
     """The config of a run; for an arm, the config that trains this arm alone."""
     assert sae.run is not None
     tree = tree_of(config_file(sae.run))

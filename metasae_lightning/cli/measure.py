@@ -16,9 +16,9 @@ from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.compare import compare, differences
 from metasae_lightning.evaluation.evaluate import Evaluation, evaluate
-from metasae_lightning.evaluation.matched_l0 import goal_of, sample
-from metasae_lightning.evaluation.result_cache import digest
-from metasae_lightning.evaluation.saes import Subject, device_of, only_hook
+from metasae_lightning.evaluation.matched_l0 import target_l0, validation_activations
+from metasae_lightning.evaluation.result_cache import hash_settings
+from metasae_lightning.evaluation.saes import EvaluatedSAE, device_of, select_hook
 from metasae_lightning.evaluation.top_contexts import latents_record, top_contexts
 from metasae_lightning.sae import pretrained
 from metasae_lightning.sae.thresholds import calibrate
@@ -39,7 +39,7 @@ def evaluate_saes(args: Namespace) -> int:
     latents: dict[str, bytes] = {}
     for result in results:
         write_evaluation(result)
-        key = digest(result.seen.identity)  # arms may hold the same SAE
+        key = hash_settings(result.seen.cache_key)  # arms may hold the same SAE
         latents[key] = latents.get(key) or latents_file(result, tokenizer, settings.contexts)
         run_folder.write_file(result.seen.subject.folder / "latents.json.gz", latents[key])
     Console().print(report.evaluations({result.seen.subject.name: result.entry for result in results}))
@@ -81,12 +81,12 @@ def calibrate_thresholds(args: Namespace) -> int:
     rule = "rate" if settings.rule is None else settings.rule
     if rule == "stored":
         raise InputError("rule: global, rate or eer set thresholds; stored leaves them as they are")
-    l0 = goal_of([sae], settings.l0)
+    l0 = target_l0([sae], settings.l0)
     data = data_for(sae, args)
-    only_hook(sae, data)
+    select_hook(sae, data)
     sae.sae.to(device_of(data))
     data.setup("test")
-    samples = sample(sae, data, settings.calibration_tokens)
+    samples = validation_activations(sae, data, settings.calibration_tokens)
     before = mean_l0(sae, samples)
     result = calibrate(scores, samples, l0, rule)
     entry = {"rule": rule, "target_l0": l0, "l0_before": before, "l0": result.l0, "few_firings": result.n_rare, "tokens": result.tokens}
@@ -97,9 +97,9 @@ def calibrate_thresholds(args: Namespace) -> int:
     return 0
 
 
-def mean_l0(sae: Subject, samples: Sequence[Any]) -> float:
+def mean_l0(sae: EvaluatedSAE, samples: Sequence[Any]) -> float:
     """The mean number of active latents on a token."""
-    return sum(sae.read(x)[0].values.numel() for x in samples) / sum(map(len, samples))
+    return sum(sae.encode_decode(x)[0].values.numel() for x in samples) / sum(map(len, samples))
 
 
 def write_evaluation(result: Evaluation) -> None:

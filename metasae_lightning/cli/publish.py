@@ -16,9 +16,9 @@ from metasae_lightning import functional
 from metasae_lightning.cli.arguments import data_for, open_saes, recipe_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.evaluate import versions
-from metasae_lightning.evaluation.held_out_text import as_record, held_out, identity
-from metasae_lightning.evaluation.matched_l0 import sample
-from metasae_lightning.evaluation.saes import Subject, device_of, only_hook
+from metasae_lightning.evaluation.held_out_text import json_values, split_stream, stream_cache_key
+from metasae_lightning.evaluation.matched_l0 import validation_activations
+from metasae_lightning.evaluation.saes import EvaluatedSAE, device_of, select_hook
 from metasae_lightning.redaction import redact
 from metasae_lightning.report import model_card
 from metasae_lightning.run_folder import arm_record, read_record
@@ -76,7 +76,7 @@ def publish_saes(args: Namespace) -> int:
 
 
 def publish_run(
-    sae: Subject,
+    sae: EvaluatedSAE,
     data: Any,
     dest: Destination,
     recipe: Mapping[str, Any],
@@ -128,29 +128,29 @@ def published_record(dest: Destination, path: str) -> dict[str, Any] | None:
     return record
 
 
-def evaluation_for_page(sae: Subject, data: Any, run_record: Mapping[str, Any]) -> dict[str, Any] | None:
+def evaluation_for_page(sae: EvaluatedSAE, data: Any, run_record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The run's evaluation if it used these weights and the run's own test documents, else None."""
     entry = run_record.get("evaluation", {})
-    if entry.get("weights") != sae.identity["sae"] or entry.get("data") is None:
+    if entry.get("weights") != sae.cache_key["sae"] or entry.get("data") is None:
         return None
-    own_data = as_record(identity(held_out(data, "test", 1)))
+    own_data = json_values(stream_cache_key(split_stream(data, "test", 1)))
     if json.loads(json.dumps(own_data)) != entry["data"]:
         log.warning("%s was evaluated on other data than its run's: the page does not show that evaluation", sae.place)
         return None
     return {key: entry.get(key) for key in ("figures", "intervals", "tokens", "documents", "spliced_tokens", "seed")}
 
 
-def measure_exported(sae: Subject, data: Any, tokens: int | None) -> dict[str, Any]:
+def measure_exported(sae: EvaluatedSAE, data: Any, tokens: int | None) -> dict[str, Any]:
     """FVU, L0, share of dead latents and density of each latent, on validation tokens; by default as many as an export measures on."""
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens must be at least 1, got {tokens}")
-    only_hook(sae, data)
+    select_hook(sae, data)
     sae.sae.to(device_of(data))
     data.setup("test")
-    samples = sample(sae, data, min(data.validation_tokens, EXPORT_TOKENS) if tokens is None else tokens)
+    samples = validation_activations(sae, data, min(data.validation_tokens, EXPORT_TOKENS) if tokens is None else tokens)
     fired, sums = torch.zeros(len(sae.W_dec), dtype=torch.int64), None
     for x in samples:
-        codes, rebuilt = sae.read(x)
+        codes, rebuilt = sae.encode_decode(x)
         fired += codes.firings().cpu()
         new = functional.reconstruction_sums(x.float(), rebuilt)
         sums = new if sums is None else tuple(a + b for a, b in zip(sums, new, strict=True))
@@ -162,7 +162,7 @@ def measure_exported(sae: Subject, data: Any, tokens: int | None) -> dict[str, A
     return {**figures, "density": fired / count, "probe": samples[0][:64].cpu()}
 
 
-def check_measurement(sae: Subject, measured: Mapping[str, Any], run_record: Mapping[str, Any]) -> None:
+def check_measurement(sae: EvaluatedSAE, measured: Mapping[str, Any], run_record: Mapping[str, Any]) -> None:
     """Reject an SAE that measures differently from the record of its export, or of its calibration if it was calibrated later."""
     calibration = sae.metadata.get("threshold_rule") or {}
     export = {} if calibration else run_record.get("validation", {}).get("exported", {}).get("primary", {})
@@ -178,7 +178,7 @@ def check_measurement(sae: Subject, measured: Mapping[str, Any], run_record: Map
 
 
 def publication_record(
-    sae: Subject,
+    sae: EvaluatedSAE,
     recipe: Mapping[str, Any],
     run_record: Mapping[str, Any],
     measured: Mapping[str, Any],
@@ -222,7 +222,7 @@ def publication_record(
     return redact(without_local_paths(record, public_names))
 
 
-def describe_thresholds(sae: Subject, run_record: Mapping[str, Any]) -> str | None:
+def describe_thresholds(sae: EvaluatedSAE, run_record: Mapping[str, Any]) -> str | None:
     """The origin of the thresholds, or None if training learned them or the SAE has none."""
     rule = sae.metadata.get("threshold_rule")
     if rule:

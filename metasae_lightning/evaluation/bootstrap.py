@@ -1,4 +1,4 @@
-"""How far figures move when other documents had been drawn: the bootstrap over documents, of sums and of co-firing. Pure but for counts."""
+"""Bootstrap and jackknife over documents: intervals of sums and of co-firing."""
 
 import torch
 from jaxtyping import Float, Int
@@ -9,10 +9,10 @@ from metasae_lightning.metrics.cofiring import PhiSample, paired
 from metasae_lightning.step import Codes
 
 
-def draws(documents: int, resamples: int, seed: int = 0) -> Float[Tensor, "resample document"]:
-    """How often each document is drawn when as many are drawn again, with replacement.
+def bootstrap_weights(documents: int, resamples: int, seed: int = 0) -> Float[Tensor, "resample document"]:
+    """Bootstrap weights: how often each document is drawn when all are redrawn with replacement.
 
-    >>> draws(3, 5).sum(1).tolist()
+    >>> bootstrap_weights(3, 5).sum(1).tolist()
     [3.0, 3.0, 3.0, 3.0, 3.0]
     """
     generator = torch.Generator().manual_seed(seed)
@@ -21,7 +21,7 @@ def draws(documents: int, resamples: int, seed: int = 0) -> Float[Tensor, "resam
 
 
 def interval(values: Float[Tensor, " resample"], level: float = 0.95) -> tuple[float, float]:
-    """The middle `level` of resampled values.
+    """The central `level` interval of resampled values; NaN where no value is finite.
 
     >>> interval(torch.arange(101.0), level=0.9)
     (5.0, 95.0)
@@ -33,10 +33,12 @@ def interval(values: Float[Tensor, " resample"], level: float = 0.95) -> tuple[f
     return round(low, 9), round(high, 9)
 
 
-def jackknifed(point: float, without: Float[Tensor, " group"]) -> tuple[float, float]:
-    """95 % around a figure, from what it is without each group: `1.96 sqrt((g - 1) / g sum (f_i - mean f)^2)` to each side.
+def jackknife_interval(point: float, without: Float[Tensor, " group"]) -> tuple[float, float]:
+    """95 % jackknife interval of a statistic, from its values without each group.
 
-    >>> jackknifed(2.0, torch.tensor([1.0, 3.0]))
+    It reaches `1.96 sqrt((g - 1) / g sum (f_i - mean f)^2)` to each side.
+
+    >>> jackknife_interval(2.0, torch.tensor([1.0, 3.0]))
     (0.04, 3.96)
     """
     groups = len(without)
@@ -44,12 +46,12 @@ def jackknifed(point: float, without: Float[Tensor, " group"]) -> tuple[float, f
     return round(point - 1.96 * error, 12), round(point + 1.96 * error, 12)
 
 
-def merged(
+def sum_by_document(
     documents: Int[Tensor, " entry"], sums: Float[Tensor, "entry figure"]
 ) -> tuple[Int[Tensor, " document"], Float[Tensor, "document figure"]]:
-    """Entries of the same document as one.
+    """Sums of the entries of each document.
 
-    >>> merged(torch.tensor([4, 2, 4]), torch.tensor([[1.0], [5.0], [2.0]]))
+    >>> sum_by_document(torch.tensor([4, 2, 4]), torch.tensor([[1.0], [5.0], [2.0]]))
     (tensor([2, 4]), tensor([[5.],
             [3.]]))
     """
@@ -58,12 +60,12 @@ def merged(
 
 
 class PhiByGroup:
-    """Counts of random pairs of latents in each group of documents: the excess of |phi| over its floor without some of them.
+    """Co-firing of random pairs of latents, counted by groups of documents, for the jackknife of excess |phi|.
 
     Args:
         d_sae: Latents.
-        groups: Groups that documents are dealt to.
-        matchings: Random pairings of all latents; none is as many as 256 MiB of counts hold, 32 at most.
+        groups: Number of document groups.
+        matchings: Random pairings of all latents; by default as many as fit into 256 MiB, at most 32.
     """
 
     def __init__(self, d_sae: int, groups: int, *, matchings: int | None = None):
@@ -77,7 +79,7 @@ class PhiByGroup:
         self.tokens = torch.zeros(groups, dtype=torch.float64)
 
     def update(self, codes: Codes, group: Int[Tensor, " row"]) -> None:
-        """Add a batch, and which group each of its tokens is of."""
+        """Add a batch and the document group of each of its tokens."""
         groups, width = self.firings.shape
         place = group[codes.rows] * width + codes.latents
         for hits, together in zip(paired(codes, self.partner), self.together, strict=True):
@@ -86,7 +88,7 @@ class PhiByGroup:
         self.tokens += torch.bincount(group, minlength=groups)
 
     def excess(self, weights: Float[Tensor, "resample group"]) -> Float[Tensor, " resample"]:
-        """Mean of |phi| less its floor over the pairs of live latents, with groups counted so often."""
+        """Mean of |phi| less its floor over pairs of live latents, with each group weighted."""
         n = (weights @ self.tokens)[:, None]
         fired = weights @ self.firings.double()
         total, pairs = torch.zeros(len(weights), dtype=torch.float64), torch.zeros(len(weights), dtype=torch.float64)
@@ -99,8 +101,8 @@ class PhiByGroup:
         return total / pairs
 
     def without_each(self) -> Float[Tensor, " group"]:
-        """The excess without each group.
+        """The excess without each group in turn.
 
-        Drawing groups again would not do: one that is drawn twice co-fires with itself, and by how much varies from draw to draw.
+        A bootstrap over groups would be biased: a group that is drawn twice co-fires with itself.
         """
         return self.excess(1 - torch.eye(len(self.tokens), dtype=torch.float64))

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from metasae_lightning import functional
 from metasae_lightning.errors import InputError
-from metasae_lightning.evaluation.bootstrap import interval, jackknifed
-from metasae_lightning.evaluation.collect import Observation
-from metasae_lightning.evaluation.evaluate import Evaluation, excess_without_each, resampled, resampled_losses
+from metasae_lightning.evaluation.bootstrap import interval, jackknife_interval
+from metasae_lightning.evaluation.collect import CollectedCodes
+from metasae_lightning.evaluation.evaluate import Evaluation, excess_without_each, resampled_losses, resampled_reconstruction
 from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.metrics.cofiring import PAIR_BYTES, Firings
 
@@ -111,18 +111,20 @@ def compare(a: Evaluation, b: Evaluation, settings: Settings) -> dict[str, Any]:
     }
 
 
-def firings(seen: Observation) -> Firings:
+def firings(seen: CollectedCodes) -> Firings:
     """Which latents fired on which of all tokens."""
-    parts = [(piece["latents"], piece["lengths"]) for piece in seen.pieces()]
+    parts = [(piece["latents"], piece["lengths"]) for piece in seen.entries()]
     latents, lengths = (torch.cat(side) for side in zip(*parts, strict=True))
     return Firings.of(latents, lengths, len(seen.subject.W_dec))
 
 
-def check_same_rows(a: Observation, b: Observation) -> None:
+def check_same_rows(a: CollectedCodes, b: CollectedCodes) -> None:
     """Both must have been seen on the same tokens: a tokenizer or a text that changed between them would show here."""
-    for one, two in zip(a.pieces(), b.pieces(), strict=True):
+    for one, two in zip(a.entries(), b.entries(), strict=True):
         if not (torch.equal(one["tokens"], two["tokens"]) and torch.equal(one["counted"], two["counted"])):
-            raise InputError(f"{a.subject.place} and {b.subject.place} were not seen on the same tokens: remove {b.subject.ledger.folder}")
+            raise InputError(
+                f"{a.subject.place} and {b.subject.place} were not seen on the same tokens: remove {b.subject.result_cache.folder}"
+            )
 
 
 def best_matches(one: Firings, two: Firings, memory_gib: float) -> tuple[Matches, Matches]:
@@ -173,7 +175,7 @@ def kept(matches: Matches) -> dict[str, list[Any]]:
 
 def differences(a: Evaluation, b: Evaluation, settings: Settings) -> dict[str, dict[str, Any]]:
     """The second's figures less the first's: intervals from drawing the same documents again, p from swapping them by document."""
-    one, two = (resampled(evaluation.seen, settings) for evaluation in (a, b))
+    one, two = (resampled_reconstruction(evaluation.seen, settings) for evaluation in (a, b))
     ids, sums, _ = a.seen.by_document
     (_, other, _) = b.seen.by_document
     figures = [evaluation.entry["figures"]["reconstruction"] for evaluation in (a, b)]
@@ -193,7 +195,7 @@ def excess(a: Evaluation, b: Evaluation) -> dict[str, Any]:
     one, two = (excess_without_each(evaluation.seen) for evaluation in (a, b))
     points = [evaluation.entry["figures"]["phi"]["excess"] for evaluation in (a, b)]
     point = points[1] - points[0]
-    return {"a": points[0], "b": points[1], "difference": point, "interval": jackknifed(point, two - one)}
+    return {"a": points[0], "b": points[1], "difference": point, "interval": jackknife_interval(point, two - one)}
 
 
 def paired(

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metasae_lightning.evaluation.bootstrap import PhiByGroup, draws, interval, jackknifed
-from metasae_lightning.evaluation.collect import Observation, Spliced, observe, spliced
-from metasae_lightning.evaluation.held_out_text import as_record, held_out, identity
+from metasae_lightning.evaluation.bootstrap import PhiByGroup, bootstrap_weights, interval, jackknife_interval
+from metasae_lightning.evaluation.collect import CollectedCodes, SplicedLosses, collect, collect_spliced_losses
+from metasae_lightning.evaluation.held_out_text import json_values, split_stream, stream_cache_key
 from metasae_lightning.evaluation.matched_l0 import at_matched_l0
-from metasae_lightning.evaluation.saes import Subject, check_same_activations, device_of, only_hook
+from metasae_lightning.evaluation.saes import EvaluatedSAE, check_same_activations, device_of, select_hook
 from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.metrics.cofiring import Phi
 from metasae_lightning.metrics.dead_latents import DeadLatents
@@ -38,20 +38,20 @@ CORRELATIONS = torch.arange(-5, 0.01, 0.125, dtype=torch.float64)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found out about one SAE."""
+    """Results of one SAE."""
 
-    seen: Observation
-    """What it did."""
-    lost: Spliced | None
-    """What predictions lost by it."""
+    seen: CollectedCodes
+    """Its codes on the test text."""
+    lost: SplicedLosses | None
+    """Losses of the language model with it spliced in, if measured."""
     entry: dict[str, Any]
-    """Its part of `evaluation.json`."""
+    """Its entry in `evaluation.json`."""
 
 
-def evaluate(subjects: Sequence[Subject], data: Any, settings: Settings) -> list[Evaluation]:
-    """Measure SAEs on a data module's test split, at matched L0 where there are several; what was measured before is not measured again."""
+def evaluate(subjects: Sequence[EvaluatedSAE], data: Any, settings: Settings) -> list[Evaluation]:
+    """Measure SAEs on the test split of a data module, several of them at matched L0. Cached results are reused."""
     check_same_activations(subjects)
-    hook = only_hook(subjects[0], data)
+    hook = select_hook(subjects[0], data)
     for subject in subjects:
         subject.sae.to(device_of(data))
     data.setup("test")
@@ -59,25 +59,25 @@ def evaluate(subjects: Sequence[Subject], data: Any, settings: Settings) -> list
     if rule != "stored":
         subjects = at_matched_l0(subjects, data, rule, settings.l0, settings.calibration_tokens)
     tokens = settings.tokens or data.test_tokens
-    stream = held_out(data, "test", tokens)
-    seen = observe(subjects, stream, tokens)
-    lost: Sequence[Spliced | None] = [None] * len(seen)
+    stream = split_stream(data, "test", tokens)
+    seen = collect(subjects, stream, tokens)
+    lost: Sequence[SplicedLosses | None] = [None] * len(seen)
     model = getattr(data, "language_model", None)
     if settings.splice_tokens and model is not None:
-        lost = spliced(seen, stream, min(settings.splice_tokens, tokens), model.complete)
+        lost = collect_spliced_losses(seen, stream, min(settings.splice_tokens, tokens), model.complete)
     about = {
-        **{"hook": hook, "data": as_record(identity(stream)), "split": "test", "seed": settings.seed, "versions": versions()},
+        **{"hook": hook, "data": json_values(stream_cache_key(stream)), "split": "test", "seed": settings.seed, "versions": versions()},
         **{"settings": asdict(settings), "together_with": [subject.place for subject in subjects]},
     }
-    found = [Evaluation(one, had, {**measured(one, had, settings), **about}) for one, had in zip(seen, lost, strict=True)]
+    found = [Evaluation(one, had, {**measure_all(one, had, settings), **about}) for one, had in zip(seen, lost, strict=True)]
     if data.features is not None:
         for one in found:
             one.entry["figures"]["recovery"] = recovery(one.seen, data.features, stream)
     return found
 
 
-def measured(seen: Observation, lost: Spliced | None, settings: Settings) -> dict[str, Any]:
-    """Every figure of one SAE, and intervals of those that documents move."""
+def measure_all(seen: CollectedCodes, lost: SplicedLosses | None, settings: Settings) -> dict[str, Any]:
+    """All figures of one SAE, with intervals over documents."""
     subject = seen.subject
     log.info(f"{subject.name}: co-firing, decoder{', critics' if settings.critic_seeds else ''}")
     documents, sums, _ = seen.by_document
@@ -88,9 +88,9 @@ def measured(seen: Observation, lost: Spliced | None, settings: Settings) -> dic
     if lost is not None:
         figures["splice"] = lost.figures()
     return {
-        **{"sae": subject.place, "architecture": subject.sae.cfg.architecture(), "d_sae": len(subject.W_dec), **subject.decoder_identity},
+        **{"sae": subject.place, "architecture": subject.sae.cfg.architecture(), "d_sae": len(subject.W_dec), **subject.decoder_cache_key},
         **{
-            "weights": subject.identity["sae"],
+            "weights": subject.cache_key["sae"],
             "rule": subject.rule or {"rule": "stored"},
             "figures": figures,
             "intervals": intervals(seen, lost, figures["phi"]["excess"], settings),
@@ -100,8 +100,8 @@ def measured(seen: Observation, lost: Spliced | None, settings: Settings) -> dic
     }
 
 
-def latents(seen: Observation, settings: Settings) -> dict[str, Any]:
-    """How often latents fire, and how they fire together."""
+def latents(seen: CollectedCodes, settings: Settings) -> dict[str, Any]:
+    """Firing rates and co-firing of latents."""
     width = len(seen.subject.W_dec)
     dead, phi = DeadLatents(width), Phi(width, memory_gib=settings.memory_gib)
     for codes, _ in seen.codes():
@@ -116,7 +116,9 @@ def latents(seen: Observation, settings: Settings) -> dict[str, Any]:
         counted = phi.count()
         return {**phi.figures(counted), "log10_abs": counted.by_decade(CORRELATIONS)}
 
-    found = seen.subject.ledger.piece("phi-pairs", {**seen.identity, "all": seen.digests, "edges": CORRELATIONS.tolist()}, pairs)
+    found = seen.subject.result_cache.get_or_compute(
+        "phi-pairs", {**seen.cache_key, "all": seen.digests, "edges": CORRELATIONS.tolist()}, pairs
+    )
     histogram = {"edges": CORRELATIONS.tolist(), "pairs": found.pop("log10_abs").long().tolist()}
     return {
         "latents": {**floats(dead.compute()), "log10_density": {"edges": DENSITIES.tolist(), "latents": counts}},
@@ -124,32 +126,32 @@ def latents(seen: Observation, settings: Settings) -> dict[str, Any]:
     }
 
 
-def recovery(seen: Observation, features: Tensor, stream: Any) -> dict[str, float]:
-    """How well planted features are found."""
+def recovery(seen: CollectedCodes, features: Tensor, stream: Any) -> dict[str, float]:
+    """How well the decoder recovers known features."""
     metric = FeatureRecovery(features)
     for number, (codes, _) in enumerate(seen.codes()):
         metric.update(seen.subject.W_dec.cpu(), codes, stream.batch(number).features)
     return floats(metric.compute())
 
 
-def decoder(subject: Subject) -> dict[str, Any]:
-    """How decoder rows lie to each other."""
+def decoder(subject: EvaluatedSAE) -> dict[str, Any]:
+    """Cosines between decoder rows."""
     metric = DecoderGeometry()
     metric.update(subject.W_dec.cpu())
     rows = torch.histogram(metric.nearest[0].double().clamp(0, 1), COSINES).hist.int().tolist()
     return {**floats(metric.compute()), "nearest": {"edges": COSINES.tolist(), "rows": rows}}
 
 
-def critic(subject: Subject, settings: Settings) -> dict[str, float]:
-    """What fresh critics explain of the decoder and of its nulls, a critic at a time."""
+def critic(subject: EvaluatedSAE, settings: Settings) -> dict[str, float]:
+    """Variance that fresh meta SAEs explain of the decoder and of its nulls, one meta SAE at a time."""
     metric = Decomposition(seeds=settings.critic_seeds, steps=settings.critic_steps)
     metric.update(subject.W_dec)
 
     def explained(name: str, rows: Tensor, seed: int) -> float:
-        # Random rows of a shape are the same for every SAE.
-        of = {"shape": list(rows.shape)} if name == "random" else subject.decoder_identity
-        identity = {**of, "rows": name, "seed": seed, **metric.settings}
-        piece = subject.ledger.piece("critic", identity, lambda: {"fve": torch.tensor(metric.explained(rows, seed))})
+        # Random rows of one shape are the same for every SAE.
+        of = {"shape": list(rows.shape)} if name == "random" else subject.decoder_cache_key
+        stream_cache_key = {**of, "rows": name, "seed": seed, **metric.settings}
+        piece = subject.result_cache.get_or_compute("critic", stream_cache_key, lambda: {"fve": torch.tensor(metric.explained(rows, seed))})
         return piece["fve"].item()
 
     found: dict[str, list[float]] = {}
@@ -159,61 +161,61 @@ def critic(subject: Subject, settings: Settings) -> dict[str, float]:
     return floats(spread(found))
 
 
-def intervals(seen: Observation, lost: Spliced | None, excess: float, settings: Settings) -> dict[str, tuple[float, float]]:
-    """95 % of what figures are when documents are drawn again."""
-    found = {name: interval(values) for name, values in resampled(seen, settings).items()}
+def intervals(seen: CollectedCodes, lost: SplicedLosses | None, excess: float, settings: Settings) -> dict[str, tuple[float, float]]:
+    """95 % intervals of figures over resampled documents."""
+    found = {name: interval(values) for name, values in resampled_reconstruction(seen, settings).items()}
     if lost is not None:
         found |= {name: interval(values) for name, values in resampled_losses(lost, settings).items()}
-    return {**found, "phi_excess": jackknifed(excess, excess_without_each(seen))}
+    return {**found, "phi_excess": jackknife_interval(excess, excess_without_each(seen))}
 
 
-def resampled(seen: Observation, settings: Settings) -> dict[str, Float[Tensor, " resample"]]:
-    """Figures of reconstruction with documents drawn again; with the same seed, the same documents for every SAE."""
+def resampled_reconstruction(seen: CollectedCodes, settings: Settings) -> dict[str, Float[Tensor, " resample"]]:
+    """Reconstruction figures on resampled documents; the same documents for every SAE with the same seed."""
     _, sums, total = seen.by_document
-    weights = drawn(len(sums), settings)
+    weights = document_weights(len(sums), settings)
     tokens, squares, error, active, cosine = (weights @ sums).T
     spread = squares - (weights @ total).square().sum(1) / tokens
     return {"fvu": error / spread, "l0": active / tokens, "cosine": cosine / tokens}
 
 
-def excess_without_each(seen: Observation) -> Float[Tensor, " group"]:
-    """What the excess of |phi| is without each group of documents."""
-    of = {**seen.identity, "all": seen.digests, "groups": GROUPS}
-    return seen.subject.ledger.piece("phi-groups", of, lambda: {"excess": phi_by_group(seen).without_each()})["excess"]
+def excess_without_each(seen: CollectedCodes) -> Float[Tensor, " group"]:
+    """Excess |phi| without each group of documents."""
+    of = {**seen.cache_key, "all": seen.digests, "groups": GROUPS}
+    return seen.subject.result_cache.get_or_compute("phi-groups", of, lambda: {"excess": phi_by_group(seen).without_each()})["excess"]
 
 
-def drawn(documents: int, settings: Settings) -> Float[Tensor, "resample document"]:
-    """Documents drawn again; of one alone nothing can be said."""
-    weights = draws(documents, settings.resamples, settings.seed)
+def document_weights(documents: int, settings: Settings) -> Float[Tensor, "resample document"]:
+    """Bootstrap weights of documents; NaN for a single document, which has no spread."""
+    weights = bootstrap_weights(documents, settings.resamples, settings.seed)
     return weights if documents > 1 else weights * torch.nan
 
 
-def resampled_losses(lost: Spliced, settings: Settings) -> dict[str, Float[Tensor, " resample"]]:
-    """Losses with documents drawn again."""
-    weights = drawn(len(lost.sums), settings)
+def resampled_losses(lost: SplicedLosses, settings: Settings) -> dict[str, Float[Tensor, " resample"]]:
+    """Losses on resampled documents."""
+    weights = document_weights(len(lost.sums), settings)
     count, *total = (weights @ lost.sums).T
     found = recovered(torch.stack(total) / count)
     return {**found, "ce_added": found["ce_sae"] - found["ce_clean"]}
 
 
-def phi_by_group(seen: Observation) -> PhiByGroup:
-    """Co-firing of random pairs in groups of documents."""
+def phi_by_group(seen: CollectedCodes) -> PhiByGroup:
+    """Co-firing of random pairs of latents by groups of documents."""
     ids, _, _ = seen.by_document
     groups = min(GROUPS, len(ids))
     counts = PhiByGroup(len(seen.subject.W_dec), groups)
     for codes, piece in seen.codes():
-        # Documents follow on each other: in turn is as good as at random.
+        # Document ids are consecutive, so the remainder spreads documents evenly.
         counts.update(codes, piece["owner"][piece["counted"]] % groups)
     return counts
 
 
 def floats(figures: Mapping[str, Tensor]) -> dict[str, float]:
-    """A metric's answer as plain numbers."""
+    """A metric's result as plain numbers."""
     return {name: value.item() for name, value in figures.items()}
 
 
 def versions() -> dict[str, str]:
-    """What it was measured with."""
+    """Versions of Python and of the packages that measured."""
     packages = ("metasae-lightning", "torch", "lightning", "sae-lens", "transformers", "torchmetrics")
     found = {"python": platform.python_version()}
     for name in packages:

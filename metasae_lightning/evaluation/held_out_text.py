@@ -1,4 +1,4 @@
-"""Held-out text in the corpus's order, with the documents it is of: what evaluations read, each of them the same."""
+"""Held-out text in the order of the corpus, with document ids. Every evaluation reads the same passages."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from metasae_lightning.data.activation_stream import ActivationStream
 from metasae_lightning.data.forward_passes import Rows
 from metasae_lightning.data.masks import number_documents, ordinary
 from metasae_lightning.data.synthetic import SyntheticStream
-from metasae_lightning.evaluation.result_cache import fingerprint
+from metasae_lightning.evaluation.result_cache import hash_weights
 
-# Planted tokens have no documents; so many are taken for one.
+# Synthetic tokens have no documents; this many count as one document.
 PLANTED_DOCUMENT = 64
 
 Read = Callable[[], tuple[Float[Tensor, "row d_in"], Bool[Tensor, "context position"]]]
@@ -22,45 +22,46 @@ Read = Callable[[], tuple[Float[Tensor, "row d_in"], Bool[Tensor, "context posit
 
 @dataclass(frozen=True)
 class Passage:
-    """Some contexts of held-out text; the model runs on them when they are read."""
+    """Some contexts of held-out text. The language model runs on them when `read` is called."""
 
     number: int
-    """Its place in the sequence."""
+    """Index in the sequence of passages."""
     tokens: Int[Tensor, "context position"]
-    """Its tokens; of planted data, which have none, zeros."""
+    """Token ids; zeros for synthetic data."""
     documents: Int[Tensor, "context position"]
-    """The number of the document that each is of."""
+    """Document id of each token."""
     visible: Bool[Tensor, "context position position"] | None
-    """What each may attend to, where documents are kept apart."""
+    """Attention mask, if documents do not attend to each other."""
     read: Read
-    """Activations of the tokens that SAEs are judged on, a row each, and which these are: text, past the first positions, no sinks."""
+    """Returns the activations of the counted tokens, one row each, and the mask of counted tokens: text, past the first positions, no
+    attention sinks."""
 
     @property
     def digest(self) -> str:
-        """What tells its text from another: a corpus may change under its name."""
-        return fingerprint({"tokens": self.tokens, "documents": self.documents})
+        """Hash of the text; a corpus may change under the same name."""
+        return hash_weights({"tokens": self.tokens, "documents": self.documents})
 
 
 def passages(stream: Any, tokens: int) -> Iterator[Passage]:
-    """The passages of a split that hold at least so many rows, or as many as there are."""
+    """Passages of a split until they hold `tokens` rows, or all there are."""
     return _planted(stream) if isinstance(stream, SyntheticStream) else _text(stream, tokens)
 
 
-def identity(stream: Any) -> dict[str, Any]:
-    """What the passages of a stream are a function of."""
+def stream_cache_key(stream: Any) -> dict[str, Any]:
+    """Cache key of a stream's passages."""
     if isinstance(stream, SyntheticStream):
-        planted = fingerprint({"features": stream.features, "first": stream.batch(0).activations})
+        planted = hash_weights({"features": stream.features, "first": stream.batch(0).activations})
         return {"planted": planted, "split": stream.split, "seed": stream.seed, "batch_size": stream.batch_size}
     return stream.identity()
 
 
-def as_record(of: dict[str, Any]) -> dict[str, Any]:
-    """As JSON has it."""
+def json_values(of: dict[str, Any]) -> dict[str, Any]:
+    """Values that are not plain JSON as strings."""
     return {key: value if isinstance(value, int | float | bool | None) else str(value) for key, value in of.items()}
 
 
-def held_out(data: Any, split: str, tokens: int) -> Any:
-    """A split's stream, of one batch at least."""
+def split_stream(data: Any, split: str, tokens: int) -> Any:
+    """The stream of a split, with at least one batch."""
     return data.stream(split, max(tokens, getattr(data, "batching", data).batch_size))
 
 

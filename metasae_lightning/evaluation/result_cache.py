@@ -1,4 +1,4 @@
-"""What was measured, kept piece by piece: work that was stopped goes on behind its last whole piece."""
+"""Cached results of an evaluation. A stopped evaluation continues after its last complete entry."""
 
 import hashlib
 import json
@@ -13,33 +13,33 @@ from torch import Tensor
 from metasae_lightning.atomic_files import draft_of
 from metasae_lightning.errors import InputError
 
-Piece = dict[str, Tensor]
+Entry = dict[str, Tensor]
 
 
-class Ledger:
-    """Pieces of work in a folder, a file each, by a name and by everything that the piece is a function of."""
+class ResultCache:
+    """Cached tensors in a folder, one safetensors file per entry, keyed by name and a hash of all inputs."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
     def path(self, name: str, identity: Mapping[str, Any]) -> Path:
-        """Where a piece is, or will be."""
-        return self.folder / f"{name}-{digest(identity)}.safetensors"
+        """File of an entry."""
+        return self.folder / f"{name}-{hash_settings(identity)}.safetensors"
 
     def has(self, name: str, identity: Mapping[str, Any]) -> bool:
-        """Whether a piece is there."""
+        """Whether an entry is cached."""
         return self.path(name, identity).exists()
 
-    def get(self, name: str, identity: Mapping[str, Any]) -> Piece:
-        """A piece that is there."""
+    def get(self, name: str, identity: Mapping[str, Any]) -> Entry:
+        """Read an entry that is cached."""
         path = self.path(name, identity)
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is damaged: remove it, and it is measured again ({error})") from error
 
-    def keep(self, name: str, identity: Mapping[str, Any], piece: Piece) -> None:
-        """Write a piece, whole or not at all."""
+    def put(self, name: str, identity: Mapping[str, Any], piece: Entry) -> None:
+        """Write an entry; the file appears complete or not at all."""
         path = self.path(name, identity)
         try:
             with draft_of(path) as draft:
@@ -47,24 +47,24 @@ class Ledger:
         except (SafetensorError, OSError) as error:
             raise InputError(f"cannot write {path}: {error}") from error
 
-    def piece(self, name: str, identity: Mapping[str, Any], make: Callable[[], Piece]) -> Piece:
-        """A piece from the folder, or else made and kept."""
+    def get_or_compute(self, name: str, identity: Mapping[str, Any], make: Callable[[], Entry]) -> Entry:
+        """The cached entry; computed and written if it is missing."""
         if not self.has(name, identity):
-            self.keep(name, identity, make())
+            self.put(name, identity, make())
         return self.get(name, identity)
 
 
-def digest(identity: Mapping[str, Any]) -> str:
-    """A short name for what something is a function of.
+def hash_settings(identity: Mapping[str, Any]) -> str:
+    """A short hash of JSON-like settings; the order of keys does not matter.
 
-    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}), digest({"a": 1}) == digest({"a": 2})
+    >>> hash_settings({"a": 1, "b": 2}) == hash_settings({"b": 2, "a": 1}), hash_settings({"a": 1}) == hash_settings({"a": 2})
     (True, False)
     """
     return hashlib.blake2b(json.dumps(identity, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A short name for weights."""
+def hash_weights(tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of named tensors."""
     found = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
         found.update(name.encode())

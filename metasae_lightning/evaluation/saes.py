@@ -1,4 +1,4 @@
-"""SAEs to be measured: a run's, any SAELens folder or one from the Hub; and what each says it was trained on."""
+"""Load the SAEs to evaluate (from a run, a SAELens folder or the Hub) and find the model and text that they were trained on."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from metasae_lightning.corpora.base import Corpus
 from metasae_lightning.corpora.python_docs import PythonDocs
 from metasae_lightning.corpora.sources import HubText, SavedDataset, TextFiles
 from metasae_lightning.errors import InputError
-from metasae_lightning.evaluation.result_cache import Ledger, digest, fingerprint
+from metasae_lightning.evaluation.result_cache import ResultCache, hash_settings, hash_weights
 from metasae_lightning.lm.backends import HuggingFaceLM, TransformerLensLM
 from metasae_lightning.lm.base import LanguageModel
 from metasae_lightning.run_folder import arm_folder, exported_arms, exported_sae, find_run, is_exported, record_file
@@ -24,47 +24,47 @@ from metasae_lightning.step import Codes
 
 log = logging.getLogger(__name__)
 
-# Dense activations that are made at a time: 256 MiB of float32.
+# Dense latent activations in memory at once: 256 MiB of float32.
 AT_ONCE = 2**26
 
 
 @dataclass(frozen=True)
-class Subject:
-    """An SAE for inference, and where what is found out about it is kept."""
+class EvaluatedSAE:
+    """An inference SAE and the folder of its results."""
 
     name: str
-    """What tables call it."""
+    """Name in tables."""
     place: str
-    """Where it is from."""
+    """The address that it was loaded from."""
     folder: Path
-    """Where its record is: a run's own folder."""
+    """Folder of its results; for a run, the run's folder."""
     sae: Any
     """The SAE."""
     run: Path | None = None
-    """The run of ours that it is of."""
+    """Folder of its run, if it is of a run."""
     arm: str = ""
-    """Which of the run's arms it is, where there are several."""
+    """Name of its arm, if the run has several."""
     rule: dict[str, Any] = field(default_factory=dict)
-    """How its thresholds were set anew, if they were."""
+    """How its thresholds were recalibrated; empty if they were not."""
 
     @property
     def record(self) -> Path:
-        """The file that its figures go into, an arm's into its part of the run's."""
+        """File of its results; arms of a run share one."""
         return record_file(self.run if self.arm and self.run else self.folder)
 
     @property
     def slug(self) -> str:
-        """Its name in that of a file: an arm's with its run's."""
+        """Its name for use in file names; an arm's includes its run's."""
         return f"{self.run.resolve().name}-{self.arm}" if self.arm and self.run else Path(self.name).name
 
     @property
-    def ledger(self) -> Ledger:
-        """Pieces of its evaluation, which a run's arms share."""
-        return Ledger(self.record.parent / "evaluation")
+    def result_cache(self) -> ResultCache:
+        """Cache of its evaluation; arms of a run share one."""
+        return ResultCache(self.record.parent / "evaluation")
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What it says of itself."""
+        """Metadata of its config."""
         return self.sae.cfg.metadata.to_dict()
 
     @property
@@ -79,44 +79,44 @@ class Subject:
 
     @property
     def target_l0(self) -> float | None:
-        """The L0 that it was trained at, where its architecture fixes it."""
+        """Training L0, if its architecture fixes one."""
         k = (self.metadata.get("training_architecture_details") or {}).get("k", getattr(self.sae.cfg, "k", None))
         return None if k is None else float(k)
 
     @cached_property
-    def decoder_identity(self) -> dict[str, Any]:
-        """What figures of the decoder alone are a function of."""
-        return {"decoder": fingerprint({"W_dec": self.W_dec})}
+    def decoder_cache_key(self) -> dict[str, Any]:
+        """Cache key of results that depend on the decoder alone."""
+        return {"decoder": hash_weights({"W_dec": self.W_dec})}
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What its codes are a function of, but for the activations."""
-        return {"sae": fingerprint(self.sae.state_dict()), "config": {**self.sae.cfg.to_dict(), "metadata": None, "device": None}}
+    def cache_key(self) -> dict[str, Any]:
+        """Cache key of its codes, without the text: weights and config."""
+        return {"sae": hash_weights(self.sae.state_dict()), "config": {**self.sae.cfg.to_dict(), "metadata": None, "device": None}}
 
     @torch.no_grad()
-    def read(self, x: Float[Tensor, "row d_in"]) -> tuple[Codes, Float[Tensor, "row d_in"]]:
-        """Codes and reconstruction of raw activations, some rows at a time."""
+    def encode_decode(self, x: Float[Tensor, "row d_in"]) -> tuple[Codes, Float[Tensor, "row d_in"]]:
+        """Codes and reconstruction of raw activations, computed in chunks of rows."""
         parts = list(self._parts(x))
         return Codes.concatenate([codes for codes, _ in parts]), torch.cat([rebuilt for _, rebuilt in parts])
 
-    def rebuild(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
+    def reconstruct(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
         """The reconstruction alone."""
         return torch.cat([rebuilt for _, rebuilt in self._parts(x)])
 
     @torch.no_grad()
     def _parts(self, x: Tensor) -> Iterator[tuple[Codes, Tensor]]:
         for rows in x.to(self.sae.device, self.sae.dtype).split(max(1, AT_ONCE // len(self.W_dec))):
-            # A normaliser's figures of these rows lie in the SAE until they are decoded.
+            # SAELens keeps the normalisation statistics of these rows until `decode`.
             acts = self.sae.encode(rows)
             yield Codes.from_dense(acts), self.sae.decode(acts).float()
 
 
-def subject(place: str, *, out: str | Path | None = None, device: str | torch.device = "cpu") -> Subject:
-    """The SAE of a run's folder, of a SAELens folder, or of `RELEASE:ID`."""
+def load_sae(place: str, *, out: str | Path | None = None, device: str | torch.device = "cpu") -> EvaluatedSAE:
+    """Load an SAE from a run's folder, a SAELens folder, or the Hub by `RELEASE:ID`."""
     path = Path(place)
     above = path.resolve().parents
     if path.resolve().name == "primary" and above[0].name == "saes" and find_run(above[1]):
-        return subject(str(above[1]), out=out, device=device)  # a run's own, with the run's data
+        return load_sae(str(above[1]), out=out, device=device)  # the exported SAE of a run: use the run's data
     if names := exported_arms(path):
         raise InputError(f"{place} holds the arms {', '.join(names)}: name one, such as {arm_folder(path, names[0])}")
     if find_run(path) or (path / "saes").exists():
@@ -125,17 +125,17 @@ def subject(place: str, *, out: str | Path | None = None, device: str | torch.de
         sae = pretrained.load_pretrained(exported_sae(path), device=device)
         root = find_run(path) or path
         arm = "" if root == path else path.resolve().name
-        return Subject(path.resolve().name, place, Path(out) if out else path, sae, run=root, arm="" if out else arm)
+        return EvaluatedSAE(path.resolve().name, place, Path(out) if out else path, sae, run=root, arm="" if out else arm)
     if path.is_dir() and not (path / "cfg.json").exists():
         raise InputError(f"{place} is neither a run, which has saes/primary, nor a SAELens folder, which has cfg.json")
     sae = pretrained.load_pretrained(place, device=device)
     name = path.resolve().name if path.is_dir() else place.replace("/", "-").replace(":", "-")
-    short = digest({"place": str(path.resolve()) if path.is_dir() else place})[:6]
-    return Subject(name, place, Path(out) if out else Path("runs") / f"evaluation-{name}-{short}", sae)
+    short = hash_settings({"place": str(path.resolve()) if path.is_dir() else place})[:6]
+    return EvaluatedSAE(name, place, Path(out) if out else Path("runs") / f"evaluation-{name}-{short}", sae)
 
 
-def check_same_activations(subjects: Sequence[Subject]) -> None:
-    """SAEs can be compared on activations that all of them read."""
+def check_same_activations(subjects: Sequence[EvaluatedSAE]) -> None:
+    """Check that all SAEs read the same activations: model, hook and width."""
     first = subjects[0]
     for other in subjects[1:]:
         for key, words in (("model_name", "model"), ("hook_name", "hook")):
@@ -147,20 +147,20 @@ def check_same_activations(subjects: Sequence[Subject]) -> None:
             raise InputError(f"{first.place} and {other.place} do not read the same activations: d_in {one} and {two}")
 
 
-def model_of(subject: Subject) -> LanguageModel:
-    """The language model that an SAE says it reads."""
-    told = subject.metadata
-    name, hook = told.get("model_name"), told.get("hook_name")
+def language_model_of(subject: EvaluatedSAE) -> LanguageModel:
+    """The language model named in an SAE's metadata."""
+    metadata = subject.metadata
+    name, hook = metadata.get("model_name"), metadata.get("hook_name")
     if not name or not hook:
         raise InputError(f"{subject.place} does not tell the model and the hook that it reads: name a recipe that does, --data RECIPE.yaml")
-    kwargs = told.get("model_from_pretrained_kwargs") or {}
-    if told.get("model_class_name") == "AutoModelForCausalLM" or told.get("hf_hook_name"):
-        return HuggingFaceLM(name, told.get("hf_hook_name") or hook, model_kwargs=kwargs)
+    kwargs = metadata.get("model_from_pretrained_kwargs") or {}
+    if metadata.get("model_class_name") == "AutoModelForCausalLM" or metadata.get("hf_hook_name"):
+        return HuggingFaceLM(name, metadata.get("hf_hook_name") or hook, model_kwargs=kwargs)
     return TransformerLensLM(name, hook, model_kwargs=kwargs)
 
 
-def corpus_of(subject: Subject) -> Corpus:
-    """The text that an SAE says it was trained on."""
+def corpus_of(subject: EvaluatedSAE) -> Corpus:
+    """The training text named in an SAE's metadata."""
     path = subject.metadata.get("dataset_path")
     if not path:
         raise InputError(f"{subject.place} tells no dataset_path: name a recipe with text to measure on, --data RECIPE.yaml")
@@ -175,8 +175,8 @@ def corpus_of(subject: Subject) -> Corpus:
     return HubText(f"{owner}/{repository}" if rest else owner, name=configuration or None)
 
 
-def only_hook(subject: Subject, data: Any) -> str:
-    """Have the data read the SAE's hook and no other."""
+def select_hook(subject: EvaluatedSAE, data: Any) -> str:
+    """Restrict the data to the SAE's hook, load the model, and return the hook's name."""
     model = getattr(data, "language_model", None)
     if model is None:
         check_width(subject, data.d_in)
@@ -201,13 +201,13 @@ def only_hook(subject: Subject, data: Any) -> str:
     return chosen[0]
 
 
-def check_width(subject: Subject, d_in: int) -> None:
-    """An SAE reads activations of its width."""
+def check_width(subject: EvaluatedSAE, d_in: int) -> None:
+    """Check that the data have the SAE's input width."""
     if subject.W_dec.shape[1] != d_in:
         raise InputError(f"{subject.place} reads activations {subject.W_dec.shape[1]} wide, and the data give {d_in}")
 
 
 def device_of(data: Any) -> torch.device:
-    """Where activations are."""
+    """Device of the activations."""
     model = getattr(data, "language_model", None)
     return torch.device("cpu") if model is None else model.device

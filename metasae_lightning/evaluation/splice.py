@@ -22,9 +22,9 @@ def losses(
     rebuild: Mapping[str, Rebuild],
     mean: Float[Tensor, " d_in"],
 ) -> dict[str, Float[Tensor, "kind context next"]]:
-    """Losses of each token after the first, for each of several reconstructions; the clean model and the ablations run once.
+    """Loss of each token after the first, for each of several reconstructions. The clean model and the ablations run once.
 
-    Positions that an SAE was not trained on (special tokens, the first few) keep their activations in all ways.
+    Positions that an SAE was not trained on (special tokens, the first few) keep their activations in every case.
     """
     here, after = where.to(model.device), tokens[:, 1:].to(model.device)
 
@@ -56,7 +56,10 @@ def splice(
     mean: Float[Tensor, " d_in"],
     metric: Splice,
 ) -> None:
-    """Run a complete model on contexts: their tokens, what each may attend to, and which positions are replaced and count."""
+    """Add the losses of contexts to a `Splice` metric.
+
+    Each context has its tokens, its attention mask, and the mask of positions that are replaced and counted.
+    """
     for tokens, visible, where in contexts:
         found = losses(model, tokens, visible, where, {"sae": rebuild}, mean)["sae"]
         metric.update(found.to(metric.device), where[:, 1:].to(metric.device))

@@ -1,4 +1,4 @@
-"""Where latents fire most: text, with what a latent does at each of its tokens."""
+"""Text around the tokens where latents fire most."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,25 +10,25 @@ from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from metasae_lightning.evaluation.collect import Observation
+from metasae_lightning.evaluation.collect import CollectedCodes
 
 BEFORE, AFTER = 12, 6
-# What a tokenizer says of a token that holds a part of a character.
+# A tokenizer's text of a token that holds a part of a character.
 PART = "\ufffd"
 
 
 @dataclass(frozen=True)
 class Context:
-    """A stretch of a document around a token that a latent fires on."""
+    """Tokens of a document around one that a latent fires on."""
 
     document: int
-    """The document's number."""
+    """Document id."""
     at: int
-    """Which of the tokens it is."""
+    """Index in `tokens` of the token that the latent fires on."""
     tokens: list[str]
-    """Their texts; a character made of several tokens is whole in the last."""
+    """Texts of the tokens; a character that spans several tokens stands in the last."""
     values: list[float]
-    """What the latent does on each."""
+    """Activation of the latent on each token."""
 
     @property
     def marked(self) -> str:
@@ -39,29 +39,29 @@ class Context:
 
 @dataclass(frozen=True)
 class Hits:
-    """Tokens that latents fire on."""
+    """Firings: tokens on which latents are active."""
 
     values: Float[np.ndarray, " hit"]
-    """How strongly."""
+    """Activation of each firing."""
     places: Int[np.ndarray, "hit 4"]
-    """The latent, the document, the passage, and the token's place in that."""
+    """Latent, document, passage, and position in the passage of each firing."""
 
     def best(self, count: int) -> "Hits":
-        """Of each latent the `count` documents with its strongest hits, a hit each, by latents and then the strongest first."""
+        """The strongest firing in each of the `count` best documents of each latent, sorted by latent, strongest first."""
         latent, document = self.places[:, 0], self.places[:, 1]
         order = np.lexsort((-self.values, document, latent))
         latent, document = latent[order], document[order]
         first = np.append(True, (np.diff(latent) != 0) | (np.diff(document) != 0))[: len(order)]
         order = order[first]
         order = order[np.lexsort((-self.values[order], self.places[order, 0]))]
-        kept = order[rank(self.places[order, 0]) < count]
+        kept = order[rank_in_group(self.places[order, 0]) < count]
         return Hits(self.values[kept], self.places[kept])
 
 
-def rank(groups: Int[np.ndarray, " item"]) -> Int[np.ndarray, " item"]:
-    """Each item's place within its group, where groups follow on each other.
+def rank_in_group(groups: Int[np.ndarray, " item"]) -> Int[np.ndarray, " item"]:
+    """Index of each item within its group; the items of a group are adjacent.
 
-    >>> rank(np.array([3, 3, 3, 5, 7, 7])).tolist()
+    >>> rank_in_group(np.array([3, 3, 3, 5, 7, 7])).tolist()
     [0, 1, 2, 0, 0, 1]
     """
     starts = np.append(True, np.diff(groups) != 0)[: len(groups)]
@@ -69,29 +69,29 @@ def rank(groups: Int[np.ndarray, " item"]) -> Int[np.ndarray, " item"]:
     return places - np.maximum.accumulate(np.where(starts, places, 0))
 
 
-def strongest(seen: Observation, chosen: Bool[Tensor, " d_sae"], count: int) -> Hits:
-    """The strongest hits of the chosen latents, `count` documents each."""
+def strongest_hits(seen: CollectedCodes, chosen: Bool[Tensor, " d_sae"], count: int) -> Hits:
+    """The strongest firings of the chosen latents, in `count` documents each."""
     kept = Hits(np.zeros(0, np.float32), np.zeros((0, 4), np.int64))
     least = torch.zeros(len(chosen))
     for number, (codes, piece) in enumerate(seen.codes()):
-        # A latent that has its documents takes only what is stronger than the weakest.
+        # Once a latent has `count` documents, only stronger firings matter.
         found = (chosen[codes.latents] & (codes.values > least[codes.latents])).nonzero().flatten()
         place = piece["counted"].flatten().nonzero().flatten()[codes.rows[found]]
         document = piece["owner"].flatten()[place]
         places = torch.stack([codes.latents[found], document, torch.full_like(place, number), place], 1).numpy()
         values = np.concatenate([kept.values, codes.values[found].numpy()])
         kept = Hits(values, np.concatenate([kept.places, places])).best(count)
-        full = np.flatnonzero(rank(kept.places[:, 0]) == count - 1)
+        full = np.flatnonzero(rank_in_group(kept.places[:, 0]) == count - 1)
         least[kept.places[full, 0]] = torch.from_numpy(kept.values[full])
     return kept
 
 
-def top_contexts(seen: Observation, latents: Sequence[int] | set[int], tokenizer: Any, *, count: int = 3) -> dict[int, list[Context]]:
-    """For each of some latents the `count` documents in which it fires most: the text around the token where it does."""
+def top_contexts(seen: CollectedCodes, latents: Sequence[int] | set[int], tokenizer: Any, *, count: int = 3) -> dict[int, list[Context]]:
+    """For each latent, the text around its strongest firing in each of its `count` best documents."""
     found: dict[int, list[Context]] = {latent: [] for latent in sorted(set(latents))}
     chosen = torch.zeros(len(seen.subject.W_dec), dtype=torch.bool)
     chosen[list(found)] = True
-    hits, spelling = strongest(seen, chosen, count), Spelling(tokenizer)
+    hits, spelling = strongest_hits(seen, chosen, count), Spelling(tokenizer)
     made: dict[int, Context] = {}
     for number, (codes, piece) in enumerate(seen.codes() if len(hits.values) else ()):
         own = np.flatnonzero(hits.places[:, 2] == number)
@@ -119,7 +119,7 @@ def top_contexts(seen: Observation, latents: Sequence[int] | set[int], tokenizer
 
 
 class Spelling:
-    """Tokens as they are written within a text."""
+    """Texts of tokens as they appear inside a text."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -128,13 +128,13 @@ class Spelling:
         self._known: dict[int, str] = {}
 
     def pieces(self, tokens: list[int]) -> list[str]:
-        """The text of each of some tokens that follow on each other."""
+        """The text of each of some consecutive tokens."""
         alone = [self._alone(token) for token in tokens]
         if not any(PART in piece for piece in alone):
             return alone
         texts = [self._text(tokens[:end]) for end in range(len(tokens) + 1)]
         whole = [text.rstrip(PART) for text in texts]
-        # What is whole so far grows; at the end, what never became whole stands as it is.
+        # Each token adds the characters that it completes; the last one also shows what never became complete.
         return [after[len(before) :] for before, after in zip(whole, [*whole[1:-1], texts[-1]], strict=False)]
 
     def _alone(self, token: int) -> str:
@@ -149,8 +149,8 @@ class Spelling:
         return decoded([*self._before, *tokens])[len(decoded(self._before)) :]
 
 
-def latents_record(seen: Observation, tokenizer: Any | None, *, count: int = 3) -> dict[str, Any]:
-    """Of every latent on how many tokens it fired, how strongly at most, and where it did most."""
+def latents_record(seen: CollectedCodes, tokenizer: Any | None, *, count: int = 3) -> dict[str, Any]:
+    """For every latent: number of firings, largest activation, and top contexts."""
     width = len(seen.subject.W_dec)
     firings, maximum = torch.zeros(width, dtype=torch.long), torch.zeros(width)
     for codes, _ in seen.codes():
@@ -159,7 +159,7 @@ def latents_record(seen: Observation, tokenizer: Any | None, *, count: int = 3) 
     live = firings.nonzero().flatten().tolist()
     contexts = top_contexts(seen, live, tokenizer, count=count) if tokenizer is not None and count else {}
     return {
-        **{"weights": seen.subject.identity["sae"], "tokens": int(seen.reconstruction.tokens)},
+        **{"weights": seen.subject.cache_key["sae"], "tokens": int(seen.reconstruction.tokens)},
         **{"firings": firings.tolist(), "maximum": [float(f"{value:.4g}") for value in maximum.tolist()]},
         "contexts": {str(latent): [asdict(context) for context in contexts[latent]] for latent in sorted(contexts)},
     }

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from metasae_lightning import functional
 from metasae_lightning.cli import main
 from metasae_lightning.cli.arguments import data_of
-from metasae_lightning.evaluation.bootstrap import PhiByGroup, jackknifed
+from metasae_lightning.evaluation.bootstrap import PhiByGroup, jackknife_interval
 from metasae_lightning.evaluation.compare import FIGURES, LOSSES, Matches, best_matches, compare, matched, splits, swapped
 from metasae_lightning.evaluation.evaluate import evaluate
-from metasae_lightning.evaluation.saes import subject
+from metasae_lightning.evaluation.saes import load_sae
 from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.metrics import Phi
 from metasae_lightning.metrics.cofiring import Firings
@@ -115,7 +115,7 @@ def test_intervals_of_a_difference_in_cofiring_hold_what_they_say():
             counts.update(Codes.from_dense(dense), group)
             whole.append(counts.excess(torch.ones(1, 60, dtype=torch.float64)).item())
             without.append(counts.without_each())
-        low, high = jackknifed(whole[1] - whole[0], without[1] - without[0])
+        low, high = jackknife_interval(whole[1] - whole[0], without[1] - without[0])
         inside += low <= 0 <= high
         points.append(whole[1] - whole[0])
         widths.append((high - low) / (2 * 1.96))
@@ -137,7 +137,7 @@ def test_swapping_tells_a_difference_from_chance():
 
 def test_an_sae_compared_with_itself_differs_in_nothing(tmp_path: Path):
     one, two = run(tmp_path, "one"), run(tmp_path, "two")
-    a, b = evaluate([subject(str(one)), subject(str(two))], data_of(one / "config.yaml"), Settings(**QUICK))
+    a, b = evaluate([load_sae(str(one)), load_sae(str(two))], data_of(one / "config.yaml"), Settings(**QUICK))
     found = compare(a, b, Settings(**QUICK))
     for name in ("fvu", "l0", "cosine", "ce_sae", "kl"):
         of = found["differences"][name]
@@ -149,7 +149,7 @@ def test_an_sae_compared_with_itself_differs_in_nothing(tmp_path: Path):
 
 # What swapping swaps is a document's share of the figure that is reported.
 def test_shares_of_documents_add_up_to_the_figures(tmp_path: Path):
-    (found,) = evaluate([subject(str(run(tmp_path, "one")))], data_of(tmp_path / "one" / "config.yaml"), Settings(**QUICK))
+    (found,) = evaluate([load_sae(str(run(tmp_path, "one")))], data_of(tmp_path / "one" / "config.yaml"), Settings(**QUICK))
     _, sums, total = found.seen.by_document
     tokens, spread = sums[:, 0].sum(), sums[:, 1].sum() - total.sum(0).square().sum() / sums[:, 0].sum()
     figures = found.entry["figures"]

@@ -17,9 +17,9 @@ from metasae_lightning.cli.arguments import data_of
 from metasae_lightning.corpora import InMemory
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation import collect
-from metasae_lightning.evaluation.evaluate import Evaluation, evaluate, phi_by_group, resampled
+from metasae_lightning.evaluation.evaluate import Evaluation, evaluate, phi_by_group, resampled_reconstruction
 from metasae_lightning.evaluation.held_out_text import passages
-from metasae_lightning.evaluation.saes import Subject, subject
+from metasae_lightning.evaluation.saes import EvaluatedSAE, load_sae
 from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.lm import TransformerLensLM
 from metasae_lightning.metrics import Phi, PhiSample
@@ -31,7 +31,7 @@ QUICK: dict[str, Any] = {"critic_seeds": 1, "critic_steps": 5, "splice_tokens": 
 
 
 def measured(*places: Path, **more: Any) -> list[Evaluation]:
-    return evaluate([subject(str(place)) for place in places], data_of(places[0] / "config.yaml"), Settings(**{**QUICK, **more}))
+    return evaluate([load_sae(str(place)) for place in places], data_of(places[0] / "config.yaml"), Settings(**{**QUICK, **more}))
 
 
 class Store:
@@ -60,7 +60,7 @@ def test_figures_are_those_of_saelens_run_evals(tmp_path: Path):
     data = ActivationsDataModule(
         model, InMemory(texts, "random"), tokens=64, prepend_bos=False, cross_document_attention=True, test_tokens=512, **shape
     )
-    judged = Subject("it", "it", tmp_path / "it", sae(model_name=str(folder), hook_name=HOOK, threshold=1.0))
+    judged = EvaluatedSAE("it", "it", tmp_path / "it", sae(model_name=str(folder), hook_name=HOOK, threshold=1.0))
     (found,) = evaluate([judged], data, Settings(**{**QUICK, "splice_tokens": 512 - 512 // 16}))
     tokens = torch.cat([passage.tokens for passage in passages(data.stream("test", 512), 512)])
     assert len(tokens) == 32 and found.entry["tokens"] == 512 and found.entry["spliced_tokens"] == 32 * 15
@@ -139,23 +139,23 @@ def test_passages_know_their_documents(tmp_path: Path):
 def test_an_evaluation_that_was_stopped_goes_on_and_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, stopped = run(tmp_path, "whole"), run(tmp_path, "stopped")
     looked: list[int] = []
-    look = collect.look
+    encode_passage = collect.encode_passage
 
     def counting(subject: Any, passage: Any, *given: Any) -> Any:
         if len(looked) == 3:
             raise KeyboardInterrupt
         looked.append(passage.number)
-        return look(subject, passage, *given)
+        return encode_passage(subject, passage, *given)
 
-    monkeypatch.setattr(collect, "look", counting)
+    monkeypatch.setattr(collect, "encode_passage", counting)
     with pytest.raises(KeyboardInterrupt):
         measured(stopped)
-    monkeypatch.setattr(collect, "look", lambda *given: looked.append(given[1].number) or look(*given))
+    monkeypatch.setattr(collect, "encode_passage", lambda *given: looked.append(given[1].number) or encode_passage(*given))
     (gone_on,) = measured(stopped)
     passages = len(gone_on.seen.digests)
     assert looked == list(range(passages)) and passages > 4
     assert [name.name for name in (stopped / "evaluation").glob(".*")] == []
-    monkeypatch.setattr(collect, "look", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr(collect, "encode_passage", lambda *_: pytest.fail("measured twice"))
     monkeypatch.setattr("metasae_lightning.metrics.decomposition.Decomposition.explained", lambda *_: pytest.fail("criticised twice"))
     monkeypatch.setattr("metasae_lightning.evaluation.collect.losses", lambda *_: pytest.fail("spliced twice"))
     (again,) = measured(stopped)
@@ -191,7 +191,7 @@ def test_intervals_are_what_other_documents_would_have_given(tmp_path: Path):
     centre = total.sum(0) / tokens
     spread = sums[:, 1] - 2 * total @ centre + sums[:, 0] * centre.square().sum()
     error_of_documents = (sums[:, 2] - fvu * spread).std() * len(ids) ** 0.5 / spread.sum()
-    values = resampled(found.seen, Settings(**{**QUICK, "resamples": 2000}))["fvu"]
+    values = resampled_reconstruction(found.seen, Settings(**{**QUICK, "resamples": 2000}))["fvu"]
     assert values.std().item() == pytest.approx(error_of_documents.item(), rel=0.1)
     assert values.mean().item() == pytest.approx(fvu.item(), abs=0.2 * error_of_documents.item())
 
@@ -294,11 +294,11 @@ def test_positions_and_sinks_that_training_left_out_are_left_out(tmp_path: Path)
     tree = recipe(tmp_path, skip_positions=3, max_norm_ratio=1.2)
     (place / "config.yaml").write_text(yaml.safe_dump({"data": tree}))
     (found,) = measured(place)
-    for one in found.seen.pieces():
+    for one in found.seen.entries():
         assert not one["counted"][:, :3].any()
         assert len(one["lengths"]) == int(one["counted"].sum())
-    kept = sum(int(one["counted"].sum()) for one in found.seen.pieces())
-    texts = sum(int((one["tokens"][:, 3:] > 1).sum()) for one in found.seen.pieces())
+    kept = sum(int(one["counted"].sum()) for one in found.seen.entries())
+    texts = sum(int((one["tokens"][:, 3:] > 1).sum()) for one in found.seen.entries())
     assert 0.5 * texts < kept < texts  # a tenth or so have larger norms
     assert plain.entry["figures"] != found.entry["figures"]
 
@@ -308,4 +308,4 @@ def test_of_one_document_nothing_is_said_of_others(tmp_path: Path):
     (found,) = measured(place)
     found.seen.by_document  # noqa: B018
     object.__setattr__(found.seen, "by_document", tuple(part[:1] for part in found.seen.by_document))
-    assert resampled(found.seen, Settings(**QUICK))["fvu"].isnan().all()
+    assert resampled_reconstruction(found.seen, Settings(**QUICK))["fvu"].isnan().all()

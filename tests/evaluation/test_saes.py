@@ -17,7 +17,7 @@ from sae_lens.saes.transcoder import JumpReLUTranscoder, JumpReLUTranscoderConfi
 from metasae_lightning.cli import main
 from metasae_lightning.corpora import HubText, PythonDocs, SavedDataset, TextFiles
 from metasae_lightning.errors import InputError
-from metasae_lightning.evaluation.saes import Subject, corpus_of, model_of, subject
+from metasae_lightning.evaluation.saes import EvaluatedSAE, corpus_of, language_model_of, load_sae
 from metasae_lightning.lm import HuggingFaceLM, TransformerLensLM
 from metasae_lightning.sae import pretrained
 from tests.helpers.hub import Hub
@@ -167,14 +167,14 @@ def test_a_damaged_piece_of_an_evaluation_is_told_of(tmp_path: Path, capsys: pyt
     assert "evaluation.json" in failing(capsys, "test", str(place))
 
 
-def told(**metadata: Any) -> Subject:
-    return Subject("it", "it", Path("it"), sae(**metadata))
+def told(**metadata: Any) -> EvaluatedSAE:
+    return EvaluatedSAE("it", "it", Path("it"), sae(**metadata))
 
 
 def test_an_sae_names_its_model_and_its_text(tmp_path: Path):
-    lens = model_of(told(model_name="gpt2-small", hook_name=HOOK, model_class_name="HookedTransformer"))
+    lens = language_model_of(told(model_name="gpt2-small", hook_name=HOOK, model_class_name="HookedTransformer"))
     assert isinstance(lens, TransformerLensLM) and lens.hooks == [HOOK]
-    ours = model_of(told(model_name="m", hook_name=HOOK, hf_hook_name="model.layers.1", model_class_name="HookedTransformer"))
+    ours = language_model_of(told(model_name="m", hook_name=HOOK, hf_hook_name="model.layers.1", model_class_name="HookedTransformer"))
     assert isinstance(ours, HuggingFaceLM) and ours.hooks == ["model.layers.1"]
     assert isinstance(corpus_of(told(dataset_path="docstrings of Python 3.11's installed packages")), PythonDocs)
     assert isinstance(corpus_of(told(dataset_path="owner/text")), HubText)
@@ -185,7 +185,7 @@ def test_an_sae_names_its_model_and_its_text(tmp_path: Path):
 
 
 def test_loading_by_release_asks_for_an_id():
-    with pytest.raises(InputError, match="that would be RELEASE:ID"):
+    with pytest.raises(InputError, match="which would be RELEASE:ID"):
         pretrained.load_pretrained("gpt2-small-res-jb")
     with pytest.raises(InputError, match="cannot be loaded as a SAELens SAE"):
         pretrained.load_pretrained("no-such-release:x")
@@ -211,7 +211,7 @@ def test_an_sae_comes_from_the_hub_by_its_name(tmp_path: Path):
     name, total = lines[0].split()
     assert name == "owner-saes-layer_1" and float(total) == pytest.approx(made.encode(torch.ones(2, D_IN)).sum().item(), rel=1e-5)
     assert "'owner/saes:layer_2' cannot be loaded as a SAELens SAE" in lines[1]
-    assert subject(str(repository / "layer_1")).name == "layer_1"
+    assert load_sae(str(repository / "layer_1")).name == "layer_1"
 
 
 def test_runs_on_other_data_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -223,14 +223,14 @@ def test_runs_on_other_data_say_so(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_runs_own_folder_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     place = run(tmp_path, "one")
-    assert subject(str(place / "saes" / "primary")).run
+    assert load_sae(str(place / "saes" / "primary")).run
     monkeypatch.chdir(place / "saes" / "primary")
     assert main(["calibrate", ".", "--calibration_tokens=512"]) == 0
     assert "threshold_rule" in json.loads((place / "saes" / "primary" / "cfg.json").read_text())["metadata"]
     first, second = tmp_path / "a" / "primary", tmp_path / "b" / "primary"
     for folder in (first, second):
         sae().save_model(folder)
-    assert subject(str(first)).folder != subject(str(second)).folder
+    assert load_sae(str(first)).folder != load_sae(str(second)).folder
 
 
 def test_what_cannot_be_scored_is_refused(tmp_path: Path):

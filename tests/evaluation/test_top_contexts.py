@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from metasae_lightning.cli import main
 from metasae_lightning.cli.arguments import data_of
 from metasae_lightning.evaluation.evaluate import Evaluation, evaluate
-from metasae_lightning.evaluation.saes import subject
+from metasae_lightning.evaluation.saes import load_sae
 from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.evaluation.top_contexts import AFTER, BEFORE, Hits, Spelling, latents_record, top_contexts
 from tests.evaluation.test_evaluate import QUICK
@@ -26,7 +26,7 @@ from tests.helpers.models import tokenizer
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Any]:
     place = run(tmp_path_factory.mktemp("contexts"), "one")
     data = data_of(place / "config.yaml")
-    (found,) = evaluate([subject(str(place))], data, Settings(**QUICK))
+    (found,) = evaluate([load_sae(str(place))], data, Settings(**QUICK))
     return found, data.language_model.tokenizer
 
 
