@@ -197,11 +197,11 @@ def test_an_sae_comes_from_the_hub_by_its_name(tmp_path: Path):
     repository = tmp_path / "hub" / "models" / "owner" / "saes"
     made.save_model(repository / "layer_1")
     script = (
-        "import sys, torch; from metasae_lightning.subjects import subject\n"
-        "one = subject('owner/saes:layer_1'); x = torch.ones(2, 32)\n"
+        "import sys, torch; from metasae_lightning.evaluation.saes import load_sae\n"
+        "one = load_sae('owner/saes:layer_1'); x = torch.ones(2, 32)\n"
         "print(one.name, one.sae.encode(x).sum().item())\n"
         "from metasae_lightning.errors import InputError\n"
-        "try: subject('owner/saes:layer_2')\n"
+        "try: load_sae('owner/saes:layer_2')\n"
         "except InputError as error: print(error)\n"
     )
     with Hub(tmp_path / "hub") as hub:
