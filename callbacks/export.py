@@ -1,4 +1,4 @@
-"""SAELens inference folders of both SAEs, at the end of training and at save points."""
+"""Callback that exports both SAEs as SAELens folders, at the end of training and at intervals."""
 
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,17 @@ from metasae_lightning.training.arm_callbacks import Observer
 
 
 class Export(Observer):
-    """Write `saes/primary` and `saes/meta` under the run's directory, for use on raw activations.
+    """Export `saes/primary` and `saes/meta` into the run's folder; both take raw activations.
 
-    The primary is checked, and where needed calibrated, on the activations of the last validation: held out, and already computed.
+    The primary is checked, and calibrated if needed, on activations of the last validation.
 
     Args:
-        every_tokens: Also export whenever so many more tokens were trained on.
-        calibration_tokens: How many held-out tokens to keep for the check.
+        every_tokens: Tokens between two exports during training; None exports at the end alone.
+        calibration_tokens: Held-out tokens to store for the check.
     """
 
     rows, all_rows = 4096, 131_072
-    """How many decoder rows the meta SAE is checked on, at a time, since its latents are dense then, and at most: every so-manieth."""
+    """Decoder rows for the check of the meta SAE: at a time, and in total (evenly spaced), since its dense latents need memory."""
 
     def __init__(self, every_tokens: int | None = None, calibration_tokens: int = 131_072) -> None:
         self.every_tokens, self.calibration_tokens = every_tokens, calibration_tokens
@@ -35,28 +35,28 @@ class Export(Observer):
         self._exported_at = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """A resumed run counts from where it stands."""
+        """Start the interval at the current token count."""
         self._exported_at = pl_module.rows_seen
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the last validation's activations."""
+        """Drop the activations of the last validation."""
         self._samples = []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keep some of this one's."""
+        """Store activations of this validation, up to `calibration_tokens`."""
         if sum(len(x) for x in self._samples) < self.calibration_tokens:
             self._samples.append(outputs["output"].activations.detach().cpu())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A save point, where one is due."""
+        """Export if one is due."""
         tokens = pl_module.rows_seen
         if self.every_tokens is not None and tokens - self._exported_at >= self.every_tokens:
             self._export(trainer, pl_module, tokens)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """The trained SAEs."""
+        """Export the trained SAEs."""
         self._export(trainer, pl_module, pl_module.rows_seen)
 
     def _export(self, trainer: Trainer, pl_module: Any, tokens: int) -> None:
@@ -65,7 +65,7 @@ class Export(Observer):
         weights = {role: learner.weights(keep=trainer.is_global_zero) for role, learner in learners.items()}
         if trainer.is_global_zero:
             self._write_each(trainer, pl_module, tokens, weights)
-        # Not in the next step's messages, some of which have less patience.
+        # A barrier here, since the next step's messages have shorter timeouts.
         trainer.strategy.barrier()
 
     def _write_each(self, trainer: Trainer, pl_module: Any, tokens: int, weights: dict[str, dict[str, Tensor]]) -> None:
@@ -87,7 +87,7 @@ class Export(Observer):
             )
 
     def _held_out(self, trainer: Trainer, hook: str | None) -> list[Tensor]:
-        """Validation activations for a save point that comes before the first validation."""
+        """Validation activations, read now if no validation has run yet."""
         data = getattr(trainer, "datamodule", None)
         for batch in data.val_dataloader() if data is not None and is_overridden("val_dataloader", data) else ():
             if sum(len(x) for x in self._samples) >= self.calibration_tokens:
@@ -115,6 +115,6 @@ class Export(Observer):
 
 
 def started(learner: Any) -> dict[str, str]:
-    """What an SAE started from, if it was another one."""
+    """Metadata about the SAE that the weights started from, if any."""
     init_from = learner.config.init_from
     return {} if init_from is None else {"init_from": init_from.place}

@@ -1,4 +1,4 @@
-"""Held-out FVU, L0, dead latents and recovered features of the primary SAE, logged after each validation or test."""
+"""Callback that logs held-out FVU, L0, dead latents and recovered features of the primary SAE."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from metasae_lightning.training.arm_callbacks import Observer
 
 
 class HeldOut(Observer):
-    """Update on each held-out batch, compute at the end, log under `val/` or `test/`, start anew.
+    """Log reconstruction and dead-latent metrics under `val/` or `test/` after each validation or test.
 
-    Where the data know their true features: `mcc` and `uniqueness`, and `f1` where they know on which tokens those fired.
+    With data whose true features are known it also logs `mcc` and `uniqueness`, and `f1` if their firings are known.
     """
 
     def __init__(self) -> None:
@@ -50,29 +50,29 @@ class HeldOut(Observer):
         pl_module.log_dict({name: value.float() for name, value in figures.items()})
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew."""
+        """Reset the metrics."""
         self._begin(trainer, pl_module)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Add a batch."""
+        """Update the metrics."""
         self._update(pl_module, outputs, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what was seen."""
+        """Compute and log the metrics."""
         self._log(pl_module, "val")
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew."""
+        """Reset the metrics."""
         self._begin(trainer, pl_module)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Add a batch."""
+        """Update the metrics."""
         self._update(pl_module, outputs, batch)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what was seen."""
+        """Compute and log the metrics."""
         self._log(pl_module, "test")

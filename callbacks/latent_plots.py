@@ -1,4 +1,4 @@
-"""Pictures of the primary SAE after each validation, for TensorBoard: how often latents fire, how they lie and how they go together."""
+"""Callback that draws figures of the primary SAE after each validation: firing rates, decoder geometry and co-firing."""
 
 from typing import Any
 
@@ -15,13 +15,14 @@ from metasae_lightning.training.arm_callbacks import Observer
 
 
 class Figures(Observer):
-    """Write histograms and curves to every logger that takes them, as TensorBoard's does; others are left alone.
+    """Write histograms and curves to every logger that accepts them, such as TensorBoard's.
 
-    `val/log10_density` of the latents that fired, `decoder/nearest_cosine` of each decoder row, `val/phi_tail`, the share of random
-    pairs of latents whose |phi| lies above a value, beside independent latents with the same counts, and `decoder/spectrum`.
+    `val/log10_density`: firing rates of latents that fired. `decoder/nearest_cosine`: cosine of each decoder row with its nearest.
+    `val/phi_tail`: share of random pairs of latents with |phi| above a value, beside independent latents with the same counts.
+    `decoder/spectrum`: singular values of the decoder.
 
     Args:
-        matchings: Random pairings of all latents that |phi| is taken from.
+        matchings: Random pairings of all latents for |phi|.
     """
 
     def __init__(self, matchings: int = 8) -> None:
@@ -29,20 +30,20 @@ class Figures(Observer):
         self._sample: PhiSample | None = None
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start anew, where somebody will look."""
-        # Rank zero knows: other ranks' loggers are stand-ins that take anything. All count, or none.
+        """Reset the metrics, if a logger accepts figures."""
+        # Rank 0 decides, because other ranks have dummy loggers.
         wanted = trainer.strategy.broadcast(bool(writers(trainer)) and not trainer.sanity_checking)
         self._sample = PhiSample(pl_module.primary.W_dec.shape[0], matchings=self.matchings).to(pl_module.device) if wanted else None
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Add a batch."""
+        """Update the metrics."""
         if self._sample is not None:
             self._sample.update(outputs["output"].codes)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Draw and write."""
+        """Draw the figures and write them to the loggers."""
         if self._sample is None:
             return
         with self._sample.sync_context():
@@ -59,7 +60,7 @@ class Figures(Observer):
         if len(both):
             title = f"{tokens:,} tokens, {int((~live).sum()):,} of {len(live):,} latents dead"
             drawn["val/phi_tail"] = tail(both, one, other, tokens, title=title)
-        # Where Lightning's loggers put the validation's numbers; its own callbacks read it so.
+        # The step at which Lightning logs validation metrics.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage]
         for writer in writers(trainer):
             for name, values in histograms.items():
@@ -69,13 +70,13 @@ class Figures(Observer):
 
 
 def writers(trainer: Trainer) -> list[Any]:
-    """What the loggers write with, where it takes histograms and figures."""
+    """Experiments of the loggers that accept histograms and figures."""
     found = [getattr(logger, "experiment", None) for logger in trainer.loggers]
     return [writer for writer in found if hasattr(writer, "add_histogram") and hasattr(writer, "add_figure")]
 
 
 def pairs(sample: PhiSample) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each random pair of live latents, on how many tokens both fired, the one and the other."""
+    """For each random pair of live latents: tokens on which both fired, the first fired, the second fired."""
     matching, low = (sample.partner >= 0).nonzero(as_tuple=True)
     both, one, other = sample.together[matching, low], sample.firings[low], sample.firings[sample.partner[matching, low]]
     live = (one > 0) & (one < sample.tokens) & (other > 0) & (other < sample.tokens)
@@ -83,7 +84,7 @@ def pairs(sample: PhiSample) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def tail(both: Tensor, one: Tensor, other: Tensor, tokens: int, *, title: str) -> Figure:
-    """The share of pairs above each |phi|, and that of as many pairs drawn at random with the same counts."""
+    """Share of pairs above each |phi|, for measured pairs and for independent ones with the same counts."""
     chance = np.random.default_rng(0).hypergeometric(one.numpy(), tokens - one.numpy(), other.numpy())
     at = torch.logspace(-5, 0, 201, dtype=torch.float64)
     figure, axes = axes_of(title, "|phi|", "share of pairs above it")
@@ -97,7 +98,7 @@ def tail(both: Tensor, one: Tensor, other: Tensor, tokens: int, *, title: str) -
 
 
 def spectrum(values: Tensor) -> Figure:
-    """The decoder's singular values in order."""
+    """A figure of the decoder's singular values."""
     figure, axes = axes_of("decoder directions", "number", "singular value, their squares summing to 1")
     axes.plot(torch.arange(1, len(values) + 1), values)
     axes.set_yscale("log", nonpositive="mask")
@@ -105,7 +106,7 @@ def spectrum(values: Tensor) -> Figure:
 
 
 def axes_of(title: str, x: str, y: str) -> tuple[Figure, Any]:
-    """A figure of its own, unknown to pyplot, with one pair of axes."""
+    """A figure that pyplot does not manage, and its axes."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.set(title=title, xlabel=x, ylabel=y)

@@ -1,4 +1,4 @@
-"""A run that has become NaN ends at once, and what it wrote before stays as it was."""
+"""Callback that ends a run with NaN or infinite values before anything is written over."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +14,13 @@ from metasae_lightning.training.arm_callbacks import NotFinite, Observer
 
 
 class StopOnNaN(Observer):
-    """Stop with one line where a loss, a penalty or a parameter is no longer finite, and let no checkpoint be made of it.
+    """Stop with one line when a loss, a penalty or a parameter is not finite, before a checkpoint is made of it.
 
-    It stands before the callbacks that write: each is called in turn.
+    List it before the callbacks that write files.
 
     Args:
-        every: Look after so many steps, after the last and before each checkpoint; more than 1 may let a save point of `Export` pass.
-        skips: Where such steps are left out (`non_finite: skip`), stop after so many of an SAE's in a row.
+        every: Steps between two checks; also checks after the last step and before each checkpoint. More than 1 may miss an export.
+        skips: With `non_finite: skip`, stop after this many skipped steps of one SAE in a row.
     """
 
     def __init__(self, every: int = 1, skips: int = 10) -> None:
@@ -30,10 +30,10 @@ class StopOnNaN(Observer):
         self.every, self.skips = every, skips
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Look at the step, and at what it left."""
+        """Check the step's values and the parameters."""
         output: StepOutput = outputs["output"]
         activations = Batch.of(batch).activations
-        if output.skipped >= self.skips:  # all ranks have counted the same
+        if output.skipped >= self.skips:  # the count is the same on all ranks
             what = f"{output.bad_tensor} was not finite in the last of {output.skipped} steps that were left out in a row,"
             self._stop(trainer, pl_module, what, activations)
         if (batch_idx + 1) % self.every == 0 or trainer.is_last_batch:
@@ -41,16 +41,16 @@ class StopOnNaN(Observer):
             self._look(trainer, pl_module, {**shown, **pl_module.state_dict()}, activations)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look before a checkpoint of weights alone, which asks nobody."""
+        """Check before a checkpoint of weights alone, for which Lightning calls no hook."""
         self._look(trainer, pl_module, pl_module.state_dict())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Look at what is to be written, while the last checkpoint is still there."""
+        """Check the checkpoint before the last one is replaced."""
         self._look(trainer, pl_module, checkpoint["state_dict"])
 
     def _look(self, trainer: Trainer, pl_module: Any, named: Mapping[str, Tensor], activations: Tensor | None = None) -> None:
         broken = first_nonfinite(named)
-        # All ranks stop where one does: the others would wait for it for ever.
+        # All ranks stop together; otherwise the others would wait for ever.
         if trainer.strategy.reduce_boolean_decision(broken is None, all=True):
             return
         self._stop(trainer, pl_module, f"{broken or 'a tensor on another rank'} is not finite", activations)
@@ -66,7 +66,7 @@ class StopOnNaN(Observer):
 
 
 def figures(output: StepOutput) -> dict[str, Tensor]:
-    """What a step came to, by the names that people know, causes before what they lead to."""
+    """Values of a step by their logged names, in order of computation."""
     found = {"the primary's loss": output.primary.loss}
     found |= {f"penalty {name}": value for name, value in output.penalties.items()}
     found |= {"the meta SAE's loss": output.meta.loss} if output.meta is not None else {}
@@ -74,8 +74,8 @@ def figures(output: StepOutput) -> dict[str, Tensor]:
 
 
 def last_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest file that the run's checkpoint callbacks have written, or else the one it went on from."""
-    # The callbacks' own `best_model_path` and `last_model_path` are set before a checkpoint is written.
+    """The newest checkpoint of the run, or the one that it was resumed from."""
+    # Callbacks set `best_model_path` and `last_model_path` before they write the file.
     folders = [Path(place) for saver in trainer.checkpoint_callbacks if (place := getattr(saver, "dirpath", None))]
     written = [path.resolve() for folder in folders for path in folder.glob("*.ckpt") if path.exists()]
     resumed = [Path(trainer.ckpt_path)] if trainer.ckpt_path and Path(trainer.ckpt_path).exists() else []

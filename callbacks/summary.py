@@ -26,7 +26,7 @@ MEASURES = {
 
 
 class Summary(Callback):
-    """Print what a run came to, and keep it in the run's directory under the split it was measured on, each arm under its name."""
+    """Print the results of a run, and store them in `evaluation.json` under the split; results of each arm under its name."""
 
     def __init__(self) -> None:
         self._began = 0.0
@@ -37,14 +37,14 @@ class Summary(Callback):
         self._began, self._rows_before = time.monotonic(), pl_module.rows_seen
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """The table of the run, on validation tokens."""
+        """Print and store the results on validation tokens."""
         seconds, rows = time.monotonic() - self._began, pl_module.rows_seen
         speed = (rows - self._rows_before) / max(seconds, 1e-9)
         run = {"tokens": rows, "seconds": round(seconds, 1), "tokens_per_second": round(speed, 1)}
         self._finish(trainer, pl_module, "validation", "val", run)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The table on test tokens."""
+        """Print and store the results on test tokens."""
         self._finish(trainer, pl_module, "test", "test", {})
 
     def _finish(self, trainer: Trainer, pl_module: Any, split: str, prefix: str, run: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ class Summary(Callback):
 
 
 def grouped(metrics: Mapping[str, Any], prefix: str) -> dict[str, dict[str, float]]:
-    """The figures of a split, of the meta SAE and of the penalties, without what tells them apart."""
+    """Logged metrics by group (split, meta SAE, penalties), without their prefixes."""
     kinds = {"primary": f"{prefix}/", "meta": "meta/", "penalties": "penalty/"}
     return {
         kind: {name.removeprefix(start): float(value) for name, value in metrics.items() if name.startswith(start)}
@@ -75,7 +75,7 @@ def grouped(metrics: Mapping[str, Any], prefix: str) -> dict[str, dict[str, floa
 
 
 def exported(trainer: Any) -> dict[str, Any]:
-    """What the exported folders were found to do, where something exported."""
+    """Measurements of the exported SAEs, if there are exports."""
     found: dict[str, Any] = {}
     for callback in trainer.callbacks:
         records: Mapping[str, ExportRecord] = getattr(callback, "records", {})
@@ -84,7 +84,7 @@ def exported(trainer: Any) -> dict[str, Any]:
 
 
 def table(split: str, entry: Mapping[str, Any], run: str) -> Table:
-    """An entry as people read it."""
+    """A table of one entry."""
     shown = Table(title=f"{run}, {split} tokens", title_justify="left", show_edge=False, pad_edge=False)
     shown.add_column("")
     exports = entry.get("exported", {})
@@ -108,7 +108,7 @@ def table(split: str, entry: Mapping[str, Any], run: str) -> Table:
 
 
 def arms_table(split: str, entries: Mapping[str, Mapping[str, Any]], run: str) -> Table:
-    """Arms side by side: a line each, what is exported where that is done."""
+    """A table with a line for each arm."""
     first = next(iter(entries.values()))
     pace = f"; {first['tokens']:,} trained on, {first['tokens_per_second']:,.0f} a second" if "tokens" in first else ""
     shown = Table(title=f"{run}, {split} tokens{pace}", title_justify="left", show_edge=False, pad_edge=False)
@@ -126,19 +126,19 @@ def arms_table(split: str, entries: Mapping[str, Mapping[str, Any]], run: str) -
 
 
 def picture(run: str | Path, svg: str | Path, split: str = "validation") -> None:
-    """The table of a finished run as an SVG that needs nothing from elsewhere."""
+    """Save the table of a finished run as a self-contained SVG."""
     record = read_record(record_file(Path(run)))
     arms = {name: own for name in record.get("arms", {}) if "primary" in (own := arm_record(record, name).get(split, {}))}
     entry = next(iter(arms.values())) if arms else record[split]
     console = Console(record=True, width=110, file=io.StringIO())
     console.print(arms_table(split, arms, Path(run).name) if arms else table(split, entry, Path(run).name))
     drawn = console.export_svg(title=f"metasae fit: {entry['seconds']:.0f} s of training", theme=TERMINAL)
-    # rich would have the font fetched from a server.
+    # rich's SVG would load a font from a server.
     Path(svg).write_text(re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL))
 
 
 def said(key: str, value: float | None) -> str:
-    """A figure with the digits that mean something."""
+    """A number with its significant digits."""
     if value is None:
         return ""
     return f"{value:.1%}" if key == "dead" else f"{value:.2f}" if key == "l0" else f"{value:.4f}"

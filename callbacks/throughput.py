@@ -1,4 +1,4 @@
-"""How fast a run goes and what it holds."""
+"""Callback that logs speed and memory."""
 
 import time
 from typing import Any
@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Throughput(Callback):
-    """Log tokens per second since the last time, what the process holds and a GPU's peak, every so many tokens.
+    """Log tokens per second since the last log, the memory of the process, and the peak memory of a GPU.
 
     Args:
-        every_tokens: How often, in tokens over all ranks.
+        every_tokens: Tokens between two logs, over all ranks.
     """
 
     def __init__(self, every_tokens: int = 20_000) -> None:
@@ -24,7 +24,7 @@ class Throughput(Callback):
         self._when, self._tokens = time.monotonic(), self._done(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log where it is due."""
+        """Log if due."""
         tokens, now = self._done(trainer, pl_module), time.monotonic()
         if tokens - self._tokens < self.every_tokens:
             return

@@ -1,4 +1,4 @@
-"""A progress bar that counts tokens."""
+"""Progress bar in tokens."""
 
 import sys
 import time
@@ -13,11 +13,11 @@ from metasae_lightning.step import StepOutput
 
 
 class TokenProgress(ProgressBar):
-    """Tokens done of the budget, tokens per second, loss, FVU, L0, dead latents and penalties.
+    """Show tokens of the budget, tokens per second, loss, FVU, L0, dead latents and penalties.
 
     Args:
-        every: Refresh after so many steps; reading figures waits for the device.
-        line_seconds: Where the output is no terminal, print a line so often instead of drawing.
+        every: Steps between two refreshes; a refresh waits for the device.
+        line_seconds: Seconds between two lines, if the output is not a terminal.
     """
 
     def __init__(self, every: int = 5, line_seconds: float = 20.0) -> None:
@@ -29,15 +29,15 @@ class TokenProgress(ProgressBar):
         self._start = 0
 
     def disable(self) -> None:
-        """Lightning turns bars of other ranks off."""
+        """Turn the bar off; Lightning does so on other ranks."""
         self._enabled = False
 
     def enable(self) -> None:
-        """And back on."""
+        """Turn the bar on."""
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar at what was done before."""
+        """Open the bar at the current token count."""
         total = getattr(getattr(trainer, "datamodule", None), "tokens", None)
         self._start = self._tokens(trainer, pl_module)
         self._began = self._said = time.monotonic()
@@ -47,7 +47,7 @@ class TokenProgress(ProgressBar):
         )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the bar, or say a line."""
+        """Advance the bar, or print a line."""
         now = time.monotonic()
         due = now - self._said >= self.line_seconds or trainer.is_last_batch
         if not self._enabled or self._bar is None or not (due or batch_idx % self.every == 0):
@@ -74,10 +74,10 @@ class TokenProgress(ProgressBar):
 
 
 def describe(output: StepOutput | Mapping[str, StepOutput]) -> str:
-    """The figures of a step in one line; of several arms what is explained alone."""
+    """Metrics of a step in one line; for several arms, FVU alone."""
     if isinstance(output, Mapping):
         found = {name: float(own.primary.fvu) for name, own in output.items()}
-        if len(found) > 4:  # a line holds no more
+        if len(found) > 4:  # the line has room for this many
             return f"fvu {min(found.values()):.3f} to {max(found.values()):.3f} of {len(found)} arms"
         return "fvu " + ", ".join(f"{name} {fvu:.3f}" for name, fvu in found.items())
     parts = [f"loss {output.loss:.4g}", f"fvu {output.primary.fvu:.3f}", f"l0 {output.primary.l0:.1f}", f"dead {output.primary.dead:.1%}"]

@@ -1,4 +1,4 @@
-"""A rank that no longer answers is named, and the others do not wait for it for ever."""
+"""Callback that ends a run of several ranks when one stops responding, and names it."""
 
 import os
 import sys
@@ -13,13 +13,13 @@ from metasae_lightning.errors import InputError
 
 
 class Watchdog(Callback):
-    """End a run of several ranks that has made no step for a while, and say which rank it waits for.
+    """End a run of several ranks that makes no step for `minutes`, and name the rank that it waits for.
 
-    Ranks wait for each other inside messages, where nothing of Python's can be heard. So each has a thread that tells the others how far it
-    has come, and one that looks how far they have and how long ago they were heard of.
+    Ranks wait for each other inside collective operations, where Python cannot act. So each rank has a thread that reports its progress,
+    and one that checks the progress of the others.
 
     Args:
-        minutes: How long a step, a validation or a checkpoint may take.
+        minutes: Longest time for a step, a validation or a checkpoint.
     """
 
     def __init__(self, minutes: float = 15.0) -> None:
@@ -32,10 +32,10 @@ class Watchdog(Callback):
         self._answered = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin."""
+        """Start the threads."""
         if trainer.world_size > 1 and dist.is_initialized():
             self._over.clear()
-            # torch has no public name for the store that ranks met by.
+            # torch has no public name for the rendezvous store.
             store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store())  # pyright: ignore
             self._answered = time.monotonic()
             self._heard = dict.fromkeys(range(trainer.world_size), ("0/", self._answered))
@@ -44,29 +44,29 @@ class Watchdog(Callback):
             threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A step is made."""
+        """Record a step."""
         self._moves += 1
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """So is one of these."""
+        """Record a validation step."""
         self._moves += 1
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Whatever came before it is done."""
+        """Record progress: a checkpoint is about to be written."""
         self._moves += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What follows is rank zero's."""
+        """Stop the threads; what follows runs on rank 0 alone."""
         self._over.set()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The run ends anyway."""
+        """Stop the threads."""
         self._over.set()
 
     def _talk(self, store: Any, rank: int, world_size: int) -> None:
-        """Tell and hear. Rank 0 keeps the messages: where it is gone this waits or fails, and nothing more is heard of anyone."""
+        """Report progress and read that of others. Rank 0 hosts the store: without it this waits or fails."""
         while not self._over.is_set():
             try:
                 store.set(str(rank), f"{self._moves}/{time.monotonic()}")
@@ -81,12 +81,12 @@ class Watchdog(Callback):
             self._over.wait(60 * self.minutes / 20)
 
     def _look(self) -> None:
-        """End the run where it is due."""
+        """End the run if no step was made in time."""
         limit, moved, since = 60 * self.minutes, -1, time.monotonic()
         looked = since
         while not self._over.wait(limit / 20):
             now = time.monotonic()
-            if self._moves != moved or now - looked > limit / 4:  # all of this process was suspended: that is no rank's fault
+            if self._moves != moved or now - looked > limit / 4:  # this process itself was suspended
                 moved, since = self._moves, now
             looked = now
             if now - since > limit:
@@ -103,7 +103,7 @@ class Watchdog(Callback):
 
 
 def waited_for(ranks: dict[int, tuple[int, float]], limit: float) -> str:
-    """Who it is, of the steps that each rank has made and the seconds since it was heard of.
+    """Name the rank that others wait for, from each rank's steps and the seconds since its last report.
 
     >>> waited_for({0: (7, 0.5), 1: (7, 40.0)}, 30.0)
     'rank 1 was last heard of 40 s ago'

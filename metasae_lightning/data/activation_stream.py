@@ -1,4 +1,4 @@
-"""Tokens to activations to shuffled batches: the stream of a language model."""
+"""The stream of a language model's activations, as shuffled batches."""
 
 import contextlib
 import logging
@@ -26,16 +26,16 @@ log = logging.getLogger(__name__)
 class ActivationStream(Stream):
     """Shuffled batches of a language model's activations on a corpus.
 
-    Documents of the split are dealt to ranks in turn, tokenised, separated by EOS and packed into contexts, each begun by BOS; the
-    model sees special tokens, the batches do not. Activations are numbered as they come and leave by the order of `shuffle.turns`:
-    memory is one buffer and one forward pass, and the buffer at any moment can be recomputed from two buffers of tokens.
+    Ranks take the documents of a split in turn. Documents are tokenized, separated by EOS and packed into contexts that begin with BOS.
+    The model reads special tokens; batches do not contain them. Activations are numbered in reading order and leave in the order of
+    `shuffle.turns`. Memory is one buffer and one forward pass. The buffer can be recomputed from two buffers of tokens.
 
     Args:
-        prefetch: Batches that a thread makes ahead; none is 2 where the model or `home` is a GPU and 0 on a CPU, whose cores are busy.
-        buffer_device: Where the buffer is: with the `model`, or on the `cpu`, pinned where there is a GPU.
-        checkpoint_buffer: Whether a saved state holds where the buffer's `tokens` are read again, or its `activations`.
-        stall_seconds: How long to wait for a corpus that gives nothing.
-        home: The device that batches are wanted on; none is the model's. Rows move there once, in the buffer's type, on the thread.
+        prefetch: Batches that a thread makes ahead; by default 2 if the model or `home` is a GPU, else 0.
+        buffer_device: Device of the buffer: that of the `model`, or `cpu`, in pinned memory if there is a GPU.
+        checkpoint_buffer: What a saved state holds: the position of the buffer's `tokens`, or its `activations`.
+        stall_seconds: Longest wait for a corpus that yields nothing.
+        home: Device of the batches; by default the model's. The thread moves rows there once, in the buffer's type.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ActivationStream(Stream):
         home: torch.device | None = None,
     ):
         self.home = home or language_model.device
-        # Where batches are wanted comes first: its stream is what a batch is ready on.
+        # The device of the batches comes first: a batch is ready on its CUDA stream.
         self._gpus = [device for device in dict.fromkeys((self.home, language_model.device)) if device.type == "cuda"]
         ahead = (2 if self._gpus else 0) if prefetch is None else prefetch
         super().__init__(batching, split=split, tokens=tokens, rank=rank, world_size=world_size, prefetch=ahead)
@@ -78,7 +78,7 @@ class ActivationStream(Stream):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """See the base; with the buffer's rows, and the batches that wait, where the YAML asks for activations."""
+        """The state of the base class; with `checkpoint_buffer: activations` also the buffer's rows and waiting batches."""
         if not self.with_activations:
             return super().state_dict()
         if not isinstance(self._making, Producer):
@@ -91,18 +91,18 @@ class ActivationStream(Stream):
             return {}
         turn, rows, buffer = (self._shelf[name] for name in ("turn", "rows", "buffer"))
         for device in self._gpus:
-            torch.cuda.synchronize(device)  # a stream of its own may be writing
+            torch.cuda.synchronize(device)  # another CUDA stream may still be writing
         waiting = [rows.cpu() for rows in waiting]
         made = turn.number + 1
-        # Rows in the order of their numbers within the block that the next batch is of: slots are this run's own affair.
+        # Rows by their number within the next batch's block; slot numbers are not portable.
         slots = turn.base if made * self.batching.batch_size % self.batching.block else turn.after
         shelf = {"waiting": waiting, "made": made, "buffer": buffer[slots.to(buffer.device)].cpu(), "rows": rows.state()}
         return {"shelf": shelf}
 
     def load_elsewhere(self, states: list[dict[str, Any]]) -> None:
-        """Go on where another number of ranks stood, behind the last document that any of them has read.
+        """Continue from a state of another number of ranks, after the last document that any of them has read.
 
-        No document is read twice; what their buffers held and had not handed out is left out; batches are other ones.
+        No document is read twice. Rows that waited in their buffers are dropped. Batches differ from those of the old number of ranks.
         """
         for state in states:
             self._check(state, but=("rank", "world_size"))
@@ -121,7 +121,7 @@ class ActivationStream(Stream):
         self._length = None
 
     def _available(self, base: dict[str, Any] | None) -> int:
-        """Counted by tokenising everything once before the run: a schedule must know its length, and ranks must end together."""
+        """Number of rows, counted by tokenizing everything once before the run: schedules need the length, and ranks must end together."""
         log.warning("counting the tokens of the %s split, which may end before the budget", self.split)
         counts: list[int] = []
         for rank in range(self.world_size):
@@ -131,7 +131,7 @@ class ActivationStream(Stream):
         return min(counts)
 
     def rows(self, cursor: dict[str, Any] | None = None) -> Rows:
-        """The rows that batches are made of, in the corpus's order, from where another such reading stood."""
+        """The rows of the stream in the order of the corpus, from a position on."""
         return self._rows(self.rank, cursor or {"tokens": None, "number": 0})
 
     def _rows(self, rank: int, cursor: dict[str, Any], first: int = 0) -> Rows:
@@ -150,12 +150,12 @@ class ActivationStream(Stream):
 
     def _batches(self, place: dict[str, Any]) -> Generator[Handed, None, None]:
         made = self._made(place)
-        del place  # which may hold a buffer
+        del place  # the state may hold a buffer
         if not self._gpus or not self.prefetch:
             yield from made
             return
         with contextlib.ExitStack() as beside:
-            # A copy between two GPUs waits for what both are at on their current streams: on the SAE's own it would wait for its steps.
+            # A copy between two GPUs waits for the current streams of both; on the SAE's own stream it would wait for training steps.
             sides = {device: torch.cuda.Stream(device) for device in self._gpus}
             for device, side in sides.items():
                 side.wait_stream(torch.cuda.current_stream(device))
@@ -179,15 +179,15 @@ class ActivationStream(Stream):
                 waiting: list[Tensor] = shelf["waiting"]
                 for number, batch in enumerate(waiting, start - len(waiting) + 1):
                     yield Handed(Batch(batch.to(self.home), self.language_model.widths), self._after(place, number, rows))
-            restored, shelf = shelf is not None, None  # the buffer has it now
+            restored, shelf = shelf is not None, None  # the rows are in the buffer now
             for turn in moves:
                 if restored and turn.number < start:
-                    continue  # the saved buffer has that move behind it
+                    continue  # the saved buffer already contains that move
                 taken = buffer.index_select(0, turn.taken.to(buffer.device)) if turn.number >= start else None
                 rows.fill(buffer, turn.refill)
                 self._shelf = {"turn": turn, "rows": rows, "buffer": buffer}
                 if taken is not None:
-                    # What goes to the host is read there at once, and must have come.
+                    # Rows on the host are read at once, so the copy must be complete.
                     moved = taken.to(self.home, non_blocking=self.home.type == "cuda")
                     batch = self._batch(moved, self.language_model.widths)
                     yield Handed(batch, self._after(place, turn.number + 1, rows))
@@ -196,7 +196,7 @@ class ActivationStream(Stream):
             rows.close()
 
     def _after(self, place: dict[str, Any], number: int, rows: Rows) -> dict[str, Any]:
-        """The place behind so many batches since the origin."""
+        """The position after a number of batches since the origin."""
         block = number * self.batching.batch_size // self.batching.block
         rows.forget(block)
         return {**place, "batches": place["origin"] + number, "cursor": rows.cursor(block), "reached": rows.reached}

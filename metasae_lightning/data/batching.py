@@ -13,10 +13,7 @@ Storage = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Batching:
-    """Everything that a sequence of batches is a function of, but for the corpus, the model and the place among ranks.
-
-    Its fields are the arguments of `ActivationsDataModule`, which explains them.
-    """
+    """Settings that determine a sequence of batches, besides corpus, model and rank. `ActivationsDataModule` explains the fields."""
 
     batch_size: int
     context_size: int
@@ -48,10 +45,10 @@ class Batching:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the buffer stores."""
+        """Data type of the buffer."""
         return getattr(torch, self.buffer_dtype)
 
     @property
     def block(self) -> int:
-        """Rows that are shuffled among each other: whole batches."""
+        """Rows in a shuffled block: a whole number of batches."""
         return self.buffer_size // self.batch_size * self.batch_size

@@ -27,13 +27,13 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """What tells one tokenizer from another: its vocabulary and its special tokens."""
+    """Hash of a tokenizer: its vocabulary and special tokens."""
     told = json.dumps([sorted(tokenizer.get_vocab().items()), special_ids(tokenizer)])
     return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 
 class Folder:
-    """One dataset folder, memory-mapped: a row a context, a column a hook."""
+    """A memory-mapped dataset folder: one row per context, one column per hook."""
 
     def __init__(self, path: Path, hooks: list[str], shards: Mapping[str, int] | None = None):
         self.path, self.hooks = path, hooks
@@ -53,15 +53,15 @@ class Folder:
         self._tokens = [_flat(batch.column(TOKENS)).reshape(-1, self.context_size) for batch in batches] if TOKENS in columns else None
 
     def __len__(self) -> int:
-        """How many contexts there are."""
+        """Number of contexts."""
         return int(self._begins[-1])
 
     def tokens(self) -> Int[Tensor, "context position"] | None:
-        """The tokens of every context, where they were kept."""
+        """Tokens of every context, if they were stored."""
         return None if self._tokens is None else torch.from_numpy(np.concatenate(self._tokens)).long()
 
     def rows(self, places: Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
-        """Activations at these places, `context * context_size + position` each, the hooks side by side."""
+        """Activations at indices `context * context_size + position`, hooks concatenated."""
         contexts, positions = np.divmod(places.numpy(), self.context_size)
         parts = np.searchsorted(self._begins, contexts, side="right") - 1
         out = np.empty((len(places), sum(self.widths.values())), dtype=np.float32)
@@ -73,7 +73,7 @@ class Folder:
 
 
 class ActivationCache:
-    """A cache: ours with a folder a split and the record of what it was made of, or one folder of SAELens's."""
+    """A cache of activations: ours, with a folder per split and a record of its settings, or one folder of SAELens's."""
 
     def __init__(self, path: str):
         self.path = Path(path).expanduser()
@@ -84,11 +84,11 @@ class ActivationCache:
 
     @property
     def ours(self) -> bool:
-        """Whether it says what it was made of and keeps splits apart."""
+        """Whether this project wrote it: it has a record and a folder per split."""
         return bool(self.record)
 
     def open(self, identity: Mapping[str, Any], hooks: list[str], tokenizer: str | None = None) -> None:
-        """Look at what is there, and refuse what is of another model, text or tokenizer."""
+        """Open the cache; refuse one of another model, text or tokenizer."""
         if self._folders:
             return
         if not self.path.is_dir():
@@ -114,7 +114,7 @@ class ActivationCache:
             )
 
     def folder(self, split: Split) -> Folder:
-        """The folder that a split is in."""
+        """Folder of a split."""
         path = self.path / split if self.ours else self.path
         if path not in self._folders:
             self._folders[path] = Folder(path, self._hooks, self.record.get("shards", {}).get(split))
@@ -122,7 +122,7 @@ class ActivationCache:
 
 
 class ShardWriter:
-    """Writes one split's folder a shard at a time; a shard that is there is whole, and the place behind it is known."""
+    """Writes a split's folder shard by shard. A finished shard is complete, and the position after it is recorded."""
 
     def __init__(self, path: Path, widths: Mapping[str, int], context_size: int, *, dtype: str, identity: Mapping[str, Any]):
         self.identity = dict(identity)
@@ -140,7 +140,7 @@ class ShardWriter:
             check_sizes(path, self.shards)
 
     def write(self, passes: Iterator[tuple[Tensor, Tensor]], place: Any) -> int:
-        """One shard of these (tokens, activations), and the place behind them from `place()`; returns how many contexts it holds."""
+        """Write one shard of (tokens, activations) pairs and the position after it from `place()`; returns its number of contexts."""
         name = f"data-{len(self.shards):05d}.arrow"
         draft, contexts = self.path / f".{name}", 0
         try:
@@ -158,7 +158,7 @@ class ShardWriter:
         return contexts
 
     def finish(self) -> None:
-        """Make the folder one that `datasets.load_from_disk` reads."""
+        """Write what `datasets.load_from_disk` needs."""
         datasets.DatasetInfo(features=self.features).write_to_directory(str(self.path))
         told = {"_data_files": [{"filename": name} for name in self.shards], "_format_type": None, "_format_columns": None, "_split": None}
         told |= {"_fingerprint": hashlib.blake2b(json.dumps(self.shards).encode(), digest_size=8).hexdigest(), "_format_kwargs": {}}
@@ -179,7 +179,7 @@ class ShardWriter:
 
 
 def check_sizes(path: Path, shards: Mapping[str, int]) -> None:
-    """Name a shard that is not as long as it was when it was written."""
+    """Raise an error that names a shard whose size has changed."""
     for name, size in shards.items():
         found = (path / name).stat().st_size if (path / name).exists() else 0
         if found != size:
@@ -187,7 +187,7 @@ def check_sizes(path: Path, shards: Mapping[str, int]) -> None:
 
 
 def finish(path: Path, identity: Mapping[str, Any], about: Mapping[str, Any], shards: Mapping[Split, Mapping[str, int]]) -> None:
-    """The record that makes a cache whole."""
+    """Write the record that marks a cache as complete."""
     write_bytes(path / RECORD, json.dumps({"identity": identity, "about": about, "shards": shards}, indent=2).encode())
     for split in shards:
         (path / split / PROGRESS).unlink(missing_ok=True)

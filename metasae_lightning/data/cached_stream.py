@@ -1,4 +1,4 @@
-"""Batches read back from a cache: the stream that the language model would have given, by index, without a buffer."""
+"""Batches read from a cache of activations, in the order that the language model's stream would have."""
 
 import logging
 from collections.abc import Generator, Iterator, Mapping
@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 @final
 class CachedStream(Stream):
-    """Rows are numbered and shuffled as `ActivationStream` does it, so that a run from its own cache sees the same batches.
+    """Rows are numbered and shuffled as in `ActivationStream`, so a run from its own cache gets the same batches.
 
-    What is shuffled are places in memory-mapped files. Contexts are dealt to ranks in turn; those of a SAELens folder, which knows no
-    documents, are held out by a hash of their tokens. Later epochs take the contexts in another order.
+    Indices into memory-mapped files are shuffled. Ranks take contexts in turn. Contexts of a SAELens folder, which has no documents, are
+    held out by a hash of their tokens. Later epochs use another order of contexts.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class CachedStream(Stream):
         return {"cache": self.cache.record.get("identity", str(self.cache.path)), **asdict(self.batching), **place}
 
     def load_elsewhere(self, states: list[dict[str, Any]]) -> None:
-        """See the base: goes on behind the last context that any rank has read."""
+        """Continue from a state of another number of ranks, after the last context that any rank has read."""
         for state in states:
             self._check(state, but=("rank", "world_size"))
         given = states[0]["batches"] * len(states) // self.world_size
@@ -64,7 +64,7 @@ class CachedStream(Stream):
         self._length = None
 
     def _contents(self) -> tuple[Tensor, Tensor]:
-        """The split's contexts, and which of all contexts' tokens are rows."""
+        """Contexts of the split, and the mask of tokens that are rows."""
         if self._known is None:
             folder = self.cache.folder(self.split)
             tokens = folder.tokens()
@@ -100,7 +100,7 @@ class CachedStream(Stream):
                 yield Handed(batch, {**place, "batches": place["origin"] + turn.number + 1, "reached": reached})
 
     def _places(self, base: Any, first: int) -> Iterator[tuple[Int[Tensor, " row"], tuple[int, int]]]:
-        """Places of rows in the order of their numbers, and the epoch and context that they end before."""
+        """Indices of rows in order, and the epoch and context at which they end."""
         members, keep = self._contents()
         size, seen = keep.shape[1], 0
         epoch, begin = base or (0, 0)
@@ -127,7 +127,7 @@ def _members(folder: Folder, tokens: Tensor | None, split: Split, held_out: floa
 
 
 def _fill(held: Tensor, slots: Tensor, source: Iterator[tuple[Tensor, Any]], left: Tensor | None) -> tuple[Tensor | None, Any]:
-    """Write the next places into these slots; what was left over, and how far reading went if it went on."""
+    """Write the next indices into these slots; returns the rest, and the new position if reading advanced."""
     reached = None
     while len(slots):
         if left is None or not len(left):
@@ -143,7 +143,7 @@ def write(
     path: Path, streams: Mapping[Split, ActivationStream], identity: Mapping[str, Any], about: Mapping[str, Any], *, shard_contexts: int,
     dtype: str,
 ) -> None:  # fmt: skip
-    """Write what these streams would read of the model, split by split and shard by shard; goes on where an earlier call was stopped."""
+    """Write the activations of these streams to a cache, split by split and shard by shard. Continues a stopped call."""
     if (path / RECORD).exists():
         raise InputError(f"cache: {path} is there and whole: name another folder, or train from it")
     shards: dict[Split, dict[str, int]] = {}
@@ -168,5 +168,5 @@ def _passes(rows: Rows, contexts: int, most: int) -> Iterator[tuple[Tensor, Tens
     given = 0
     while given < contexts and rows.number < most and (taken := rows.take()) is not None:
         given += len(taken[0])
-        rows.forget(rows.number // rows.batching.block)  # a shard's end is where writing goes on, and there is no buffer
+        rows.forget(rows.number // rows.batching.block)  # writing continues at a shard's end, without a buffer
         yield taken[0], rows.forward(taken[0])

@@ -1,4 +1,4 @@
-"""Lightning's view of a stream: its three splits, its width, its state."""
+"""LightningDataModule of a language model's activations."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -43,25 +43,25 @@ class ActivationsDataModule(LightningDataModule):
         tokens: Budget of training tokens, over all ranks.
         batch_size: Tokens of a batch, on each rank.
         context_size: Tokens that the model sees at once, BOS included.
-        buffer_size: Tokens that are shuffled among each other.
-        held_out: Share of the documents that is validation, and as much again that is test.
+        buffer_size: Tokens in the shuffle buffer.
+        held_out: Share of the documents for validation, and the same share for test.
         validation_tokens: Tokens of a validation, over all ranks.
         test_tokens: Tokens of a test, over all ranks.
         prepend_bos: Whether each context begins with BOS.
         skip_positions: How many positions at the start of each context, BOS included, are not trained on. Attention sinks sit there:
             a few tokens of a hundred times the median norm that would make up most of the variance.
-        max_norm_ratio: Rows whose norm exceeds so many times their batch's median are left out of it, wherever they sit; none keeps all.
+        max_norm_ratio: Rows with a norm above this many times their batch's median are left out; None keeps all.
         forward_batch: Contexts of a forward pass of the model.
         seed: Seed of the order of documents and of the shuffle.
-        exhausted: What follows when the split's documents are exhausted: an `epoch` in another order, or the `end` of the run.
+        exhausted: What happens when the documents are exhausted: another `epoch` in another order, or the `end` of the run.
         cross_document_attention: Whether tokens attend to earlier documents of their context. Without it they attend to their own
-            and to BOS, where the backend can mask; where it cannot, that is said and they attend to all.
-        buffer_dtype: What the shuffle buffer stores; batches are float32.
-        buffer_device: Whether the buffer lies with the `model` or on the `cpu`, there pinned if a GPU is to be fed.
-        checkpoint_buffer: Whether checkpoints hold the place of the buffer's `tokens`, to be run again, or its `activations`.
-        prefetch: Batches that a thread makes ahead; none is 2 where the model or the SAE is on a GPU, and 0 on a CPU, whose cores are busy.
-        stall_seconds: How long to wait for a corpus that gives nothing.
-        cache: Folder that `metasae cache` or SAELens's CacheActivationsRunner wrote: activations are read there and no model is run.
+            and to BOS, if the backend can mask; otherwise a warning is printed and they attend to all.
+        buffer_dtype: Data type of the shuffle buffer; batches are float32.
+        buffer_device: Device of the buffer: that of the `model`, or `cpu`, in pinned memory if a GPU is used.
+        checkpoint_buffer: What checkpoints hold: the position of the buffer's `tokens`, to run them again, or its `activations`.
+        prefetch: Batches that a thread makes ahead; by default 2 if the model or the SAE is on a GPU, else 0.
+        stall_seconds: Longest wait for a corpus that yields nothing.
+        cache: Folder written by `metasae cache` or SAELens's CacheActivationsRunner; activations are read from it without the model.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ActivationsDataModule(LightningDataModule):
         self.checkpoint_buffer = checkpoint_buffer
         self.prefetch = prefetch
         self.stall_seconds = stall_seconds
-        # A wrong number is said before a model is loaded.
+        # Refuse wrong numbers before a model is loaded.
         self.batching = Batching(
             batch_size=batch_size,
             context_size=context_size,
@@ -127,7 +127,7 @@ class ActivationsDataModule(LightningDataModule):
         if self.cache is not None and self.reading_cache:
             try:
                 tokenizer = fingerprint(self.language_model.load_tokenizer())
-            except InputError:  # a cache needs no model; one of ours knows its special tokens
+            except InputError:  # a cache needs no model; ours records the special tokens
                 tokenizer = None
             self.cache.open(self.identity(), self.language_model.hooks, tokenizer)
             return
@@ -156,9 +156,9 @@ class ActivationsDataModule(LightningDataModule):
             rank_zero_warn("held_out: 0 holds nothing out: no validation, and what is exported is not checked on fresh activations")
 
     def stream(self, split: Split, tokens: int) -> Stream:
-        """A fresh stream of this rank's share of so many tokens of a split."""
+        """A new stream of this rank's share of a split's tokens."""
         rank, world_size = rank_and_world_size(self)
-        # Order matters to training only: elsewhere a larger buffer would be memory for nothing.
+        # Shuffling matters for training only; elsewhere a small buffer saves memory.
         batching = self.batching if split == "train" else replace(self.batching, buffer_size=self.batching.batch_size)
         where: dict[str, Any] = {"split": split, "tokens": tokens // world_size, "rank": rank, "world_size": world_size}
         if self.cache is not None and self.reading_cache:
@@ -176,13 +176,13 @@ class ActivationsDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> Iterable[Batch]:
-        """This rank's training batches, from where a checkpoint left them."""
+        """This rank's training batches, from the checkpoint's position on."""
         self._train = self.stream("train", self.tokens)
         self._restore()
         return Batches(self._train)
 
     def val_dataloader(self) -> Iterable[Batch]:
-        """Batches of validation documents, none where nothing is held out."""
+        """Batches of validation documents; none if nothing is held out."""
         return self.stream("validation", self.validation_tokens) if self.batching.held_out else []
 
     def test_dataloader(self) -> Stream:
@@ -192,28 +192,28 @@ class ActivationsDataModule(LightningDataModule):
         return self.stream("test", self.test_tokens)
 
     def teardown(self, stage: str) -> None:
-        """End what is being made ahead."""
+        """Stop the threads that make batches ahead."""
         if self._train is not None:
             self._train.close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Also after Ctrl-C."""
+        """Stop the threads after an error or Ctrl-C."""
         self.teardown("fit")
 
     @property
     def widths(self) -> dict[str, int]:
-        """Each hook's width."""
+        """Width of each hook."""
         self.setup()
         return self.cache.widths if self.cache is not None and self.reading_cache else self.language_model.widths
 
     @property
     def d_in(self) -> int | None:
-        """The activations' width, where there is one hook."""
+        """Width of the activations, with a single hook."""
         return next(iter(self.widths.values())) if len(self.widths) == 1 else None
 
     @property
     def features(self) -> Tensor | None:
-        """No true features are known."""
+        """None: a language model's true features are unknown."""
         return None
 
     def identity(self) -> dict[str, Any]:
@@ -222,26 +222,26 @@ class ActivationsDataModule(LightningDataModule):
         return {"corpus": self.corpus.description(), **self.corpus.settings(), **self.language_model.description(), **shape}
 
     def metadata(self, hook: str | None = None) -> dict[str, Any]:
-        """What a published SAE of a hook tells of its data, by SAELens's names."""
+        """Metadata about the data for an exported SAE, by SAELens's names."""
         b, hook = self.batching, hook or self.language_model.hooks[0]
-        if self.cache is not None and self.reading_cache:  # the model may not be there at all
+        if self.cache is not None and self.reading_cache:  # the model may not exist here
             named = {"model_name": self.language_model.name, "hook_name": hook, "dataset_path": str(self.cache.path)}
             return self.cache.record["about"][hook] if self.cache.ours else {**named, "context_size": b.context_size}
         self.language_model.load()
         data: dict[str, Any] = {"dataset_path": self.corpus.description(), "context_size": b.context_size, "prepend_bos": b.prepend_bos}
-        data |= {"held_out": b.held_out, "max_norm_ratio": b.max_norm_ratio}  # not SAELens's names: for whoever measures it
+        data |= {"held_out": b.held_out, "max_norm_ratio": b.max_norm_ratio}  # not SAELens's names; used by evaluation
         if b.skip_positions:
             data["seqpos_slice"] = [b.skip_positions, None]
         return self.language_model.metadata(hook) | data | {"exclude_special_tokens": True, "sequence_separator_token": "eos"}
 
     def write_cache(self, *, shard_gib: float = 1.0, dtype: Literal["float32", "float16"] = "float32") -> None:
-        """Run the model over every split's budget and keep its activations in the `cache` folder."""
+        """Run the model over all splits and write its activations to the `cache` folder."""
         if self.cache is None:
             raise InputError("cache: name the folder to write, --data.init_args.cache FOLDER")
         self.reading_cache = False
         self.setup()
         lm = self.language_model
-        # Later epochs are for whoever reads: a cache holds each document once.
+        # A cache holds each document once; epochs are made when reading.
         self.batching = replace(self.batching, exhausted="end")
         streams: dict[Split, Any] = {}
         for split, tokens in (("train", self.tokens), ("validation", self.validation_tokens), ("test", self.test_tokens)):
@@ -257,7 +257,7 @@ class ActivationsDataModule(LightningDataModule):
 
     @property
     def _strategy(self) -> Any:
-        """What says where SAEs lie, where there is a trainer."""
+        """The trainer's strategy, if there is a trainer."""
         return getattr(self.trainer, "strategy", None)
 
     @property
@@ -266,7 +266,7 @@ class ActivationsDataModule(LightningDataModule):
         return self.cache.record["about"]["special"] if self.cache.ours else special_ids(self.language_model.load_tokenizer())
 
     def state_dict(self) -> dict[str, Any]:
-        """Every rank's place: a checkpoint is one file, and ranks read at different paces."""
+        """Positions of all ranks: a checkpoint is one file, and ranks read at different speeds."""
         if self._train is None:
             return {}
         own = self._train.state_dict()
@@ -277,7 +277,7 @@ class ActivationsDataModule(LightningDataModule):
         return {"ranks": places}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where these ranks, or another number of them, stood."""
+        """Continue from a state of the same or of another number of ranks."""
         self._restored = state_dict.get("ranks", [])
         if self._train is not None:
             self._restore()

@@ -1,4 +1,4 @@
-"""A language model's activations as numbered rows, a forward pass at a time, from any place on."""
+"""A language model's activations as numbered rows, one forward pass at a time, from any position on."""
 
 import hashlib
 import logging
@@ -18,17 +18,17 @@ log = logging.getLogger(__name__)
 
 
 class Rows:
-    """The rows of text tokens, in the corpus's order, written into a buffer as it asks for them.
+    """Activations of text tokens in the order of the corpus, written into a buffer on request.
 
-    For each block of rows that has begun it remembers where reading stood before the forward pass that the block's first row is in.
+    For each started block of rows it remembers the position before the forward pass that contains the block's first row.
 
     Args:
-        documents: What is read.
-        language_model: What runs on it.
+        documents: The tokenized documents.
+        language_model: The language model.
         batching: Sizes and masks.
-        cursor: Where to begin, as `cursor` or `state` had it; none is the beginning.
-        first: Number of the first row wanted: passes before it are counted and not run.
-        stall_seconds: How long to wait for the corpus.
+        cursor: Start position from `cursor` or `state`; None is the beginning.
+        first: Number of the first row needed; earlier passes are counted and not run.
+        stall_seconds: Longest wait for the corpus.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Rows:
             slots, self._left = slots[count:], self._left[count:]
 
     def take(self) -> tuple[Int[Tensor, "context position"], Tensor] | None:
-        """The next forward pass's contexts and which of their tokens are rows; nothing at the end."""
+        """Contexts of the next forward pass and the mask of tokens that are rows; None at the end."""
         before = self._tokens.state()
         tokens = self._tokens.next_contexts(self.batching.forward_batch)
         if not len(tokens):
@@ -93,37 +93,37 @@ class Rows:
         return tokens, keep
 
     def count(self, most: int) -> int:
-        """How many rows follow, up to so many; runs nothing."""
+        """Number of rows that follow, up to a limit, without running the model."""
         while self.number < most and self.take() is not None:
             self.forget(self.number // self.batching.block)
         return min(self.number, most)
 
     def state(self) -> dict[str, Any]:
-        """Where the next pass begins, with the rows that the last one left over."""
+        """Position of the next pass, with the rows left over from the last."""
         left = None if self._left is None else self._left.cpu()
         begun = {block: self.cursor(block) for block in self._begun}
         return {"tokens": self._tokens.state(), "number": self.number, "left": left, "begun": begun}
 
     def cursor(self, block: int) -> dict[str, Any] | None:
-        """Where to begin for the rows of a block that has begun, and digests of the passes since, by which to know the corpus again."""
+        """Start position for the rows of a started block, and digests of the passes since, which detect a changed corpus."""
         place = self._begun.get(block)
         return place and {**place, "digests": [*place["digests"]]}
 
     def forget(self, block: int) -> None:
-        """Blocks before this one are done with."""
+        """Forget the positions of earlier blocks."""
         self._begun = {begun: place for begun, place in self._begun.items() if begun >= block}
 
     @property
     def reached(self) -> dict[str, Any]:
-        """The place in the corpus that everything read so far lies before."""
+        """Position in the corpus after everything read so far."""
         return self._tokens.read_position
 
     def close(self) -> None:
-        """Read no further."""
+        """Stop reading."""
         self._tokens.close()
 
     def _run(self) -> Float[Tensor, "row d_model"]:
-        """The next pass that has a row that is wanted."""
+        """Run the next pass that contains a needed row."""
         while True:
             before = self.number
             taken = self.take()
@@ -132,25 +132,25 @@ class Rows:
             if self.number > self.first:
                 tokens, keep = taken
                 found = self.forward(tokens).flatten(0, 1)
-                # Positions from the CPU: a mask on the device would have to be waited for.
+                # Indices are computed on the CPU; a mask on the device would force a wait.
                 found = found.index_select(0, keep.flatten().nonzero().flatten().to(found.device))
                 return found[max(self.first - before, 0) :]
 
     @property
     def separator(self) -> int | None:
-        """What ends a document."""
+        """Token that ends a document."""
         return self._tokens.separator[0] if self._tokens.separator else None
 
     @property
     def begun(self) -> bool:
-        """Whether a context begins with BOS."""
+        """Whether contexts begin with BOS."""
         return bool(self._tokens.prefix)
 
     def visible(self, tokens: Int[Tensor, "context position"]) -> Bool[Tensor, "context position position"] | None:
-        """What each token may attend to, documents apart where that is asked for and can be had."""
+        """Attention mask that separates documents, if requested and supported."""
         apart = not self.batching.cross_document_attention and self.language_model.can_separate_documents(tokens.shape[1])
         return own_document(tokens, self.separator, begun=self.begun) if apart and self.separator is not None else None
 
     def forward(self, tokens: Int[Tensor, "context position"]) -> Float[Tensor, "context position d_model"]:
-        """The model's activations on whole contexts."""
+        """Activations of the model on whole contexts."""
         return self.language_model.activations(tokens, self.visible(tokens))

@@ -8,7 +8,7 @@ from torch import Tensor
 def content(
     tokens: Int[Tensor, "context position"], special: Int[Tensor, " special"], skip_positions: int = 0
 ) -> Bool[Tensor, "context position"]:
-    """Which tokens are trained on: text, past the first positions. The one mask, for training and for every evaluation.
+    """Mask of the tokens that are trained on: no special tokens, none of the first `skip_positions`. Evaluations use the same mask.
 
     >>> content(torch.tensor([[1, 7, 2, 5]]), torch.tensor([1, 2])).tolist()
     [[False, True, False, True]]
@@ -23,9 +23,9 @@ def content(
 def own_document(
     tokens: Int[Tensor, "context position"], separator: int, *, begun: bool
 ) -> Bool[Tensor, "context position position"] | None:
-    """Which tokens each may attend to: earlier ones of its own document and, where contexts are `begun` by BOS, that one.
+    """Attention mask: a token sees earlier tokens of its own document and, if contexts are `begun` by BOS, that BOS.
 
-    A document ends with its separator. Nothing is returned where no context holds a boundary, and plain attention will do.
+    A document ends with its separator. Returns None if no context contains a boundary, where plain causal attention is the same.
 
     >>> own_document(torch.tensor([[7, 2, 5]]), 2, begun=False).int().tolist()
     [[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]
@@ -45,9 +45,9 @@ def own_document(
 def number_documents(
     tokens: Int[Tensor, "context position"], separator: int | None, *, begun: bool, first: int = 0
 ) -> tuple[Int[Tensor, "context position"], int]:
-    """The number of the document that each token is of, counted on from `first`, and the number that the next context begins with.
+    """Document id of each token, counted from `first`, and the id at which the next context begins.
 
-    Contexts follow on each other; a document ends with its separator. Where none tells, each context is a document.
+    Contexts are consecutive, and a document ends with its separator. Without a separator each context is a document.
 
     >>> number_documents(torch.tensor([[7, 2, 5], [6, 2, 9]]), 2, begun=False)
     (tensor([[0, 0, 1],
@@ -62,7 +62,7 @@ def number_documents(
 
 
 def ordinary(activations: Float[Tensor, "row d_model"], max_norm_ratio: float) -> Bool[Tensor, " row"]:
-    """Which rows are no attention sinks: norms up to so many times the batch's median.
+    """Mask of rows whose norm is at most `ratio` times the batch's median; others are attention sinks.
 
     >>> ordinary(torch.tensor([[1.0], [2.0], [40.0]]), 10.0).tolist()
     [True, True, False]

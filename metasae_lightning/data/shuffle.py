@@ -11,27 +11,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Turn:
-    """One batch's move."""
+    """The moves of one batch."""
 
     number: int
-    """Which batch it is."""
+    """Number of the batch."""
     block: int
-    """Which block of rows it is taken from."""
+    """Number of its block of rows."""
     base: Int[Tensor, " row"]
-    """The slot of each row of that block, in the order of their numbers."""
+    """Slot of each row of that block, by row number."""
     after: Int[Tensor, " row"]
-    """The slot of each row of the block that follows, once it is whole, in the same order."""
+    """Slot of each row of the next block, once it is complete."""
     taken: Int[Tensor, " batch"]
-    """The slots whose rows are the batch."""
+    """Slots of the batch's rows."""
     refill: Int[Tensor, " free"]
-    """Those of them that the next rows of the next block are written to, in this order."""
+    """Slots among them that the next rows are written to, in order."""
 
 
 def turns(block: int, total: int, *, first: int = 0, batch: int, order: Callable[[int, int], Int[Tensor, " row"]]) -> Iterator[Turn]:
-    """Rows are numbered as they come; block k holds numbers `k * block` up to `(k + 1) * block` and leaves in an order of its own.
+    """Yield the moves of each batch. Rows are numbered; block k holds rows `k * block` to `(k + 1) * block`, and is shuffled by itself.
 
-    A slot that a batch has emptied takes a row of the next block, so the buffer never holds more than one block. Begins with the
-    block number `first`, whose rows lie in their slots in order.
+    A slot that a batch has emptied takes a row of the next block, so the buffer holds one block. Starts with block `first`, whose rows
+    lie in their slots in order.
 
     >>> [(t.taken.tolist(), t.refill.tolist()) for t in turns(4, 6, batch=2, order=lambda block, length: torch.arange(length).flip(0))]
     [([3, 2], [3, 2]), ([1, 0], []), ([2, 3], [])]
@@ -48,7 +48,7 @@ def turns(block: int, total: int, *, first: int = 0, batch: int, order: Callable
 
 
 def permutation(key: str, length: int) -> Int[Tensor, " row"]:
-    """A random order that is a function of its key alone.
+    """A random permutation that depends on its key alone.
 
     >>> sorted(permutation("a", 3).tolist()), torch.equal(permutation("a", 99), permutation("b", 99))
     ([0, 1, 2], False)

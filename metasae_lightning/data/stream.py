@@ -1,4 +1,4 @@
-"""Tokens to activations to shuffled batches, as one iterator that can be saved and restored anywhere."""
+"""The base class of streams: an iterator of batches whose position can be saved and restored anywhere."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -23,20 +23,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Handed:
-    """A batch on its way to the caller."""
+    """A batch with the state after it."""
 
     batch: Batch
     """The batch."""
     after: dict[str, Any]
-    """What to save to go on behind it."""
+    """State to save in order to continue after it."""
     ready: Any = None
-    """The CUDA event after which it may be read, where it was made on a stream of its own."""
+    """CUDA event after which the batch may be read, if another CUDA stream made it."""
 
 
 class Stream(ABC):
-    """Batches that are a function of the arguments, and the place among them.
+    """Batches that are determined by the arguments, and a position among them.
 
-    Its state names a batch and where to read on for it; finished batches that nobody has taken yet are made again.
+    The state names a batch and the reading position for it. Batches that were made ahead but not used are made again.
     """
 
     def __init__(self, batching: Batching, *, split: Split, tokens: int, rank: int, world_size: int, prefetch: int):
@@ -53,18 +53,18 @@ class Stream(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Everything that the batches are a function of."""
+        """Everything that determines the batches."""
 
     @abstractmethod
     def _batches(self, place: dict[str, Any]) -> Generator[Handed, None, None]:
-        """Every batch from a place on."""
+        """All batches from a position on."""
 
     @abstractmethod
     def _available(self, base: dict[str, Any] | None) -> int:
-        """How many rows there are before the corpus is exhausted, counted from `base`, up to the budget; the same on every rank."""
+        """Number of rows before the corpus is exhausted, counted from `base`, up to the budget; the same on every rank."""
 
     def __len__(self) -> int:
-        """How many whole batches the budget holds, or the corpus where it ends first and nothing follows."""
+        """Number of whole batches in the budget, or in the corpus if it ends first."""
         if self._length is None:
             self._length = self.tokens // self.batching.batch_size
             if self.batching.exhausted == "end":
@@ -77,7 +77,7 @@ class Stream(ABC):
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        # A held-out pass that was cut short must not make the next one see other tokens.
+        # A held-out pass that was cut short must not shift the next one.
         if self.split != "train" or self._place["batches"] >= len(self):
             self._place = self._start
         made = self._batches(self._place)
@@ -96,16 +96,16 @@ class Stream(ABC):
             self._making = None
 
     def close(self) -> None:
-        """End what is being read and made ahead."""
+        """Stop reading and making batches ahead."""
         if self._making is not None:
             self._making.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The place among the batches, and of which stream."""
+        """The position among the batches, and a description of the stream."""
         return {**self._place, "stream": self.identity(), "length": len(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another stream of the same identity stood."""
+        """Continue from the state of an equal stream."""
         self._check(state)
         self._place = {key: value for key, value in state.items() if key not in ("stream", "length")}
         self._length = None
@@ -113,7 +113,7 @@ class Stream(ABC):
 
     @abstractmethod
     def load_elsewhere(self, states: list[dict[str, Any]]) -> None:
-        """Go on where another number of ranks stood, behind everything that any of them has read; says what is not the same."""
+        """Continue from states of another number of ranks, after everything that any of them has read, and warn about what differs."""
 
     def _check(self, state: dict[str, Any], but: tuple[str, ...] = ()) -> None:
         own, other = self.identity(), state["stream"]
@@ -124,7 +124,7 @@ class Stream(ABC):
             raise InputError(f"the checkpoint's data cannot be continued with other arguments ({'; '.join(differing)})")
 
     def _check_length(self, state: dict[str, Any]) -> None:
-        """The last, shorter block is shuffled as such: inside it, a run of another length would hand out other rows, and some twice."""
+        """Refuse a changed length inside the last, shorter block: its shuffle depends on its length, so rows would repeat."""
         size, block, length = self.batching.batch_size, self.batching.block, state["length"]
         total, done = (length - state["origin"]) * size, (state["batches"] - state["origin"]) * size
         if done % block and done // block == total // block and length != len(self):
@@ -134,7 +134,7 @@ class Stream(ABC):
             )
 
     def _turns(self, place: dict[str, Any], start: int) -> tuple[int, Iterator[Turn]]:
-        """The number of the first row to be read, and the moves from its block on, for batch `start` since the origin."""
+        """Number of the first row to read, and the moves from its block on, for batch `start`."""
         size, block = self.batching.batch_size, self.batching.block
         total = (len(self) - place["origin"]) * size
         first = start * size // block
@@ -142,7 +142,7 @@ class Stream(ABC):
         return first * block, turns(block, total, first=first, batch=size, order=lambda at, length: permutation(f"{key}/{at}", length))
 
     def _batch(self, rows: Float[Tensor, "row d_model"], hooks: dict[str, int]) -> Batch:
-        """A batch without its sinks: it gets shorter, so that which rows come next does not depend on norms."""
+        """The batch without attention sinks. It gets shorter instead of refilled, so later rows do not depend on norms."""
         batch = Batch(rows.float(), hooks)
         if self.batching.max_norm_ratio is None:
             return batch
@@ -151,7 +151,7 @@ class Stream(ABC):
 
 
 class Batches:
-    """A stream to Lightning's loop, which would keep its state a second time: the data module's is the one that counts."""
+    """A stream as Lightning's loop sees it, without a state: the data module saves the state."""
 
     def __init__(self, stream: Stream):
         self._stream = stream
@@ -163,7 +163,7 @@ class Batches:
         return iter(self._stream)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing; that there is one tells Lightning that a run can be gone on with in its middle."""
+        """Empty; its existence tells Lightning that the stream can resume in the middle of an epoch."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -23,16 +23,16 @@ def _seed(*parts: Any) -> int:
 def plant(config: SyntheticModelConfig, *, shared_subspaces: int = 0, sharing: float = 0.5, seed: int = 0) -> SyntheticModel:
     """SAELens's synthetic model, with features that overlap by construction where `shared_subspaces = s > 0`.
 
-    Then the direction of feature j is `f_j = unit(own_j + sharing * common_a(j))` with `own_j` as SAELens made it and
+    The direction of feature j is then `f_j = unit(own_j + sharing * common_a(j))` with `own_j` as SAELens made it and
     `common_1 .. common_s` random unit directions dealt evenly to the features: the ground truth of what a decomposability penalty
     should see through. For independent directions in many dimensions, features of one subspace have cosine
     `sharing^2 / (1 + sharing^2)`. `seed` is the model's where its config has none.
     """
     if shared_subspaces < 0:
         raise InputError(f"shared_subspaces must be 0 or more, got {shared_subspaces}")
-    # Without a seed SAELens draws the model from the global random state.
+    # Without a seed SAELens uses the global random state.
     config = config if config.seed is not None else replace(config, seed=seed)
-    # It orthogonalises by gradient descent, wherever it is called from.
+    # SAELens orthogonalises by gradient descent, also under no_grad.
     with torch.inference_mode(False), torch.enable_grad():
         model = SyntheticModel(config).requires_grad_(False)
     if shared_subspaces:
@@ -42,10 +42,10 @@ def plant(config: SyntheticModelConfig, *, shared_subspaces: int = 0, sharing: f
 
 
 class SyntheticStream:
-    """Batches of a planted model; batch `i` is a function of `(seed, split, rank, i)`, so the whole state is an index.
+    """Batches of a synthetic model; batch `i` depends on `(seed, split, rank, i)` alone, so the state is an index.
 
-    Held-out batches come with the firings of the features that made them. Training has no use for them, and sorting them out takes up
-    to half as long again as drawing them.
+    Held-out batches include the firings of the true features. Training batches do not, since extracting firings costs up to half as
+    much as drawing the batch.
     """
 
     def __init__(self, model: SyntheticModel, *, split: str = "train", tokens: int, batch_size: int, seed: int = 0, rank: int = 0):
@@ -61,15 +61,15 @@ class SyntheticStream:
 
     @property
     def features(self) -> Float[Tensor, "feature d_in"]:
-        """The true directions, of unit norm."""
+        """Unit directions of the true features."""
         return self.model.feature_dict.feature_vectors.detach()
 
     def __len__(self) -> int:
-        """How many whole batches the budget holds."""
+        """Number of whole batches in the budget."""
         return self.tokens // self.batch_size
 
     def batch(self, index: int) -> Batch:
-        """Batch number `index`, whichever came before."""
+        """Batch `index`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(self.seed, self.split, self.rank, index))
             activations, firings = self.model.sample_with_features(self.batch_size)
@@ -84,18 +84,18 @@ class SyntheticStream:
         self._given = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches were handed out."""
+        """Number of batches that were used."""
         return {"batches": self._given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another such stream stood."""
+        """Continue at a saved index."""
         self._given = int(state["batches"])
 
 
 def _sharing(own: Float[Tensor, "feature d_in"], subspaces: int, sharing: float, seed: int) -> Float[Tensor, "feature d_in"]:
     generator = torch.Generator().manual_seed(seed)
     common = torch.nn.functional.normalize(torch.randn(subspaces, own.shape[1], generator=generator), dim=-1)
-    # Dealt in a random order but evenly, so that no direction stays without a second feature.
+    # Assigned evenly in random order, so that every direction has at least two features.
     dealt = torch.randperm(len(own), generator=generator) % subspaces
     return torch.nn.functional.normalize(own + sharing * common[dealt].to(own), dim=-1)
 
@@ -123,7 +123,7 @@ class SyntheticDataModule(LightningDataModule):
         batch_size: Tokens of a batch, on each rank.
         validation_tokens: Tokens of a validation, over all ranks.
         test_tokens: Tokens of a test, over all ranks.
-        shared_subspaces: How many common directions are dealt to the features; 0 leaves the features as SAELens makes them.
+        shared_subspaces: Number of common directions, each shared by several features; 0 keeps SAELens's features.
         sharing: Length of the common direction beside a feature's own unit direction.
         seed: Seed of the batches, and of the model where its config has none.
     """
@@ -153,7 +153,7 @@ class SyntheticDataModule(LightningDataModule):
         self._train = self.stream("train", tokens)
 
     def stream(self, split: Split, tokens: int) -> SyntheticStream:
-        """A fresh stream of this rank's share of so many tokens of a split."""
+        """A new stream of this rank's share of a split's tokens."""
         rank, world_size = rank_and_world_size(self)
         return SyntheticStream(
             self._planted, split=split, tokens=tokens // world_size, batch_size=self.batch_size, seed=self.seed, rank=rank
@@ -173,21 +173,21 @@ class SyntheticDataModule(LightningDataModule):
 
     @property
     def widths(self) -> dict[str, int]:
-        """The one width."""
+        """Width of the activations, by hook."""
         return {"synthetic": self.d_in}
 
     @property
     def d_in(self) -> int:
-        """The activations' width."""
+        """Width of the activations."""
         return self.model.hidden_dim
 
     @property
     def features(self) -> Tensor | None:
-        """The true directions, a row each."""
+        """Directions of the true features, one row each."""
         return self._planted.feature_dict.feature_vectors
 
     def metadata(self, hook: str | None = None) -> dict[str, Any]:
-        """What a published SAE tells of its data, by SAELens's names."""
+        """Metadata about the data for an exported SAE, by SAELens's names."""
         planted = f"sae_lens synthetic model of {self.model.num_features} features"
         return {"model_name": planted, "dataset_path": planted, "hook_name": "synthetic"}
 

@@ -1,4 +1,4 @@
-"""What a process has freed it keeps: the next step asks for the same blocks again."""
+"""Keep freed memory blocks in the process, since the next step asks for the same blocks again."""
 
 import ctypes
 import os
@@ -8,10 +8,10 @@ TRIM, MMAP, LARGEST = -1, -3, 32 * 2**20
 
 
 def keep_freed() -> bool:
-    """Have glibc's malloc keep freed blocks of up to 32 MiB instead of giving their pages back and faulting them in again, step by step.
+    """Make glibc's malloc keep freed blocks of up to 32 MiB instead of returning their pages to the system.
 
-    By default it depends on the order of earlier requests whether a language model's forward pass on a CPU takes its matrices from the
-    heap or from the system. Who has set glibc's own variables keeps them, and where there is no glibc nothing happens.
+    Otherwise a language model's forward pass on a CPU may fault its matrices in again at every call. glibc's own environment variables
+    take precedence. Without glibc nothing happens.
     """
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")):
         return False

@@ -1,4 +1,4 @@
-"""How many bytes are live while something runs: counted where torch makes and drops its tensors, on a model small enough to try."""
+"""Measure peak memory by counting tensor storages, on a model that is scaled down."""
 
 import warnings
 import weakref
@@ -25,33 +25,33 @@ ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor
 # glibc's DEFAULT_MMAP_THRESHOLD_MAX: freed blocks below it stay in the heap, in holes that the next phase's blocks do not fit, so what
 # phases hold in small blocks adds up; larger blocks go back to the system at once.
 KEPT = 32 * 2**20
-# Elements of a trial's largest matrix: half a MiB each, so that counting takes milliseconds and vectors stay small beside matrices.
+# Elements of the largest matrix of a dry run: half a MiB each, so that a run takes milliseconds and vectors stay small beside matrices.
 TRIAL = 2**17
 
 
 @dataclass(frozen=True)
 class Rise:
-    """How far something rises above what was live before it."""
+    """Peak memory of a computation, above what was allocated before."""
 
     height: int
-    """Bytes at the top."""
+    """Bytes at the peak."""
     small: int
-    """The most bytes at once in blocks that malloc keeps for itself when they are freed."""
+    """Peak of bytes in small blocks, which malloc keeps when they are freed."""
 
     def times(self, factor: float) -> "Rise":
-        """Of something so many times as large."""
+        """Peak of a computation that is `factor` times as large."""
         return Rise(round(self.height * factor), round(self.small * factor))
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the storages that come to be under it, for as long as each lives.
+    """Counts the bytes of tensor storages that are allocated while it is active, for as long as each lives.
 
-    What a kernel takes for itself is out of its sight. Two such things matter. On a CPU torch.topk copies what it looks at into pairs of
-    value and index, 16 bytes an entry (aten/src/ATen/native/TopKImpl.h), and batch top-k looks at a whole batch. And arithmetic on two
-    types makes a copy in the wider (TensorIterator.cpp), as JumpReLU's product of activations and a mask.
+    It does not see memory that a kernel allocates for itself. Two cases matter, and are added. On a CPU torch.topk copies its input into
+    pairs of value and index, 16 bytes an entry (aten/src/ATen/native/TopKImpl.h), and batch top-k ranks a whole batch. Arithmetic on two
+    types copies one operand to the wider type (TensorIterator.cpp), such as JumpReLU's product of activations and a mask.
 
     Args:
-        kept: Blocks of fewer bytes are small.
+        kept: Blocks of fewer bytes count as small.
     """
 
     def __init__(self, kept: float = KEPT) -> None:
@@ -61,14 +61,14 @@ class Live(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """See the class."""
-        # A model without weights asks whether each context is one sequence and nothing of it is masked: so it is.
+        """Count the storages of the result."""
+        # A model without weights asks whether each context is a single unmasked sequence; it is.
         if func is aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
             return True
         given = {id(storage) for storage in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
         for storage in _storages(out):
-            if id(storage) not in self._sizes and id(storage) not in given:  # a view of what was there before is no more bytes
+            if id(storage) not in self._sizes and id(storage) not in given:  # a view of existing memory adds no bytes
                 self._sizes[id(storage)] = storage.nbytes()
                 self._move(storage.nbytes(), 1)
                 weakref.finalize(storage, self._gone, id(storage))
@@ -85,16 +85,16 @@ class Live(TorchDispatchMode):
         self._now[0] += sign * size
         self._now[1] += sign * size * small
         self._top[1] = max(self._top[1], self._now[1])
-        # A small block that was freed stays with malloc, below whatever large ones come then.
+        # A freed small block stays with malloc, below later large blocks.
         self._top[0] = max(self._top[0], self._now[0] - self._now[1] + self._top[1])
 
     @property
     def held(self) -> int:
-        """Bytes that came to be and live still."""
+        """Bytes allocated under this tracker that are still alive."""
         return self._now[0]
 
     def during(self, act: Callable[[], Any]) -> Rise:
-        """How far an act rises above what is live before it."""
+        """Run a function and return its peak above what was allocated before."""
         before, self._top = list(self._now), list(self._now)
         with self:
             act()
@@ -102,12 +102,12 @@ class Live(TorchDispatchMode):
 
 
 def _copied(args: tuple[Any, ...], out: Tensor) -> list[int]:
-    """Bytes of the operands in the result's type, where they have another."""
+    """Bytes of operands that are converted to the result's type."""
     return [t.numel() * out.itemsize for t in args if isinstance(t, Tensor) and t.ndim and t.dtype != out.dtype]
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    """Those of every tensor in it, of a sparse one's parts."""
+    """Storages of all tensors in a nested result, including the parts of sparse tensors."""
     for tensor in tree_leaves(tree):
         if isinstance(tensor, Tensor) and tensor.layout in (torch.strided, torch.sparse_coo):
             parts = (tensor,) if tensor.layout is torch.strided else (tensor._indices(), tensor._values())
@@ -115,39 +115,39 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention without scores: without a device torch would choose the one kernel that holds them all, and no device does."""
+    """Attention without a matrix of scores. On the meta device torch would choose a kernel that stores all scores; real devices do not."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """See the class."""
+        """Count the storages of the result."""
         if func is nn.functional.scaled_dot_product_attention and args[0].is_meta:
             return args[0].new_empty(*args[0].shape[:-1], args[2].shape[-1])
         return func(*args, **(kwargs or {}))
 
 
 def blocks(*sizes: list[int]) -> Rise:
-    """All of these at once."""
+    """Two allocations at the same time."""
     each = [size for some in sizes for size in some]
     return Rise(sum(each), sum(size for size in each if size < KEPT))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A language model up to its hooks."""
+    """Memory of a language model up to its hooks."""
 
     weights: int
-    """Bytes of its parameters and buffers, each storage once."""
+    """Bytes of parameters and buffers; shared storages count once."""
     forward: Rise
-    """What one forward pass adds, the activations included."""
+    """Peak of one forward pass, including the activations."""
 
 
 def reading(model: LanguageModel, contexts: int, positions: int, *, apart: bool = False) -> Reading:
-    """What a forward pass of so many contexts takes, from the model's own code on torch's meta device.
+    """Memory of a forward pass, from running the model's own code on torch's meta device.
 
     Args:
         model: The model, which is not loaded.
-        contexts: Contexts of a forward pass.
-        positions: Tokens of a context.
-        apart: Whether documents are kept apart by a mask, where the model takes one.
+        contexts: Contexts in a forward pass.
+        positions: Tokens in a context.
+        apart: Whether a mask separates documents, if the model takes one.
     """
     skeleton = model.skeleton()
     tokens = torch.zeros(contexts, positions, dtype=torch.long, device="meta")
@@ -155,49 +155,49 @@ def reading(model: LanguageModel, contexts: int, positions: int, *, apart: bool 
     with _FusedAttention():
         try:
             forward = Live().during(lambda: skeleton.activations(tokens, visible if apart else None))
-        except (TypeError, ValueError, RuntimeError, NotImplementedError):  # a model that takes no such mask runs without
+        except (TypeError, ValueError, RuntimeError, NotImplementedError):  # a model that takes no such mask runs without it
             forward = Live().during(lambda: skeleton.activations(tokens))
     root = skeleton._loaded_root()  # pyright: ignore[reportPrivateUsage]
     return Reading(size(root), forward)
 
 
 def learners(model: JointSAE) -> dict[str, Learner]:
-    """Both SAEs, or the one."""
+    """The learners of a module: the primary, and the meta SAE if there is one."""
     return {"primary": model.primary} | ({} if model.meta is None else {"meta": model.meta})
 
 
 def size(module: nn.Module) -> int:
-    """Bytes of parameters and buffers, what is tied counted once."""
+    """Bytes of parameters and buffers; tied ones count once."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def parameters(module: nn.Module) -> int:
-    """Bytes of what is trained."""
+    """Bytes of trained parameters."""
     return sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
 @dataclass(frozen=True)
 class Training:
-    """One step of joint training, beside weights and gradients."""
+    """Memory of one step of joint training, beside weights and gradients."""
 
     optimizer: float
-    """Bytes of the optimisers' state for each byte of parameters."""
+    """Bytes of optimiser state per byte of parameters."""
     kept: int
-    """Bytes that stay between steps beside weights, gradients and optimisers' state."""
+    """Bytes kept between steps, beside weights, gradients and optimiser state."""
     primary: Rise
-    """What a primary step adds, the penalties included."""
+    """Peak of a primary step, including penalties."""
     meta: Rise
-    """What a meta step adds; nothing where there is no meta SAE."""
+    """Peak of a meta step; None without a meta SAE."""
     evaluation: Rise
-    """What a held-out batch adds."""
+    """Peak of a held-out batch."""
 
 
 def training(model: JointSAE, rows: int, *, precision: str = "32-true", gpu: bool = False, ranks: int = 1) -> Training:
-    """What a step on so many rows takes, from steps of the same model made smaller by one factor in every direction.
+    """Memory of a step on `rows` rows, from steps of the same model scaled down in every dimension.
 
     Every array of a step is a product of two of rows, d_in, d_sae and d_meta: a factor `f` on each makes all of them `f^2` smaller.
-    All latents are dead, which is when the auxiliary loss is at its largest. With `gpu` it is the step that a GPU makes; of the rows that
-    a meta step reads each of several `ranks` has its share.
+    All latents are dead, which makes the auxiliary loss largest. With `gpu` the step takes the GPU's code path. Several `ranks` divide the
+    rows of a meta step.
     """
     d_sae, d_in = model.primary.W_dec.shape
     widest = max(rows * d_sae, d_sae * d_in, 0 if model.meta is None else d_sae * model.meta.W_dec.shape[0])
@@ -228,7 +228,7 @@ def training(model: JointSAE, rows: int, *, precision: str = "32-true", gpu: boo
         def evaluation() -> None:
             small.evaluate(Batch(torch.randn(small_rows, small.primary.sae.cfg.d_in, dtype=dtype)))
 
-        # The first step makes gradients and the optimisers' state, which stay.
+        # The first step allocates gradients and optimiser state, which stay.
         for act in (primary, meta, primary, meta, evaluation):
             found[act.__name__] = live.during(act).times(factor**2)
     state = sum(v.nbytes for optimizer in optimizers for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor))
@@ -237,7 +237,7 @@ def training(model: JointSAE, rows: int, *, precision: str = "32-true", gpu: boo
 
 
 def _age(learner: Learner) -> None:
-    """A step at which everything acts: warm-ups are over, statistics are there and every latent is dead."""
+    """Set the module to a step at which everything acts: warm-ups are over, statistics exist and every latent is dead."""
     learner.initialized.fill_(True)
     learner.silent_for.fill_(learner.config.dead_after)
-    learner.steps.fill_(2520 * 10**6)  # a multiple of every small number, for penalties that act every so many steps
+    learner.steps.fill_(2520 * 10**6)  # a multiple of every small number, for penalties with an interval

@@ -1,4 +1,4 @@
-"""What a run will hold in memory, found out before anything is loaded, against what is free."""
+"""The memory plan of a run, made before anything is loaded, and compared with the free memory."""
 
 import sys
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO
 from metasae_lightning.training.joint import JointSAE
 from metasae_lightning.training.side_by_side import SideBySide
 
-# A control group's limit, version 2 and 1: containers and batch systems kill by it, and the machine's own figures do not know of it.
+# Memory limit of a control group, version 2 and 1: containers and batch systems enforce it; the machine's own figures ignore it.
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -33,7 +33,7 @@ def announce(model: Any, data: Any, trainer: Any, limit_gib: float | None = None
         free = {device: may_be_had(device, beside(trainer)) if limit_gib is None else round(limit_gib * GIB) for device in made.devices}
     except InputError:
         raise
-    # Whatever it is, it is no reason not to train.
+    # A failed plan is no reason not to train.
     except Exception as error:
         sys.stderr.write(f"memory: no plan ({type(error).__name__}: {error})\n")
         return
@@ -43,12 +43,12 @@ def announce(model: Any, data: Any, trainer: Any, limit_gib: float | None = None
 
 
 def beside(trainer: Any) -> int:
-    """How many processes of a run share this machine."""
+    """Number of processes of the run on this machine."""
     return max(1, getattr(trainer.strategy, "num_processes", 1))
 
 
 def may_be_had(device: str, processes: int = 1) -> int:
-    """Bytes that this process may come to hold: what is free and what it holds already; its share where several of a run are there."""
+    """Bytes that this process may use: free memory plus what it holds already, divided among the run's processes on this machine."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(torch.device(device))[0] + torch.cuda.memory_reserved(torch.device(device))
     held = psutil.Process().memory_info().rss
@@ -60,7 +60,7 @@ def may_be_had(device: str, processes: int = 1) -> int:
 
 
 def memory_plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> Plan:
-    """What a run of this model on these data will hold; nothing is loaded, and what cannot be known is named."""
+    """The memory plan of a run. Nothing is loaded; items that cannot be planned are named."""
     here, wide = trainer.strategy.root_device, 2 if trainer.precision == "64-true" else 1
     arms = [model] if isinstance(model, JointSAE) else list(model.arms.values())
     shards = getattr(trainer.strategy, "shards", 1)
@@ -77,18 +77,18 @@ def memory_plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> Plan:
     for what, part in parts.items():
         try:
             lines += part
-        # An architecture, a penalty or an optimiser of somebody's own may not bear being tried at small sizes.
+        # A user's own architecture, penalty or optimiser may fail at small sizes.
         except Exception as error:
             if isinstance(error, InputError) and what == "language model":
                 raise
             unknown.append(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
-    # Last, because planning imports what the run will import anyway.
+    # Last, because planning imports what the run imports anyway.
     held = psutil.Process().memory_info().rss - (measure.size(model) if here.type == "cpu" else 0)
     return Plan((Line("this process", "cpu", held, "Python, its libraries and what is there already"), *lines), tuple(unknown))
 
 
 def _together(arms: list[Iterator[Line]]) -> Iterator[Line]:
-    """The lines of one arm as they are; those of several, one for all."""
+    """Items of all arms; equal items of several arms are combined into one."""
     if len(arms) == 1:
         yield from arms[0]
         return
@@ -101,18 +101,18 @@ def _together(arms: list[Iterator[Line]]) -> Iterator[Line]:
 
 
 def _setting(data: Any, name: str, default: Any = None) -> Any:
-    """A data module's argument, which it may keep among others of its kind."""
+    """An argument of the data module, which may be stored in its `batching`."""
     return getattr(data, name, getattr(getattr(data, "batching", None), name, default))
 
 
 def _ahead(data: Any, *devices: str) -> int:
-    """Batches that are made ahead, which a data module that does not say leaves to where the model and the SAEs are."""
+    """Number of batches made ahead; the default depends on the devices of model and SAEs."""
     given = _setting(data, "prefetch", 0)
     return (2 if any(device.startswith("cuda") for device in devices) else 0) if given is None else given
 
 
 def _phase(what: str, device: str, rise: Rise, how: str, remedy: str = "", *, kind: str) -> Line:
-    # A GPU's allocator gives any freed block to whoever asks next.
+    # A GPU's allocator reuses any freed block.
     return Line(what, device, rise.height, how, remedy, phase=kind, small=rise.small if device == "cpu" else 0)
 
 
@@ -129,7 +129,7 @@ def _language_model(data: Any, strategy: Any) -> Iterator[Line]:
     forward = _phase(
         "its forward pass", device, seen.forward, f"{contexts} contexts of {positions} tokens", "lower forward_batch", kind="contexts"
     )
-    # What is made ahead is made while the SAEs train.
+    # Batches are made ahead while the SAEs train.
     yield replace(forward, phase="") if _ahead(data, device, str(strategy.root_device)) else forward
     if device != "cpu":
         yield _phase("loading it", "cpu", Rise(seen.weights, 0), "in the host's memory before it moves", remedy, kind="loading")
@@ -137,7 +137,7 @@ def _language_model(data: Any, strategy: Any) -> Iterator[Line]:
 
 def _buffer(model: JointSAE, data: Any, strategy: Any) -> Iterator[Line]:
     rows, language_model = _setting(data, "buffer_size"), getattr(data, "language_model", None)
-    if rows is None or language_model is None or getattr(data, "cache", None) is not None:  # read from a cache, rows wait on the disk
+    if rows is None or language_model is None or getattr(data, "cache", None) is not None:  # with a cache, rows stay on the disk
         return
     rows, width = min(rows, data.tokens), model.primary.W_dec.shape[1] * len(language_model.hooks)
     dtype = getattr(torch, _setting(data, "buffer_dtype", "float32"))
@@ -169,7 +169,7 @@ def _training(model: JointSAE, data: Any, trainer: Any, wide: int, shards: int) 
     seen = measure.training(model, rows, precision=str(trainer.precision), gpu=kind == "cuda", ranks=ranks)
     state = round(seen.optimizer * measure.parameters(model) * wide)
     yield Line("optimisers' state", here, state, f"{seen.optimizer:.3g} times the parameters", "another optimiser, or lower primary.d_sae")
-    if model.meta is not None and seen.kept and kind == "cpu":  # elsewhere nothing is screened
+    if model.meta is not None and seen.kept and kind == "cpu":  # incremental top-k runs only here
         yield Line("decoder rows as they were", here, round(seen.kept * wide), "what the critic's candidates are from", "kernels: dense")
     split = f" in {model.primary.config.micro_batches} parts" if model.primary.config.micro_batches > 1 else ""
     how = f"{rows:,} rows{split} and the penalties, when latents are dead"
@@ -188,7 +188,7 @@ def _training(model: JointSAE, data: Any, trainer: Any, wide: int, shards: int) 
 
 
 def _host(model: JointSAE, data: Any, trainer: Any, wide: int, shards: int) -> Iterator[Line]:
-    """What the host holds of whole SAEs."""
+    """Host memory for whole SAEs while they are built, checkpointed and exported."""
     rows, kind = _setting(data, "batch_size"), trainer.strategy.root_device.type
     saes = [measure.size(learner) * wide for learner in measure.learners(model).values()]
     if shards > 1:
@@ -200,7 +200,7 @@ def _host(model: JointSAE, data: Any, trainer: Any, wide: int, shards: int) -> I
 
 
 def _outputs(others: list[JointSAE], data: Any, here: str, wide: int) -> Iterator[Line]:
-    """What callbacks will be shown of the arms that have had their step when the last one has its own."""
+    """Step outputs of earlier arms, which callbacks see after the last arm's step."""
     if others:
         size = sum(_setting(data, "batch_size") * arm.primary.W_dec.shape[1] * 4 * wide for arm in others)
         yield Line("steps to be shown", here, size, f"reconstructions by {len(others)} other arms", "lower batch_size")

@@ -1,4 +1,4 @@
-"""Models of other sizes that are trained as a given one: what a run takes can be tried on a small one."""
+"""Copies of a module with other sizes, trained in the same way, to measure memory on a small copy."""
 
 import copy
 import dataclasses
@@ -15,14 +15,14 @@ NORMALIZERS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_
 
 
 def part(model: JointSAE, shards: int) -> JointSAE:
-    """What one rank has of a model whose primary's latents are divided, and reads of its decoder; without memory."""
+    """One rank's part of a module whose primary is sharded, on the meta device."""
     primary = _config(model.primary, "meta", ("d_sae", "matryoshka_widths", "k"), shards)
     meta = None if model.meta is None else _config(model.meta, "meta", (), 1)
     return _like(model, primary, meta, None if model.meta_rows is None else _divided(model.meta_rows, shards), model.penalties)
 
 
 def smaller(model: JointSAE, factor: float) -> JointSAE:
-    """The same model with every size divided."""
+    """A copy with every size divided by a factor."""
     penalties = copy.deepcopy(model.penalties)
     for _, penalty in penalties.named():
         for name in SIZES:
@@ -34,7 +34,7 @@ def smaller(model: JointSAE, factor: float) -> JointSAE:
 
 
 def _like(model: JointSAE, primary_cfg: Any, meta_cfg: Any, meta_rows: int | None, penalties: Penalties) -> JointSAE:
-    """A model of other sizes that is trained as this one."""
+    """A copy with the given sizes and the same training settings."""
     primary, callables = model.primary, model._optimizer_callables  # pyright: ignore[reportPrivateUsage]
     return JointSAE(
         primary_cfg,
@@ -54,8 +54,8 @@ def _like(model: JointSAE, primary_cfg: Any, meta_cfg: Any, meta_rows: int | Non
 
 
 def _config(learner: Learner, device: str, sizes: Sequence[str], factor: float) -> Any:
-    """A learner's config as it was given, with some sizes divided."""
-    # A copy, since a config's record of itself is shared with what it was made from.
+    """A learner's original config with some sizes changed."""
+    # A copy, since configs share their metadata object.
     cfg = copy.deepcopy(learner.sae.cfg)
     cfg.device = device
     cfg = dataclasses.replace(cfg, **{name: _divided(getattr(cfg, name), factor) for name in sizes if hasattr(cfg, name)})

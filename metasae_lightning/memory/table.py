@@ -1,4 +1,4 @@
-"""What takes memory, a line for each thing and a device at a time, and whether it fits."""
+"""Items of a memory plan by device, their peak, and whether it fits."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,27 +12,27 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that takes memory."""
+    """One item of a memory plan."""
 
     what: str
     """Its name."""
     device: str
     """Where it lies."""
     bytes: int
-    """How much it is, or rises to where it passes."""
+    """Bytes; for a temporary item, its peak."""
     how: str
-    """How that came about."""
+    """Explanation of the size."""
     remedy: str = ""
-    """What makes it smaller."""
+    """Settings that make it smaller."""
     phase: str = ""
-    """Of what is there for a while only: what its blocks are as large as, which is what they are rows of."""
+    """For a temporary item: what its blocks are rows of; blocks of one kind have one size."""
     small: int = 0
-    """Of that, what lies in blocks that malloc keeps for itself when they are freed."""
+    """Bytes in small blocks, which malloc keeps when they are freed."""
     arms: Literal["", "each", "once"] = ""
-    """What of several arms is there at once; by default what stays is each's and what passes is one's at a time."""
+    """How items of several arms combine; by default permanent items add up, and one temporary item exists at a time."""
 
     def __add__(self, other: "Line") -> "Line":
-        """Of two arms.
+        """Combine the plans of two arms.
 
         >>> (Line("a", "cpu", 100, "", phase="x") + Line("a", "cpu", 50, "", phase="x", small=50)).bytes
         150
@@ -45,23 +45,23 @@ class Line:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run will hold."""
+    """The memory plan of a run."""
 
     lines: tuple[Line, ...]
-    """What takes memory."""
+    """Items."""
     unknown: tuple[str, ...] = ()
-    """What could not be planned, and why."""
+    """Items that could not be planned, with reasons."""
 
     @property
     def devices(self) -> list[str]:
-        """Where anything lies."""
+        """Devices with items."""
         return list(dict.fromkeys(line.device for line in self.lines))
 
     def peak(self, device: str) -> int:
-        """What stays and the most that comes to it.
+        """Peak bytes on a device: permanent items plus the largest phase.
 
-        Phases take turns, so of their large blocks the most at once counts. Small ones stay in the heap: as blocks of one size fit into
-        the holes that others of that size left, and no others do, they add up over the kinds of phases.
+        Phases take turns, so the largest of their large blocks counts. Small blocks stay in the heap; only blocks of the same size reuse
+        their holes, so they add up over kinds of phases.
 
         >>> phases = (Line("a", "cpu", 50, "", phase="x", small=10), Line("b", "cpu", 30, "", phase="y", small=30))
         >>> Plan((Line("weights", "cpu", 100, ""), *phases)).peak("cpu")
@@ -86,7 +86,7 @@ class Plan:
             )
 
     def table(self, free: dict[str, int]) -> Table:
-        """The plan as people read it."""
+        """The plan as a table."""
         shown = Table(title="memory that the run will need", title_justify="left", show_edge=False, pad_edge=False)
         shown.add_column("")
         shown.add_column("MiB", justify="right")
@@ -102,7 +102,7 @@ class Plan:
 
 
 def mib(size: int) -> str:
-    """A size as people read it.
+    """A size in MiB as text.
 
     >>> mib(3 * 2**29)
     '1,536'

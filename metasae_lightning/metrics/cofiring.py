@@ -1,4 +1,4 @@
-"""How latents fire together: exact counts of every pair in bounded memory, and an estimate from random pairs while training."""
+"""Co-firing of latents (phi): exact counts of all pairs in bounded memory, and an estimate from random pairs during training."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,41 +18,41 @@ from metasae_lightning.step import Codes
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 TAILS = (0.1, 0.3)
-# Of |phi|, even in its square root: a bin is 5e-6 wide at 1e-4, where most pairs are, and 5e-4 at 1.
+# Bins of |phi|, equal in its square root: a bin is 5e-6 wide at 1e-4, where most pairs are, and 5e-4 at 1.
 BINS = 4096
-# Counting a pair takes scipy's index and count, and our count, correlation and what goes into it.
+# Bytes per pair while counting: SciPy's index and count, our count, phi and its terms.
 PAIR_BYTES = 64
-# A firing is kept as it came, put together, and in two compressed matrices of an index and a one each.
+# Bytes per firing: as received, concatenated, and in two CSR matrices of an index and a one.
 FIRING_BYTES = 24
 
 
 @dataclass(frozen=True)
 class Firings:
-    """Which latents fired on which tokens: 4 bytes a firing and 8 a token."""
+    """A sparse matrix of firings: which latents are active on which tokens; 4 bytes per firing and 8 per token."""
 
     matrix: Any
-    """Tokens x latents, compressed by rows, of ones."""
+    """Ones in a SciPy CSR matrix, tokens by latents."""
 
     @classmethod
     def of(cls, latents: Int[Tensor, " nnz"], lengths: Int[Tensor, " token"], d_sae: int) -> "Firings":
-        """From each token's latents, one token after another."""
+        """Build the matrix from the active latents of each token, in token order."""
         pointers = np.concatenate([[0], np.cumsum(lengths.numpy(), dtype=np.int64)])
-        # Counts are at most the tokens: 32 bits do for 2 thousand million of them.
+        # A count is at most the number of tokens, so 32 bits suffice for 2 billion tokens.
         ones = np.ones(len(latents), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
         return cls(sparse.csr_matrix((ones, latents.numpy(), pointers), shape=(len(lengths), d_sae)))
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are."""
+        """Number of tokens."""
         return self.matrix.shape[0]
 
     @property
     def counts(self) -> Float[Tensor, " d_sae"]:
-        """On how many tokens each latent fired."""
+        """Number of tokens that each latent fired on."""
         return torch.from_numpy(np.bincount(self.matrix.indices, minlength=self.matrix.shape[1])).double()
 
     def together(self, other: "Firings", rows: int) -> Iterator[tuple[int, Float[Tensor, "row other"]]]:
-        """On how many tokens each of `rows` latents at a time fired with each of the other's."""
+        """Yield co-firing counts with the other's latents, `rows` latents at a time."""
         by_latent = self.matrix.T.tocsr()
         for start in range(0, self.matrix.shape[1], rows):
             yield start, torch.from_numpy((by_latent[start : start + rows] @ other.matrix).toarray()).double()
@@ -60,17 +60,17 @@ class Firings:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Phi of every pair, summed up."""
+    """Sums over all pairs of latents."""
 
     total: float
     """Sum of |phi|."""
     positive: int
     """Pairs whose phi is positive."""
     bins: Float[Tensor, " bin"]
-    """How many pairs have a |phi| in each bin: equal steps of its square root from 0 to 1."""
+    """Histogram of |phi|; bins are equal steps of its square root from 0 to 1."""
 
     def by_decade(self, edges: Float[Tensor, " edge"]) -> Float[Tensor, " bin"]:
-        """How many pairs lie between edges of log10 |phi|, those below the first counted in the first bin."""
+        """Number of pairs between edges of log10 |phi|; pairs below the first edge count in the first bin."""
         middles = ((torch.arange(len(self.bins), dtype=torch.float64) + 0.5) / len(self.bins)).square().log10()
         places = (torch.bucketize(middles, edges) - 1).clamp(0, len(edges) - 2)
         return torch.zeros(len(edges) - 1, dtype=torch.float64).index_add(0, places, self.bins)
@@ -79,15 +79,15 @@ class Pairs:
 class Phi(Metric):
     """Phi of every pair of latents, of one SAE or between two on the same tokens, from exact integer counts.
 
-    What is kept is which latents fired; pairs are counted when asked for, a tile of latents at a time, so that memory is a choice and
-    not the square of the width. `compute` gives the mean of |phi| over all pairs of live latents (which fired on some tokens and
-    not on all), the same by chance (`floor`: independent latents with the same counts), the difference (`excess`) with the standard
-    error that chance gives it, the share of positive pairs, quantiles and tails of |phi|.
+    The state is the firings. `compute` counts pairs in tiles of latents, so memory is bounded by `memory_gib` and not by the square of the
+    width. It returns the mean of |phi| over all pairs of live latents (active on some tokens but not on all), its value under
+    independence with the same counts (`floor`), their difference (`excess`) with its standard error under independence, the share of
+    positive pairs, and quantiles and tails of |phi|.
 
     Args:
         d_sae: Latents of the SAE.
-        other: Latents of a second SAE, for phi between the two; none is within the one.
-        memory_gib: What counting may take beside the firings.
+        other: Latents of a second SAE, for phi between two SAEs; None computes phi within one SAE.
+        memory_gib: Memory for counting, beside the firings.
 
     >>> metric = Phi(d_sae=3)
     >>> metric.update(Codes.from_dense(torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])))
@@ -111,7 +111,7 @@ class Phi(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, codes: Codes, other: Codes | None = None) -> None:
-        """Add a batch: the SAE's codes, or both SAEs' on the same tokens."""
+        """Add a batch: the codes of the SAE, or of both SAEs on the same tokens."""
         if (other is None) != (self.other is None):
             raise InputError("Phi takes both SAEs' codes between two, and the one's alone within one")
         if other is not None and other.shape[0] != codes.shape[0]:
@@ -128,8 +128,8 @@ class Phi(Metric):
         lengths.append(torch.bincount(codes.rows, minlength=codes.shape[0]).to(torch.int32))
 
     def firings(self) -> tuple[Firings, Firings]:
-        """Of the SAE, and of the one it is compared with: itself, within one."""
-        if not len(self.latents):  # a tensor, when ranks' are together
+        """Firings of the SAE and of the SAE it is compared with, which may be itself."""
+        if not len(self.latents):  # a tensor after ranks were gathered
             raise InputError("Phi: nothing was seen yet")
         own = Firings.of(dim_zero_cat(self.latents).cpu(), dim_zero_cat(self.lengths).cpu(), self.d_sae)
         if self.other is None:
@@ -138,11 +138,11 @@ class Phi(Metric):
 
     @property
     def rows(self) -> int:
-        """How many latents are counted at a time."""
+        """Number of latents that are counted at a time."""
         return max(1, min(self.d_sae, int(self.memory_gib * 2**30 / PAIR_BYTES) // (self.other or self.d_sae)))
 
     def plan(self) -> str:
-        """What counting will take, in a line."""
+        """One line about the time and memory of counting."""
         tiles = -(-self.d_sae // self.rows)
         width, held = self.other or self.d_sae, sum(len(part) * FIRING_BYTES for part in (*self.latents, *self.other_latents))
         return (
@@ -151,7 +151,7 @@ class Phi(Metric):
         )
 
     def tiles(self) -> Iterator[tuple[int, Float[Tensor, "row other"]]]:
-        """Phi of some latents at a time, from the numbered one on, with all others."""
+        """Yield phi of a tile of latents with all others, and the index of the tile's first latent."""
         own, other = self.firings()
         yield from self._tiles(own, other, own.counts, other.counts)
 
@@ -164,14 +164,14 @@ class Phi(Metric):
         return self.figures(self.count())
 
     def count(self) -> "Pairs":
-        """Phi of all pairs of live latents, in sums."""
+        """Count all pairs of live latents."""
         own, other = self.firings()
         n, n_i, n_j = float(own.tokens), own.counts, other.counts
         live_i, live_j = self._live(n_i, n), self._live(n_j, n)
         bins, total, positive = torch.zeros(BINS, dtype=torch.float64), 0.0, 0
         for start, phi in self._tiles(own, other, n_i, n_j):
             kept = live_i[start : start + len(phi), None] & live_j[None]
-            if self.other is None:  # each pair once, and none with itself
+            if self.other is None:  # each pair once, without self-pairs
                 kept &= torch.arange(len(n_j))[None] > torch.arange(start, start + len(phi))[:, None]
             values = phi[kept]
             positive += int((values > 0).count_nonzero())
@@ -184,7 +184,7 @@ class Phi(Metric):
         return (counts > 0) & (counts < n)
 
     def figures(self, counted: "Pairs") -> dict[str, Tensor]:
-        """What `compute` gives, of what `count` has."""
+        """The results of `compute` from counted pairs."""
         own, other = self.firings()
         n = float(own.tokens)
         n_i, n_j = (counts[self._live(counts, n)] for counts in (own.counts, other.counts))
@@ -200,10 +200,10 @@ class Phi(Metric):
 
 
 class PhiSample(Metric):
-    """An estimate of `Phi`'s mean for use while training: counts of random pairs, a few numbers a latent.
+    """An estimate of the mean of |phi| from random pairs of latents, cheap enough for use during training.
 
-    Latents are paired at random `matchings` times over. Pairs of one matching share no latent, so that the spread over pairs gives the
-    standard error of the mean over all of them.
+    Latents are paired at random `matchings` times. Pairs of one matching share no latent, so the spread over pairs gives the standard
+    error of the mean.
 
     >>> metric = PhiSample(d_sae=2)
     >>> metric.update(Codes.from_dense(torch.tensor([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0]])))
@@ -224,7 +224,7 @@ class PhiSample(Metric):
         generator = torch.Generator().manual_seed(seed)
         orders = torch.stack([torch.randperm(d_sae, generator=generator)[: d_sae // 2 * 2] for _ in range(matchings)])
         one, two = orders.view(matchings, -1, 2).sort(-1).values.unbind(-1)
-        # Of each latent the other of its pair, where that is the higher one; counts lie with the lower one.
+        # The partner of each latent, where the partner has the higher index; counts are stored with the lower one.
         self.register_buffer("partner", torch.full((matchings, d_sae), -1).scatter(1, one, two))
         self.add_state("together", torch.zeros(matchings, d_sae, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("firings", torch.zeros(d_sae, dtype=torch.int64), dist_reduce_fx="sum")
@@ -238,7 +238,7 @@ class PhiSample(Metric):
         self.tokens += codes.shape[0]
 
     def compute(self) -> dict[str, Tensor]:
-        """Mean of |phi|, by chance and in excess of it, each over the live ones of the pairs, and the excess's standard error."""
+        """Mean of |phi| over live pairs, its floor, the excess, and the standard error of the excess."""
         n = float(self.tokens)
         matching, low = (self.partner >= 0).nonzero(as_tuple=True)
         n11, n_i, n_j = (x.double() for x in (self.together[matching, low], self.firings[low], self.firings[self.partner[matching, low]]))
@@ -251,7 +251,7 @@ class PhiSample(Metric):
 
 
 def paired(codes: Codes, partners: Int[Tensor, "matching d_sae"]) -> Iterator[Bool[Tensor, " nnz"]]:
-    """For each matching, which of the nonzeros are of a latent whose partner fires on the same token; a partner of -1 is none.
+    """For each matching: which nonzeros belong to a latent whose partner fires on the same token. A partner of -1 means no partner.
 
     >>> codes = Codes.from_dense(torch.tensor([[1.0, 2.0, 0.0], [1.0, 0.0, 3.0]]))
     >>> [hits.tolist() for hits in paired(codes, torch.tensor([[1, -1, -1]]))]
@@ -267,7 +267,7 @@ def paired(codes: Codes, partners: Int[Tensor, "matching d_sae"]) -> Iterator[Bo
 
 
 def by_chance(n_i: Float[Tensor, " live"], n_j: Float[Tensor, " other"], n: float, *, within: bool) -> tuple[float, float]:
-    """Mean of |phi| over all pairs if they were independent with these counts, and its standard deviation then.
+    """Mean of |phi| over all pairs of independent latents with these counts, and its standard deviation.
 
     Given the counts, two pairs that share a latent are as independent as two that do not, so variances add: `E phi^2 = 1 / (n - 1)`.
 
@@ -292,6 +292,6 @@ def by_chance(n_i: Float[Tensor, " live"], n_j: Float[Tensor, " other"], n: floa
 
 
 def quantile(upper: Float[Tensor, " bin"], share: float) -> float:
-    """The middle of the bin of |phi| below whose end lies so large a share."""
+    """Quantile of |phi| from the histogram: the middle of the bin that reaches the share."""
     at = min(int(torch.searchsorted(upper, share)), BINS - 1)
     return ((at + 0.5) / BINS) ** 2

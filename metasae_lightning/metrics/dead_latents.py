@@ -11,10 +11,10 @@ from metasae_lightning.step import Codes
 
 
 class DeadLatents(Metric):
-    """How often latents fire: the share that is dead, and the densities of all.
+    """Share of dead latents, and firing rates of all latents.
 
-    `dead` is the share that was silent over the last `window` tokens (over everything seen, without one), `below_1e-05` and
-    `below_1e-06` the shares that fired on fewer tokens than that.
+    `dead` is the share of latents that did not fire in the last `window` tokens (in all tokens, if `window` is None). `below_1e-05` and
+    `below_1e-06` are the shares of latents with a lower firing rate than that.
 
     >>> metric = DeadLatents(d_sae=4)
     >>> metric.update(Codes.from_dense(torch.tensor([[1.0, 0.0, 2.0, 0.0]])))
@@ -31,7 +31,7 @@ class DeadLatents(Metric):
         super().__init__(**kwargs)
         self.window = window
         self.add_state("firings", torch.zeros(d_sae, dtype=torch.int64), dist_reduce_fx="sum")
-        # Ranks see tokens side by side: a latent is silent since the rank that heard it last, times their number.
+        # Ranks process tokens in parallel, so the silent time is the smallest over ranks times the number of ranks.
         self.add_state("silent_for", torch.zeros(d_sae, dtype=torch.int64), dist_reduce_fx="min")
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -43,11 +43,11 @@ class DeadLatents(Metric):
         self.tokens += codes.shape[0]
 
     def density(self) -> Float[Tensor, " d_sae"]:
-        """On what share of the tokens each latent fired."""
+        """Firing rate of each latent: the share of tokens that it fired on."""
         return self.firings.double() / self.tokens
 
     def compute(self) -> dict[str, Tensor]:
-        """See the class."""
+        """The share of dead latents and of latents below each firing rate."""
         silent = self.firings == 0
         if self.window is not None:
             ranks = torch.distributed.get_world_size() if self._is_synced else 1

@@ -10,7 +10,7 @@ from metasae_lightning import functional
 
 
 class DecoderGeometry(Metric):
-    """How decoder rows lie to each other: the mean and the largest of each row's cosine with its nearest other row; their lengths.
+    """Cosine of each decoder row with its nearest other row (mean and maximum), and lengths of rows.
 
     >>> metric = DecoderGeometry()
     >>> metric.update(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]))
@@ -23,18 +23,18 @@ class DecoderGeometry(Metric):
     norms: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
-        # Every rank holds the same decoder: its own is the answer.
+        # Every rank has the same decoder, so nothing is synchronised.
         super().__init__(**{"sync_on_compute": False, **kwargs})
         for name in ("nearest", "norms"):
             self.add_state(name, [], dist_reduce_fx=None)
 
     def update(self, W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-        """Take a decoder; the last one counts."""
+        """Set the decoder; only the last one is used."""
         self.nearest = [functional.nearest_cosines(W_dec.detach().float())]
         self.norms = [W_dec.detach().float().norm(dim=-1)]
 
     def compute(self) -> dict[str, Tensor]:
-        """See the class."""
+        """Mean and maximum of nearest cosines; mean, minimum and maximum of lengths."""
         nearest, norms = self.nearest[0].double(), self.norms[0].double()
         figures = {"nearest_mean": nearest.mean(), "nearest_max": nearest.max()}
         return figures | {"norm_mean": norms.mean(), "norm_min": norms.min(), "norm_max": norms.max()}

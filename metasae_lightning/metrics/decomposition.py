@@ -1,4 +1,4 @@
-"""How well a fresh meta SAE, which no decoder was trained against, takes decoder rows apart."""
+"""Torchmetric of how well a fresh meta SAE, which no decoder was trained against, rebuilds decoder rows."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,19 +17,18 @@ from metasae_lightning.sae.learner import Learner, LearnerConfig
 
 
 class Decomposition(Metric):
-    """Share of the variance of unit decoder rows that a fresh critic explains, beside two nulls; lower is more atomic.
+    """Share of the variance of unit decoder rows that a fresh meta SAE explains, beside two nulls; lower is more atomic.
 
-    The critic is a BatchTopK SAE a quarter as wide as the rows are many, k 4, trained for 1,500 steps of 1,024 rows drawn with
-    replacement: SAEBench's `meta_structure`. `fve` is its mean over critics of several seeds and `fve_std` their spread; `random` and
-    `shuffled` the same for random directions and for the rows with each one's coordinates shuffled, which no critic can take apart but
-    by their number.
+    The meta SAE is a BatchTopK SAE with a quarter as many latents as there are rows, k 4, trained for 1,500 steps of 1,024 rows drawn
+    with replacement, as in SAEBench's `meta_structure`. `fve` is the mean over meta SAEs of several seeds, `fve_std` their spread.
+    `random` and `shuffled` are the same for random directions and for rows with shuffled coordinates, which have no structure to find.
 
     Args:
-        seeds: Critics, for the rows and for each null.
-        steps: Steps of each.
-        batch_size: Rows of a step.
-        share: Latents of a critic, as a share of the rows.
-        k: Of them, how many rebuild a row.
+        seeds: Number of meta SAEs for the rows and for each null.
+        steps: Training steps of each.
+        batch_size: Rows in a step.
+        share: Latents of a meta SAE, as a share of the number of rows.
+        k: Active latents per row.
         lr: Adam's learning rate.
 
     >>> metric = Decomposition(seeds=1, steps=20, batch_size=32)
@@ -44,7 +43,7 @@ class Decomposition(Metric):
     def __init__(
         self, *, seeds: int = 3, steps: int = 1500, batch_size: int = 1024, share: float = 0.25, k: int = 4, lr: float = 5e-4, **kwargs: Any
     ) -> None:
-        # Every rank holds the same decoder: its own is the answer.
+        # Every rank has the same decoder, so nothing is synchronised.
         super().__init__(**{"sync_on_compute": False, **kwargs})
         for name, value in (("seeds", seeds), ("steps", steps), ("batch_size", batch_size), ("k", k)):
             if value < 1:
@@ -53,16 +52,16 @@ class Decomposition(Metric):
         self.add_state("rows", [], dist_reduce_fx=None)
 
     def update(self, W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-        """Take a decoder; the last one counts."""
+        """Set the decoder; only the last one is used."""
         self.rows = [functional.unit_rows(W_dec.detach().float())]
 
     def compute(self) -> dict[str, Tensor]:
-        """See the class."""
+        """Variance explained of the rows and of both nulls, with spreads over seeds."""
         found = {name: [self.explained(rows, seed) for seed in range(self.seeds)] for name, rows in self.judged().items()}
         return spread(found)
 
     def judged(self) -> dict[str, Float[Tensor, "d_sae d_in"]]:
-        """The rows and the two nulls, by the name of their figure."""
+        """The rows and the two nulls, by the name of their result."""
         if not self.rows:
             raise InputError("Decomposition: no decoder was seen yet")
         (rows,) = self.rows
@@ -73,14 +72,14 @@ class Decomposition(Metric):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a critic is a function of, but for its rows and seed."""
+        """Settings of a meta SAE, without its rows and seed."""
         return {name: getattr(self, name) for name in ("steps", "batch_size", "share", "k", "lr")}
 
     def explained(self, rows: Float[Tensor, "d_sae d_in"], seed: int) -> float:
-        """FVE of these rows by one critic trained on them."""
+        """Fraction of variance explained of some rows by one meta SAE that is trained on them."""
         latents = max(self.k, math.ceil(self.share * len(rows)))
         cfg = BatchTopKTrainingSAEConfig(d_in=rows.shape[1], d_sae=latents, k=self.k, device=str(rows.device))
-        # As SAELens's own trainer has it: free rows, gradients clipped at 1, and dead so late that 1,500 steps know no auxiliary loss.
+        # As SAELens's trainer: free rows, gradients clipped at 1, and so long a dead window that 1,500 steps have no auxiliary loss.
         dead = 2001 * self.batch_size
         with torch.enable_grad():
             config = LearnerConfig(dead_after=dead, decoder_rows="free", clip_grad_norm=1.0)
@@ -95,7 +94,7 @@ class Decomposition(Metric):
 
 
 def spread(found: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
-    """Means, and standard deviations over critics.
+    """Means and standard deviations over meta SAEs.
 
     >>> {name: value.item() for name, value in spread({"fve": [1.0, 3.0]}).items()}
     {'fve': 2.0, 'fve_std': 1.4142135623730951}

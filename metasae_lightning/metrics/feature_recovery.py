@@ -12,17 +12,17 @@ from metasae_lightning import functional
 from metasae_lightning.errors import InputError
 from metasae_lightning.step import Codes
 
-# Of a cosine: from here on a row is said to hold another's feature.
+# A row contains a foreign feature from this cosine on.
 FOREIGN = 0.2
 
 
 class FeatureRecovery(Metric):
-    """How well an SAE recovers known features: its decoder their directions, its latents their firings.
+    """How well an SAE recovers known features: decoder rows against directions, latents against firings.
 
-    `mcc` is the mean absolute cosine under the best one-to-one match, `uniqueness` the number of features that are some row's nearest,
-    over the number of rows. Where firings were seen, each latent is a detector of the feature nearest to its row: `precision`, `recall`
-    and `f1` are means over latents. `absorbed` is the mean over features of how often, when a feature is there, its own latent (whose
-    row is nearest) is silent while one of another feature fires whose row holds some of this one beyond what the two features share.
+    `mcc` is the mean absolute cosine under the best one-to-one match. `uniqueness` is the number of features that are nearest to some
+    row, divided by the number of rows. With firings, each latent is a detector of the feature nearest to its row: `precision`, `recall`
+    and `f1` are means over latents. `absorbed` is a mean over features: how often, when the feature is present, its own latent (with the
+    nearest row) is silent while a latent of another feature fires whose row contains this feature beyond what the two features share.
 
     >>> metric = FeatureRecovery(torch.eye(2))
     >>> decoder, fired = torch.tensor([[0.0, -1.0], [2.0, 0.0], [3.0, 1.0]]), torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
@@ -46,7 +46,7 @@ class FeatureRecovery(Metric):
     def __init__(self, features: Float[Tensor, "feature d_in"], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.register_buffer("features", functional.unit_rows(features.detach().float()))
-        # Every rank holds the same decoder: no state, which ranks would put together.
+        # Every rank has the same decoder: buffers, not states, which would be synchronised.
         self.register_buffer("decoder", torch.zeros(0, features.shape[1]), persistent=False)
         self.register_buffer("nearest", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("own", torch.zeros(0, dtype=torch.int64), persistent=False)
@@ -55,7 +55,7 @@ class FeatureRecovery(Metric):
             self.add_state(name, torch.zeros(size, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, W_dec: Float[Tensor, "d_sae d_in"], codes: Codes | None = None, features: Codes | None = None) -> None:
-        """Take a decoder, and a batch's codes with the true firings; what was counted with another decoder is forgotten."""
+        """Set the decoder, and add a batch of codes with the true firings. A new decoder resets the counts."""
         if not torch.equal(W_dec, self.decoder):
             self.decoder = W_dec.detach().clone()
             cosines = self._cosines()
@@ -77,19 +77,19 @@ class FeatureRecovery(Metric):
         self.tokens += codes.shape[0]
 
     def reset(self) -> None:
-        """Forget the decoder too: its counts are gone."""
+        """Reset the counts and the decoder."""
         super().reset()
         self.decoder = self.decoder[:0]
 
     def _foreign(self, nearest: Tensor) -> Tensor:
-        """Ones where a row holds a feature that is not its own, beyond what its own has in common with that."""
+        """Ones where a row contains a feature other than its nearest, beyond what the two features share."""
         signed = functional.unit_rows(self.decoder.float()) @ self.features.T
         signed = signed * signed.gather(1, nearest[:, None]).sign()
         beyond = signed - (self.features @ self.features.T)[nearest]
         return (beyond >= FOREIGN).scatter(1, nearest[:, None], False).float()
 
     def _taken_in(self, codes: Codes, features: Codes) -> Tensor:
-        """Of the true firings those that another feature's latent has taken in."""
+        """Mask of the true firings that a latent of another feature has absorbed."""
         silent = ~torch.isin(features.rows * codes.shape[1] + self.own[features.latents], codes.rows * codes.shape[1] + codes.latents)
         fired = torch.zeros(codes.shape, device=codes.latents.device)
         fired[codes.rows, codes.latents] = 1.0
@@ -99,7 +99,7 @@ class FeatureRecovery(Metric):
         return (functional.unit_rows(self.decoder.float()) @ self.features.T).abs()
 
     def compute(self) -> dict[str, Tensor]:
-        """See the class."""
+        """Recovery of directions and, with firings, of firings."""
         cosines = self._cosines()
         matched = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
         rows, columns = (torch.as_tensor(index, device=cosines.device) for index in matched)

@@ -7,16 +7,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
 
-# What is known of each predicted token: its loss in four ways, and the divergence of the spliced prediction from the clean one.
+# Kinds of loss of each predicted token: four cross-entropies, and the divergence of the spliced from the clean prediction.
 KINDS = ("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl")
 
 
 class Splice(Metric):
-    """Cross-entropy and KL divergence of a model's predictions with activations replaced, against its own.
+    """Cross-entropy and KL divergence of a language model's predictions with activations replaced.
 
-    `ce_clean`, `ce_sae`, `ce_zero` (activations replaced by 0) and `ce_mean` (by their mean); `recovered_zero` and `recovered_mean`, the
-    share of the loss between ablation and the clean model that the reconstruction keeps; `kl`, of the spliced from the clean predictions.
-    `losses` makes what it adds up.
+    `ce_clean`, `ce_sae`, `ce_zero` and `ce_mean` are cross-entropies of the clean model, with the reconstruction, with zeros and with the
+    mean activation. `recovered_zero` and `recovered_mean` are the shares of the loss between ablation and clean model that the
+    reconstruction keeps. `kl` is the divergence of the spliced from the clean predictions. `evaluation.splice.losses` computes the input.
 
     >>> metric = Splice()
     >>> metric.update(torch.tensor([[1.0], [2.0], [5.0], [3.0], [0.5]])[:, :, None], torch.ones(1, 1, dtype=torch.bool))
@@ -35,17 +35,17 @@ class Splice(Metric):
         self.add_state("sums", torch.zeros(len(KINDS), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, losses: Float[Tensor, "kind context next"], counted: Bool[Tensor, "context next"]) -> None:
-        """Add contexts: what is known of each predicted token, and which of them count."""
+        """Add contexts: losses of each predicted token, and the mask of tokens that count."""
         self.sums += losses.double().masked_fill(~counted, 0).sum((1, 2))
         self.tokens += counted.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """See the class."""
+        """Mean losses over tokens and the shares recovered."""
         return recovered(self.sums / self.tokens)
 
 
 def recovered(means: Float[Tensor, "kind *resample"]) -> dict[str, Tensor]:
-    """The figures of mean losses: these, and the share of them that the reconstruction keeps."""
+    """Mean losses by name, with the shares that the reconstruction recovers."""
     clean, sae, zero, mean, _ = means
     return {
         **dict(zip(KINDS, means, strict=True)),

@@ -10,16 +10,16 @@ from torchmetrics import Metric
 from metasae_lightning import functional
 from metasae_lightning.step import Codes
 
-# Norms are sorted into sixteenths of an octave, from 2^-20 to 2^40.
+# Bins of norms: sixteenths of an octave, from 2^-20 to 2^40.
 OCTAVES, PARTS = (-20, 40), 16
 
 
 class Reconstruction(Metric):
-    """How well activations are rebuilt, from global sums, not from a mean of batch ratios.
+    """Quality of reconstructions, from sums over all tokens and not from a mean of batch ratios.
 
-    `fvu`, `cosine`, `l2_ratio` (mean of ||xhat|| / ||x||), `gamma` (relative reconstruction bias, the factor by which reconstructions
-    should be divided: below 1 they are too short), `l0`, `l1`, and `error_q1` to `error_q4`, the squared error of tokens in each
-    quarter by norm as a share of their squared norm.
+    `fvu` is the fraction of variance unexplained, `cosine` the mean cosine, `l2_ratio` the mean of ||xhat|| / ||x||, `gamma` the relative
+    reconstruction bias (below 1 reconstructions are too short), `l0` and `l1` the means of active latents and of their sum per token.
+    `error_q1` to `error_q4` are squared errors as a share of squared norms, for tokens in each quarter by norm.
 
     >>> metric = Reconstruction(d_in=1)
     >>> x = torch.tensor([[0.0], [2.0]])
@@ -46,7 +46,7 @@ class Reconstruction(Metric):
         for name in ("tokens", "squares", "error", "active", "size", "cosine", "ratio", "length", "along"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(d_in, dtype=torch.float64), dist_reduce_fx="sum")
-        # Of each bin: tokens, squared error, squared norm.
+        # Sums in each bin: tokens, squared error, squared norm.
         self.add_state("by_norm", torch.zeros(3, (OCTAVES[1] - OCTAVES[0]) * PARTS, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, x: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"], codes: Codes) -> None:
@@ -64,11 +64,11 @@ class Reconstruction(Metric):
             row.index_add_(0, place, values)
 
     def compute(self) -> dict[str, Tensor]:
-        """See the class."""
+        """All figures, by name."""
         figures = {"fvu": functional.fvu_of_sums((self.tokens, self.total, self.squares, self.error))}
         figures |= {"cosine": self.cosine / self.tokens, "l2_ratio": self.ratio / self.tokens, "gamma": self.length / self.along}
         figures |= {"l0": self.active / self.tokens, "l1": self.size / self.tokens}
-        # A bin that lies across quarters gives each as much of itself as lies in it.
+        # A bin that spans two quarters is divided between them.
         tokens, error, squares = self.by_norm
         ends = tokens.cumsum(0)
         for q in range(4):
