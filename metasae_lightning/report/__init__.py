@@ -1,19 +1,19 @@
-"""What was measured, for people: tables for the terminal, a page, figures; measures nothing itself."""
+"""Tables for the terminal, figures and an HTML page, made from saved results. Measures nothing and needs no torch."""
 
 from typing import TYPE_CHECKING
 
 from metasae_lightning.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
-    from metasae_lightning.report.conclusions import beside_the_paper, verdict
+    from metasae_lightning.report.conclusions import compare_with_paper, verdict
     from metasae_lightning.report.tables import cross, differences, evaluations, overview, shared
     from metasae_lightning.report.write import Study, study
 
-__all__ = ["Study", "beside_the_paper", "cross", "differences", "evaluations", "overview", "shared", "study", "verdict"]
+__all__ = ["Study", "compare_with_paper", "cross", "differences", "evaluations", "overview", "shared", "study", "verdict"]
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        **dict.fromkeys(["beside_the_paper", "verdict"], "metasae_lightning.report.conclusions"),
+        **dict.fromkeys(["compare_with_paper", "verdict"], "metasae_lightning.report.conclusions"),
         **dict.fromkeys(["cross", "differences", "evaluations", "overview", "shared"], "metasae_lightning.report.tables"),
         **dict.fromkeys(["Study", "study"], "metasae_lightning.report.write"),
     },

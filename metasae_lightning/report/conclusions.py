@@ -1,45 +1,45 @@
-"""What a report concludes: joint against solo, and both against the paper's table."""
+"""Conclusions of a report: joint SAE against solo SAE, and both against the paper's table."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from metasae_lightning.report.load_runs import Arm
-from metasae_lightning.report.seeds import Estimate, Group, baseline, comparable, difference, headline
+from metasae_lightning.report.seeds import Estimate, Group, baseline, difference, headline, reasons_not_comparable
 
 SETTING = "GPT-2 large, blocks.20.hook_resid_pre, 20,480 latents, k 64, a meta SAE of 1,800, one seed"
 
 
 @dataclass(frozen=True)
-class Row:
-    """What a weight and a sigma squared did, in percent of the solo SAE."""
+class PaperResult:
+    """The paper's result for one weight and one sigma squared, in percent of its solo SAE."""
 
     phi: float
-    """Mean of |phi|."""
+    """Change of mean |phi|."""
     error: float
-    """Squared error."""
+    """Change of the squared error."""
     loss: float | None = None
-    """What the reconstruction adds to the model's loss, in percent of the loss: not a difference."""
+    """Loss that the reconstruction adds to the language model, in percent of the model's loss; not a change against solo."""
 
 
 # By weight (the paper's lambda2) and sigma squared.
-ROWS: dict[tuple[float, float], Row] = {
-    (0.1, 0.3): Row(-1.9, 2.0),
-    (0.1, 1.0): Row(-3.8, 3.5, 2.8),
-    (0.1, 3.0): Row(-3.5, 1.8, 2.7),
-    (0.3, 0.3): Row(-1.5, 5.5),
-    (0.3, 1.0): Row(-7.5, 9.3, 3.1),
-    (0.3, 3.0): Row(-4.4, 5.7, 2.9),
-    (1.0, 0.3): Row(3.8, 13.1),
-    (1.0, 1.0): Row(2.8, 19.6, 3.5),
-    (1.0, 3.0): Row(2.6, 13.5, 3.2),
+PAPER_RESULTS: dict[tuple[float, float], PaperResult] = {
+    (0.1, 0.3): PaperResult(-1.9, 2.0),
+    (0.1, 1.0): PaperResult(-3.8, 3.5, 2.8),
+    (0.1, 3.0): PaperResult(-3.5, 1.8, 2.7),
+    (0.3, 0.3): PaperResult(-1.5, 5.5),
+    (0.3, 1.0): PaperResult(-7.5, 9.3, 3.1),
+    (0.3, 3.0): PaperResult(-4.4, 5.7, 2.9),
+    (1.0, 0.3): PaperResult(3.8, 13.1),
+    (1.0, 1.0): PaperResult(2.8, 19.6, 3.5),
+    (1.0, 3.0): PaperResult(2.6, 13.5, 3.2),
 }
-# Of the solo SAE, between.
+# Range of the loss that the paper's solo SAE adds, in percent.
 SOLO_LOSS = (2.4, 2.5)
-# It calls this one best.
-CHOSEN = (0.3, 1.0)
+# The weight and sigma squared that the paper recommends.
+RECOMMENDED = (0.3, 1.0)
 
-# Of each figure: what the page calls it, where it is, what `metasae test` calls its difference, its digits, and whether less is better.
+# Figures of the page: label, `GROUP/NAME` in `evaluation.json`, name of the bootstrapped difference, format, whether less is better.
 FIGURES: tuple[tuple[str, str, str, str, bool | None], ...] = (
     ("excess of mean |phi|", "phi/excess", "phi_excess", ".3e", True),
     ("mean |phi|", "phi/mean_abs", "", ".3e", True),
@@ -58,94 +58,102 @@ FIGURES: tuple[tuple[str, str, str, str, bool | None], ...] = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the page says first."""
+    """The conclusion at the top of the page."""
 
     sentence: str
-    """The answer."""
+    """The answer in one sentence."""
     beside: list[str]
-    """What it costs, and what else there is to know."""
+    """Costs and caveats, a sentence each."""
     sure: bool
-    """Whether anything can be said at all."""
+    """Whether the data allow a conclusion."""
 
 
 def verdict(groups: Sequence[Group]) -> Verdict:
-    """Whether the penalty did what it is for, here, and at what cost."""
+    """Whether the penalty reduced co-firing in these runs, and at what cost."""
     base = baseline(groups)
     group = headline(groups, base) if base else None
     if base is None or group is None:
         return Verdict("One SAE alone: there is nothing to compare it with.", [], False)
     arms = [*base.arms, *group.arms]
-    if reasons := comparable(arms):
-        told = "; ".join(reasons)
-        return Verdict(f"{group.name} and {base.name} cannot be compared: they were measured {told}.", [REMEASURE], False)
-    found = difference(group, base, "phi/excess", "phi_excess")
-    if found is None:
+    if reasons := reasons_not_comparable(arms):
+        return Verdict(f"{group.name} and {base.name} cannot be compared: they were measured {'; '.join(reasons)}.", [REMEASURE], False)
+    change = difference(group, base, "phi/excess", "phi_excess")
+    if change is None:
         lacking = ", ".join(arm.name for arm in arms if arm.figure("phi/excess") is None)
         return Verdict(f"Nothing can be said yet: there is no co-firing measured for {lacking}.", [REMEASURE], False)
     words = {-1: "fire together less", 1: "fire together more", 0: "fire together neither less nor more than chance allows"}
-    than = "" if found.sign == 0 else f" than {base.name}'s"
-    sentence = f"{group.name}'s latents {words[found.sign]}{than}: excess of mean |phi| {percent(found)}."
-    if math.isnan(found.low):
-        sentence = f"Excess of mean |phi| of {group.name} against {base.name}: {percent(found)}; nothing tells how sure that is."
-    return Verdict(sentence, [*costs(group, base), *caveats(found, group, base)], True)
+    than = "" if change.sign == 0 else f" than {base.name}'s"
+    sentence = f"{group.name}'s latents {words[change.sign]}{than}: excess of mean |phi| {percent(change)}."
+    if math.isnan(change.low):
+        sentence = f"Excess of mean |phi| of {group.name} against {base.name}: {percent(change)}; nothing tells how sure that is."
+    return Verdict(sentence, [*costs(group, base), *caveats(change, group, base)], True)
 
 
 REMEASURE = "Measure all of them together: metasae test RUN... sets one L0 for all and reads the same text."
 
 
-def percent(found: Estimate) -> str:
-    """An estimate in percent of the baseline.
+def percent(change: Estimate) -> str:
+    """A difference in percent of the baseline, with its interval.
 
     >>> percent(Estimate(-0.1, -0.2, -0.05, 3, 1.0)), percent(Estimate(1.0, float("nan"), float("nan"), 1, 0.0))
     ('-10.0 % (95 %: -20.0 to -5.0 %)', '+1 from 0')
     """
-    value, low, high = found.percent
+    value, low, high = change.percent
     if math.isnan(value):
-        return f"{found.value:+.3g} from {found.base:.3g}"
+        return f"{change.value:+.3g} from {change.base:.3g}"
     interval = "" if math.isnan(low) else f" (95 %: {low:+.1f} to {high:+.1f} %)"
     return f"{value:+.1f} %{interval}"
 
 
+def absolute_interval(change: Estimate) -> str:
+    """The interval of a difference in its own unit, to be put behind it; empty if there is none."""
+    return "" if math.isnan(change.low) else f" (95 %: {change.low:+.4f} to {change.high:+.4f})"
+
+
 def costs(group: Group, base: Group) -> list[str]:
-    """What was paid for it, and what an outside judge says."""
-    found: list[str] = []
+    """Changes of reconstruction, loss, fresh critics and recovery, a sentence each."""
+    sentences: list[str] = []
     if (error := difference(group, base, "reconstruction/fvu", "fvu")) is not None:
-        found.append(f"Variance unexplained: {percent(error)}.")
+        sentences.append(f"Variance unexplained: {percent(error)}.")
     if (loss := difference(group, base, "splice/ce_sae", "ce_sae")) is not None:
-        interval = "" if math.isnan(loss.low) else f" (95 %: {loss.low:+.4f} to {loss.high:+.4f})"
-        found.append(f"Loss of the model with the SAE in it: {loss.value:+.4f}{interval}, {loss.base:.4f} with {base.name}'s.")
+        change = f"{loss.value:+.4f}{absolute_interval(loss)}"
+        sentences.append(f"Loss of the model with the SAE in it: {change}, {loss.base:.4f} with {base.name}'s.")
     if (fve := difference(group, base, "critic/fve")) is not None:
-        means = [sum(one.values("critic/fve")) / len(one.values("critic/fve")) for one in (group, base)]
-        interval = "" if math.isnan(fve.low) else f", a difference of {fve.value:+.4f} (95 %: {fve.low:+.4f} to {fve.high:+.4f})"
-        found.append(
-            f"A fresh critic explains {means[0]:.4f} of {group.name}'s decoder and {means[1]:.4f} of {base.name}'s{interval}. "
+        mean, base_mean = (mean_of(side.values("critic/fve")) for side in (group, base))
+        change = "" if math.isnan(fve.low) else f", a difference of {fve.value:+.4f}{absolute_interval(fve)}"
+        sentences.append(
+            f"A fresh critic explains {mean:.4f} of {group.name}'s decoder and {base_mean:.4f} of {base.name}'s{change}. "
             "Less is more atomic."
         )
     if (mcc := difference(group, base, "recovery/mcc")) is not None:
-        interval = "" if math.isnan(mcc.low) else f" (95 %: {mcc.low:+.4f} to {mcc.high:+.4f})"
-        found.append(f"Planted features recovered (MCC): {mcc.value:+.4f}{interval}, {mcc.base:.4f} with {base.name}.")
-    return found
+        sentences.append(f"Planted features recovered (MCC): {mcc.value:+.4f}{absolute_interval(mcc)}, {mcc.base:.4f} with {base.name}.")
+    return sentences
 
 
-def caveats(found: Estimate, group: Group, base: Group) -> list[str]:
-    """What a careful reader would ask."""
-    said: list[str] = []
-    if found.seeds == 1:
-        said.append("One seed: the interval is of documents drawn again, and says nothing of other seeds.")
+def caveats(change: Estimate, group: Group, base: Group) -> list[str]:
+    """Limits of the comparison: number of seeds, unequal L0, many dead latents."""
+    sentences: list[str] = []
+    if change.seeds == 1:
+        sentences.append("One seed: the interval is of documents drawn again, and says nothing of other seeds.")
     else:
-        said.append(f"The interval is Student's, over {found.seeds} seeds.")
-    l0 = [sum(values) / len(values) for one in (group, base) if (values := one.values("reconstruction/l0"))]
+        sentences.append(f"The interval is Student's, over {change.seeds} seeds.")
+    l0 = [mean_of(values) for side in (group, base) if (values := side.values("reconstruction/l0"))]
     if len(l0) == 2 and abs(l0[0] / l0[1] - 1) > 0.02:
-        said.append(f"L0 differs: {l0[0]:.2f} and {l0[1]:.2f} latents active on a token.")
-    dead = [sum(values) / len(values) for one in (group, base) if (values := one.values("latents/dead"))]
+        sentences.append(f"L0 differs: {l0[0]:.2f} and {l0[1]:.2f} latents active on a token.")
+    dead = [mean_of(values) for side in (group, base) if (values := side.values("latents/dead"))]
     if dead and max(dead) > 0.1:
-        said.append(f"Dead latents: {' and '.join(f'{share:.1%}' for share in dead)}; figures are of the live ones.")
-    return said
+        sentences.append(f"Dead latents: {' and '.join(f'{share:.1%}' for share in dead)}; figures are of the live ones.")
+    return sentences
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A row of the paper's table with ours."""
+class PaperComparison:
+    """One row of the paper's table with our results."""
 
     weight: float
     """The paper's lambda2."""
@@ -154,43 +162,45 @@ class Beside:
     phi: float
     """The paper's change of mean |phi|, in percent."""
     error: float
-    """Of the squared error."""
+    """The paper's change of the squared error, in percent."""
     loss: float | None
-    """What the SAE adds to the loss, in percent of it."""
+    """The paper's loss added by the SAE, in percent of the model's loss."""
     ours: Group | None
-    """Arms of that weight and sigma."""
-    own_phi: Estimate | None
+    """Our arms with this weight and sigma squared."""
+    our_phi: Estimate | None
     """Our change of mean |phi|."""
-    own_excess: Estimate | None
-    """Of its excess over the floor, which the paper does not have."""
-    own_error: Estimate | None
-    """Of the squared error."""
-    own_loss: float | None
-    """What ours adds to the loss, in percent of it."""
+    our_excess: Estimate | None
+    """Our change of the excess of mean |phi| over its floor, which the paper does not report."""
+    our_error: Estimate | None
+    """Our change of the squared error."""
+    our_loss: float | None
+    """Our loss added by the SAE, in percent of the model's loss."""
 
 
-def beside_the_paper(groups: Sequence[Group]) -> list[Beside]:
-    """The paper's table with our numbers, where any of our arms has a row in it."""
+def compare_with_paper(groups: Sequence[Group]) -> list[PaperComparison]:
+    """The paper's table with our results; empty if none of our arms has a weight and sigma squared of the table."""
     base = baseline(groups)
-    ours: dict[tuple[float, float], Group] = {}
+    by_setting: dict[tuple[float, float], Group] = {}
     for group in groups:
         if group.decomposability is not None:
-            ours.setdefault(group.decomposability, group)
-    if base is None or not ours.keys() & ROWS.keys():
+            by_setting.setdefault(group.decomposability, group)
+    if base is None or not by_setting.keys() & PAPER_RESULTS.keys():
         return []
-    found: list[Beside] = []
-    for (weight, sigma_sq), row in ROWS.items():
-        group = ours.get((weight, sigma_sq))
-        own = None if group is None or group is base or comparable([*group.arms, *base.arms]) else group
-        estimates = [None if own is None else difference(own, base, *of) for of in (("phi/mean_abs",), ("phi/excess", "phi_excess"))]
-        error = None if own is None else difference(own, base, "reconstruction/fvu", "fvu")
-        loss = None if own is None else added_loss(own.arms)
-        found.append(Beside(weight, sigma_sq, row.phi, row.error, row.loss, own, estimates[0], estimates[1], error, loss))
-    return found
+    comparisons: list[PaperComparison] = []
+    for (weight, sigma_sq), paper in PAPER_RESULTS.items():
+        group = by_setting.get((weight, sigma_sq))
+        if group is base or (group is not None and reasons_not_comparable([*group.arms, *base.arms])):
+            group = None
+        phi = None if group is None else difference(group, base, "phi/mean_abs")
+        excess = None if group is None else difference(group, base, "phi/excess", "phi_excess")
+        error = None if group is None else difference(group, base, "reconstruction/fvu", "fvu")
+        loss = None if group is None else added_loss(group.arms)
+        comparisons.append(PaperComparison(weight, sigma_sq, paper.phi, paper.error, paper.loss, group, phi, excess, error, loss))
+    return comparisons
 
 
 def added_loss(arms: Sequence[Arm]) -> float | None:
-    """What SAEs add to the model's loss, in percent of it, their mean."""
+    """Loss that SAEs add to the language model, in percent of the model's loss; the mean over arms."""
     pairs = [(arm.figure("splice/ce_sae"), arm.figure("splice/ce_clean")) for arm in arms]
-    added = [100 * (with_it / clean - 1) for with_it, clean in pairs if with_it is not None and clean]
-    return sum(added) / len(added) if added else None
+    added = [100 * (with_sae / clean - 1) for with_sae, clean in pairs if with_sae is not None and clean]
+    return mean_of(added) if added else None

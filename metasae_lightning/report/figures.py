@@ -1,4 +1,4 @@
-"""Figures of a study, each as SVG in the page's own colours and as PNG."""
+"""Figures of a report, each as SVG in the colours of the page and as PNG."""
 
 import io
 import re
@@ -14,10 +14,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from metasae_lightning.report.load_runs import Arm
 from metasae_lightning.report.seeds import Group
 
-# Of Okabe and Ito, legible to the colour-blind, on white and on black; the first is the baseline's.
+# The palette of Okabe and Ito, legible to the colour-blind on white and on black. The first colour is the baseline's.
 COLOURS = ("#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#a6761d", "#9467bd", "#66a61e")
 MARKERS = "osD^vP*X<>"
-# Stands for the text's colour until the figure is written.
+# Placeholder for the text colour, replaced when a figure is written.
 INK = "#010203"
 STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor"), INK),
@@ -25,107 +25,107 @@ STYLE: Any = {
     **{"legend.frameon": False, "legend.fontsize": 9.5, "figure.facecolor": "none", "axes.facecolor": "none", "svg.hashsalt": "metasae"},
     **{"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False},
 }
-# What names may hold no legend could.
-LONGEST = 28
-MOST_IN_LEGEND = 10
+# Characters of a name and entries of a legend at most, so that both fit.
+MAX_NAME = 28
+MAX_IN_LEGEND = 10
 
 
-def drawn(groups: Sequence[Group]) -> dict[str, Figure]:
-    """Every figure that there is something to draw in."""
+def draw_all(groups: Sequence[Group]) -> dict[str, Figure]:
+    """Every figure that has data, by name."""
     with mpl.rc_context(STYLE):
-        found = {
+        drawn = {
             **{"tradeoff": tradeoff(groups), "phi": phi(groups), "decoder": decoder(groups), "critic": critic(groups)},
             **{"latents": latents(groups), "recovery": recovery(groups), "training": training(groups)},
         }
-    return {name: figure for name, figure in found.items() if figure is not None}
-
-
-def svg(figure: Figure, *, alone: bool = False) -> str:
-    """A figure as SVG: for a page, in the page's text colour and without a size; or `alone`, as a file."""
-    source = svg_source(figure)
-    if alone:
-        return source.replace(INK, "black")
-    element = source[source.index("<svg") :].replace(INK, "currentColor")
-    for size in ("width", "height"):
-        element = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", element, count=1)
-    return re.sub(r'<g id="[^"]*"', "<g", element)  # several of them are in one page
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def svg_source(figure: Figure) -> str:
-    """The SVG that matplotlib writes. It is stored on the figure, since a report needs it for the page and for a file."""
-    source = getattr(figure, "metasae_svg", None)
-    if source is None:
-        text = io.StringIO()
-        with mpl.rc_context(STYLE):
-            figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-        source = text.getvalue()
-        setattr(figure, "metasae_svg", source)  # noqa: B010
-    return source
+    """A figure as SVG with a placeholder for the text colour, as `svg_file` and `svg_element` take it."""
+    text = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return text.getvalue()
 
 
-def save(figure: Figure, path: Path) -> None:
-    """A figure as PNG, black on white, for papers and slides."""
+def svg_file(source: str) -> str:
+    """The SVG as a file of its own, with black text."""
+    return source.replace(INK, "black")
+
+
+def svg_element(source: str) -> str:
+    """The SVG as an element of a page, in the page's text colour and without a size."""
+    element = source[source.index("<svg") :].replace(INK, "currentColor")
+    for size in ("width", "height"):
+        element = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", element, count=1)
+    return re.sub(r'<g id="[^"]*"', "<g", element)  # ids must be unique, and a page has several figures
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Save a figure that was drawn as SVG before, black on white, for papers and slides."""
+    figure.set_layout_engine("none")  # the layout of the SVG: computing it again would take as long as drawing
     with mpl.rc_context(STYLE):
         figure.savefig(path, format="png", dpi=200, facecolor="white")
 
 
-def plot(columns: int = 1, rows: int = 1, height: float = 3.6) -> tuple[Figure, Any]:
-    """A figure of its own, unknown to pyplot, and its axes."""
+def new_figure(columns: int = 1, rows: int = 1, height: float = 3.6) -> tuple[Figure, Any]:
+    """A figure and its axes, without pyplot, which would keep it in memory."""
     figure = Figure(figsize=(5.2 * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
-def look(place: int) -> dict[str, Any]:
+def group_style(index: int) -> dict[str, Any]:
     """Colour and marker of a group."""
-    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
-def short(name: str) -> str:
-    """A name that fits beside a line."""
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+def short_name(name: str) -> str:
+    """A name, shortened to fit into a legend."""
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
-def logarithmic(*of: Any) -> None:
-    """Axes in powers, with numbers that need no mathematics to be set: names may hold a dollar."""
-    for axis in of:
+def set_log_scale(*axes: Any) -> None:
+    """Logarithmic axes with plain numbers: math text is off, since names may contain a dollar sign."""
+    for axis in axes:
         getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
 
 
-def explain(axes: Any) -> None:
-    """A legend, where it can be read."""
+def add_legend(axes: Any) -> None:
+    """Add a legend if it has more than one entry and not too many."""
     handles, labels = axes.get_legend_handles_labels()
-    if 1 < len(labels) <= MOST_IN_LEGEND:
+    if 1 < len(labels) <= MAX_IN_LEGEND:
         axes.legend(handles, labels)
 
 
 def tradeoff(groups: Sequence[Group]) -> Figure | None:
-    """What less co-firing costs: a point an arm, with its interval over documents."""
+    """Co-firing against reconstruction error and loss: a point for each arm, with its intervals over documents."""
     if not any(group.values("phi/excess") and group.values("reconstruction/fvu") for group in groups):
         return None
     costs = {"reconstruction/fvu": ("variance unexplained", "fvu")}
     if any(group.values("splice/ce_added") or group.values("splice/ce_sae") for group in groups):
         costs["splice/ce_sae"] = ("loss of the model with the SAE in it", "ce_sae")
-    figure, panels = plot(columns=1, rows=len(costs))
+    figure, panels = new_figure(columns=1, rows=len(costs))
     for axes, (path, (words, interval)) in zip(panels, costs.items(), strict=True):
-        for place, group in enumerate(groups):
+        for index, group in enumerate(groups):
             arms = [arm for arm in group.arms if arm.figure(path) is not None and arm.figure("phi/excess") is not None]
             if not arms:
                 continue
-            x, y = ([arm.figure(of) for arm in arms] for of in (path, "phi/excess"))
-            across, up = ([around(arm, name, of) for arm in arms] for name, of in ((interval, path), ("phi_excess", "phi/excess")))
-            bars = {"xerr": np.array(across).T, "yerr": np.array(up).T, "elinewidth": 0.6, "alpha": 0.9, "linestyle": "none"}
-            axes.errorbar(x, y, label=short(group.name), markersize=6, **bars, **look(place))
+            x, y = [arm.figure(path) for arm in arms], [arm.figure("phi/excess") for arm in arms]
+            x_errors = np.array([error_bar(arm, interval, path) for arm in arms]).T
+            y_errors = np.array([error_bar(arm, "phi_excess", "phi/excess") for arm in arms]).T
+            bars = {"xerr": x_errors, "yerr": y_errors, "elinewidth": 0.6, "alpha": 0.9, "linestyle": "none"}
+            axes.errorbar(x, y, label=short_name(group.name), markersize=6, **bars, **group_style(index))
         axes.set(xlabel=words, ylabel="excess of mean |phi|")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-        explain(axes)
+        add_legend(axes)
     return figure
 
 
-def around(arm: Arm, name: str, path: str) -> tuple[float, float]:
-    """How far down and up the interval of a figure goes."""
+def error_bar(arm: Arm, name: str, path: str) -> tuple[float, float]:
+    """Distances from a figure to the lower and the upper end of its interval."""
     value, interval = arm.figure(path), ((arm.entry or {}).get("intervals") or {}).get(name)
     if value is None or not interval or None in interval:
         return 0.0, 0.0
@@ -133,128 +133,138 @@ def around(arm: Arm, name: str, path: str) -> tuple[float, float]:
 
 
 def phi(groups: Sequence[Group]) -> Figure | None:
-    """How |phi| is spread over pairs, and what each group has more or less of than the first."""
+    """Distribution of |phi| over pairs, and its difference from the first group's."""
     spreads = {group.name: share for group in groups if (share := shares(group, "phi/log10_abs", "pairs")) is not None}
     if not spreads:
         return None
-    figure, panels = plot(rows=2 if len(spreads) > 1 else 1)
-    places = {group.name: place for place, group in enumerate(groups)}
+    figure, panels = new_figure(rows=2 if len(spreads) > 1 else 1)
+    index_of = {group.name: index for index, group in enumerate(groups)}
     (edges, first), *others = spreads.values()
     for name, (_, share) in spreads.items():
-        panels[0].stairs(100 * share, 10.0 ** np.array(edges), label=short(name), color=look(places[name])["color"], linewidth=1.4)
+        panels[0].stairs(
+            100 * share, 10.0 ** np.array(edges), label=short_name(name), color=group_style(index_of[name])["color"], linewidth=1.4
+        )
     panels[0].set(xlabel="|phi|", ylabel="% of pairs")
-    logarithmic(panels[0].xaxis, panels[0].yaxis)
-    explain(panels[0])
+    set_log_scale(panels[0].xaxis, panels[0].yaxis)
+    add_legend(panels[0])
     if others:
         for name, (_, share) in list(spreads.items())[1:]:
-            colour = look(places[name])["color"]
-            panels[1].stairs(100 * (share - first), 10.0 ** np.array(edges), label=short(name), color=colour, linewidth=1.4)
+            colour = group_style(index_of[name])["color"]
+            panels[1].stairs(100 * (share - first), 10.0 ** np.array(edges), label=short_name(name), color=colour, linewidth=1.4)
         panels[1].axhline(0, color=INK, linewidth=0.8)
-        panels[1].set(xlabel="|phi|", ylabel=f"% of pairs, less {short(next(iter(spreads)))}")
-        logarithmic(panels[1].xaxis)
-        explain(panels[1])
+        panels[1].set(xlabel="|phi|", ylabel=f"% of pairs, less {short_name(next(iter(spreads)))}")
+        set_log_scale(panels[1].xaxis)
+        add_legend(panels[1])
     return figure
 
 
 def shares(group: Group, path: str, counts: str) -> tuple[list[float], Any] | None:
-    """A histogram as shares, the mean over a group's arms."""
-    found = [one for arm in group.arms if (one := arm.histogram(path, counts)) is not None and sum(one[1])]
-    if not found:
+    """Edges and shares of a histogram, the mean over a group's arms; None if no arm has it."""
+    histograms = [pair for arm in group.arms if (pair := arm.histogram(path, counts)) is not None and sum(pair[1])]
+    if not histograms:
         return None
-    return found[0][0], np.mean([np.array(counts) / sum(counts) for _, counts in found], axis=0)
+    return histograms[0][0], np.mean([np.array(heights) / sum(heights) for _, heights in histograms], axis=0)
 
 
 def decoder(groups: Sequence[Group]) -> Figure | None:
-    """How near each decoder row's nearest neighbour is."""
-    found = {group.name: share for group in groups if (share := shares(group, "decoder/nearest", "rows")) is not None}
-    if not found:
+    """Distribution of the cosine of each decoder row with its nearest neighbour."""
+    spreads = {group.name: share for group in groups if (share := shares(group, "decoder/nearest", "rows")) is not None}
+    if not spreads:
         return None
-    figure, (axes,) = plot()
-    for place, group in enumerate(groups):
-        if group.name in found:
-            edges, share = found[group.name]
-            axes.stairs(100 * share, edges, label=short(group.name), color=look(place)["color"], linewidth=1.4)
+    figure, (axes,) = new_figure()
+    for index, group in enumerate(groups):
+        if group.name in spreads:
+            edges, share = spreads[group.name]
+            axes.stairs(100 * share, edges, label=short_name(group.name), color=group_style(index)["color"], linewidth=1.4)
     axes.set(xlabel="cosine with the nearest other decoder row", ylabel="% of latents")
-    explain(axes)
+    add_legend(axes)
     return figure
 
 
 def critic(groups: Sequence[Group]) -> Figure | None:
-    """What fresh critics explain of each decoder, beside both nulls."""
-    shown = [(place, group) for place, group in enumerate(groups) if group.values("critic/fve")]
+    """Variance that fresh critics explain of each decoder, of shuffled rows and of random rows."""
+    shown = [(index, group) for index, group in enumerate(groups) if group.values("critic/fve")]
     if not shown:
         return None
-    figure, (axes,) = plot(height=1.6 + 0.35 * len(shown))
+    figure, (axes,) = new_figure(height=1.6 + 0.35 * len(shown))
     kinds = {"fve": ("the decoder", "o", 1.0), "shuffled": ("shuffled rows", "|", 0.7), "random": ("random rows", "x", 0.7)}
-    for line, (place, group) in enumerate(shown):
+    for line, (index, group) in enumerate(shown):
         for name, (words, marker, alpha) in kinds.items():
             means, spread = group.values(f"critic/{name}"), group.values(f"critic/{name}_std")
             bars = {"xerr": spread if len(spread) == len(means) else None, "elinewidth": 1.0, "linestyle": "none", "alpha": alpha}
             label = words if not line else None
-            axes.errorbar(means, [line] * len(means), marker=marker, markersize=7, color=look(place)["color"], label=label, **bars)
-    axes.set_yticks(range(len(shown)), [short(group.name) for _, group in shown])
+            axes.errorbar(means, [line] * len(means), marker=marker, markersize=7, color=group_style(index)["color"], label=label, **bars)
+    axes.set_yticks(range(len(shown)), [short_name(group.name) for _, group in shown])
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set(xlabel="share of the rows' variance that a fresh critic explains", ylim=(len(shown) - 0.5, -0.5))
-    explain(axes)
+    add_legend(axes)
     return figure
 
 
 def latents(groups: Sequence[Group]) -> Figure | None:
-    """How often latents fire; what never fired is in the legend."""
+    """Distribution of firing rates of live latents; the legend has the share of dead ones."""
     path = "latents/log10_density"
-    found = [(place, group, share) for place, group in enumerate(groups) if (share := shares(group, path, "latents")) is not None]
-    if not found:
+    spreads = [(index, group, share) for index, group in enumerate(groups) if (share := shares(group, path, "latents")) is not None]
+    if not spreads:
         return None
-    figure, (axes,) = plot()
-    for place, group, (edges, share) in found:
+    figure, (axes,) = new_figure()
+    for index, group, (edges, share) in spreads:
         dead = group.values("latents/dead")
-        label = f"{short(group.name)}: {sum(dead) / len(dead):.1%} dead" if dead else short(group.name)
-        axes.stairs(100 * share, 10.0 ** np.array(edges), label=label, color=look(place)["color"], linewidth=1.4)
+        label = f"{short_name(group.name)}: {sum(dead) / len(dead):.1%} dead" if dead else short_name(group.name)
+        axes.stairs(100 * share, 10.0 ** np.array(edges), label=label, color=group_style(index)["color"], linewidth=1.4)
     axes.set(xlabel="share of tokens that a latent fires on", ylabel="% of live latents")
-    logarithmic(axes.xaxis)
-    explain(axes)
+    set_log_scale(axes.xaxis)
+    add_legend(axes)
     return figure
 
 
 def recovery(groups: Sequence[Group]) -> Figure | None:
-    """How well planted features are found."""
+    """Recovery of planted features: MCC, uniqueness and F1."""
     paths = {"recovery/mcc": "MCC", "recovery/uniqueness": "unique", "recovery/f1": "F1"}
-    shown = [(place, group) for place, group in enumerate(groups) if group.values("recovery/mcc")]
+    shown = [(index, group) for index, group in enumerate(groups) if group.values("recovery/mcc")]
     if not shown:
         return None
-    figure, (axes,) = plot()
-    for step, (place, group) in enumerate(shown):
+    figure, (axes,) = new_figure()
+    for step, (index, group) in enumerate(shown):
         for line, path in enumerate(paths):
             values = group.values(path)
-            at = [line + 0.6 * (step + 0.5) / len(shown) - 0.3] * len(values)
-            axes.plot(at, values, linestyle="none", label=short(group.name) if not line else None, markersize=6, alpha=0.8, **look(place))
+            x = [line + 0.6 * (step + 0.5) / len(shown) - 0.3] * len(values)
+            axes.plot(
+                x,
+                values,
+                linestyle="none",
+                label=short_name(group.name) if not line else None,
+                markersize=6,
+                alpha=0.8,
+                **group_style(index),
+            )
     axes.set_xticks(range(len(paths)), list(paths.values()))
     axes.set(ylabel="1 is perfect")
-    explain(axes)
+    add_legend(axes)
     return figure
 
 
 def training(groups: Sequence[Group]) -> Figure | None:
-    """What was logged on the way."""
+    """Curves logged in training."""
     curves = {
         "train/fvu": "variance unexplained",
         "val/fvu": "the same, held out",
         "train/dead": "share of latents dead",
     }
     penalties = sorted({name for group in groups for arm in group.arms for name in arm.curves if name.startswith("penalty/")})
-    curves |= {name: f"penalty {short(name.removeprefix('penalty/'))}" for name in penalties}
+    curves |= {name: f"penalty {short_name(name.removeprefix('penalty/'))}" for name in penalties}
     # A line needs two points.
     shown = [name for name in curves if any(len(arm.curves.get(name, ())) > 1 for group in groups for arm in group.arms)]
     if not shown:
         return None
-    figure, panels = plot(rows=len(shown), height=2.7)
+    figure, panels = new_figure(rows=len(shown), height=2.7)
     for axes, name in zip(panels, shown, strict=True):
-        for place, group in enumerate(groups):
+        for index, group in enumerate(groups):
             for number, arm in enumerate(arm for arm in group.arms if name in arm.curves):
                 x, y = zip(*arm.curves[name], strict=True)
-                label = short(group.name) if not number else None
-                axes.plot(x, y, label=label, color=look(place)["color"], linewidth=1.3, alpha=1.0 if not number else 0.5)
+                label = short_name(group.name) if not number else None
+                axes.plot(x, y, label=label, color=group_style(index)["color"], linewidth=1.3, alpha=1.0 if not number else 0.5)
         axes.set(xlabel="tokens", ylabel=curves[name])
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
-        explain(axes)
+        add_legend(axes)
     return figure

@@ -16,10 +16,14 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.report.load_runs import Arm
 
 Matrix: TypeAlias = NDArray[np.float32]
+# Index and value.
+Pair: TypeAlias = list[float]
 # Per latent: nearest decoder rows and meta-latents that are shown; per meta-latent: latents that are shown.
 NEIGHBOURS, METAS, SHARING = 4, 4, 6
 # Decoder rows whose cosines with all others are in memory at once.
 ROWS = 1024
+# Segments of a row whose maxima bound its largest values.
+SEGMENTS = 64
 # Architectures whose folder holds the decoder as SAELens uses it.
 DIRECT = {"standard", "gated", "jumprelu", "topk"}
 
@@ -129,37 +133,50 @@ def describe_latents(decoder: Decoder, chosen: list[int], latents: dict[str, Any
         numbers = np.asarray(chosen[begin : begin + ROWS])
         cosines = decoder.rows[numbers] @ decoder.rows.T
         cosines[np.arange(len(numbers)), numbers] = -np.inf
-        products = None if other is None else decoder.rows[numbers] @ other.T
-        for line, latent in enumerate(numbers.tolist()):
-            match: list[float] = [] if products is None else largest(products[line], 1)[0]
-            metas = [] if decoder.metas is None else largest(decoder.metas[latent], METAS)
+        neighbours = largest(cosines, min(NEIGHBOURS, len(decoder.rows) - 1))
+        matches: list[list[Pair]] = [[]] * len(numbers) if other is None else largest(decoder.rows[numbers] @ other.T, 1)
+        metas: list[list[Pair]] = [[]] * len(numbers) if decoder.metas is None else largest(decoder.metas[numbers], METAS)
+        for row, latent in enumerate(numbers.tolist()):
             contexts = latents["contexts"].get(str(latent), [])
             lines.append(
                 [
                     *(latent, latents["firings"][latent], latents["maximum"][latent]),
-                    largest(cosines[line], min(NEIGHBOURS, len(decoder.rows) - 1)),
-                    match,
-                    [pair for pair in metas if pair[1] > 0],
+                    neighbours[row],
+                    matches[row][0] if matches[row] else [],
+                    [pair for pair in metas[row] if pair[1] > 0],
                     [[context["at"], context["tokens"], context["values"]] for context in contexts],
                 ]
             )
     return lines
 
 
-def latents_of_metas(metas: Matrix | None) -> list[list[list[float]]]:
+def latents_of_metas(metas: Matrix | None) -> list[list[Pair]]:
     """For each meta-latent, the latents that it is most active on."""
     if metas is None:
         return []
-    return [[pair for pair in largest(column, SHARING) if pair[1] > 0] for column in metas.T]
+    return [[pair for pair in pairs if pair[1] > 0] for pairs in largest(np.ascontiguousarray(metas.T), SHARING)]
 
 
-def largest(values: NDArray[Any], count: int) -> list[list[float]]:
-    """Index and rounded value of the `count` largest values, largest first.
+def largest(matrix: NDArray[Any], count: int) -> list[list[Pair]]:
+    """Index and rounded value of the `count` largest values of each row, largest first; of equal values, the first.
 
-    >>> largest(np.array([0.5, 2.0, 1.0]), 2)
-    [[1, 2.0], [2, 1.0]]
+    Each row is cut into segments. The `count`-th largest maximum of a segment is a lower bound, so only values above it are sorted.
+
+    >>> largest(np.array([[0.5, 2.0, 1.0], [3.0, 0.0, 3.0]]), 2)
+    [[[1, 2.0], [2, 1.0]], [[0, 3.0], [2, 3.0]]]
     """
-    count = min(count, len(values))
-    candidates = np.argpartition(-values, count - 1)[:count] if count else np.arange(0)
-    order = candidates[np.argsort(-values[candidates], kind="stable")]
-    return [[int(index), round(float(values[index]), 3)] for index in order]
+    rows, width = matrix.shape
+    count = min(count, width)
+    if not rows or not count:
+        return [[] for _ in range(rows)]
+    segments = np.linspace(0, width, min(max(SEGMENTS, count), width), endpoint=False).astype(int)
+    maxima = np.maximum.reduceat(matrix, segments, axis=1)
+    bound = np.partition(maxima, -count, axis=1)[:, -count]
+    row, column = np.nonzero(matrix >= bound[:, None])
+    value = matrix[row, column]
+    order = np.lexsort((-value, row))
+    picked = order[np.searchsorted(row, np.arange(rows))[:, None] + np.arange(count)]
+    return [
+        [[index, round(number, 3)] for index, number in zip(indices, numbers, strict=True)]
+        for indices, numbers in zip(column[picked].tolist(), value[picked].tolist(), strict=True)
+    ]

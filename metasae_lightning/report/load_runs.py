@@ -1,4 +1,4 @@
-"""What runs have left behind, each arm's apart, and what of it is missing."""
+"""Load the results of finished runs, arm by arm, and list what is missing."""
 
 import csv
 import gzip
@@ -28,56 +28,56 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Arm:
-    """One SAE and what is known of it."""
+    """One SAE of a run with its results."""
 
     name: str
-    """What the page calls it."""
+    """Name on the page."""
     place: Path
-    """The folder with its `saes/`."""
+    """Folder that contains `saes/`."""
     recipe: dict[str, Any] = field(default_factory=dict)
-    """The arguments of its model."""
+    """Arguments of its model in `config.yaml`."""
     record: dict[str, Any] = field(default_factory=dict)
-    """Its part of `evaluation.json`."""
+    """Its entry in `evaluation.json`."""
     curves: dict[str, Curve] = field(default_factory=dict)
-    """Figures while it trained, by tokens trained on."""
+    """Metrics logged in training: pairs of tokens and value, by name."""
     missing: list[str] = field(default_factory=list)
-    """What is not there, in words."""
+    """Missing results, a phrase each."""
 
     @property
     def entry(self) -> dict[str, Any] | None:
-        """What `metasae test` found."""
+        """Results of `metasae test`, or None."""
         return self.record.get("evaluation")
 
     def figure(self, path: str) -> float | None:
-        """One of its figures, `GROUP/NAME`."""
+        """One figure, `GROUP/NAME`, or None."""
         group, name = path.split("/")
         value = ((self.entry or {}).get("figures", {}).get(group) or {}).get(name)
         return float(value) if isinstance(value, int | float) else None
 
     def histogram(self, path: str, counts: str) -> tuple[list[float], list[float]] | None:
-        """Edges and counts, where there are such."""
+        """Edges and counts of a histogram, or None."""
         group, name = path.split("/")
-        found = ((self.entry or {}).get("figures", {}).get(group) or {}).get(name)
-        return (found["edges"], found[counts]) if isinstance(found, Mapping) else None
+        histogram = ((self.entry or {}).get("figures", {}).get(group) or {}).get(name)
+        return (histogram["edges"], histogram[counts]) if isinstance(histogram, Mapping) else None
 
     @property
     def seed(self) -> int:
-        """The seed that it began from."""
+        """Seed of its initial weights."""
         return int(self.recipe.get("seed") or 0)
 
     @property
     def penalties(self) -> dict[str, dict[str, Any]]:
-        """Class and arguments of each of its penalties that weighs something."""
-        found: dict[str, dict[str, Any]] = {}
-        for name, one in (self.recipe.get("penalties") or {}).items():
-            arguments = one.get("init_args") or {}
+        """Class and arguments of each penalty whose weight is not 0."""
+        penalties: dict[str, dict[str, Any]] = {}
+        for name, config in (self.recipe.get("penalties") or {}).items():
+            arguments = config.get("init_args") or {}
             if arguments.get("weight", 1) != 0:
-                found[name] = {"class": str(one.get("class_path", "")).rsplit(".", 1)[-1], **arguments}
-        return found
+                penalties[name] = {"class": str(config.get("class_path", "")).rsplit(".", 1)[-1], **arguments}
+        return penalties
 
     @cached_property
     def latents(self) -> dict[str, Any] | None:
-        """Its latents and where they fire."""
+        """Firing rate, maximum and top contexts of each latent, from `latents.json.gz`; None if there is no such file."""
         path = self.place / "latents.json.gz"
         if not path.exists():
             return None
@@ -87,45 +87,45 @@ class Arm:
             raise InputError(f"{path} is damaged: measure again, metasae test {self.place} ({error})") from error
 
 
-def gather(places: Sequence[str]) -> list[Arm]:
-    """Every arm of some runs, in order, under names of their own."""
+def load_arms(places: Sequence[str]) -> list[Arm]:
+    """Every arm of some runs, in order. Names include the run where two arms would have the same name."""
     runs = [Path(place) for place in places]
     for run in runs:
         if not run.is_dir():
             raise InputError(f"{run}: there is no such run")
         if find_run(run) is None and not record_file(run).exists():
             raise InputError(f"{run} is no run: it has neither config.yaml nor evaluation.json")
-    found = [arm for run in runs for arm in arms_of(run)]
-    names = [arm.name for arm in found]
+    arms = [arm for run in runs for arm in arms_of(run)]
+    names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
-        found = [arm for run in runs for arm in arms_of(run, prefix=f"{run}/")]
-    return found
+        arms = [arm for run in runs for arm in arms_of(run, prefix=f"{run}/")]
+    return arms
 
 
 def arms_of(path: Path, prefix: str = "") -> list[Arm]:
-    """The arms of a run, itself where it has but one, or the arm that the folder is."""
-    whole, run = path.resolve(), find_run(path) or path
-    only = None if run == path else whole.name
+    """The arms of a run; a run without arms counts as one arm; the folder of an arm gives that arm alone."""
+    resolved, run = path.resolve(), find_run(path) or path
+    selected = None if run == path else resolved.name
     model = model_args(read_config(config_file(run))) if config_file(run).exists() else {}
-    record, curves = read_record(record_file(run)), metrics(run)
-    arms: dict[str, Any] = model.get("arms") or {}
-    if not arms:
-        name = prefix.rstrip("/") or whole.name
-        return [arm_of(name, run, model, record, curves)]
-    found: list[Arm] = []
-    for name, one in arms.items():
-        if only in (None, name):
-            own = {key.removeprefix(f"{name}/"): curve for key, curve in curves.items() if key.startswith(f"{name}/")}
-            of = arm_record(record, name)
-            found.append(arm_of(prefix + name, arm_folder(run, name), (one or {}).get("init_args") or {}, of, own))
-    return found
+    record, curves = read_record(record_file(run)), training_curves(run)
+    arm_configs: dict[str, Any] = model.get("arms") or {}
+    if not arm_configs:
+        name = prefix.rstrip("/") or resolved.name
+        return [load_arm(name, run, model, record, curves)]
+    arms: list[Arm] = []
+    for name, config in arm_configs.items():
+        if selected in (None, name):
+            arm_curves = {key.removeprefix(f"{name}/"): curve for key, curve in curves.items() if key.startswith(f"{name}/")}
+            recipe = (config or {}).get("init_args") or {}
+            arms.append(load_arm(prefix + name, arm_folder(run, name), recipe, arm_record(record, name), arm_curves))
+    return arms
 
 
-def arm_of(name: str, place: Path, recipe: dict[str, Any], record: dict[str, Any], curves: dict[str, Curve]) -> Arm:
-    """An arm, and in words what it lacks."""
+def load_arm(name: str, place: Path, recipe: dict[str, Any], record: dict[str, Any], curves: dict[str, Curve]) -> Arm:
+    """An arm with a list of its missing results."""
     missing: list[str] = []
-    if why := (record.get("validation") or {}).get("stopped"):
-        missing.append(f"it stopped: {why}")
+    if reason := (record.get("validation") or {}).get("stopped"):
+        missing.append(f"it stopped: {reason}")
     if not is_exported(place):
         missing.append("no SAE under saes/primary: training did not end, or nothing exported")
     if "evaluation" not in record:
@@ -139,32 +139,32 @@ def arm_of(name: str, place: Path, recipe: dict[str, Any], record: dict[str, Any
     return Arm(name, place, recipe, record, curves, missing)
 
 
-def metrics(run: Path) -> dict[str, Curve]:
-    """What was logged while training, by its name: pairs of tokens and value. A resumed run's parts are put together."""
+def training_curves(run: Path) -> dict[str, Curve]:
+    """Metrics logged in training, by name: pairs of tokens and value. The files of a resumed run are joined."""
 
-    def number(path: Path) -> float:
+    def part_number(path: Path) -> float:
         part = re.fullmatch(r"metrics\.(\d+)", path.stem)
         return float(part[1]) if part else float("inf")
 
-    # A resumed run logs again what lay behind its checkpoint: the later part holds.
+    # A resumed run repeats the steps after its checkpoint: the later file wins.
     points: dict[str, dict[float, float]] = {}
-    for path in sorted(run.glob("metrics*.csv"), key=number):
-        tokens = 0.0  # a line without, as a validation's, is of those of the line before
+    for path in sorted(run.glob("metrics*.csv"), key=part_number):
+        tokens = 0.0  # a line without tokens, such as one of validation, has those of the line before
         with path.open(newline="", errors="replace") as file:
-            rows = [row for row in csv.DictReader(file) if value_of(row.get("step")) is not None]
+            rows = [row for row in csv.DictReader(file) if parse_number(row.get("step")) is not None]
         for row in rows:
-            seen = [value_of(value) for key, value in row.items() if key and key.endswith("train/tokens")]
-            tokens = next((count for count in seen if count is not None), tokens)
+            counts = [parse_number(value) for key, value in row.items() if key and key.endswith("train/tokens")]
+            tokens = next((count for count in counts if count is not None), tokens)
             for name, text in row.items():
-                if name and name not in ("step", "epoch") and (value := value_of(text)) is not None:
+                if name and name not in ("step", "epoch") and (value := parse_number(text)) is not None:
                     points.setdefault(name, {})[tokens] = value
     return {name: sorted(curve.items()) for name, curve in points.items()}
 
 
-def value_of(text: str | None) -> float | None:
-    """A number in a table, if it is one.
+def parse_number(text: str | None) -> float | None:
+    """The number in a cell of a table, or None if the cell holds no number.
 
-    >>> value_of("0.5"), value_of(""), value_of("torn")
+    >>> parse_number("0.5"), parse_number(""), parse_number("torn")
     (0.5, None, None)
     """
     try:

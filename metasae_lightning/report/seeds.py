@@ -1,4 +1,4 @@
-"""Arms that differ by their seed alone, taken together, and what one such group does otherwise than another."""
+"""Arms grouped by recipe, so that a group is one recipe with several seeds, and differences between groups with their intervals."""
 
 import json
 import math
@@ -7,178 +7,192 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy import stats
-
 from metasae_lightning.report.load_runs import Arm
 
-SURE = 0.95
-# SAEs whose L0 differ by more than so much do not do the same work.
-APART = 1.05
+CONFIDENCE = 0.95
+# SAEs are compared only if the largest L0 is at most this many times the smallest.
+L0_TOLERANCE = 1.05
 
 
 @dataclass(frozen=True)
 class Group:
-    """Arms of one recipe."""
+    """Arms of one recipe, one arm a seed."""
 
     name: str
-    """What the page calls them."""
+    """Name on the page."""
     arms: list[Arm]
-    """Themselves, one a seed."""
+    """The arms."""
 
     @property
     def first(self) -> Arm:
-        """One of them."""
+        """The first arm, whose recipe stands for the group."""
         return self.arms[0]
 
     @property
-    def plain(self) -> bool:
-        """Whether no penalty weighs anything."""
+    def has_no_penalty(self) -> bool:
+        """Whether the recipe has no penalty with a weight above 0."""
         return not self.first.penalties
 
     @property
     def decomposability(self) -> tuple[float, float] | None:
-        """Weight and sigma squared, where that is the one penalty."""
-        own = list(self.first.penalties.values())
-        if len(own) != 1 or own[0]["class"] != "Decomposability":
+        """Weight and sigma squared of the decomposability penalty, or None if it is not the only penalty."""
+        penalties = list(self.first.penalties.values())
+        if len(penalties) != 1 or penalties[0]["class"] != "Decomposability":
             return None
-        return float(own[0].get("weight", 0.3)), float(own[0].get("sigma_sq", 1.0))
+        return float(penalties[0].get("weight", 0.3)), float(penalties[0].get("sigma_sq", 1.0))
 
     def values(self, path: str) -> list[float]:
-        """A figure of each of the arms that have it."""
+        """A figure, `GROUP/NAME`, of each arm that has it."""
         return [value for arm in self.arms if (value := arm.figure(path)) is not None]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and where it lies with 95 %."""
+    """A difference from the baseline with its 95 % interval."""
 
     value: float
-    """The number, a mean where there are several seeds."""
+    """The difference; a mean over seeds if there are several."""
     low: float
-    """No less."""
+    """Lower end of the interval; NaN if no interval is known."""
     high: float
-    """No more."""
+    """Upper end of the interval; NaN if no interval is known."""
     seeds: int
-    """How many seeds it is of; of one, the interval is of documents drawn again."""
+    """Number of seeds. With one seed, the interval is a bootstrap over documents."""
     base: float
-    """What the baseline has."""
+    """The baseline's figure."""
 
     @property
     def percent(self) -> tuple[float, float, float]:
-        """The same in percent of the baseline."""
+        """Difference, lower end and upper end in percent of the baseline; NaN if the baseline is 0."""
         scale = 100 / abs(self.base) if self.base else math.nan
         return self.value * scale, *sorted((self.low * scale, self.high * scale))  # pyright: ignore[reportReturnType]
 
     @property
     def sign(self) -> int:
-        """1 and -1 where all of the interval is on that side of nothing, else 0."""
+        """1 if the whole interval is above 0, -1 if it is below, else 0."""
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
 
-def grouped(arms: Sequence[Arm]) -> list[Group]:
-    """Arms by recipe, in order; an arm whose recipe is not known is alone."""
-    found: dict[str, list[Arm]] = {}
+def group_by_recipe(arms: Sequence[Arm]) -> list[Group]:
+    """Arms grouped by recipe, in order of their first arm. An arm with an unknown recipe is a group of its own."""
+    groups: dict[str, list[Arm]] = {}
     for arm in arms:
         recipe = {key: value for key, value in arm.recipe.items() if key != "seed"}
         key = json.dumps(recipe, sort_keys=True, default=str) if recipe else arm.name
-        alike = found.setdefault(key, [])
-        # Twice the same seed is no second seed: two runs of one recipe are told apart.
-        if arm.seed in [other.seed for other in alike]:
-            alike = found.setdefault(f"{key} {arm.name}", [])
-        alike.append(arm)
-    return [Group(name_of(arms), arms) for arms in found.values()]
+        members = groups.setdefault(key, [])
+        # Two runs of one recipe with the same seed are not two seeds: the second run is a group of its own.
+        if arm.seed in [other.seed for other in members]:
+            members = groups.setdefault(f"{key} {arm.name}", [])
+        members.append(arm)
+    return [Group(group_name(members), members) for members in groups.values()]
 
 
-def name_of(arms: Sequence[Arm]) -> str:
-    """An arm's name without its seed, where there are several."""
+def group_name(arms: Sequence[Arm]) -> str:
+    """The first arm's name, without its seed if the group has several arms."""
     name = arms[0].name
     return (re.sub(r"[-_.]?seed[-_.=]?\d+", "", name).strip("/") or name) if len(arms) > 1 else name
 
 
 def baseline(groups: Sequence[Group]) -> Group | None:
-    """What others are compared with: the first without critic and penalty, else without penalty, else the first."""
-    alone = [group for group in groups if group.first.recipe and group.plain and not group.first.recipe.get("meta")]
-    plain = [group for group in groups if group.first.recipe and group.plain]
-    return next(iter([*alone, *plain, *groups]), None)
+    """The group that others are compared with: the first without meta SAE and penalty, else without penalty, else the first."""
+    no_penalty = [group for group in groups if group.first.recipe and group.has_no_penalty]
+    solo = [group for group in no_penalty if not group.first.recipe.get("meta")]
+    return next(iter([*solo, *no_penalty, *groups]), None)
 
 
 def headline(groups: Sequence[Group], base: Group) -> Group | None:
-    """What the first sentence is about: the first with a decomposability penalty, else the first that is not the baseline."""
+    """The group that the verdict is about: the first with a decomposability penalty, else the first that is not the baseline."""
     others = [group for group in groups if group is not base]
     joint = [group for group in others if group.decomposability]
     return next(iter([*joint, *others]), None)
 
 
-def difference(group: Group, base: Group, path: str, measured: str = "") -> Estimate | None:
-    """A figure of a group less the baseline's, paired by seed where seeds are the same.
+def difference(group: Group, base: Group, path: str, comparison: str = "") -> Estimate | None:
+    """A figure of a group minus the baseline's, paired by seed where both have the same seeds.
 
-    `measured` is its name among the differences that `metasae test` draws from documents: what there is to say of one seed.
+    `comparison` is the figure's name among the bootstrapped differences in `evaluation.json`, which give the interval of a single seed.
     """
-    own = {arm.seed: value for arm in group.arms if (value := arm.figure(path)) is not None}
-    other = {arm.seed: value for arm in base.arms if (value := arm.figure(path)) is not None}
-    both = sorted(own.keys() & other.keys())
-    if len(both) > 1:
-        mean = sum(other[seed] for seed in both) / len(both)
-        return Estimate(*mean_interval([own[seed] - other[seed] for seed in both]), len(both), mean)
-    if not own or not other:
+    by_seed = {arm.seed: value for arm in group.arms if (value := arm.figure(path)) is not None}
+    base_by_seed = {arm.seed: value for arm in base.arms if (value := arm.figure(path)) is not None}
+    shared_seeds = sorted(by_seed.keys() & base_by_seed.keys())
+    if len(shared_seeds) > 1:
+        mean = sum(base_by_seed[seed] for seed in shared_seeds) / len(shared_seeds)
+        return Estimate(*mean_interval([by_seed[seed] - base_by_seed[seed] for seed in shared_seeds]), len(shared_seeds), mean)
+    if not by_seed or not base_by_seed:
         return None
-    if not both:  # seeds of their own: nothing to pair
-        return unpaired(list(own.values()), list(other.values()))
-    (seed,) = both
-    value, drawn = own[seed] - other[seed], drawn_again(group, base, seed, measured)
-    low, high = drawn or (math.nan, math.nan)
-    return Estimate(value, low, high, 1, other[seed])
+    if not shared_seeds:
+        return unpaired_difference(list(by_seed.values()), list(base_by_seed.values()))
+    (seed,) = shared_seeds
+    low, high = bootstrapped_interval(group, base, seed, comparison) or (math.nan, math.nan)
+    return Estimate(by_seed[seed] - base_by_seed[seed], low, high, 1, base_by_seed[seed])
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and Student's interval.
+    """Mean and Student's 95 % interval.
 
     >>> [round(x, 3) for x in mean_interval([1.0, 2.0, 3.0])]
     [2.0, -0.484, 4.484]
     """
-    count, mean = len(values), sum(values) / len(values)
-    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    half = float(stats.t.ppf((1 + SURE) / 2, count - 1)) * error
+    mean = sum(values) / len(values)
+    half = student_quantile(len(values) - 1) * math.sqrt(squared_error_of_mean(values))
     return mean, mean - half, mean + half
 
 
-def unpaired(own: Sequence[float], other: Sequence[float]) -> Estimate:
-    """Welch's interval of a difference of means; of one value on a side there is none."""
-    mean, base = sum(own) / len(own), sum(other) / len(other)
-    low, high = math.nan, math.nan
-    if min(len(own), len(other)) > 1:
-        interval = stats.ttest_ind(own, other, equal_var=False).confidence_interval(SURE)
-        low, high = float(interval.low), float(interval.high)
-    return Estimate(mean - base, low, high, min(len(own), len(other)), base)
+def unpaired_difference(values: Sequence[float], base_values: Sequence[float]) -> Estimate:
+    """Difference of two means with Welch's interval; without an interval if one side has a single value.
+
+    >>> welch = unpaired_difference([2.0, 4.0], [1.0, 1.0])
+    >>> welch.value, round(welch.low, 3), round(welch.high, 3)
+    (2.0, -10.706, 14.706)
+    """
+    mean, base = sum(values) / len(values), sum(base_values) / len(base_values)
+    low, high, count = math.nan, math.nan, min(len(values), len(base_values))
+    if count > 1:
+        error, base_error = squared_error_of_mean(values), squared_error_of_mean(base_values)
+        spread = error**2 / (len(values) - 1) + base_error**2 / (len(base_values) - 1)
+        half = student_quantile((error + base_error) ** 2 / spread) * math.sqrt(error + base_error) if spread else 0.0
+        low, high = mean - base - half, mean - base + half
+    return Estimate(mean - base, low, high, count, base)
 
 
-def drawn_again(group: Group, base: Group, seed: int, name: str) -> tuple[float, float] | None:
-    """The interval that documents drawn again gave, where the two arms were measured together."""
+def squared_error_of_mean(values: Sequence[float]) -> float:
+    """Squared standard error of the mean."""
+    mean = sum(values) / len(values)
+    return sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)
+
+
+def student_quantile(degrees: float) -> float:
+    """Half width of Student's 95 % interval, in standard errors."""
+    from scipy.special import stdtrit  # scipy.stats would take half a second to import
+
+    return float(stdtrit(degrees, (1 + CONFIDENCE) / 2))
+
+
+def bootstrapped_interval(group: Group, base: Group, seed: int, name: str) -> tuple[float, float] | None:
+    """The interval of a difference over resampled documents, or None if the two arms were not evaluated together."""
     (arm,) = (arm for arm in group.arms if arm.seed == seed)
-    (other,) = (arm for arm in base.arms if arm.seed == seed)
+    (base_arm,) = (arm for arm in base.arms if arm.seed == seed)
     against: dict[str, Any] = (arm.entry or {}).get("against") or {}
-    if against.get("weights") != (other.entry or {}).get("weights") or name not in against.get("differences", {}):
+    if against.get("weights") != (base_arm.entry or {}).get("weights") or name not in against.get("differences", {}):
         return None
     low, high = against["differences"][name]["interval"]
     return (low, high) if low is not None and high is not None else None
 
 
-def comparable(arms: Sequence[Arm]) -> list[str]:
-    """Why figures of some arms cannot be held against each other, in words."""
+def reasons_not_comparable(arms: Sequence[Arm]) -> list[str]:
+    """Reasons why the figures of some arms cannot be compared; empty if they can."""
     entries = [arm.entry for arm in arms if arm.entry is not None]
-    found: list[str] = []
-    for words, told in {
+    conditions = {
         "not on the same text": [json.dumps(entry.get("data"), sort_keys=True) for entry in entries],
         "not on as many tokens": [entry.get("tokens") for entry in entries],
-        "by other thresholds": [rule(entry) for entry in entries],
-    }.items():
-        if len(set(told)) > 1:
-            found.append(words)
+        "by other thresholds": [threshold_rule(entry) for entry in entries],
+    }
+    reasons = [reason for reason, values in conditions.items() if len(set(values)) > 1]
     l0 = [value for arm in arms if (value := arm.figure("reconstruction/l0"))]
-    return found + (["not at the same L0"] if l0 and max(l0) > APART * min(l0) else [])
+    return reasons + (["not at the same L0"] if l0 and max(l0) > L0_TOLERANCE * min(l0) else [])
 
 
-def rule(entry: Mapping[str, Any]) -> str:
-    """How thresholds were set."""
-    told = entry.get("rule") or {}
-    return f"{told['rule']}, L0 {told['l0']:g}" if "l0" in told else "stored"
+def threshold_rule(entry: Mapping[str, Any]) -> str:
+    """The rule that set an SAE's thresholds, and its target L0."""
+    rule = entry.get("rule") or {}
+    return f"{rule['rule']}, L0 {rule['l0']:g}" if "l0" in rule else "stored"

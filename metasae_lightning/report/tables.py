@@ -1,16 +1,19 @@
-"""Tables for the terminal, from what was measured; measures nothing itself."""
+"""Tables for the terminal, made from saved results."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from metasae_lightning.report.conclusions import FIGURES
-from metasae_lightning.report.seeds import baseline, difference, rule
+from metasae_lightning.report.seeds import baseline, difference, threshold_rule
 
-# What a table shows of an evaluation: words, the figure, its digits, and which interval or spread stands beside it.
+if TYPE_CHECKING:
+    from metasae_lightning.report.write import Study
+
+# Rows of the evaluation table: label, `GROUP/NAME` of the figure, its format, and the name of the interval or spread beside it.
 ROWS: Sequence[tuple[str, str, str, str]] = (
     ("variance unexplained", "reconstruction/fvu", ".4f", "fvu"),
     ("latents active on a token", "reconstruction/l0", ".2f", "l0"),
@@ -41,7 +44,7 @@ ROWS: Sequence[tuple[str, str, str, str]] = (
     ("  recovered against the mean", "splice/recovered_mean", ".4f", "recovered_mean"),
     ("  KL from the model alone", "splice/kl", ".4f", "kl"),
 )
-# What the overview of a study has of a page's figures, in few words.
+# Columns of the overview: `GROUP/NAME` of a figure and a short label.
 COLUMNS = {
     **{"phi/excess": "excess |phi|", "reconstruction/fvu": "unexplained", "splice/ce_sae": "loss", "latents/dead": "dead"},
     **{"critic/fve": "fresh critic", "recovery/mcc": "MCC", "recovery/uniqueness": "unique", "recovery/absorbed": "absorbed"},
@@ -57,7 +60,7 @@ def evaluations(entries: Mapping[str, Mapping[str, Any]]) -> Table:
     shown.add_column("")
     for name in entries:
         shown.add_column(escape(name), justify="right")
-    shown.add_row("thresholds", *(rule(entry) for entry in entries.values()))
+    shown.add_row("thresholds", *(threshold_rule(entry) for entry in entries.values()))
     for words, path, digits, beside in ROWS:
         cells = [cell(entry, path, digits, beside) for entry in entries.values()]
         if any(cells):
@@ -65,15 +68,15 @@ def evaluations(entries: Mapping[str, Mapping[str, Any]]) -> Table:
     return shown
 
 
-def overview(found: Any) -> Table:
-    """Groups of arms: means over their seeds, and changes against the baseline in percent with where they lie; a line each."""
-    base = baseline(found.groups)
-    shown = Table(title=escape(found.title), title_justify="left", show_edge=False, pad_edge=False)
+def overview(study: "Study") -> Table:
+    """A row for each group of arms: means over seeds, and changes against the baseline in percent with their intervals."""
+    base = baseline(study.groups)
+    shown = Table(title=escape(study.title), title_justify="left", show_edge=False, pad_edge=False)
     shown.add_column("")
-    columns = [one for one in FIGURES if one[1] in COLUMNS and any(group.values(one[1]) for group in found.groups)]
+    columns = [figure for figure in FIGURES if figure[1] in COLUMNS and any(group.values(figure[1]) for group in study.groups)]
     for _, path, *_ in columns:
         shown.add_column(COLUMNS[path], justify="right")
-    for group in found.groups:
+    for group in study.groups:
         cells: list[str] = []
         for _, path, name, digits, _ in columns:
             values = group.values(path)
@@ -88,7 +91,7 @@ def overview(found: Any) -> Table:
 
 
 def cell(entry: Mapping[str, Any], path: str, digits: str, beside: str) -> str:
-    """A figure with what tells how sure it is."""
+    """A figure with its interval or its spread; empty if it was not measured."""
     group, name = path.split("/")
     value = entry["figures"].get(group, {}).get(name)
     if value is None:
@@ -101,9 +104,9 @@ def cell(entry: Mapping[str, Any], path: str, digits: str, beside: str) -> str:
     return f"{value:{digits}}"
 
 
-def differences(found: Mapping[str, Any], names: tuple[str, str]) -> Table:
-    """What the second does otherwise than the first."""
-    title = f"{names[1]} less {names[0]}, intervals over {found['documents']['count']:,} documents"
+def differences(comparison: Mapping[str, Any], names: tuple[str, str]) -> Table:
+    """Differences of the second SAE from the first, with intervals and p values."""
+    title = f"{names[1]} less {names[0]}, intervals over {comparison['documents']['count']:,} documents"
     shown = Table(title=escape(title), title_justify="left", show_edge=False, pad_edge=False)
     for column, justify in (
         ("", "left"),
@@ -115,30 +118,30 @@ def differences(found: Mapping[str, Any], names: tuple[str, str]) -> Table:
     ):
         shown.add_column(escape(column), justify=justify)  # pyright: ignore[reportArgumentType]
     for name, digits in DIFFERENCES.items():
-        if name in found:
-            one = found[name]
-            low, high = one["interval"]
-            numbers = (one["a"], one["b"], one["difference"])
-            p = f"{one['p']:.3g}" if "p" in one else ""
+        if name in comparison:
+            entry = comparison[name]
+            low, high = entry["interval"]
+            numbers = (entry["a"], entry["b"], entry["difference"])
+            p = f"{entry['p']:.3g}" if "p" in entry else ""
             shown.add_row(name, *(f"{number:{digits}}" for number in numbers), f"{low:{digits}} to {high:{digits}}", p)
     return shown
 
 
-def cross(found: Mapping[str, Mapping[str, float]], names: tuple[str, str]) -> Table:
-    """How well each SAE's latents are found in the other."""
+def cross(best_matches: Mapping[str, Mapping[str, float]], names: tuple[str, str]) -> Table:
+    """Phi of each latent with its best match in the other SAE, against chance."""
     shown = Table(title="best match by phi", title_justify="left", show_edge=False, pad_edge=False)
     for column in ("", "median", "10 %", "90 %", "above 0.3", "above 0.5", "above 0.7"):
         shown.add_column(column, justify="left" if not column else "right")
-    words = {"a_in_b": f"{names[0]} in {names[1]}", "b_in_a": f"{names[1]} in {names[0]}", "a_in_b_by_chance": "by chance"}
-    for key, label in words.items():
-        of = found[key]
-        shares = (f"{of.get(f'above_{x:g}', 0):.1%}" for x in (0.3, 0.5, 0.7))
-        shown.add_row(escape(label), *(f"{of.get(name, float('nan')):.3f}" for name in ("median", "q10", "q90")), *shares)
+    labels = {"a_in_b": f"{names[0]} in {names[1]}", "b_in_a": f"{names[1]} in {names[0]}", "a_in_b_by_chance": "by chance"}
+    for key, label in labels.items():
+        figures = best_matches[key]
+        shares = (f"{figures.get(f'above_{x:g}', 0):.1%}" for x in (0.3, 0.5, 0.7))
+        shown.add_row(escape(label), *(f"{figures.get(name, float('nan')):.3f}" for name in ("median", "q10", "q90")), *shares)
     return shown
 
 
 def shared(splits: Sequence[Mapping[str, Any]], contexts: Mapping[str, Mapping[str, Any]], title: str, most: int = 5) -> Iterable[Table]:
-    """Latents that two of the other SAE's share: phi with each, what that forces between them, what is, and where they fire."""
+    """A table for each latent that is split into two latents of the other SAE: phi of each pair, and top contexts."""
     for split in splits[:most]:
         (left, right), phi = split["into"], split["phi"]
         between = f"at least {split['bound']:.2f} between them, measured {split['phi_between']:.2f}"

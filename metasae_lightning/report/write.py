@@ -1,4 +1,4 @@
-"""Runs taken together: what they come to, written as a page, figures and tables."""
+"""Write the report of some runs: page, figures and tables."""
 
 import csv
 import math
@@ -12,64 +12,66 @@ from metasae_lightning import run_folder
 from metasae_lightning.atomic_files import draft_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.report import figures
-from metasae_lightning.report.conclusions import FIGURES, Beside, Verdict, beside_the_paper, verdict
+from metasae_lightning.report.conclusions import FIGURES, PaperComparison, Verdict, compare_with_paper, verdict
 from metasae_lightning.report.html_page import page
 from metasae_lightning.report.latent_browser import browsed_latents, read_decoder
-from metasae_lightning.report.load_runs import Arm, gather
-from metasae_lightning.report.seeds import Group, baseline, difference, grouped, headline
+from metasae_lightning.report.load_runs import Arm, load_arms
+from metasae_lightning.report.seeds import Group, baseline, difference, group_by_recipe, headline
 
-# A page that opens on a phone, in bytes.
-LARGEST = 4_900_000
-# Latents of an arm that are tried first.
-MOST = 10_000
+# Bytes of the page at most, so that it opens on a phone.
+MAX_PAGE_BYTES = 4_900_000
+# Latents of an arm at most.
+MAX_LATENTS = 10_000
 
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that is said of some runs."""
+    """Results and conclusions of some runs."""
 
     title: str
-    """What the page calls it."""
+    """Title of the page."""
     groups: list[Group]
-    """Arms, those of one recipe together."""
+    """Arms, grouped by recipe."""
     verdict: Verdict
-    """The answer."""
-    table: list[Beside]
-    """The paper's table with ours."""
+    """The conclusion."""
+    paper: list[PaperComparison]
+    """The paper's table with our results."""
 
     @property
     def arms(self) -> list[Arm]:
-        """All of them."""
+        """The arms of all groups."""
         return [arm for group in self.groups for arm in group.arms]
 
     @property
     def browsed(self) -> list[Arm]:
-        """The arms whose latents the page shows: one of the baseline, one of those that the verdict is about."""
+        """The two arms whose latents the page shows: the first of the baseline and the first of the group that the verdict is about."""
         base = baseline(self.groups)
-        told = headline(self.groups, base) if base else None
-        return [group.first for group in (base, told) if group is not None]
+        compared = headline(self.groups, base) if base else None
+        return [group.first for group in (base, compared) if group is not None]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A line an arm, with every figure and interval."""
-        found: list[dict[str, Any]] = []
+        """One row for each arm, with every figure and interval."""
+        rows: list[dict[str, Any]] = []
         for group in self.groups:
             for arm in group.arms:
                 row: dict[str, Any] = {"arm": arm.name, "group": group.name, "seed": arm.seed, "place": str(arm.place)}
                 entry = arm.entry or {}
-                for kind, of in (entry.get("figures") or {}).items():
-                    row |= {f"{kind}/{name}": value for name, value in of.items() if isinstance(value, int | float)}
+                for kind, figures_of_kind in (entry.get("figures") or {}).items():
+                    row |= {f"{kind}/{name}": value for name, value in figures_of_kind.items() if isinstance(value, int | float)}
                 for name, (low, high) in (entry.get("intervals") or {}).items():
                     row |= {f"{name}/low": low, f"{name}/high": high}
-                found.append(row)
-        return found
+                rows.append(row)
+        return rows
 
     def record(self) -> dict[str, Any]:
-        """Everything as JSON has it."""
+        """The content of `table.json`."""
         base, changes = baseline(self.groups), dict[str, Any]()
         for group in self.groups:
             if base is not None and group is not base:
-                of = {path: difference(group, base, path, name) for _, path, name, _, _ in FIGURES}
-                changes[group.name] = {path: {**asdict(one), "percent": one.percent} for path, one in of.items() if one is not None}
+                estimates = {path: difference(group, base, path, name) for _, path, name, _, _ in FIGURES}
+                changes[group.name] = {
+                    path: {**asdict(estimate), "percent": estimate.percent} for path, estimate in estimates.items() if estimate is not None
+                }
         return {
             **{"verdict": asdict(self.verdict), "baseline": None if base is None else base.name, "changes": changes},
             **{"arms": self.rows(), "missing": {arm.name: arm.missing for arm in self.arms if arm.missing}},
@@ -77,51 +79,61 @@ class Study:
 
 
 def study(places: Sequence[str], title: str | None = None) -> Study:
-    """What some runs come to."""
-    groups = grouped(gather(places))
-    return Study(title or ", ".join(Path(place).resolve().name for place in places), groups, verdict(groups), beside_the_paper(groups))
+    """Load some runs and draw conclusions from them."""
+    groups = group_by_recipe(load_arms(places))
+    return Study(title or ", ".join(Path(place).resolve().name for place in places), groups, verdict(groups), compare_with_paper(groups))
 
 
-def write(found: Study, out: Path) -> Path:
-    """`report.html` and `report/` with figures and tables, each whole or not there; the page's path."""
+def write(study: Study, out: Path) -> Path:
+    """Write `report.html`, and `report/` with figures and tables; each appears complete or not at all. Returns the page's path."""
     if (out / "report").exists() and not (out / "report" / "table.json").exists():
         raise InputError(f"{out / 'report'} is there and no report of ours: move it away, or name another place, --out")
     try:
-        # The folder's block ends first: the page is replaced once the folder is.
+        # The folder is replaced before the page, since its block ends first.
         with draft_of(out / "report.html") as page_draft, draft_of(out / "report") as draft:
             draft.mkdir()
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name in another script: SVG needs no glyphs of ours
-                drawn = figures.drawn(found.groups)
-                for name, figure in drawn.items():
-                    figures.save(figure, draft / f"{name}.png")
-                    (draft / f"{name}.svg").write_text(figures.svg(figure, alone=True))
-                text = fitting(found, drawn)
-            tables(found, draft)
+                warnings.filterwarnings(
+                    "ignore", message="Glyph .* missing from"
+                )  # a name in another script: an SVG leaves glyphs to the browser
+                elements = write_figures(study, draft)
+            text = page_of_limited_size(study, elements)
+            write_tables(study, draft)
             page_draft.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
     return out / "report.html"
 
 
-def fitting(found: Study, drawn: dict[str, Any]) -> str:
-    """The page, with as many latents as it can hold."""
-    most, decoders = MOST, [read_decoder(arm) for arm in found.browsed]
+def page_of_limited_size(study: Study, figure_elements: dict[str, str]) -> str:
+    """The page with as many latents as `MAX_PAGE_BYTES` allows."""
+    limit, decoders = MAX_LATENTS, [read_decoder(arm) for arm in study.browsed]
     while True:
-        latents = browsed_latents(found.browsed, decoders, most)
-        text = page(found.title, found.groups, found.verdict, found.table, drawn, latents)
-        size, held = len(text.encode(errors="replace")), max((len(one["rows"]) for one in latents), default=0)
-        if size <= LARGEST or held <= 1:
+        latents = browsed_latents(study.browsed, decoders, limit)
+        text = page(study.title, study.groups, study.verdict, study.paper, figure_elements, latents)
+        size, count = len(text.encode(errors="replace")), max((len(entry["rows"]) for entry in latents), default=0)
+        if size <= MAX_PAGE_BYTES or count <= 1:
             return text
-        most = min(held - 1, max(1, math.floor(0.9 * held * LARGEST / size)))
+        limit = min(count - 1, max(1, math.floor(0.9 * count * MAX_PAGE_BYTES / size)))
 
 
-def tables(found: Study, folder: Path) -> None:
-    """The same numbers for programs."""
-    rows = found.rows()
+def write_figures(study: Study, folder: Path) -> dict[str, str]:
+    """Write each figure as SVG and PNG. Returns the SVG elements for the page, by name."""
+    elements: dict[str, str] = {}
+    for name, figure in figures.draw_all(study.groups).items():
+        source = figures.svg_source(figure)
+        (folder / f"{name}.svg").write_text(figures.svg_file(source))
+        figures.save_png(figure, folder / f"{name}.png")
+        elements[name] = figures.svg_element(source)
+    return elements
+
+
+def write_tables(study: Study, folder: Path) -> None:
+    """Write `table.csv` and `table.json`, the page's numbers for programs."""
+    rows = study.rows()
     names = list(dict.fromkeys(name for row in rows for name in row))
     with (folder / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
         writer.writerows(rows)
-    run_folder.write_record(folder / "table.json", found.record())
+    run_folder.write_record(folder / "table.json", study.record())

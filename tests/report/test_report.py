@@ -19,11 +19,11 @@ from scipy import stats
 from metasae_lightning import functional, report
 from metasae_lightning.cli import main
 from metasae_lightning.report import latent_browser, study, write
-from metasae_lightning.report.conclusions import ROWS
+from metasae_lightning.report.conclusions import PAPER_RESULTS
 from metasae_lightning.report.latent_browser import browsed_latents, read_decoder
-from metasae_lightning.report.load_runs import Arm, gather, metrics
-from metasae_lightning.report.seeds import Group, baseline, difference, grouped, headline
-from metasae_lightning.report.write import fitting
+from metasae_lightning.report.load_runs import Arm, load_arms, training_curves
+from metasae_lightning.report.seeds import Group, baseline, difference, group_by_recipe, headline
+from metasae_lightning.report.write import page_of_limited_size
 from tests.evaluation.test_evaluate import QUICK
 from tests.helpers.judged import HOOK, recipe, sae
 
@@ -202,7 +202,7 @@ def arm(name: str, weight: float | None, seed: int, record: dict[str, Any]) -> A
 def test_the_verdict_says_which_way_and_only_if_it_is_sure(changes: tuple[float, ...], says: str):
     arms = [arm(f"solo-seed{s}", None, s, entry(1e-4 + s * 1e-6)) for s in range(3)]
     arms += [arm(f"joint-seed{s}", 0.3, s, entry(1e-4 + s * 1e-6 + change, 0.21)) for s, change in enumerate(changes)]
-    said = report.verdict(grouped(arms))
+    said = report.verdict(group_by_recipe(arms))
     assert says in said.sentence and said.sure
     assert any(line.startswith("Variance unexplained: +5.0 %") for line in said.beside)
     assert any("over 3 seeds" in line for line in said.beside)
@@ -216,32 +216,32 @@ def test_what_was_measured_otherwise_is_not_compared():
         (entry(5e-5, rule={"rule": "rate", "l0": 9}), "by other thresholds"),
         (entry(5e-5, l0=8.6), "not at the same L0"),
     ):
-        said = report.verdict(grouped([one, arm("joint", 0.3, 0, other)]))
+        said = report.verdict(group_by_recipe([one, arm("joint", 0.3, 0, other)]))
         assert not said.sure and says in said.sentence and "metasae test" in said.beside[0]
-    assert report.verdict(grouped([one])).sentence.startswith("One SAE alone")
-    assert "nothing tells how sure" in report.verdict(grouped([one, arm("joint", 0.3, 0, entry(5e-5))])).sentence
+    assert report.verdict(group_by_recipe([one])).sentence.startswith("One SAE alone")
+    assert "nothing tells how sure" in report.verdict(group_by_recipe([one, arm("joint", 0.3, 0, entry(5e-5))])).sentence
 
 
 def test_arms_of_one_recipe_are_one_group_and_solo_is_what_others_are_held_against():
     arms = [arm("joint", 0.3, 0, {}), arm("control", 0.0, 0, {}), arm("solo", None, 0, {}), arm("heavier", 1.0, 0, {})]
-    groups = grouped(arms)
+    groups = group_by_recipe(arms)
     base = baseline(groups)
     assert base is not None and base.name == "solo"
     assert headline(groups, base) is groups[0]
     assert [group.decomposability for group in groups] == [(0.3, 1.0), None, None, (1.0, 1.0)]
     # Two runs of one recipe and seed are no two seeds.
-    assert [len(group.arms) for group in grouped([arm("a", 0.3, 0, {}), arm("b", 0.3, 0, {}), arm("c", 0.3, 1, {})])] == [2, 1]
+    assert [len(group.arms) for group in group_by_recipe([arm("a", 0.3, 0, {}), arm("b", 0.3, 0, {}), arm("c", 0.3, 1, {})])] == [2, 1]
 
 
 def test_the_papers_table_has_ours_beside_it():
     arms = [arm("solo", None, 0, entry(1e-4)), arm("joint", 0.3, 0, entry(0.9e-4, 0.22)), arm("other", 0.7, 0, entry(1e-4))]
-    rows = report.beside_the_paper(grouped(arms))
-    assert {(row.weight, row.sigma_sq) for row in rows} == set(ROWS)
+    rows = report.compare_with_paper(group_by_recipe(arms))
+    assert {(row.weight, row.sigma_sq) for row in rows} == set(PAPER_RESULTS)
     (ours,) = [row for row in rows if row.ours is not None]
     assert (ours.weight, ours.sigma_sq, ours.phi, ours.error, ours.loss) == (0.3, 1.0, -7.5, 9.3, 3.1)
-    assert ours.own_excess is not None and ours.own_excess.percent[0] == pytest.approx(-10)
-    assert ours.own_error is not None and ours.own_error.percent[0] == pytest.approx(10)
-    assert report.beside_the_paper(grouped([arm("solo", None, 0, entry(1e-4)), arm("other", 0.7, 0, entry(1e-4))])) == []
+    assert ours.our_excess is not None and ours.our_excess.percent[0] == pytest.approx(-10)
+    assert ours.our_error is not None and ours.our_error.percent[0] == pytest.approx(10)
+    assert report.compare_with_paper(group_by_recipe([arm("solo", None, 0, entry(1e-4)), arm("other", 0.7, 0, entry(1e-4))])) == []
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_holds_text_as_text(measured: Path, page: Path):
@@ -288,9 +288,9 @@ def test_a_page_that_would_be_too_large_shows_fewer_latents_from_rare_to_common(
     firings = sorted(row[1] for row in whole[0]["rows"])
     assert len(few[0]["rows"]) == 5 and few[0]["live"] == len(whole[0]["rows"])
     assert {firings[0], firings[-1]} <= {row[1] for row in few[0]["rows"]}
-    size = len(fitting(found, {}).encode())
-    monkeypatch.setattr(write, "LARGEST", size - 1000)
-    smaller = fitting(found, {})
+    size = len(page_of_limited_size(found, {}).encode())
+    monkeypatch.setattr(write, "MAX_PAGE_BYTES", size - 1000)
+    smaller = page_of_limited_size(found, {})
     assert len(smaller.encode()) <= size - 1000
     kept = [len(one["rows"]) for one in latents_of(smaller)]
     assert 0 < min(kept) < len(firings)
@@ -327,7 +327,7 @@ def test_a_resumed_runs_curves_are_put_together(tmp_path: Path):
     head = "step,epoch,train/tokens,train/fvu,val/fvu\n"
     (tmp_path / "metrics.1.csv").write_text(head + "1,0,10,0.9,\n2,0,20,0.8,\n2,0,,,0.85\n3,0,30,0.71,\n")
     (tmp_path / "metrics.csv").write_text(head + "3,0,30,0.7,\n4,0,40,0.6,\n4,0,,,0.65\n5,0,50,0.")
-    found = metrics(tmp_path)
+    found = training_curves(tmp_path)
     assert found["train/fvu"] == [(10, 0.9), (20, 0.8), (30, 0.7), (40, 0.6), (50, 0.0)]
     assert found["val/fvu"] == [(20, 0.85), (40, 0.65)]
 
@@ -382,6 +382,6 @@ def test_mistakes_are_a_line_and_the_page_before_stays(measured: Path, tmp_path:
 def test_runs_of_their_own_are_told_apart(measured: Path, tmp_path: Path):
     other = tmp_path / "again"
     shutil.copytree(measured, other)
-    names = [arm.name for arm in gather([str(measured), str(other)])]
+    names = [arm.name for arm in load_arms([str(measured), str(other)])]
     assert len(set(names)) == 8 and names[0] == f"{measured}/solo-seed0"
-    assert torch.equal(torch.tensor([arm.seed for arm in gather([str(measured)])]), torch.tensor([0, 1, 0, 1]))
+    assert torch.equal(torch.tensor([arm.seed for arm in load_arms([str(measured)])]), torch.tensor([0, 1, 0, 1]))
