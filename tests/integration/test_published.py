@@ -21,7 +21,7 @@ LOOK = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from sae_lens import BatchTopKTrainingSAEConfig, JumpReLUTrainingSAEConfig, TopKTrainingSAEConfig
-from metasae_lightning import JointSAE, saelens
+from metasae_lightning import JointSAE
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae.init_from import InitFrom
 place, x, found = sys.argv[1], load_file(sys.argv[2])["x"], {}
