@@ -203,7 +203,7 @@ def test_no_model_is_loaded_for_a_plan(tmp_path: Path, monkeypatch: pytest.Monke
 
 # A limit that is set by hand is believed: nobody has a million GiB.
 def test_a_limit_by_hand_overrules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(plan, "may_be_had", lambda device, processes: 1)
+    monkeypatch.setattr(planning, "may_be_had", lambda device, processes: 1)
     assert fit(tmp_path / "refused") == 2
     assert fit(tmp_path / "run", "--memory_gib", "1000000") == 0
     assert (tmp_path / "run" / "config.yaml").exists()
@@ -228,7 +228,7 @@ def test_what_cannot_be_planned_is_said_and_stops_nothing(tmp_path: Path):
 
 
 def test_a_broken_plan_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(plan, "plan", lambda *_: 1 / 0)
+    monkeypatch.setattr(planning, "memory_plan", lambda *_: 1 / 0)
     assert fit(tmp_path / "run") == 0
     assert "memory: no plan (ZeroDivisionError: division by zero)" in capsys.readouterr().err
 
@@ -244,11 +244,11 @@ def test_a_mistake_in_the_model_is_said_at_once(tmp_path: Path):
 def test_a_control_groups_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "max").write_text("max\n")
     (tmp_path / "limit").write_text("123456\n")
-    monkeypatch.setattr(plan, "LIMITS", (str(tmp_path / "none"), str(tmp_path / "max")))
+    monkeypatch.setattr(planning, "LIMITS", (str(tmp_path / "none"), str(tmp_path / "max")))
     assert planning.may_be_had("cpu") > 2**27
     monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: SimpleNamespace(available=400 * 2**30))
     assert planning.may_be_had("cpu", 4) < 110 * 2**30 < planning.may_be_had("cpu")
-    monkeypatch.setattr(plan, "LIMITS", (str(tmp_path / "max"), str(tmp_path / "limit")))
+    monkeypatch.setattr(planning, "LIMITS", (str(tmp_path / "max"), str(tmp_path / "limit")))
     assert planning.may_be_had("cpu") == 123456
     assert planning.may_be_had("cpu", 4) == 123456 // 4  # of so many ranks each has its share
 
