@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from metasae_lightning import ActivationsDataModule, JointSAE
 from metasae_lightning.callbacks import Export
+from metasae_lightning.cli import main
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import HuggingFaceLM, LanguageModel, device
 from metasae_lightning.memory import plan as planning
