@@ -216,7 +216,7 @@ def test_several_hooks_from_one_pass_are_each_their_own(folders):
         single = HuggingFaceLM(folders["llama"], name, device="cpu")
         single.load()
         assert torch.equal(given.select_hook(name).activations, next(iter(stream(single))).activations)
-    with pytest.raises(InputError, match="a list of different ones"):
+    with pytest.raises(InputError, match="a list of different names"):
         HuggingFaceLM(folders["llama"], [HOOK, HOOK])
 
 

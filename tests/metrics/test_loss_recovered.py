@@ -81,5 +81,5 @@ def test_mean_ablation_is_the_mean(folder: str):
 
 
 def test_a_model_that_ends_at_its_hook_predicts_nothing(folder: str, tmp_path: Path):
-    with pytest.raises(RuntimeError, match="it ends at its hook"):
+    with pytest.raises(RuntimeError, match="the layers after the hook are not loaded"):
         loaded(folder).logits(TOKENS)
