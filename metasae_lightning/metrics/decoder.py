@@ -12,6 +12,7 @@ from metasae_lightning import functional
 class DecoderGeometry(Metric):
     """Cosine of each decoder row with its nearest other row (mean and maximum), and lengths of rows.
 
+    >>> import torch
     >>> metric = DecoderGeometry()
     >>> metric.update(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]))
     >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
