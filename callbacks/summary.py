@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME as TERMINAL
 
+from metasae_lightning.report.number_format import format_value
 from metasae_lightning.run_folder import add_entry, arm_record, read_record, record_file
 from metasae_lightning.sae.export import ExportRecord
 from metasae_lightning.training.arm_callbacks import per_arm_views
@@ -23,6 +24,9 @@ MEASURES = {
     "dead": "dead latents",
     "mcc": "features recovered (MCC)",
 }
+
+# Format of figures other than L0 and dead latents.
+DIGITS = ".4f"
 
 
 class Summary(Callback):
@@ -97,7 +101,7 @@ def table(split: str, entry: Mapping[str, Any], run: str) -> Table:
     for key, words in MEASURES.items():
         values = [figures.get(key) for _, figures in columns]
         if any(value is not None for value in values):
-            shown.add_row(words, *(said(key, value) for value in values))
+            shown.add_row(words, *(format_value(key, value, DIGITS) for value in values))
     for name, value in entry["penalties"].items():
         shown.add_row(f"penalty {name}", f"{value:.4f}", *[""] * (len(columns) - 1))
     if "tokens" in entry:
@@ -118,9 +122,9 @@ def arms_table(split: str, entries: Mapping[str, Mapping[str, Any]], run: str) -
     for column in ("", *measures.values(), *(f"penalty {name}" for name in penalties), *(("exported, active per row",) if whole else ())):
         shown.add_column(column, justify="right" if column else "left")
     for name, entry in entries.items():
-        cells = [said(key, entry["primary"].get(key)) for key in measures]
-        cells += [said("penalty", entry["penalties"].get(penalty)) for penalty in penalties]
-        cells += [said("l0", entry.get("exported", {}).get("primary", {}).get("l0"))] if whole else []
+        cells = [format_value(key, entry["primary"].get(key), DIGITS) for key in measures]
+        cells += [format_value("penalty", entry["penalties"].get(penalty), DIGITS) for penalty in penalties]
+        cells += [format_value("l0", entry.get("exported", {}).get("primary", {}).get("l0"), DIGITS)] if whole else []
         shown.add_row(name, *cells)
     return shown
 
@@ -135,10 +139,3 @@ def picture(run: str | Path, svg: str | Path, split: str = "validation") -> None
     drawn = console.export_svg(title=f"metasae fit: {entry['seconds']:.0f} s of training", theme=TERMINAL)
     # rich's SVG would load a font from a server.
     Path(svg).write_text(re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL))
-
-
-def said(key: str, value: float | None) -> str:
-    """A number with its significant digits."""
-    if value is None:
-        return ""
-    return f"{value:.1%}" if key == "dead" else f"{value:.2f}" if key == "l0" else f"{value:.4f}"

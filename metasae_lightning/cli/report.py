@@ -10,9 +10,8 @@ from metasae_lightning.report.write import write
 
 
 def write_report(args: Namespace) -> int:
-    """Write the results of finished runs as a page, and print the overview and the conclusion."""
+    """Print the overview and the conclusion of finished runs, then write their page."""
     study = report.study(args.runs, args.title)
-    page = write(study, Path(args.out or args.runs[0]))
     console = Console()
     console.print(report.overview(study))
     for arm in study.arms:
@@ -21,5 +20,6 @@ def write_report(args: Namespace) -> int:
     console.print(study.verdict.sentence, markup=False, highlight=False)
     for line in study.verdict.beside:
         console.print(line, markup=False, highlight=False)
+    page = write(study, Path(args.out or args.runs[0]))  # the answer is on the terminal while figures are drawn
     console.print(f"the page: {page}", markup=False, highlight=False, soft_wrap=True)
     return 0

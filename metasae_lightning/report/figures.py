@@ -44,6 +44,7 @@ def svg_source(figure: Figure) -> str:
     """A figure as SVG with a placeholder for the text colour, as `svg_file` and `svg_element` take it."""
     text = io.StringIO()
     with mpl.rc_context(STYLE):
+        fix_layout(figure)
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return text.getvalue()
 
@@ -62,10 +63,18 @@ def svg_element(source: str) -> str:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Save a figure that was drawn as SVG before, black on white, for papers and slides."""
-    figure.set_layout_engine("none")  # the layout of the SVG: computing it again would take as long as drawing
+    """Save a figure as PNG, black on white, for papers and slides."""
     with mpl.rc_context(STYLE):
+        fix_layout(figure)
         figure.savefig(path, format="png", dpi=200, facecolor="white")
+
+
+def fix_layout(figure: Figure) -> None:
+    """Compute the layout once. Matplotlib would compute it twice for each file, which takes as long as drawing."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine(None)
 
 
 def new_figure(columns: int = 1, rows: int = 1, height: float = 3.6) -> tuple[Figure, Any]:

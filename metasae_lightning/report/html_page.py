@@ -88,23 +88,23 @@ def section(heading: str, body: str, name: str = "") -> str:
     return f"<section{f' id={name}' if name else ''}>\n<h2>{heading}</h2>\n{body}\n</section>" if body else ""
 
 
-def items(lines: Sequence[str]) -> str:
+def bullet_list(lines: Sequence[str]) -> str:
     """A bulleted list; empty without lines."""
     return f"<ul>{''.join(f'<li>{html_text(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
 def verdict_box(verdict: Verdict) -> str:
     """The box with the conclusion."""
-    return f'<div class="verdict"><p>{html_text(verdict.sentence)}</p>{items(verdict.beside)}</div>'
+    return f'<div class="verdict"><p>{html_text(verdict.sentence)}</p>{bullet_list(verdict.beside)}</div>'
 
 
 def missing_box(arms: Sequence[Arm]) -> str:
     """The box that lists missing results; empty if nothing is missing."""
     lines = [f"{arm.name}: {phrase}" for arm in arms for phrase in arm.missing]
-    return f'<section><h2>Missing</h2><div class="verdict missing">{items(lines)}</div></section>' if lines else ""
+    return f'<section><h2>Missing</h2><div class="verdict missing">{bullet_list(lines)}</div></section>' if lines else ""
 
 
-def number(value: float, digits: str) -> str:
+def format_number(value: float, digits: str) -> str:
     """A number in a format, with a typographic minus; a dash if it is not finite."""
     return f"{value:{digits}}".replace("-", MINUS) if math.isfinite(value) else DASH
 
@@ -140,13 +140,13 @@ def cell(group: Group, base: Group | None, path: str, name: str, digits: str) ->
     spread = ""
     if len(values) > 1:
         deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-        spread = f"± {number(deviation, digits)}"
+        spread = f"± {format_number(deviation, digits)}"
     elif (interval := ((group.first.entry or {}).get("intervals") or {}).get(name)) and None not in interval:
-        spread = f"{number(interval[0], digits)} to {number(interval[1], digits)}"
+        spread = f"{format_number(interval[0], digits)} to {format_number(interval[1], digits)}"
     # A change in percent of a percentage would confuse.
     change = [] if base is None or group is base or digits.endswith("%") else percent_change(difference(group, base, path, name))
     small = "".join(f"<small>{part}</small>" for part in (spread, *change) if part)
-    return f"<td>{number(mean, digits)}{small}</td>"
+    return f"<td>{format_number(mean, digits)}{small}</td>"
 
 
 def percent_change(change: Estimate | None) -> list[str]:
@@ -154,7 +154,9 @@ def percent_change(change: Estimate | None) -> list[str]:
     if change is None or not change.base:
         return []
     value, low, high = change.percent
-    return [f"{number(value, '+.1f')} %"] + ([] if math.isnan(low) else [f"{number(low, '+.1f')} to {number(high, '+.1f')}"])
+    return [f"{format_number(value, '+.1f')} %"] + (
+        [] if math.isnan(low) else [f"{format_number(low, '+.1f')} to {format_number(high, '+.1f')}"]
+    )
 
 
 def paper_table(comparisons: Sequence[PaperComparison]) -> str:
@@ -165,13 +167,13 @@ def paper_table(comparisons: Sequence[PaperComparison]) -> str:
     for row in comparisons:
         kind = ' class="chosen"' if (row.weight, row.sigma_sq) == conclusions.RECOMMENDED else ""
         cells = [
-            f"{number(row.phi, '+.1f')} %",
+            f"{format_number(row.phi, '+.1f')} %",
             our_change(row.our_phi),
             our_change(row.our_excess),
-            f"{number(row.error, '+.1f')} %",
+            f"{format_number(row.error, '+.1f')} %",
             our_change(row.our_error),
         ]
-        cells += [DASH if value is None else f"{number(value, '.1f')} %" for value in (row.loss, row.our_loss)]
+        cells += [DASH if value is None else f"{format_number(value, '.1f')} %" for value in (row.loss, row.our_loss)]
         row_html = "".join(f"<td{kind}>{value}</td>" for value in cells)
         lines.append(f"<tr><td{kind}>{row.weight:g}, {row.sigma_sq:g}</td>{row_html}</tr>")
     heads = ("weight, sigma²", "mean |phi|, paper", "here", "its excess, here", "error, paper", "here", "loss added, paper", "here")
@@ -233,4 +235,4 @@ def measurement_notes(arms: Sequence[Arm]) -> str:
     ]
     trained = [f"{arm.name} on {arm.record['validation']['tokens']:,}" for arm in arms if "tokens" in arm.record.get("validation", {})]
     lines += [f"Tokens trained on: {', '.join(trained)}."] if trained else []
-    return items(lines)
+    return bullet_list(lines)

@@ -101,32 +101,62 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         return json.loads((folder / "cfg.json").read_text()), None
 
 
-def browsed_latents(arms: Sequence[Arm], decoders: Sequence[Decoder | None], most: int) -> list[dict[str, Any]]:
-    """Up to `most` latents of each arm among those that fired, spread evenly over their firing rates."""
+def browsed_latents(
+    arms: Sequence[Arm], decoders: Sequence[Decoder | None], matches: Sequence[list[Pair]], limit: int
+) -> list[dict[str, Any]]:
+    """Up to `limit` latents of each arm among those that fired, spread evenly over their firing rates.
+
+    `matches` are those of `matches_of_arms`.
+    """
     entries: list[dict[str, Any]] = []
     for index, (arm, decoder) in enumerate(zip(arms, decoders, strict=True)):
         latents = arm.latents
         if latents is None or decoder is None or len(latents["firings"]) != len(decoder.rows):
             continue
         firings = np.asarray(latents["firings"])
-        others = [(other, number) for number, other in enumerate(decoders) if number != index and other is not None]
-        other, number = next(iter(others), (None, None))
-        rows = describe_latents(decoder, spread_latents(firings, most), latents, None if other is None else other.rows)
+        other = next((number for number, other in enumerate(decoders) if number != index and other is not None), None)
+        rows = describe_latents(decoder, spread_latents(firings, limit), latents, matches[index])
         counts = {"latents": len(firings), "live": int((firings > 0).sum()), "tokens": latents["tokens"]}
-        entries.append({"arm": index, "name": arm.name, **counts, "other": number, "rows": rows, "metas": latents_of_metas(decoder.metas)})
+        entries.append({"arm": index, "name": arm.name, **counts, "other": other, "rows": rows, "metas": latents_of_metas(decoder.metas)})
     return entries
 
 
-def spread_latents(firings: NDArray[Any], most: int) -> list[int]:
-    """Latents that fired: all of them, or `most`, evenly from the rarest to the commonest."""
+def matches_of_arms(decoders: Sequence[Decoder | None]) -> list[list[Pair]]:
+    """For each of up to two arms, the nearest row of the other arm to each row; empty pairs if there is no other arm."""
+    if len(decoders) == 2 and decoders[0] is not None and decoders[1] is not None:
+        return list(best_matches(decoders[0].rows, decoders[1].rows))
+    return [[] if decoder is None else [[] for _ in decoder.rows] for decoder in decoders]
+
+
+def best_matches(rows: Matrix, others: Matrix) -> tuple[list[Pair], list[Pair]]:
+    """The index and cosine of the nearest row of `others` to each row, and of the nearest of `rows` to each of `others`.
+
+    >>> best_matches(np.eye(2, dtype=np.float32), np.array([[0.6, 0.8]], dtype=np.float32))
+    ([[0, 0.6], [0, 0.8]], [[1, 0.8]])
+    """
+    forward: list[Pair] = []
+    index, cosine = np.zeros(len(others), dtype=int), np.full(len(others), -np.inf, dtype=np.float32)
+    for begin in range(0, len(rows), ROWS):
+        cosines = rows[begin : begin + ROWS] @ others.T
+        forward += [pairs[0] for pairs in largest(cosines, 1)]
+        best = cosines.max(0)
+        better = np.flatnonzero(best > cosine)
+        index[better] = begin + cosines.argmax(0)[better]
+        cosine[better] = best[better]
+    rounded = cosine.astype(float).round(3).tolist()
+    return forward, [list(pair) for pair in zip(index.tolist(), rounded, strict=True)]
+
+
+def spread_latents(firings: NDArray[Any], limit: int) -> list[int]:
+    """Latents that fired: all of them, or `limit`, evenly from the rarest to the commonest."""
     live = np.flatnonzero(firings)
-    if len(live) <= most:
+    if len(live) <= limit:
         return live.tolist()
     order = live[np.argsort(firings[live], kind="stable")]
-    return sorted(order[np.linspace(0, len(order) - 1, most, dtype=np.float32).round().astype(int)].tolist())
+    return sorted(order[np.linspace(0, len(order) - 1, limit, dtype=np.float32).round().astype(int)].tolist())
 
 
-def describe_latents(decoder: Decoder, chosen: list[int], latents: dict[str, Any], other: Matrix | None) -> list[list[Any]]:
+def describe_latents(decoder: Decoder, chosen: list[int], latents: dict[str, Any], matches: list[Pair]) -> list[list[Any]]:
     """For each chosen latent: number, firings, maximum, nearest latents, match in the other arm, meta-latents and contexts."""
     lines: list[list[Any]] = []
     for begin in range(0, len(chosen), ROWS):
@@ -134,7 +164,6 @@ def describe_latents(decoder: Decoder, chosen: list[int], latents: dict[str, Any
         cosines = decoder.rows[numbers] @ decoder.rows.T
         cosines[np.arange(len(numbers)), numbers] = -np.inf
         neighbours = largest(cosines, min(NEIGHBOURS, len(decoder.rows) - 1))
-        matches: list[list[Pair]] = [[]] * len(numbers) if other is None else largest(decoder.rows[numbers] @ other.T, 1)
         metas: list[list[Pair]] = [[]] * len(numbers) if decoder.metas is None else largest(decoder.metas[numbers], METAS)
         for row, latent in enumerate(numbers.tolist()):
             contexts = latents["contexts"].get(str(latent), [])
@@ -142,7 +171,7 @@ def describe_latents(decoder: Decoder, chosen: list[int], latents: dict[str, Any
                 [
                     *(latent, latents["firings"][latent], latents["maximum"][latent]),
                     neighbours[row],
-                    matches[row][0] if matches[row] else [],
+                    matches[latent],
                     [pair for pair in metas[row] if pair[1] > 0],
                     [[context["at"], context["tokens"], context["values"]] for context in contexts],
                 ]
@@ -176,7 +205,5 @@ def largest(matrix: NDArray[Any], count: int) -> list[list[Pair]]:
     value = matrix[row, column]
     order = np.lexsort((-value, row))
     picked = order[np.searchsorted(row, np.arange(rows))[:, None] + np.arange(count)]
-    return [
-        [[index, round(number, 3)] for index, number in zip(indices, numbers, strict=True)]
-        for indices, numbers in zip(column[picked].tolist(), value[picked].tolist(), strict=True)
-    ]
+    numbers = value[picked].astype(float).round(3).tolist()
+    return [list(map(list, zip(*pairs, strict=True))) for pairs in zip(column[picked].tolist(), numbers, strict=True)]

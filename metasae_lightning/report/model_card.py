@@ -1,9 +1,11 @@
-"""A repository's page: what its SAEs are, how to load them, what was measured and what that is worth. Text from records, and no more."""
+"""The model card of a repository: its SAEs, how to load them, figures and caveats. Text made from records alone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+
+from metasae_lightning.report.number_format import format_value
 
 BEGIN, END = "<!-- metasae-lightning: begin -->", "<!-- metasae-lightning: end -->"
 LOAD = """```python
@@ -31,32 +33,32 @@ FIGURES = (
 )
 
 
-def page(records: Sequence[Mapping[str, Any]], repository: str | None, before: str = "") -> str:
-    """The whole page; what others wrote on it before stays."""
+def page(records: Sequence[Mapping[str, Any]], repository: str | None, old_card: str = "") -> str:
+    """The whole card. Text of an older card outside our markers stays."""
     ours = "\n".join([BEGIN, "", *(line for record in records for line in section(record, repository)), END, ""])
-    if BEGIN in before and END in before:
-        head, _, rest = before.partition(BEGIN)
+    if BEGIN in old_card and END in old_card:
+        head, _, rest = old_card.partition(BEGIN)
         return head + ours.rstrip("\n") + rest.partition(END)[2]
-    return (before.rstrip() + "\n\n" if before.strip() else front(records)) + ours
+    return (old_card.rstrip() + "\n\n" if old_card.strip() else front_matter(records)) + ours
 
 
-def front(records: Sequence[Mapping[str, Any]]) -> str:
-    """What the Hub reads of a page."""
+def front_matter(records: Sequence[Mapping[str, Any]]) -> str:
+    """The YAML header that the Hub reads, and the title."""
     models = sorted(
         {record["model"] for record in records if record["model"].count("/") == 1 and not record["model"].startswith((".", "/"))}
     )
-    told = {"library_name": "saelens", "tags": ["sparse-autoencoder", "saelens", "metasae-lightning", "mechanistic-interpretability"]}
-    told |= {"base_model": models} if models else {}
-    return f"---\n{yaml.safe_dump(told, sort_keys=False)}---\n\n# Sparse autoencoders\n\n"
+    header = {"library_name": "saelens", "tags": ["sparse-autoencoder", "saelens", "metasae-lightning", "mechanistic-interpretability"]}
+    header |= {"base_model": models} if models else {}
+    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# Sparse autoencoders\n\n"
 
 
 def section(record: Mapping[str, Any], repository: str | None) -> list[str]:
-    """One SAE and its meta SAE."""
+    """The section of one SAE and its meta SAE."""
     load = (LOAD if repository else LOAD_FOLDER).format(repository=repository, id=record["id"])
     return [
         f"## {record['id']}",
         "",
-        *(f"{sentence}\n" for sentence in sentences(record)),
+        *(f"{sentence}\n" for sentence in description(record)),
         load,
         "",
         *table(record),
@@ -74,9 +76,9 @@ def section(record: Mapping[str, Any], repository: str | None) -> list[str]:
     ]
 
 
-def sentences(record: Mapping[str, Any]) -> list[str]:
-    """What it is."""
-    said = [
+def description(record: Mapping[str, Any]) -> list[str]:
+    """Architecture, training, penalties and normalizer of an SAE, a sentence each."""
+    sentences = [
         f"A sparse autoencoder of {record['d_sae']:,} latents on `{record['hook']}` of `{record['model']}` ({record['d_in']} wide), "
         f"trained as `{record['trained_as']}` and saved as `{record['architecture']}`, on {record['training_tokens']:,} tokens of "
         f"{record['dataset'] or 'activations of its own'}."
@@ -87,22 +89,22 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
             f"It was trained jointly with a meta SAE of {record['meta']['d_sae']:,} latents on its decoder rows (arXiv 2604.03436), "
             f"which is `{record['meta']['id']}`: {record['n_p']} steps of the one, {record['n_m']} of the other"
         )
-        said.append(f"{joint}; penalties: {weights}." if weights else f"{joint}, without a penalty.")
+        sentences.append(f"{joint}; penalties: {weights}." if weights else f"{joint}, without a penalty.")
     elif record["penalties"]:
-        said.append(f"Penalties: {' and '.join(f'{name} at weight {weight:g}' for name, weight in record['penalties'].items())}.")
-    said.append(f"Feed it raw activations: the normaliser `{record['normalizer']}` {record['normalizer_is']}.")
+        sentences.append(f"Penalties: {' and '.join(f'{name} at weight {weight:g}' for name, weight in record['penalties'].items())}.")
+    sentences.append(f"Feed it raw activations: the normaliser `{record['normalizer']}` {record['normalizer_is']}.")
     if record["init_from"]:
-        said.append(f"Its first weights were those of `{record['init_from']}`.")
-    return said
+        sentences.append(f"Its first weights were those of `{record['init_from']}`.")
+    return sentences
 
 
 def table(record: Mapping[str, Any]) -> list[str]:
-    """Figures of the folder as it was loaded back, and of the evaluation where there was one."""
+    """Figures of the published folder as loaded back, and of the evaluation if there was one."""
     measured, evaluated = record["measured"], record["evaluation"]
     rows = [["", "as published"], ["---", "---"]]
     for group, name, words in FIGURES:
         if name in measured or (evaluated and name in evaluated["figures"].get(group, {})):
-            rows.append([words, said(name, measured.get(name))])
+            rows.append([words, format_value(name, measured.get(name))])
     rows.append(["tokens", f"{measured['tokens']:,}"])
     if evaluated:
         values = {words: evaluated["figures"].get(group, {}).get(name) for group, name, words in FIGURES}
@@ -111,7 +113,7 @@ def table(record: Mapping[str, Any]) -> list[str]:
         rows[1] += ["---", "---"]
         for row in rows[2:-1]:
             name, interval = names[row[0]], evaluated["intervals"].get(names[row[0]])
-            row += [said(name, values[row[0]]), " to ".join(said(name, end) for end in interval) if interval else ""]
+            row += [format_value(name, values[row[0]]), " to ".join(format_value(name, end) for end in interval) if interval else ""]
         rows[-1] += [f"{evaluated['tokens']:,}", f"{evaluated['documents']:,} documents"]
         if evaluated.get("spliced_tokens"):
             rows.append(["of these, with the SAE in the model", "", f"{evaluated['spliced_tokens']:,}", ""])
@@ -119,22 +121,15 @@ def table(record: Mapping[str, Any]) -> list[str]:
 
 
 def caveats(record: Mapping[str, Any]) -> list[str]:
-    """What the figures are worth."""
-    said = ["One run with one seed is one run: a difference to another SAE of a few percent may be the seed's."]
+    """Limits of the figures, a sentence each."""
+    sentences = ["One run with one seed is one run: a difference to another SAE of a few percent may be the seed's."]
     if record["thresholds"]:
-        said.append(f"Thresholds: {record['thresholds']}. On other text L0 differs, as text does.")
-    said.append("The first column is of validation tokens, which training never read, though a threshold may have been set on them.")
+        sentences.append(f"Thresholds: {record['thresholds']}. On other text L0 differs, as text does.")
+    sentences.append("The first column is of validation tokens, which training never read, though a threshold may have been set on them.")
     if record["evaluation"]:
-        said.append("The second column is of test documents, which neither training nor thresholds saw.")
+        sentences.append("The second column is of test documents, which neither training nor thresholds saw.")
     else:
-        said.append("It was not evaluated on test documents: no figure here says how well it explains the model's behaviour.")
+        sentences.append("It was not evaluated on test documents: no figure here says how well it explains the model's behaviour.")
     if record["left_out"]:
-        said.append(f"Left out in training and in every figure: {', '.join(record['left_out'])}.")
-    return said
-
-
-def said(name: str, value: float | None) -> str:
-    """A figure with the digits that mean something."""
-    if value is None:
-        return ""
-    return f"{value:.1%}" if name == "dead" else f"{value:.2f}" if name == "l0" else f"{value:.4g}"
+        sentences.append(f"Left out in training and in every figure: {', '.join(record['left_out'])}.")
+    return sentences

@@ -1,9 +1,12 @@
 """Write the report of some runs: page, figures and tables."""
 
 import csv
+import gc
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.report import figures
 from metasae_lightning.report.conclusions import FIGURES, PaperComparison, Verdict, compare_with_paper, verdict
 from metasae_lightning.report.html_page import page
-from metasae_lightning.report.latent_browser import browsed_latents, read_decoder
+from metasae_lightning.report.latent_browser import browsed_latents, matches_of_arms, read_decoder
 from metasae_lightning.report.load_runs import Arm, load_arms
 from metasae_lightning.report.seeds import Group, baseline, difference, group_by_recipe, headline
 
@@ -90,14 +93,10 @@ def write(study: Study, out: Path) -> Path:
         raise InputError(f"{out / 'report'} is there and no report of ours: move it away, or name another place, --out")
     try:
         # The folder is replaced before the page, since its block ends first.
-        with draft_of(out / "report.html") as page_draft, draft_of(out / "report") as draft:
+        with garbage_collection_off(), draft_of(out / "report.html") as page_draft, draft_of(out / "report") as draft:
             draft.mkdir()
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message="Glyph .* missing from"
-                )  # a name in another script: an SVG leaves glyphs to the browser
-                elements = write_figures(study, draft)
-            text = page_of_limited_size(study, elements)
+            with ThreadPoolExecutor(1) as pool:
+                text = page_of_limited_size(study, pool.submit(write_figures, study, draft))
             write_tables(study, draft)
             page_draft.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
@@ -105,12 +104,13 @@ def write(study: Study, out: Path) -> Path:
     return out / "report.html"
 
 
-def page_of_limited_size(study: Study, figure_elements: dict[str, str]) -> str:
-    """The page with as many latents as `MAX_PAGE_BYTES` allows."""
+def page_of_limited_size(study: Study, figure_elements: Future[dict[str, str]]) -> str:
+    """The page with as many latents as `MAX_PAGE_BYTES` allows; figures are drawn meanwhile."""
     limit, decoders = MAX_LATENTS, [read_decoder(arm) for arm in study.browsed]
+    matches = matches_of_arms(decoders)
     while True:
-        latents = browsed_latents(study.browsed, decoders, limit)
-        text = page(study.title, study.groups, study.verdict, study.paper, figure_elements, latents)
+        latents = browsed_latents(study.browsed, decoders, matches, limit)
+        text = page(study.title, study.groups, study.verdict, study.paper, figure_elements.result(), latents)
         size, count = len(text.encode(errors="replace")), max((len(entry["rows"]) for entry in latents), default=0)
         if size <= MAX_PAGE_BYTES or count <= 1:
             return text
@@ -120,12 +120,27 @@ def page_of_limited_size(study: Study, figure_elements: dict[str, str]) -> str:
 def write_figures(study: Study, folder: Path) -> dict[str, str]:
     """Write each figure as SVG and PNG. Returns the SVG elements for the page, by name."""
     elements: dict[str, str] = {}
-    for name, figure in figures.draw_all(study.groups).items():
-        source = figures.svg_source(figure)
-        (folder / f"{name}.svg").write_text(figures.svg_file(source))
-        figures.save_png(figure, folder / f"{name}.png")
-        elements[name] = figures.svg_element(source)
+    with warnings.catch_warnings():
+        # A name may be in a script that the font lacks: an SVG leaves glyphs to the browser.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        for name, figure in figures.draw_all(study.groups).items():
+            source = figures.svg_source(figure)
+            (folder / f"{name}.svg").write_text(figures.svg_file(source))
+            figures.save_png(figure, folder / f"{name}.png")
+            elements[name] = figures.svg_element(source)
     return elements
+
+
+@contextmanager
+def garbage_collection_off() -> Iterator[None]:
+    """Turn the cyclic garbage collector off: it would search the many small lists of latents again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def write_tables(study: Study, folder: Path) -> None:

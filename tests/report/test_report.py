@@ -5,8 +5,12 @@ import copy
 import csv
 import gzip
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from concurrent.futures import Future
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,11 +24,14 @@ from metasae_lightning import functional, report
 from metasae_lightning.cli import main
 from metasae_lightning.report import latent_browser, study, write
 from metasae_lightning.report.conclusions import PAPER_RESULTS
-from metasae_lightning.report.latent_browser import browsed_latents, read_decoder
+from metasae_lightning.report.latent_browser import browsed_latents, matches_of_arms, read_decoder
 from metasae_lightning.report.load_runs import Arm, load_arms, training_curves
 from metasae_lightning.report.seeds import Group, baseline, difference, group_by_recipe, headline
 from metasae_lightning.report.write import page_of_limited_size
+from metasae_lightning.sae.pretrained import load_pretrained
+from metasae_lightning.training import JointSAE
 from tests.evaluation.test_evaluate import QUICK
+from tests.helpers.architectures import config
 from tests.helpers.judged import HOOK, recipe, sae
 
 HOSTILE = [
@@ -282,15 +289,18 @@ def test_the_latents_are_those_of_two_arms_with_what_lies_near(measured: Path, p
 def test_a_page_that_would_be_too_large_shows_fewer_latents_from_rare_to_common(measured: Path, monkeypatch: pytest.MonkeyPatch):
     found = study([str(measured)])
     decoders = [read_decoder(arm) for arm in found.browsed]
-    whole, few = (browsed_latents(found.browsed, decoders, most) for most in (1000, 5))
+    matches = matches_of_arms(decoders)
+    whole, few = (browsed_latents(found.browsed, decoders, matches, limit) for limit in (1000, 5))
     monkeypatch.setattr(latent_browser, "ROWS", 7)
-    assert browsed_latents(found.browsed, decoders, 1000) == whole
+    assert browsed_latents(found.browsed, decoders, matches_of_arms(decoders), 1000) == whole
     firings = sorted(row[1] for row in whole[0]["rows"])
     assert len(few[0]["rows"]) == 5 and few[0]["live"] == len(whole[0]["rows"])
     assert {firings[0], firings[-1]} <= {row[1] for row in few[0]["rows"]}
-    size = len(page_of_limited_size(found, {}).encode())
+    no_figures = Future[dict[str, str]]()
+    no_figures.set_result({})
+    size = len(page_of_limited_size(found, no_figures).encode())
     monkeypatch.setattr(write, "MAX_PAGE_BYTES", size - 1000)
-    smaller = page_of_limited_size(found, {})
+    smaller = page_of_limited_size(found, no_figures)
     assert len(smaller.encode()) <= size - 1000
     kept = [len(one["rows"]) for one in latents_of(smaller)]
     assert 0 < min(kept) < len(firings)
@@ -377,6 +387,33 @@ def test_mistakes_are_a_line_and_the_page_before_stays(measured: Path, tmp_path:
     assert "no report of ours" in refused(str(measured), "--out", str(tmp_path / "mine"))
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused(str(measured), "--out", str(tmp_path / "file"))
+
+
+def test_a_report_of_finished_runs_imports_neither_torch_nor_sae_lens(measured: Path, tmp_path: Path):
+    words = ["report", str(measured), "--out", str(tmp_path)]
+    heavy = ("torch", "lightning", "sae_lens", "transformers", "scipy.stats", "matplotlib.pyplot")
+    code = (
+        "import json, sys; from metasae_lightning.cli import main; "
+        f"status = main({words!r}); print(); print(json.dumps([status, [name for name in {heavy!r} if name in sys.modules]]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert json.loads(ran.stdout.splitlines()[-1]) == [0, []]
+
+
+@pytest.mark.parametrize("architecture", ["standard", "gated", "topk", "jumprelu", "batchtopk", "matryoshka_batchtopk"])
+@pytest.mark.parametrize("normalizer", ["none", "layer_norm"])
+def test_decoders_and_codes_read_without_torch_are_those_of_saelens(architecture: str, normalizer: str, tmp_path: Path):
+    trained = JointSAE(config(architecture, normalize_activations=normalizer), None).primary.sae
+    with torch.no_grad():
+        trained.W_dec.mul_(torch.rand(len(trained.W_dec), 1) + 0.5)  # rows of unequal length: exports fold them
+    trained.save_inference_model(tmp_path / "sae")
+    loaded = load_pretrained(tmp_path / "sae")
+    x = torch.randn(64, trained.cfg.d_in)
+    assert latent_browser.decoder_rows(tmp_path / "sae") == pytest.approx(loaded.W_dec.detach().numpy(), abs=1e-6)
+    with torch.no_grad():
+        codes = loaded.encode(x).numpy()
+    assert latent_browser.encode(tmp_path / "sae", x.numpy()) == pytest.approx(codes, abs=1e-5)
 
 
 def test_runs_of_their_own_are_told_apart(measured: Path, tmp_path: Path):
