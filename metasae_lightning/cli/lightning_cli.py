@@ -2,12 +2,14 @@
 
 import os
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -21,6 +23,7 @@ from metasae_lightning.cli.plugins import argument_names, class_names, load_plug
 from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.memory.plan import announce
+from metasae_lightning.memory.weightless import is_weightless, needs_values, weightless_config
 from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO, is_restarted_job, last_checkpoint
 
 
@@ -134,15 +137,33 @@ class MetasaeCLI(LightningCLI):
             raise InputError(f"--run {run}: {nearest} is not a directory that can be written to")
 
     def before_fit(self) -> None:
-        """Print the memory plan before anything is loaded."""
+        """Print the memory plan, and build the model with its weights if they fit."""
         announce(self.model, self.datamodule, self.trainer, self._get(self.config, "memory_gib"))
+        if is_weightless(self.model):
+            parser, model = self._subcommand_parsers["fit"], Namespace(model=self._get(self.config, "model"))
+            with one_line_errors():
+                self.model = parser.instantiate_classes(model, instantiate_groups=False)["model"]
 
     def instantiate_classes(self) -> None:
-        """Build the classes; arguments that a class rejects are a user's error."""
+        """Build the classes; for `fit` the model has no weights yet, since the memory plan comes first."""
+        with one_line_errors():
+            if self.subcommand != "fit":
+                super().instantiate_classes()
+                return
+            self.config_init = self._instantiate_weightless()
+            self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
+            self.trainer = self.instantiate_trainer()
+
+    def _instantiate_weightless(self) -> Any:
+        """Instances of the config's classes, with a model without weights unless its architecture reads the values of its weights."""
+        config = self.config.clone()
+        config["fit"]["model"] = weightless_config(config["fit"]["model"])
         try:
-            super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            raise InputError(parser_error_line(error)) from error
+            return self.parser.instantiate_classes(config)
+        except Exception as error:
+            if needs_values(error):
+                return self.parser.instantiate_classes(self.config)
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer in the run's folder, which logs to CSV and TensorBoard there unless the config names a logger."""
@@ -162,6 +183,15 @@ class MetasaeCLI(LightningCLI):
         """Test without Lightning's own table: the Summary callback prints one."""
         kwargs["verbose"] = False
         self.trainer.test(**kwargs)
+
+
+@contextmanager
+def one_line_errors() -> Generator[None]:
+    """Turn an error about arguments that a class rejects into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise InputError(parser_error_line(error)) from error
 
 
 def run(words: list[str]) -> int:

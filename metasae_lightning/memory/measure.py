@@ -171,6 +171,11 @@ def size(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
+def allocated(module: nn.Module) -> int:
+    """Bytes of parameters and buffers in the host's memory now: 0 for weights on the meta device or on a GPU."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if tensor.device.type == "cpu")
+
+
 def parameters(module: nn.Module) -> int:
     """Bytes of trained parameters."""
     return sum(p.nbytes for p in module.parameters() if p.requires_grad)

@@ -29,8 +29,11 @@ def announce(model: Any, data: Any, trainer: Any, limit_gib: float | None = None
     if limit_gib is not None and limit_gib <= 0:
         raise InputError(f"memory_gib must be more than 0, or null for what is free, got {limit_gib}")
     try:
+        weights = weights_plan(model, trainer)
+        if not weights.fits(_free(weights, trainer, None)):  # a dry run, which has a part of the sizes, would not fit either
+            weights.check(_free(weights, trainer, limit_gib))
         made = memory_plan(model, data, trainer)
-        free = {device: may_be_had(device, beside(trainer)) if limit_gib is None else round(limit_gib * GIB) for device in made.devices}
+        free = _free(made, trainer, limit_gib)
     except InputError:
         raise
     # A failed plan is no reason not to train.
@@ -40,6 +43,25 @@ def announce(model: Any, data: Any, trainer: Any, limit_gib: float | None = None
     if trainer.is_global_zero:
         Console(stderr=True).print(made.table(free))
     made.check(free)
+
+
+def _free(plan: Plan, trainer: Any, limit_gib: float | None) -> dict[str, int]:
+    """Bytes that the run may use on each device of a plan."""
+    return {device: may_be_had(device, beside(trainer)) if limit_gib is None else round(limit_gib * GIB) for device in plan.devices}
+
+
+def weights_plan(model: JointSAE | SideBySide, trainer: Any) -> Plan:
+    """The weights and gradients of all SAEs, arm by arm: a lower bound of the plan that is known without a dry run."""
+    device, wide, shards = str(trainer.strategy.root_device), _dtype_factor(trainer), getattr(trainer.strategy, "shards", 1)
+    arms = {"": model} if isinstance(model, JointSAE) else {f"{name}: ": arm for name, arm in model.arms.items()}
+    parts = {name: scaled_copies.part(arm, shards) if shards > 1 else arm for name, arm in arms.items()}
+    lines = (replace(line, what=name + line.what) for name, arm in parts.items() for line in _saes(arm, device, wide))
+    return Plan(tuple(lines), is_lower_bound=True)
+
+
+def _dtype_factor(trainer: Any) -> int:
+    """Size of a parameter during training, relative to the float32 of its config."""
+    return 2 if trainer.precision == "64-true" else 1
 
 
 def beside(trainer: Any) -> int:
@@ -61,7 +83,7 @@ def may_be_had(device: str, processes: int = 1) -> int:
 
 def memory_plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> Plan:
     """The memory plan of a run. Nothing is loaded; items that cannot be planned are named."""
-    here, wide = trainer.strategy.root_device, 2 if trainer.precision == "64-true" else 1
+    here, wide = trainer.strategy.root_device, _dtype_factor(trainer)
     arms = [model] if isinstance(model, JointSAE) else list(model.arms.values())
     shards = getattr(trainer.strategy, "shards", 1)
     own = [scaled_copies.part(arm, shards) if shards > 1 else arm for arm in arms]
@@ -83,7 +105,7 @@ def memory_plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> Plan:
                 raise
             unknown.append(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
     # Last, because planning imports what the run imports anyway.
-    held = psutil.Process().memory_info().rss - (measure.size(model) if here.type == "cpu" else 0)
+    held = psutil.Process().memory_info().rss - (measure.allocated(model) if here.type == "cpu" else 0)
     return Plan((Line("this process", "cpu", held, "Python, its libraries and what is there already"), *lines), tuple(unknown))
 
 
@@ -191,8 +213,9 @@ def _host(model: JointSAE, data: Any, trainer: Any, wide: int, shards: int) -> I
     """Host memory for whole SAEs while they are built, checkpointed and exported."""
     rows, kind = _setting(data, "batch_size"), trainer.strategy.root_device.type
     saes = [measure.size(learner) * wide for learner in measure.learners(model).values()]
-    if shards > 1:
-        yield _phase("building them", "cpu", measure.blocks([sum(saes)]), "whole, before each rank keeps its part", kind="loading")
+    if shards > 1 or (kind != "cpu" and model.primary.W_dec.is_meta):
+        how = "whole, before each rank keeps its part" if shards > 1 else "in the host's memory before they move"
+        yield replace(_phase("building them", "cpu", measure.blocks([sum(saes)]), how, kind="loading"), arms="each")
     for callback in trainer.callbacks:
         if (kept := getattr(callback, "calibration_tokens", None)) is not None:
             kept = min(-(-kept // rows) * rows, data.validation_tokens)

@@ -51,6 +51,8 @@ class Plan:
     """Items."""
     unknown: tuple[str, ...] = ()
     """Items that could not be planned, with reasons."""
+    is_lower_bound: bool = False
+    """Whether the run needs more than these items."""
 
     @property
     def devices(self) -> list[str]:
@@ -73,6 +75,10 @@ class Plan:
         large = max((line.bytes - line.small for line in phases), default=0)
         return sum(line.bytes for line in here if not line.phase) + heap + large
 
+    def fits(self, free: dict[str, int]) -> bool:
+        """Whether the peak on every device is within the free memory."""
+        return all(self.peak(device) <= free[device] for device in self.devices)
+
     def check(self, free: dict[str, int]) -> None:
         """Refuse a run that does not fit, and say what to change."""
         for device in self.devices:
@@ -82,7 +88,8 @@ class Plan:
             why = "; ".join(f"{line.what} {line.bytes / GIB:.2f} ({line.remedy})" for line in largest)
             need, had = self.peak(device) / GIB, free[device] / GIB
             raise InputError(
-                f"memory: the run needs {need:.2f} GiB of {device} and may have {had:.2f}; --memory_gib sets that. Largest: {why}"
+                f"memory: the run needs {'at least ' if self.is_lower_bound else ''}{need:.2f} GiB of {device} and may have {had:.2f}; "
+                f"--memory_gib sets that. Largest: {why}"
             )
 
     def table(self, free: dict[str, int]) -> Table:

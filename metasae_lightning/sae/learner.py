@@ -77,7 +77,7 @@ class Learner(nn.Module):
         self.parallelism = Parallelism()
         self.guard: NonFiniteGuard | None = None
         self.normalizer = make_normalizer(cfg.normalize_activations, cfg.d_in)
-        self.register_buffer("silent_for", torch.zeros(cfg.d_sae, dtype=torch.int64))
+        self.register_buffer("silent_for", torch.zeros(cfg.d_sae, dtype=torch.int64, device=cfg.device))
         for name in ("steps", "updates", "rows_seen"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
@@ -266,7 +266,7 @@ class Learner(nn.Module):
     @torch.no_grad()
     def _renormalize(self) -> None:
         """Scale the decoder rows to length 1, for unit rows."""
-        if self.config.decoder_rows == "unit":
+        if self.config.decoder_rows == "unit" and not self.W_dec.is_meta:
             for (rows,) in row_chunks(local(self.W_dec)):
                 rows.copy_(functional.unit_rows(rows))
         # Without this, one autocast context around several steps (outside Lightning) would keep using the weights cast before the first.
