@@ -39,10 +39,10 @@ def evaluate_saes(args: Namespace) -> int:
     latents: dict[str, bytes] = {}
     for result in results:
         write_evaluation(result)
-        key = hash_settings(result.seen.cache_key)  # arms may hold the same SAE
+        key = hash_settings(result.collected.cache_key)  # arms may hold the same SAE
         latents[key] = latents.get(key) or latents_file(result, tokenizer, settings.contexts)
-        run_folder.write_file(result.seen.subject.folder / "latents.json.gz", latents[key])
-    Console().print(report.evaluations({result.seen.subject.name: result.entry for result in results}))
+        run_folder.write_file(result.collected.subject.folder / "latents.json.gz", latents[key])
+    Console().print(report.evaluations({result.collected.subject.name: result.entry for result in results}))
     return 0
 
 
@@ -104,7 +104,7 @@ def mean_l0(sae: EvaluatedSAE, samples: Sequence[Any]) -> float:
 
 def write_evaluation(result: Evaluation) -> None:
     """Write an evaluation beside its SAE, and log its numbers to the run's TensorBoard."""
-    sae = result.seen.subject
+    sae = result.collected.subject
     run_folder.add_entry(sae.record, "evaluation", result.entry, arm=sae.arm)
     flat = {
         f"evaluation/{group}/{name}": value
@@ -119,7 +119,7 @@ def write_evaluation(result: Evaluation) -> None:
 
 def latents_file(result: Evaluation, tokenizer: Any | None, count: int) -> bytes:
     """The compressed JSON of each latent's top contexts, which the report's latent browser reads."""
-    text = json.dumps(run_folder.null_non_finite(latents_record(result.seen, tokenizer, count=count)), ensure_ascii=False)
+    text = json.dumps(run_folder.null_non_finite(latents_record(result.collected, tokenizer, count=count)), ensure_ascii=False)
     return gzip.compress(text.encode(errors="replace"), mtime=0)
 
 
@@ -133,7 +133,7 @@ def contexts(comparison: Mapping[str, Any], a: Evaluation, b: Evaluation, data: 
             latents[from_side].add(split["latent"])
             latents[into_side].update(split["into"])
     tokenizer = data.language_model.tokenizer
-    hits_by_side = {side: top_contexts(result.seen, latents[side], tokenizer) for side, result in (("a", a), ("b", b))}
+    hits_by_side = {side: top_contexts(result.collected, latents[side], tokenizer) for side, result in (("a", a), ("b", b))}
     return {
         side: {str(latent): [{"value": hit.values[hit.at], "text": hit.marked} for hit in hits] for latent, hits in by_latent.items()}
         for side, by_latent in hits_by_side.items()

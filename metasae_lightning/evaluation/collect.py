@@ -33,7 +33,7 @@ class CollectedCodes:
     """The SAE."""
     text: dict[str, Any]
     """Cache key of the text stream."""
-    digests: list[str]
+    text_hashes: list[str]
     """Hash of each passage's text, in order."""
 
     @cached_property
@@ -41,38 +41,38 @@ class CollectedCodes:
         """Cache key of this SAE's codes: weights, thresholds and text stream."""
         return {**self.subject.cache_key, "text": self.text}
 
-    def of(self, digest: str) -> dict[str, Any]:
+    def passage_key(self, text_hash: str) -> dict[str, Any]:
         """Cache key of one passage, by the hash of its text."""
-        return {**self.cache_key, "tokens": digest}
+        return {**self.cache_key, "tokens": text_hash}
 
     def entries(self) -> Iterator[Entry]:
         """The cached entry of each passage, in order."""
-        for number, digest in enumerate(self.digests):
-            yield self.subject.result_cache.get(f"passage-{number:05d}", self.of(digest))
+        for number, text_hash in enumerate(self.text_hashes):
+            yield self.subject.result_cache.get(passage_name(number), self.passage_key(text_hash))
 
     def codes(self) -> Iterator[tuple[Codes, Entry]]:
         """The codes of each passage with its cached entry."""
         width = len(self.subject.W_dec)
-        for piece in self.entries():
-            lengths = piece["lengths"].long()
+        for entry in self.entries():
+            lengths = entry["lengths"].long()
             rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-            yield Codes(rows, piece["latents"].long(), piece["values"], (len(lengths), width)), piece
+            yield Codes(rows, entry["latents"].long(), entry["values"], (len(lengths), width)), entry
 
     @cached_property
     def reconstruction(self) -> Reconstruction:
         """The reconstruction metric over all passages."""
         width, d_in = self.subject.W_dec.shape
         metric, nothing = Reconstruction(d_in), torch.zeros(0, d_in)
-        metric.update(nothing, nothing, Codes.from_dense(torch.zeros(0, width)))  # one that saw nothing at all would warn
-        for piece in self.entries():
-            metric.merge_state({name.split("/")[1]: value for name, value in piece.items() if name.startswith("reconstruction/")})
+        metric.update(nothing, nothing, Codes.from_dense(torch.zeros(0, width)))  # a metric without any update would warn
+        for entry in self.entries():
+            metric.merge_state({name.split("/")[1]: value for name, value in entry.items() if name.startswith("reconstruction/")})
         return metric
 
     @cached_property
     def by_document(self) -> tuple[Int[Tensor, " document"], Float[Tensor, "document figure"], Float[Tensor, "document d_in"]]:
         """Document ids; per document the sums of tokens, squared norm, squared error, firings and cosine; and the sum of activations."""
-        found = [(piece["documents"], piece["sums"], piece["total"]) for piece in self.entries()]
-        documents, sums, total = (torch.cat(parts) for parts in zip(*found, strict=True))
+        by_passage = [(entry["documents"], entry["sums"], entry["total"]) for entry in self.entries()]
+        documents, sums, total = (torch.cat(parts) for parts in zip(*by_passage, strict=True))
         ids, sums = sum_by_document(documents, sums)
         return ids, sums, sum_by_document(documents, total)[1]
 
@@ -98,25 +98,31 @@ class SplicedLosses:
         return {name: value.item() for name, value in recovered(torch.stack(total) / count).items()}
 
 
+def passage_name(number: int) -> str:
+    """Name of a passage's cache entries."""
+    return f"passage-{number:05d}"
+
+
 def collect(subjects: Sequence[EvaluatedSAE], stream: Any, tokens: int) -> list[CollectedCodes]:
     """Run every SAE over the passages of a split; passages in its result cache are not run again."""
-    text = stream_cache_key(stream)
-    seen = [CollectedCodes(subject, text, []) for subject in subjects]
+    stream_key = stream_cache_key(stream)
+    collected = [CollectedCodes(subject, stream_key, []) for subject in subjects]
     with progress_bar("activations", tokens) as bar:
         for passage in passages(stream, tokens):
-            name, digest = f"passage-{passage.number:05d}", passage.digest
-            missing = [one for one in seen if not one.subject.result_cache.has(name, one.of(digest))]
-            read = passage.read() if missing else None
-            for one in missing:
-                assert read is not None
-                # Two arms of a run may be one SAE: what the first left is there for the second.
-                one.subject.result_cache.get_or_compute(name, one.of(digest), partial(encode_passage, one.subject, passage, *read))
-            for one in seen:
-                one.digests.append(digest)
-            bar.update(int(passage.tokens.numel()) if read is None else len(read[0]))
-    if not seen[0].digests:
+            name, text_hash = passage_name(passage.number), passage.text_hash
+            missing = [codes for codes in collected if not codes.subject.result_cache.has(name, codes.passage_key(text_hash))]
+            activations = passage.read() if missing else None
+            for codes in missing:
+                assert activations is not None
+                encode = partial(encode_passage, codes.subject, passage, *activations)
+                # Two arms of a run may hold the same SAE: the second finds the entry of the first.
+                codes.subject.result_cache.get_or_compute(name, codes.passage_key(text_hash), encode)
+            for codes in collected:
+                codes.text_hashes.append(text_hash)
+            bar.update(int(passage.tokens.numel()) if activations is None else len(activations[0]))
+    if not collected[0].text_hashes:
         raise InputError("data: the split holds no passage to measure on")
-    return seen
+    return collected
 
 
 def encode_passage(subject: EvaluatedSAE, passage: Passage, x: Float[Tensor, "row d_in"], counted: Tensor) -> Entry:
@@ -139,59 +145,62 @@ def encode_passage(subject: EvaluatedSAE, passage: Passage, x: Float[Tensor, "ro
     }
 
 
-def collect_spliced_losses(seen: Sequence[CollectedCodes], stream: Any, tokens: int, complete: Any) -> list[SplicedLosses]:
+def collect_spliced_losses(collected: Sequence[CollectedCodes], stream: Any, tokens: int, complete: Any) -> list[SplicedLosses]:
     """Losses of the complete language model on the first contexts, with each SAE's reconstruction spliced in.
 
     `complete` loads the model; it is called only if an entry is missing from a result cache.
     """
-    pieces: list[list[Entry]] = [[] for _ in seen]
-    mean, model, left = seen[0].mean, None, tokens
+    entries: list[list[Entry]] = [[] for _ in collected]
+    first, mean, model, remaining = collected[0], collected[0].mean, None, tokens
     with progress_bar("spliced", tokens) as bar:
         for passage in passages(stream, tokens):
-            counted = seen[0].subject.result_cache.get(f"passage-{passage.number:05d}", seen[0].of(passage.digest))["counted"].bool()
-            contexts = 1 + int((counted[:, 1:].sum(1).cumsum(0) < left).sum())
-            # Ablation by the mean makes losses a function of all of the text.
-            of = {"all": seen[0].digests, "contexts": min(contexts, len(counted))}
-            name = f"splice-{passage.number:05d}"
-            lacking = {one.subject.result_cache.path(name, {**one.cache_key, **of}): place for place, one in enumerate(seen)}
-            missing = [place for path, place in lacking.items() if not path.exists()]
+            counted = first.subject.result_cache.get(passage_name(passage.number), first.passage_key(passage.text_hash))["counted"].bool()
+            contexts = 1 + int((counted[:, 1:].sum(1).cumsum(0) < remaining).sum())
+            # Ablation by the mean activation makes losses depend on the whole text.
+            text = {"all": first.text_hashes, "contexts": min(contexts, len(counted))}
+            name, keys = f"splice-{passage.number:05d}", [{**codes.cache_key, **text} for codes in collected]
+            # SAEs that share an entry are measured once.
+            files = {
+                codes.subject.result_cache.path(name, key): index for index, (codes, key) in enumerate(zip(collected, keys, strict=True))
+            }
+            missing = [index for path, index in files.items() if not path.exists()]
             if missing:
                 model = model or complete()
-                found = _splice(
-                    model, passage, counted[:contexts], {str(place): seen[place].subject.reconstruct for place in missing}, mean
-                )
-                for place in missing:
-                    seen[place].subject.result_cache.put(name, {**seen[place].cache_key, **of}, found[str(place)])
-            for place, one in enumerate(seen):
-                pieces[place].append(one.subject.result_cache.get(name, {**one.cache_key, **of}))
-            count = int(pieces[0][-1]["sums"][:, 0].sum())
+                rebuild = {str(index): collected[index].subject.reconstruct for index in missing}
+                measured = _spliced_entries(model, passage, counted[:contexts], rebuild, mean)
+                for index in missing:
+                    collected[index].subject.result_cache.put(name, keys[index], measured[str(index)])
+            for codes, key, entries_of_sae in zip(collected, keys, entries, strict=True):
+                entries_of_sae.append(codes.subject.result_cache.get(name, key))
+            count = int(entries[0][-1]["sums"][:, 0].sum())
             bar.update(count)
-            left -= count
-            if left <= 0:
+            remaining -= count
+            if remaining <= 0:
                 break
     return [
-        SplicedLosses(*sum_by_document(*(torch.cat([piece[key] for piece in found]) for key in ("documents", "sums")))) for found in pieces
+        SplicedLosses(*sum_by_document(*(torch.cat([entry[field] for entry in entries_of_sae]) for field in ("documents", "sums"))))
+        for entries_of_sae in entries
     ]
 
 
-def _splice(model: Any, passage: Passage, counted: Tensor, rebuild: dict[str, Any], mean: Tensor) -> dict[str, Entry]:
-    """Losses on a passage's first contexts, summed by document, for each SAE."""
+def _spliced_entries(model: Any, passage: Passage, counted: Tensor, rebuild: dict[str, Any], mean: Tensor) -> dict[str, Entry]:
+    """The cache entry of each SAE: losses on a passage's first contexts, summed by document."""
     parts: dict[str, list[Tensor]] = {name: [] for name in rebuild}
     at_once = max(1, SPLICED_AT_ONCE // counted.shape[1])
     for begin in range(0, len(counted), at_once):
         chosen = slice(begin, min(begin + at_once, len(counted)))
         visible = None if passage.visible is None else passage.visible[chosen]
-        found = losses(model, passage.tokens[chosen], visible, counted[chosen], rebuild, mean)
-        for name, values in found.items():
+        for name, values in losses(model, passage.tokens[chosen], visible, counted[chosen], rebuild, mean).items():
             parts[name].append(values)
-    # A prediction counts where the predicted token is one that SAEs are judged on.
-    after, owner = counted[:, 1:], passage.documents[: len(counted), 1:]
-    pieces: dict[str, Entry] = {}
+    # A prediction counts if the predicted token is one that SAEs are evaluated on.
+    predicted, documents_of_predicted = counted[:, 1:], passage.documents[: len(counted), 1:]
+    entries: dict[str, Entry] = {}
     for name, values in parts.items():
-        rows = torch.cat(values, 1).double()[:, after].T
-        documents, sums = sum_by_document(owner[after], torch.cat([torch.ones(len(rows), 1, dtype=torch.float64), rows], 1))
-        pieces[name] = {"documents": documents, "sums": sums}
-    return pieces
+        rows = torch.cat(values, 1).double()[:, predicted].T
+        counts_and_losses = torch.cat([torch.ones(len(rows), 1, dtype=torch.float64), rows], 1)
+        documents, sums = sum_by_document(documents_of_predicted[predicted], counts_and_losses)
+        entries[name] = {"documents": documents, "sums": sums}
+    return entries
 
 
 def progress_bar(words: str, total: int) -> Any:

@@ -20,16 +20,16 @@ from metasae_lightning.evaluation.evaluate import Evaluation, excess_without_eac
 from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.metrics.cofiring import PAIR_BYTES, Firings
 
-# Above so many latents only each one's nearest are candidates: the whole matrix would take hours.
+# With more latents than this, only the nearest rows of each are candidates: a match over the whole matrix would take hours.
 DENSE = 6000
 
 
-def matched(
+def match_decoder_rows(
     W_a: Float[Tensor, "d_a d_in"], W_b: Float[Tensor, "d_b d_in"], *, dense: int = DENSE, nearest: int = 32
 ) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Float[Tensor, " pair"]]:
     """The one-to-one match of decoder rows with the largest sum of cosines (the Hungarian method), and its cosines.
 
-    >>> matched(torch.eye(2), torch.tensor([[0.0, 3.0], [1.0, 1.0]]))
+    >>> match_decoder_rows(torch.eye(2), torch.tensor([[0.0, 3.0], [1.0, 1.0]]))
     (tensor([0, 1]), tensor([1, 0]), tensor([0.7071, 1.0000]))
     """
     a, b = functional.unit_rows(W_a.float()), functional.unit_rows(W_b.float())
@@ -37,11 +37,11 @@ def matched(
         cosines = a @ b.T
         rows, columns = (torch.as_tensor(side) for side in linear_sum_assignment(cosines.cpu().numpy(), maximize=True))
         return rows, columns, cosines[rows, columns]
-    return _sparse(a, b, nearest)
+    return _match_nearest(a, b, nearest)
 
 
-def _sparse(a: Tensor, b: Tensor, nearest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Among each row's nearest; a row whose nearest all went to others is left without a match."""
+def _match_nearest(a: Tensor, b: Tensor, nearest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best match among the nearest rows of each; a row whose nearest are all taken stays without a match."""
     rows, columns, values = list[Tensor](), list[Tensor](), list[Tensor]()
     for begin in range(0, len(a), 1024):
         top = (a[begin : begin + 1024] @ b.T).topk(min(nearest, len(b)))
@@ -49,21 +49,21 @@ def _sparse(a: Tensor, b: Tensor, nearest: int) -> tuple[Tensor, Tensor, Tensor]
         columns.append(top.indices.flatten().cpu())
         values.append(top.values.flatten().cpu())
     row, column, value = torch.cat(rows), torch.cat(columns), torch.cat(values)
-    # A column of its own for each row, dearer than any cosine: then a full match always exists. Costs must not be 0.
-    own = np.arange(len(a))
+    # Each row has an extra column that costs more than any cosine, so that a full match always exists. Costs must not be 0.
+    extra = np.arange(len(a))
     costs = np.concatenate([2 - value.double().numpy(), np.full(len(a), 10.0)])
-    places = np.concatenate([row.numpy(), own]), np.concatenate([column.numpy(), len(b) + own])
-    found_rows, found_columns = min_weight_full_bipartite_matching(coo_matrix((costs, places), shape=(len(a), len(b) + len(a))).tocsr())
-    real = found_columns < len(b)
-    one, other = torch.as_tensor(found_rows[real]).long(), torch.as_tensor(found_columns[real]).long()
-    return one, other, (a[one.to(a.device)] * b[other.to(b.device)]).sum(1).cpu()
+    places = np.concatenate([row.numpy(), extra]), np.concatenate([column.numpy(), len(b) + extra])
+    matched_rows, matched_columns = min_weight_full_bipartite_matching(coo_matrix((costs, places), shape=(len(a), len(b) + len(a))).tocsr())
+    real = matched_columns < len(b)
+    rows_a, rows_b = torch.as_tensor(matched_rows[real]).long(), torch.as_tensor(matched_columns[real]).long()
+    return rows_a, rows_b, (a[rows_a.to(a.device)] * b[rows_b.to(b.device)]).sum(1).cpu()
 
 
-# Matches kept of each latent, splits kept of each side.
+# Matches stored for each latent, splits stored for each SAE.
 MATCHES, SPLITS = 3, 50
-# Below it two latents are not said to be about the same thing.
+# Smallest phi at which two latents count as related.
 RELATED = 0.2
-# What a document's share of a figure is: its place among the sums that are kept by document.
+# Column of each figure among the sums by document.
 FIGURES = {"fvu": 2, "l0": 3, "cosine": 4}
 LOSSES = {"ce_sae": 2, "kl": 5}
 
@@ -73,14 +73,14 @@ class Matches:
     """Each latent's best matches in the other SAE by phi."""
 
     phi: Float[Tensor, "latent match"]
-    """How well they correlate, the best first."""
+    """Phi of the matches, largest first."""
     latent: Int[Tensor, "latent match"]
-    """Which they are."""
+    """Latents of the other SAE."""
     live: Tensor
-    """Which latents fired on some of the tokens."""
+    """Mask of latents that fired on some tokens but not on all."""
 
     def figures(self) -> dict[str, float]:
-        """Of live latents' best matches."""
+        """Distribution of phi over the best matches of live latents."""
         best = self.phi[self.live, 0].double()
         if not len(best):
             return {"median": float("nan")}
@@ -89,46 +89,46 @@ class Matches:
 
 
 def compare(a: Evaluation, b: Evaluation, settings: Settings) -> dict[str, Any]:
-    """Everything about two SAEs that were evaluated together."""
-    one, two = (firings(evaluation.seen) for evaluation in (a, b))
-    check_same_rows(a.seen, b.seen)
-    forth, back = best_matches(one, two, settings.memory_gib)
-    # The other's tokens moved on by half of the text: the same rates, and nothing in common.
-    apart = Firings(two.matrix[np.roll(np.arange(two.tokens), two.tokens // 2)])
-    chance, _ = best_matches(one, apart, settings.memory_gib)
-    rows, columns, cosines = matched(a.seen.subject.W_dec.cpu(), b.seen.subject.W_dec.cpu())
+    """Differences, matches, splits and merges of two SAEs that were evaluated together."""
+    firings_a, firings_b = (firings(evaluation.collected) for evaluation in (a, b))
+    check_same_rows(a.collected, b.collected)
+    forward, backward = best_matches(firings_a, firings_b, settings.memory_gib)
+    # Tokens shifted by half of the text: the firing rates stay, and every real relation is lost.
+    shifted = Firings(firings_b.matrix[np.roll(np.arange(firings_b.tokens), firings_b.tokens // 2)])
+    chance, _ = best_matches(firings_a, shifted, settings.memory_gib)
+    rows, columns, cosines = match_decoder_rows(a.collected.subject.W_dec.cpu(), b.collected.subject.W_dec.cpu())
     return {
         "differences": differences(a, b, settings),
-        "cross_phi": {"a_in_b": forth.figures(), "b_in_a": back.figures(), "a_in_b_by_chance": chance.figures()},
-        "splits": splits(forth, two),
-        "merges": splits(back, one),
+        "cross_phi": {"a_in_b": forward.figures(), "b_in_a": backward.figures(), "a_in_b_by_chance": chance.figures()},
+        "splits": splits(forward, firings_b),
+        "merges": splits(backward, firings_a),
         "matching": {
             **{"pairs": len(rows), "mean_cosine": cosines.double().mean().item(), "median_cosine": cosines.double().median().item()},
             **{f"above_{x:g}": (cosines > x).double().mean().item() for x in (0.7, 0.9)},
             **{"a": rows.tolist(), "b": columns.tolist(), "cosine": [round(value, 4) for value in cosines.tolist()]},
         },
-        "best": {"a_in_b": kept(forth), "b_in_a": kept(back)},
+        "best": {"a_in_b": matches_record(forward), "b_in_a": matches_record(backward)},
     }
 
 
-def firings(seen: CollectedCodes) -> Firings:
-    """Which latents fired on which of all tokens."""
-    parts = [(piece["latents"], piece["lengths"]) for piece in seen.entries()]
+def firings(collected: CollectedCodes) -> Firings:
+    """The firings of all latents on all tokens."""
+    parts = [(entry["latents"], entry["lengths"]) for entry in collected.entries()]
     latents, lengths = (torch.cat(side) for side in zip(*parts, strict=True))
-    return Firings.of(latents, lengths, len(seen.subject.W_dec))
+    return Firings.of(latents, lengths, len(collected.subject.W_dec))
 
 
 def check_same_rows(a: CollectedCodes, b: CollectedCodes) -> None:
-    """Both must have been seen on the same tokens: a tokenizer or a text that changed between them would show here."""
-    for one, two in zip(a.entries(), b.entries(), strict=True):
-        if not (torch.equal(one["tokens"], two["tokens"]) and torch.equal(one["counted"], two["counted"])):
+    """Check that both SAEs were run on the same tokens: the tokenizer or the text may have changed in between."""
+    for entry_a, entry_b in zip(a.entries(), b.entries(), strict=True):
+        if not all(torch.equal(entry_a[name], entry_b[name]) for name in ("tokens", "counted")):
             raise InputError(
                 f"{a.subject.place} and {b.subject.place} were not seen on the same tokens: remove {b.subject.result_cache.folder}"
             )
 
 
 def best_matches(one: Firings, two: Firings, memory_gib: float) -> tuple[Matches, Matches]:
-    """Each latent's best matches in the other SAE, both ways, from exact counts, some latents at a time."""
+    """Each latent's best matches in the other SAE by phi, in both directions, from exact counts; computed in chunks of latents."""
     n, n_i, n_j = float(one.tokens), one.counts, two.counts
     count = min(MATCHES, len(n_i), len(n_j))
     rows = max(1, int(memory_gib * 2**30 / PAIR_BYTES) // len(n_j))
@@ -147,81 +147,82 @@ def best_matches(one: Firings, two: Firings, memory_gib: float) -> tuple[Matches
 
 
 def splits(matches: Matches, other: Firings) -> list[dict[str, Any]]:
-    """Latents that two of the other SAE's share, with how these must co-fire and how they do."""
+    """Latents whose two best matches are both related to them, with the phi of the two and its lower bound."""
     if matches.phi.shape[1] < 2:
         return []
     second = torch.where(matches.live & (matches.phi[:, 1] >= RELATED), matches.phi[:, 1], -torch.inf)
     chosen = [latent for latent in second.argsort(descending=True)[:SPLITS].tolist() if second[latent].isfinite()]
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     columns, n = other.matrix.tocsc(), float(other.tokens)
     for latent in chosen:
         (left, right), into = matches.phi[latent, :2].double(), matches.latent[latent, :2].tolist()
         x, y = (columns[:, [place]] for place in into)
         together = torch.tensor(float((x.multiply(y)).sum()), dtype=torch.float64)
         n_x, n_y = (torch.tensor(float(side.sum()), dtype=torch.float64) for side in (x, y))
-        found.append(
+        entries.append(
             {
                 **{"latent": latent, "into": into, "phi": [left.item(), right.item()]},
                 **{"bound": functional.cofiring_bound(left, right).item(), "phi_between": functional.phi(together, n_x, n_y, n).item()},
             }
         )
-    return found
+    return entries
 
 
-def kept(matches: Matches) -> dict[str, list[Any]]:
-    """For the record."""
+def matches_record(matches: Matches) -> dict[str, list[Any]]:
+    """Matches as JSON."""
     return {"latent": matches.latent.tolist(), "phi": [[round(value, 4) for value in row] for row in matches.phi.tolist()]}
 
 
 def differences(a: Evaluation, b: Evaluation, settings: Settings) -> dict[str, dict[str, Any]]:
-    """The second's figures less the first's: intervals from drawing the same documents again, p from swapping them by document."""
-    one, two = (resampled_reconstruction(evaluation.seen, settings) for evaluation in (a, b))
-    ids, sums, _ = a.seen.by_document
-    (_, other, _) = b.seen.by_document
+    """Figures of the second SAE minus the first's: intervals by bootstrap over documents, p values by permutation of documents."""
+    resampled_a, resampled_b = (resampled_reconstruction(evaluation.collected, settings) for evaluation in (a, b))
+    ids, sums, _ = a.collected.by_document
+    _, sums_b, _ = b.collected.by_document
     figures = [evaluation.entry["figures"]["reconstruction"] for evaluation in (a, b)]
-    found = paired(one, two, figures, {name: other[:, place] - sums[:, place] for name, place in FIGURES.items()}, settings)
-    if a.lost is not None and b.lost is not None:
-        losses = [resampled_losses(evaluation.lost, settings) for evaluation in (a, b) if evaluation.lost is not None]
+    changes = {name: sums_b[:, column] - sums[:, column] for name, column in FIGURES.items()}
+    by_figure = paired_differences(resampled_a, resampled_b, figures, changes, settings)
+    if a.spliced is not None and b.spliced is not None:
+        losses = [resampled_losses(evaluation.spliced, settings) for evaluation in (a, b) if evaluation.spliced is not None]
         points = [evaluation.entry["figures"]["splice"] for evaluation in (a, b)]
-        shares = {name: b.lost.sums[:, place] - a.lost.sums[:, place] for name, place in LOSSES.items()}
-        found |= paired(losses[0], losses[1], points, shares, settings)
-    found["phi_excess"] = excess(a, b)
-    found["documents"] = {"count": len(ids)}
-    return found
+        changes = {name: b.spliced.sums[:, column] - a.spliced.sums[:, column] for name, column in LOSSES.items()}
+        by_figure |= paired_differences(losses[0], losses[1], points, changes, settings)
+    by_figure["phi_excess"] = excess_difference(a, b)
+    by_figure["documents"] = {"count": len(ids)}
+    return by_figure
 
 
-def excess(a: Evaluation, b: Evaluation) -> dict[str, Any]:
-    """The difference of mean |phi| in excess of its floor: of all pairs, its spread of random pairs without each group of documents."""
-    one, two = (excess_without_each(evaluation.seen) for evaluation in (a, b))
+def excess_difference(a: Evaluation, b: Evaluation) -> dict[str, Any]:
+    """Difference of excess mean |phi| over all pairs; its interval is a jackknife over groups of documents on random pairs."""
+    without_a, without_b = (excess_without_each(evaluation.collected) for evaluation in (a, b))
     points = [evaluation.entry["figures"]["phi"]["excess"] for evaluation in (a, b)]
     point = points[1] - points[0]
-    return {"a": points[0], "b": points[1], "difference": point, "interval": jackknife_interval(point, two - one)}
+    return {"a": points[0], "b": points[1], "difference": point, "interval": jackknife_interval(point, without_b - without_a)}
 
 
-def paired(
-    one: Mapping[str, Tensor],
-    two: Mapping[str, Tensor],
+def paired_differences(
+    resampled_a: Mapping[str, Tensor],
+    resampled_b: Mapping[str, Tensor],
     points: Sequence[Mapping[str, float]],
-    shares: Mapping[str, Float[Tensor, " document"]],
+    changes: Mapping[str, Float[Tensor, " document"]],
     settings: Settings,
 ) -> dict[str, dict[str, Any]]:
-    """Figures that are sums over documents: their difference, its interval, and how often swapping gives as large a one."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, share in shares.items():
-        low, high = interval(two[name] - one[name])
-        p = swapped(share, settings.resamples, settings.seed)
+    """Differences of figures that are sums over documents, each with its bootstrap interval and permutation p value."""
+    by_figure: dict[str, dict[str, Any]] = {}
+    for name, change in changes.items():
+        low, high = interval(resampled_b[name] - resampled_a[name])
+        p = permutation_p(change, settings.resamples, settings.seed)
         a, b = (point[name] for point in points)
-        found[name] = {"a": a, "b": b, "difference": b - a, "interval": [low, high], "p": p}
-    return found
+        by_figure[name] = {"a": a, "b": b, "difference": b - a, "interval": [low, high], "p": p}
+    return by_figure
 
 
-def swapped(share: Float[Tensor, " document"], resamples: int, seed: int = 0) -> float:
-    """How often a sum of documents' differences is as large when which SAE is which is a coin's choice for each: its permutation p.
+def permutation_p(change: Float[Tensor, " document"], resamples: int, seed: int = 0) -> float:
+    """Permutation p value of a sum of differences by document: a random sign for each document swaps the two SAEs.
 
-    >>> swapped(torch.ones(20), 999), swapped(torch.tensor([1.0, -1.0]), 999)
+    >>> permutation_p(torch.ones(20), 999), permutation_p(torch.tensor([1.0, -1.0]), 999)
     (0.001, 1.0)
     """
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (resamples, len(share)), generator=generator).double() * 2 - 1
-    sums, seen = (signs @ share.double()).abs(), share.double().sum().abs()
-    return (1 + int((sums >= seen - 1e-12 * share.double().abs().sum()).sum())) / (1 + resamples)
+    signs = torch.randint(0, 2, (resamples, len(change)), generator=generator).double() * 2 - 1
+    sums, observed = (signs @ change.double()).abs(), change.double().sum().abs()
+    return (1 + int((sums >= observed - 1e-12 * change.double().abs().sum()).sum())) / (1 + resamples)

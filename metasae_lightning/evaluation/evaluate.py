@@ -1,4 +1,4 @@
-"""The whole evaluation of one SAE or of several on the same held-out tokens: every measure, with its spread, its floor and its cost."""
+"""Evaluate one SAE, or several on the same held-out tokens: all measures, with intervals over documents and floors by chance."""
 
 import logging
 import platform
@@ -26,13 +26,13 @@ from metasae_lightning.metrics.loss_recovered import recovered
 
 log = logging.getLogger(__name__)
 
-# Documents are dealt to so many groups where co-firing is resampled.
+# Groups of documents in the jackknife of co-firing.
 GROUPS = 64
-# log10 of the share of tokens that a latent fires on, a quarter of a decade a bin.
+# Bins of firing rates: log10 of the share of tokens, a quarter of a decade each.
 DENSITIES = torch.arange(-7, 0.01, 0.25, dtype=torch.float64)
-# Of a decoder row with its nearest.
+# Bins of the cosine between a decoder row and its nearest.
 COSINES = torch.linspace(0, 1, 51, dtype=torch.float64)
-# log10 of |phi|.
+# Bins of log10 |phi|.
 CORRELATIONS = torch.arange(-5, 0.01, 0.125, dtype=torch.float64)
 
 
@@ -40,9 +40,9 @@ CORRELATIONS = torch.arange(-5, 0.01, 0.125, dtype=torch.float64)
 class Evaluation:
     """Results of one SAE."""
 
-    seen: CollectedCodes
+    collected: CollectedCodes
     """Its codes on the test text."""
-    lost: SplicedLosses | None
+    spliced: SplicedLosses | None
     """Losses of the language model with it spliced in, if measured."""
     entry: dict[str, Any]
     """Its entry in `evaluation.json`."""
@@ -60,51 +60,54 @@ def evaluate(subjects: Sequence[EvaluatedSAE], data: Any, settings: Settings) ->
         subjects = at_matched_l0(subjects, data, rule, settings.l0, settings.calibration_tokens)
     tokens = settings.tokens or data.test_tokens
     stream = split_stream(data, "test", tokens)
-    seen = collect(subjects, stream, tokens)
-    lost: Sequence[SplicedLosses | None] = [None] * len(seen)
+    collected = collect(subjects, stream, tokens)
+    losses: Sequence[SplicedLosses | None] = [None] * len(collected)
     model = getattr(data, "language_model", None)
     if settings.splice_tokens and model is not None:
-        lost = collect_spliced_losses(seen, stream, min(settings.splice_tokens, tokens), model.complete)
-    about = {
+        losses = collect_spliced_losses(collected, stream, min(settings.splice_tokens, tokens), model.complete)
+    provenance = {
         **{"hook": hook, "data": json_values(stream_cache_key(stream)), "split": "test", "seed": settings.seed, "versions": versions()},
         **{"settings": asdict(settings), "together_with": [subject.place for subject in subjects]},
     }
-    found = [Evaluation(one, had, {**measure_all(one, had, settings), **about}) for one, had in zip(seen, lost, strict=True)]
+    evaluations = [
+        Evaluation(codes, spliced, {**measure_all(codes, spliced, settings), **provenance})
+        for codes, spliced in zip(collected, losses, strict=True)
+    ]
     if data.features is not None:
-        for one in found:
-            one.entry["figures"]["recovery"] = recovery(one.seen, data.features, stream)
-    return found
+        for evaluation in evaluations:
+            evaluation.entry["figures"]["recovery"] = recovery(evaluation.collected, data.features, stream)
+    return evaluations
 
 
-def measure_all(seen: CollectedCodes, lost: SplicedLosses | None, settings: Settings) -> dict[str, Any]:
+def measure_all(collected: CollectedCodes, spliced: SplicedLosses | None, settings: Settings) -> dict[str, Any]:
     """All figures of one SAE, with intervals over documents."""
-    subject = seen.subject
+    subject = collected.subject
     log.info(f"{subject.name}: co-firing, decoder{', critics' if settings.critic_seeds else ''}")
-    documents, sums, _ = seen.by_document
-    figures: dict[str, Any] = {"reconstruction": floats(seen.reconstruction.compute()), **latents(seen, settings)}
+    documents, sums, _ = collected.by_document
+    figures: dict[str, Any] = {"reconstruction": floats(collected.reconstruction.compute()), **latents(collected, settings)}
     figures["decoder"] = decoder(subject)
     if settings.critic_seeds:
         figures["critic"] = critic(subject, settings)
-    if lost is not None:
-        figures["splice"] = lost.figures()
+    if spliced is not None:
+        figures["splice"] = spliced.figures()
     return {
         **{"sae": subject.place, "architecture": subject.sae.cfg.architecture(), "d_sae": len(subject.W_dec), **subject.decoder_cache_key},
         **{
             "weights": subject.cache_key["sae"],
             "rule": subject.rule or {"rule": "stored"},
             "figures": figures,
-            "intervals": intervals(seen, lost, figures["phi"]["excess"], settings),
+            "intervals": intervals(collected, spliced, figures["phi"]["excess"], settings),
         },
         **{"tokens": int(sums[:, 0].sum()), "documents": len(documents)},
-        **({"spliced_tokens": int(lost.sums[:, 0].sum())} if lost is not None else {}),
+        **({"spliced_tokens": int(spliced.sums[:, 0].sum())} if spliced is not None else {}),
     }
 
 
-def latents(seen: CollectedCodes, settings: Settings) -> dict[str, Any]:
+def latents(collected: CollectedCodes, settings: Settings) -> dict[str, Any]:
     """Firing rates and co-firing of latents."""
-    width = len(seen.subject.W_dec)
+    width = len(collected.subject.W_dec)
     dead, phi = DeadLatents(width), Phi(width, memory_gib=settings.memory_gib)
-    for codes, _ in seen.codes():
+    for codes, _ in collected.codes():
         dead.update(codes)
         phi.update(codes)
     density = dead.density()
@@ -116,21 +119,21 @@ def latents(seen: CollectedCodes, settings: Settings) -> dict[str, Any]:
         counted = phi.count()
         return {**phi.figures(counted), "log10_abs": counted.by_decade(CORRELATIONS)}
 
-    found = seen.subject.result_cache.get_or_compute(
-        "phi-pairs", {**seen.cache_key, "all": seen.digests, "edges": CORRELATIONS.tolist()}, pairs
+    figures = collected.subject.result_cache.get_or_compute(
+        "phi-pairs", {**collected.cache_key, "all": collected.text_hashes, "edges": CORRELATIONS.tolist()}, pairs
     )
-    histogram = {"edges": CORRELATIONS.tolist(), "pairs": found.pop("log10_abs").long().tolist()}
+    histogram = {"edges": CORRELATIONS.tolist(), "pairs": figures.pop("log10_abs").long().tolist()}
     return {
         "latents": {**floats(dead.compute()), "log10_density": {"edges": DENSITIES.tolist(), "latents": counts}},
-        "phi": {**floats(found), "log10_abs": histogram},
+        "phi": {**floats(figures), "log10_abs": histogram},
     }
 
 
-def recovery(seen: CollectedCodes, features: Tensor, stream: Any) -> dict[str, float]:
+def recovery(collected: CollectedCodes, features: Tensor, stream: Any) -> dict[str, float]:
     """How well the decoder recovers known features."""
     metric = FeatureRecovery(features)
-    for number, (codes, _) in enumerate(seen.codes()):
-        metric.update(seen.subject.W_dec.cpu(), codes, stream.batch(number).features)
+    for number, (codes, _) in enumerate(collected.codes()):
+        metric.update(collected.subject.W_dec.cpu(), codes, stream.batch(number).features)
     return floats(metric.compute())
 
 
@@ -149,39 +152,42 @@ def critic(subject: EvaluatedSAE, settings: Settings) -> dict[str, float]:
 
     def explained(name: str, rows: Tensor, seed: int) -> float:
         # Random rows of one shape are the same for every SAE.
-        of = {"shape": list(rows.shape)} if name == "random" else subject.decoder_cache_key
-        stream_cache_key = {**of, "rows": name, "seed": seed, **metric.settings}
-        piece = subject.result_cache.get_or_compute("critic", stream_cache_key, lambda: {"fve": torch.tensor(metric.explained(rows, seed))})
-        return piece["fve"].item()
+        rows_key = {"shape": list(rows.shape)} if name == "random" else subject.decoder_cache_key
+        key = {**rows_key, "rows": name, "seed": seed, **metric.settings}
+        entry = subject.result_cache.get_or_compute("critic", key, lambda: {"fve": torch.tensor(metric.explained(rows, seed))})
+        return entry["fve"].item()
 
-    found: dict[str, list[float]] = {}
+    explained_by_rows: dict[str, list[float]] = {}
     for name, rows in metric.judged().items():
         log.info("%s: %d critics on %s", subject.name, settings.critic_seeds, {"fve": "the decoder"}.get(name, f"{name} rows"))
-        found[name] = [explained(name, rows, seed) for seed in range(settings.critic_seeds)]
-    return floats(spread(found))
+        explained_by_rows[name] = [explained(name, rows, seed) for seed in range(settings.critic_seeds)]
+    return floats(spread(explained_by_rows))
 
 
-def intervals(seen: CollectedCodes, lost: SplicedLosses | None, excess: float, settings: Settings) -> dict[str, tuple[float, float]]:
+def intervals(
+    collected: CollectedCodes, spliced: SplicedLosses | None, excess: float, settings: Settings
+) -> dict[str, tuple[float, float]]:
     """95 % intervals of figures over resampled documents."""
-    found = {name: interval(values) for name, values in resampled_reconstruction(seen, settings).items()}
-    if lost is not None:
-        found |= {name: interval(values) for name, values in resampled_losses(lost, settings).items()}
-    return {**found, "phi_excess": jackknife_interval(excess, excess_without_each(seen))}
+    by_figure = {name: interval(values) for name, values in resampled_reconstruction(collected, settings).items()}
+    if spliced is not None:
+        by_figure |= {name: interval(values) for name, values in resampled_losses(spliced, settings).items()}
+    return {**by_figure, "phi_excess": jackknife_interval(excess, excess_without_each(collected))}
 
 
-def resampled_reconstruction(seen: CollectedCodes, settings: Settings) -> dict[str, Float[Tensor, " resample"]]:
+def resampled_reconstruction(collected: CollectedCodes, settings: Settings) -> dict[str, Float[Tensor, " resample"]]:
     """Reconstruction figures on resampled documents; the same documents for every SAE with the same seed."""
-    _, sums, total = seen.by_document
+    _, sums, total = collected.by_document
     weights = document_weights(len(sums), settings)
     tokens, squares, error, active, cosine = (weights @ sums).T
     spread = squares - (weights @ total).square().sum(1) / tokens
     return {"fvu": error / spread, "l0": active / tokens, "cosine": cosine / tokens}
 
 
-def excess_without_each(seen: CollectedCodes) -> Float[Tensor, " group"]:
+def excess_without_each(collected: CollectedCodes) -> Float[Tensor, " group"]:
     """Excess |phi| without each group of documents."""
-    of = {**seen.cache_key, "all": seen.digests, "groups": GROUPS}
-    return seen.subject.result_cache.get_or_compute("phi-groups", of, lambda: {"excess": phi_by_group(seen).without_each()})["excess"]
+    key = {**collected.cache_key, "all": collected.text_hashes, "groups": GROUPS}
+    cache = collected.subject.result_cache
+    return cache.get_or_compute("phi-groups", key, lambda: {"excess": phi_by_group(collected).without_each()})["excess"]
 
 
 def document_weights(documents: int, settings: Settings) -> Float[Tensor, "resample document"]:
@@ -190,22 +196,22 @@ def document_weights(documents: int, settings: Settings) -> Float[Tensor, "resam
     return weights if documents > 1 else weights * torch.nan
 
 
-def resampled_losses(lost: SplicedLosses, settings: Settings) -> dict[str, Float[Tensor, " resample"]]:
+def resampled_losses(spliced: SplicedLosses, settings: Settings) -> dict[str, Float[Tensor, " resample"]]:
     """Losses on resampled documents."""
-    weights = document_weights(len(lost.sums), settings)
-    count, *total = (weights @ lost.sums).T
-    found = recovered(torch.stack(total) / count)
-    return {**found, "ce_added": found["ce_sae"] - found["ce_clean"]}
+    weights = document_weights(len(spliced.sums), settings)
+    count, *total = (weights @ spliced.sums).T
+    losses = recovered(torch.stack(total) / count)
+    return {**losses, "ce_added": losses["ce_sae"] - losses["ce_clean"]}
 
 
-def phi_by_group(seen: CollectedCodes) -> PhiByGroup:
+def phi_by_group(collected: CollectedCodes) -> PhiByGroup:
     """Co-firing of random pairs of latents by groups of documents."""
-    ids, _, _ = seen.by_document
+    ids, _, _ = collected.by_document
     groups = min(GROUPS, len(ids))
-    counts = PhiByGroup(len(seen.subject.W_dec), groups)
-    for codes, piece in seen.codes():
+    counts = PhiByGroup(len(collected.subject.W_dec), groups)
+    for codes, entry in collected.codes():
         # Document ids are consecutive, so the remainder spreads documents evenly.
-        counts.update(codes, piece["owner"][piece["counted"]] % groups)
+        counts.update(codes, entry["owner"][entry["counted"]] % groups)
     return counts
 
 
@@ -217,10 +223,10 @@ def floats(figures: Mapping[str, Tensor]) -> dict[str, float]:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that measured."""
     packages = ("metasae-lightning", "torch", "lightning", "sae-lens", "transformers", "torchmetrics")
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for name in packages:
         try:
-            found[name] = version(name)
+            by_package[name] = version(name)
         except PackageNotFoundError:  # a bare checkout
-            found[name] = "not installed"
-    return found
+            by_package[name] = "not installed"
+    return by_package

@@ -15,7 +15,7 @@ from metasae_lightning.data.synthetic import SyntheticStream
 from metasae_lightning.evaluation.result_cache import hash_weights
 
 # Synthetic tokens have no documents; this many count as one document.
-PLANTED_DOCUMENT = 64
+SYNTHETIC_DOCUMENT = 64
 
 Read = Callable[[], tuple[Float[Tensor, "row d_in"], Bool[Tensor, "context position"]]]
 
@@ -37,14 +37,14 @@ class Passage:
     attention sinks."""
 
     @property
-    def digest(self) -> str:
+    def text_hash(self) -> str:
         """Hash of the text; a corpus may change under the same name."""
         return hash_weights({"tokens": self.tokens, "documents": self.documents})
 
 
 def passages(stream: Any, tokens: int) -> Iterator[Passage]:
     """Passages of a split until they hold `tokens` rows, or all there are."""
-    return _planted(stream) if isinstance(stream, SyntheticStream) else _text(stream, tokens)
+    return _synthetic_passages(stream) if isinstance(stream, SyntheticStream) else _text_passages(stream, tokens)
 
 
 def stream_cache_key(stream: Any) -> dict[str, Any]:
@@ -55,9 +55,9 @@ def stream_cache_key(stream: Any) -> dict[str, Any]:
     return stream.identity()
 
 
-def json_values(of: dict[str, Any]) -> dict[str, Any]:
-    """Values that are not plain JSON as strings."""
-    return {key: value if isinstance(value, int | float | bool | None) else str(value) for key, value in of.items()}
+def json_values(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON: every value that is no number, boolean or None becomes a string."""
+    return {key: value if isinstance(value, int | float | bool | None) else str(value) for key, value in settings.items()}
 
 
 def split_stream(data: Any, split: str, tokens: int) -> Any:
@@ -65,12 +65,12 @@ def split_stream(data: Any, split: str, tokens: int) -> Any:
     return data.stream(split, max(tokens, getattr(data, "batching", data).batch_size))
 
 
-def _text(stream: ActivationStream, tokens: int) -> Iterator[Passage]:
+def _text_passages(stream: ActivationStream, tokens: int) -> Iterator[Passage]:
     rows, number, document = stream.rows(), 0, 0
     try:
-        while rows.number < tokens and (taken := rows.take()) is not None:
+        while rows.number < tokens and (context_and_mask := rows.take()) is not None:
             rows.forget(rows.number // stream.batching.block)
-            context, keep = taken
+            context, keep = context_and_mask
             documents, document = number_documents(context, rows.separator, begun=rows.begun, first=document)
             yield Passage(number, context, documents, rows.visible(context), _reader(rows, context, keep, stream.batching.max_norm_ratio))
             number += 1
@@ -80,21 +80,21 @@ def _text(stream: ActivationStream, tokens: int) -> Iterator[Passage]:
 
 def _reader(rows: Rows, tokens: Tensor, keep: Tensor, max_norm_ratio: float | None) -> Read:
     def read() -> tuple[Tensor, Tensor]:
-        found, counted = rows.forward(tokens)[keep.to(rows.language_model.device)], keep.clone()
+        activations, counted = rows.forward(tokens)[keep.to(rows.language_model.device)], keep.clone()
         if max_norm_ratio is not None:
-            kept = ordinary(found, max_norm_ratio)
-            counted[keep] = kept.cpu()
-            found = found[kept]
-        return found, counted
+            within_norm = ordinary(activations, max_norm_ratio)
+            counted[keep] = within_norm.cpu()
+            activations = activations[within_norm]
+        return activations, counted
 
     return read
 
 
-def _planted(stream: SyntheticStream) -> Iterator[Passage]:
+def _synthetic_passages(stream: SyntheticStream) -> Iterator[Passage]:
     for number in range(len(stream)):
-        place = number * stream.batch_size + torch.arange(stream.batch_size)
+        position = number * stream.batch_size + torch.arange(stream.batch_size)
 
         def read(number: int = number) -> tuple[Tensor, Tensor]:
             return stream.batch(number).activations, torch.ones(1, stream.batch_size, dtype=torch.bool)
 
-        yield Passage(number, torch.zeros(1, stream.batch_size, dtype=torch.long), place[None] // PLANTED_DOCUMENT, None, read)
+        yield Passage(number, torch.zeros(1, stream.batch_size, dtype=torch.long), position[None] // SYNTHETIC_DOCUMENT, None, read)

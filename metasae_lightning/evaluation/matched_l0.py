@@ -24,22 +24,22 @@ def at_matched_l0(subjects: Sequence[EvaluatedSAE], data: Any, rule: Rule, l0: f
     The common L0 is `l0` if given, else the L0 of an SAE without thresholds, else the smallest training L0. An SAE without thresholds keeps
     its own L0, with a warning.
     """
-    able = [subject for subject in subjects if pretrained.pre_activations(subject.sae) is not None]
+    adjustable = [subject for subject in subjects if pretrained.pre_activations(subject.sae) is not None]
     for subject in subjects:
-        if subject not in able:
+        if subject not in adjustable:
             log.warning("%s has no thresholds (%s): it stays at its own L0", subject.name, subject.sae.cfg.architecture())
-    goal = target_l0(able, l0, [subject for subject in subjects if subject not in able])
+    goal = target_l0(adjustable, l0, [subject for subject in subjects if subject not in adjustable])
     samples: list[Tensor] = []
-    return [_with_thresholds(subject, goal, rule, data, tokens, samples) if subject in able else subject for subject in subjects]
+    return [_with_thresholds(subject, goal, rule, data, tokens, samples) if subject in adjustable else subject for subject in subjects]
 
 
-def target_l0(able: Sequence[EvaluatedSAE], l0: float | None, fixed: Sequence[EvaluatedSAE] = ()) -> float:
+def target_l0(adjustable: Sequence[EvaluatedSAE], l0: float | None, fixed: Sequence[EvaluatedSAE] = ()) -> float:
     """The L0 for SAEs with thresholds: `l0` if given, else the training L0 of a `fixed` SAE, else the smallest training L0."""
-    goals = [l0] if l0 else training_l0(fixed) or training_l0(able)
-    if able and not goals:
-        raise InputError(f"l0: {able[0].place} does not tell what L0 it was trained at: name one, --l0")
-    goal = min(goals, default=0.0)
-    for subject in able:
+    candidates = [l0] if l0 else training_l0(fixed) or training_l0(adjustable)
+    if adjustable and not candidates:
+        raise InputError(f"l0: {adjustable[0].place} does not tell what L0 it was trained at: name one, --l0")
+    goal = min(candidates, default=0.0)
+    for subject in adjustable:
         if goal > len(subject.W_dec):
             raise InputError(f"l0: {subject.place} has {len(subject.W_dec)} latents, of which {goal:g} cannot be active")
     return goal
@@ -56,21 +56,23 @@ def validation_activations(subject: EvaluatedSAE, data: Any, tokens: int) -> lis
 
 
 def _with_thresholds(subject: EvaluatedSAE, l0: float, rule: Rule, data: Any, tokens: int, samples: list[Tensor]) -> EvaluatedSAE:
+    """The SAE with thresholds for an L0. `samples` is filled with validation activations the first time that they are needed."""
     stream = split_stream(data, "validation", tokens)
     scores = pretrained.pre_activations(subject.sae)
     assert scores is not None
 
-    def find() -> dict[str, Tensor]:
+    def compute() -> dict[str, Tensor]:
         if not samples:
             log.info("thresholds by the rule %r on %s validation tokens", rule, f"{tokens:,}")
             samples.extend(validation_activations(subject, data, tokens))
-        found = calibrate(scores, samples, l0, rule)
-        told = {"l0": found.l0, "few": found.n_rare, "on": found.tokens}
-        return {"threshold": found.threshold, **{name: torch.tensor(value) for name, value in told.items()}}
+        calibration = calibrate(scores, samples, l0, rule)
+        figures = {"l0": calibration.l0, "few": calibration.n_rare, "on": calibration.tokens}
+        return {"threshold": calibration.threshold, **{name: torch.tensor(value) for name, value in figures.items()}}
 
-    text = [passage.digest for passage in passages(stream, tokens)]
-    of = {**subject.cache_key, "data": json_values(stream_cache_key(stream)), "text": text, "rule": rule, "l0": l0, "tokens": tokens}
-    found = subject.result_cache.get_or_compute("thresholds", of, find)
-    subject.sae.threshold.copy_(found["threshold"].to(subject.sae.threshold))
-    told = {"rule": rule, "l0": l0, "l0_on_validation": found["l0"].item(), "few_firings": int(found["few"]), "tokens": int(found["on"])}
-    return replace(subject, rule=told)
+    text_hashes = [passage.text_hash for passage in passages(stream, tokens)]
+    text = {"data": json_values(stream_cache_key(stream)), "text": text_hashes}
+    key = {**subject.cache_key, **text, "rule": rule, "l0": l0, "tokens": tokens}
+    entry = subject.result_cache.get_or_compute("thresholds", key, compute)
+    subject.sae.threshold.copy_(entry["threshold"].to(subject.sae.threshold))
+    figures = {"l0_on_validation": entry["l0"].item(), "few_firings": int(entry["few"]), "tokens": int(entry["on"])}
+    return replace(subject, rule={"rule": rule, "l0": l0, **figures})

@@ -22,51 +22,51 @@ class ResultCache:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def path(self, name: str, identity: Mapping[str, Any]) -> Path:
+    def path(self, name: str, key: Mapping[str, Any]) -> Path:
         """File of an entry."""
-        return self.folder / f"{name}-{hash_settings(identity)}.safetensors"
+        return self.folder / f"{name}-{hash_settings(key)}.safetensors"
 
-    def has(self, name: str, identity: Mapping[str, Any]) -> bool:
+    def has(self, name: str, key: Mapping[str, Any]) -> bool:
         """Whether an entry is cached."""
-        return self.path(name, identity).exists()
+        return self.path(name, key).exists()
 
-    def get(self, name: str, identity: Mapping[str, Any]) -> Entry:
+    def get(self, name: str, key: Mapping[str, Any]) -> Entry:
         """Read an entry that is cached."""
-        path = self.path(name, identity)
+        path = self.path(name, key)
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is damaged: remove it, and it is measured again ({error})") from error
 
-    def put(self, name: str, identity: Mapping[str, Any], piece: Entry) -> None:
+    def put(self, name: str, key: Mapping[str, Any], entry: Entry) -> None:
         """Write an entry; the file appears complete or not at all."""
-        path = self.path(name, identity)
+        path = self.path(name, key)
         try:
             with draft_of(path) as draft:
-                save_file({key: value.detach().cpu().contiguous() for key, value in piece.items()}, draft)
+                save_file({field: value.detach().cpu().contiguous() for field, value in entry.items()}, draft)
         except (SafetensorError, OSError) as error:
             raise InputError(f"cannot write {path}: {error}") from error
 
-    def get_or_compute(self, name: str, identity: Mapping[str, Any], make: Callable[[], Entry]) -> Entry:
+    def get_or_compute(self, name: str, key: Mapping[str, Any], compute: Callable[[], Entry]) -> Entry:
         """The cached entry; computed and written if it is missing."""
-        if not self.has(name, identity):
-            self.put(name, identity, make())
-        return self.get(name, identity)
+        if not self.has(name, key):
+            self.put(name, key, compute())
+        return self.get(name, key)
 
 
-def hash_settings(identity: Mapping[str, Any]) -> str:
+def hash_settings(settings: Mapping[str, Any]) -> str:
     """A short hash of JSON-like settings; the order of keys does not matter.
 
     >>> hash_settings({"a": 1, "b": 2}) == hash_settings({"b": 2, "a": 1}), hash_settings({"a": 1}) == hash_settings({"a": 2})
     (True, False)
     """
-    return hashlib.blake2b(json.dumps(identity, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
 def hash_weights(tensors: Mapping[str, Tensor]) -> str:
     """A short hash of named tensors."""
-    found = hashlib.blake2b(digest_size=8)
+    hasher = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].detach().cpu().contiguous().float().numpy().tobytes())
-    return found.hexdigest()
+        hasher.update(name.encode())
+        hasher.update(tensors[name].detach().cpu().contiguous().float().numpy().tobytes())
+    return hasher.hexdigest()

@@ -26,25 +26,25 @@ def losses(
 
     Positions that an SAE was not trained on (special tokens, the first few) keep their activations in every case.
     """
-    here, after = where.to(model.device), tokens[:, 1:].to(model.device)
+    replaced, targets = where.to(model.device), tokens[:, 1:].to(model.device)
 
-    def run(by: Rebuild) -> Tensor:
-        def edit(found: Tensor) -> Tensor:
-            return found.index_put((here,), by(found[here]).to(found.dtype))
+    def logits_with(rebuild_rows: Rebuild) -> Tensor:
+        def edit(activations: Tensor) -> Tensor:
+            return activations.index_put((replaced,), rebuild_rows(activations[replaced]).to(activations.dtype))
 
         return model.logits(tokens, visible, edit=edit)[:, :-1]
 
     clean = model.logits(tokens, visible)[:, :-1]
-    ce_clean = functional.cross_entropy(clean, after)
-    ce_zero = functional.cross_entropy(run(torch.zeros_like), after)
-    ce_mean = functional.cross_entropy(run(lambda rows: mean.to(rows).expand_as(rows)), after)
-    found: dict[str, Tensor] = {}
-    for name, by in rebuild.items():
-        logits = run(by)
-        found[name] = torch.stack(
-            [ce_clean, functional.cross_entropy(logits, after), ce_zero, ce_mean, functional.kl_divergence(clean, logits)]
+    ce_clean = functional.cross_entropy(clean, targets)
+    ce_zero = functional.cross_entropy(logits_with(torch.zeros_like), targets)
+    ce_mean = functional.cross_entropy(logits_with(lambda rows: mean.to(rows).expand_as(rows)), targets)
+    losses_by_name: dict[str, Tensor] = {}
+    for name, rebuild_rows in rebuild.items():
+        logits = logits_with(rebuild_rows)
+        losses_by_name[name] = torch.stack(
+            [ce_clean, functional.cross_entropy(logits, targets), ce_zero, ce_mean, functional.kl_divergence(clean, logits)]
         ).cpu()
-    return found
+    return losses_by_name
 
 
 def splice(
@@ -61,5 +61,5 @@ def splice(
     Each context has its tokens, its attention mask, and the mask of positions that are replaced and counted.
     """
     for tokens, visible, where in contexts:
-        found = losses(model, tokens, visible, where, {"sae": rebuild}, mean)["sae"]
-        metric.update(found.to(metric.device), where[:, 1:].to(metric.device))
+        values = losses(model, tokens, visible, where, {"sae": rebuild}, mean)["sae"]
+        metric.update(values.to(metric.device), where[:, 1:].to(metric.device))

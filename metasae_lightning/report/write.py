@@ -4,7 +4,7 @@ import csv
 import gc
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -132,7 +132,7 @@ def write_figures(study: Study, folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def garbage_collection_off() -> Iterator[None]:
+def garbage_collection_off() -> Generator[None]:
     """Turn the cyclic garbage collector off: it would search the many small lists of latents again and again."""
     enabled = gc.isenabled()
     gc.disable()

@@ -12,7 +12,7 @@ from metasae_lightning import functional
 from metasae_lightning.cli import main
 from metasae_lightning.cli.arguments import data_of
 from metasae_lightning.evaluation.bootstrap import PhiByGroup, jackknife_interval
-from metasae_lightning.evaluation.compare import FIGURES, LOSSES, Matches, best_matches, compare, matched, splits, swapped
+from metasae_lightning.evaluation.compare import FIGURES, LOSSES, Matches, best_matches, compare, match_decoder_rows, permutation_p, splits
 from metasae_lightning.evaluation.evaluate import evaluate
 from metasae_lightning.evaluation.saes import load_sae
 from metasae_lightning.evaluation.settings import Settings
@@ -83,15 +83,15 @@ def test_matching_undoes_a_permutation_and_a_wide_one_finds_what_the_whole_matri
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(80, 16, generator=generator)
     order = torch.randperm(80, generator=generator)
-    one, other, cosines = matched(rows, 3 * rows[order])
+    one, other, cosines = match_decoder_rows(rows, 3 * rows[order])
     assert torch.equal(order[other[one.argsort()]], torch.arange(80)) and cosines.min() > 0.999
     noisy = rows[order][:70] + 0.3 * torch.randn(70, 16, generator=generator)
-    whole = matched(noisy, rows)
-    sparse = matched(noisy, rows, dense=10)
+    whole = match_decoder_rows(noisy, rows)
+    sparse = match_decoder_rows(noisy, rows, dense=10)
     assert torch.equal(whole[1][whole[0].argsort()], sparse[1][sparse[0].argsort()])
     assert sparse[2].sum().item() == pytest.approx(whole[2].sum().item(), rel=1e-6)
     # A row whose nearest all went to others has no match.
-    few = matched(torch.ones(3, 4), torch.eye(4)[:2] + 1, dense=1, nearest=2)
+    few = match_decoder_rows(torch.ones(3, 4), torch.eye(4)[:2] + 1, dense=1, nearest=2)
     assert len(few[0]) == 2
 
 
@@ -129,8 +129,8 @@ def test_intervals_of_a_difference_in_cofiring_hold_what_they_say():
 def test_swapping_tells_a_difference_from_chance():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(200, generator=generator)
-    assert swapped(noise + 0.5, 999) == 0.001
-    scores = torch.tensor([swapped(torch.randn(50, generator=generator), 199, seed) for seed in range(200)])
+    assert permutation_p(noise + 0.5, 999) == 0.001
+    scores = torch.tensor([permutation_p(torch.randn(50, generator=generator), 199, seed) for seed in range(200)])
     assert (scores <= 0.05).float().mean().item() == pytest.approx(0.05, abs=0.04)
     assert scores.mean().item() == pytest.approx(0.5, abs=0.07)
 
@@ -150,15 +150,15 @@ def test_an_sae_compared_with_itself_differs_in_nothing(tmp_path: Path):
 # What swapping swaps is a document's share of the figure that is reported.
 def test_shares_of_documents_add_up_to_the_figures(tmp_path: Path):
     (found,) = evaluate([load_sae(str(run(tmp_path, "one")))], data_of(tmp_path / "one" / "config.yaml"), Settings(**QUICK))
-    _, sums, total = found.seen.by_document
+    _, sums, total = found.collected.by_document
     tokens, spread = sums[:, 0].sum(), sums[:, 1].sum() - total.sum(0).square().sum() / sums[:, 0].sum()
     figures = found.entry["figures"]
     for name, place in FIGURES.items():
         share = sums[:, place].sum() / (spread if name == "fvu" else tokens)
         assert share.item() == pytest.approx(figures["reconstruction"][name], rel=1e-6), name
-    assert found.lost is not None
+    assert found.spliced is not None
     for name, place in LOSSES.items():
-        share = found.lost.sums[:, place].sum() / found.lost.sums[:, 0].sum()
+        share = found.spliced.sums[:, place].sum() / found.spliced.sums[:, 0].sum()
         assert share.item() == pytest.approx(figures["splice"][name], rel=1e-6), name
 
 

@@ -152,7 +152,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_says_the_same(tmp_path: Path
         measured(stopped)
     monkeypatch.setattr(collect, "encode_passage", lambda *given: looked.append(given[1].number) or encode_passage(*given))
     (gone_on,) = measured(stopped)
-    passages = len(gone_on.seen.digests)
+    passages = len(gone_on.collected.text_hashes)
     assert looked == list(range(passages)) and passages > 4
     assert [name.name for name in (stopped / "evaluation").glob(".*")] == []
     monkeypatch.setattr(collect, "encode_passage", lambda *_: pytest.fail("measured twice"))
@@ -183,7 +183,7 @@ def test_several_are_measured_at_matched_l0(tmp_path: Path):
 def test_intervals_are_what_other_documents_would_have_given(tmp_path: Path):
     place = run(tmp_path, "one")
     (found,) = measured(place, resamples=2000)
-    ids, sums, total = found.seen.by_document
+    ids, sums, total = found.collected.by_document
     tokens, squares, error = sums[:, 0].sum(), sums[:, 1].sum(), sums[:, 2].sum()
     fvu = error / (squares - total.sum(0).square().sum() / tokens)
     assert fvu.item() == pytest.approx(found.entry["figures"]["reconstruction"]["fvu"], rel=1e-9)
@@ -191,7 +191,7 @@ def test_intervals_are_what_other_documents_would_have_given(tmp_path: Path):
     centre = total.sum(0) / tokens
     spread = sums[:, 1] - 2 * total @ centre + sums[:, 0] * centre.square().sum()
     error_of_documents = (sums[:, 2] - fvu * spread).std() * len(ids) ** 0.5 / spread.sum()
-    values = resampled_reconstruction(found.seen, Settings(**{**QUICK, "resamples": 2000}))["fvu"]
+    values = resampled_reconstruction(found.collected, Settings(**{**QUICK, "resamples": 2000}))["fvu"]
     assert values.std().item() == pytest.approx(error_of_documents.item(), rel=0.1)
     assert values.mean().item() == pytest.approx(fvu.item(), abs=0.2 * error_of_documents.item())
 
@@ -263,8 +263,8 @@ def test_calibrating_sets_the_folder_to_its_rate(tmp_path: Path, capsys: pytest.
 
 def test_the_groups_of_documents_add_up_to_the_sample(tmp_path: Path):
     (found,) = measured(run(tmp_path, "one"))
-    counts, sample = phi_by_group(found.seen), PhiSample(48, matchings=32)
-    for codes, _ in found.seen.codes():
+    counts, sample = phi_by_group(found.collected), PhiSample(48, matchings=32)
+    for codes, _ in found.collected.codes():
         sample.update(codes)
     whole = counts.excess(torch.ones(1, len(counts.tokens), dtype=torch.float64)).item()
     assert whole == pytest.approx(sample.compute()["excess"].item(), rel=1e-9)
@@ -294,11 +294,11 @@ def test_positions_and_sinks_that_training_left_out_are_left_out(tmp_path: Path)
     tree = recipe(tmp_path, skip_positions=3, max_norm_ratio=1.2)
     (place / "config.yaml").write_text(yaml.safe_dump({"data": tree}))
     (found,) = measured(place)
-    for one in found.seen.entries():
+    for one in found.collected.entries():
         assert not one["counted"][:, :3].any()
         assert len(one["lengths"]) == int(one["counted"].sum())
-    kept = sum(int(one["counted"].sum()) for one in found.seen.entries())
-    texts = sum(int((one["tokens"][:, 3:] > 1).sum()) for one in found.seen.entries())
+    kept = sum(int(one["counted"].sum()) for one in found.collected.entries())
+    texts = sum(int((one["tokens"][:, 3:] > 1).sum()) for one in found.collected.entries())
     assert 0.5 * texts < kept < texts  # a tenth or so have larger norms
     assert plain.entry["figures"] != found.entry["figures"]
 
@@ -306,6 +306,6 @@ def test_positions_and_sinks_that_training_left_out_are_left_out(tmp_path: Path)
 def test_of_one_document_nothing_is_said_of_others(tmp_path: Path):
     place = run(tmp_path, "one")
     (found,) = measured(place)
-    found.seen.by_document  # noqa: B018
-    object.__setattr__(found.seen, "by_document", tuple(part[:1] for part in found.seen.by_document))
-    assert resampled_reconstruction(found.seen, Settings(**QUICK))["fvu"].isnan().all()
+    found.collected.by_document  # noqa: B018
+    object.__setattr__(found.collected, "by_document", tuple(part[:1] for part in found.collected.by_document))
+    assert resampled_reconstruction(found.collected, Settings(**QUICK))["fvu"].isnan().all()

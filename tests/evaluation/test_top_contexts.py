@@ -33,7 +33,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Any]
 def looked_up(found: Evaluation, latent: int) -> list[tuple[float, int, list[int], list[float]]]:
     """Every token that a latent fires on: how strongly, the document, tokens around it in that document, the latent on each of these."""
     hits: list[tuple[float, int, list[int], list[float]]] = []
-    for codes, piece in found.seen.codes():
+    for codes, piece in found.collected.codes():
         dense, counted, owner = torch.zeros(codes.shape), piece["counted"].bool(), piece["owner"]
         dense[codes.rows, codes.latents] = codes.values
         acts = torch.zeros(counted.shape)
@@ -48,7 +48,7 @@ def looked_up(found: Evaluation, latent: int) -> list[tuple[float, int, list[int
 
 def test_contexts_are_the_strongest_of_every_token(measured: tuple[Evaluation, Any]):
     found, spelt = measured
-    told = top_contexts(found.seen, range(48), spelt, count=3)
+    told = top_contexts(found.collected, range(48), spelt, count=3)
     fired = 0
     for latent, contexts in told.items():
         first: dict[int, tuple[float, int, list[int], list[float]]] = {}
@@ -97,14 +97,14 @@ def test_a_token_within_a_text_keeps_its_space():
 
 def test_the_record_of_latents_counts_every_firing(measured: tuple[Evaluation, Any]):
     found, spelt = measured
-    told = latents_record(found.seen, spelt, count=2)
+    told = latents_record(found.collected, spelt, count=2)
     for latent in range(48):
         hits = looked_up(found, latent)
         assert told["firings"][latent] == len(hits)
         assert told["maximum"][latent] == pytest.approx(hits[0][0] if hits else 0.0, rel=1e-3)
     assert told["tokens"] == found.entry["tokens"] and told["weights"] == found.entry["weights"]
     assert max(len(contexts) for contexts in told["contexts"].values()) == 2
-    assert latents_record(found.seen, None)["contexts"] == {} == latents_record(found.seen, spelt, count=0)["contexts"]
+    assert latents_record(found.collected, None)["contexts"] == {} == latents_record(found.collected, spelt, count=0)["contexts"]
 
 
 def test_measuring_keeps_what_latents_fire_on(tmp_path: Path):
