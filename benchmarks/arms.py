@@ -40,9 +40,9 @@ def watched(words: list[str]) -> int:
     """The command, and last of what it prints the seconds in the language model."""
     from metasae_lightning.cli import main
     from metasae_lightning.lm import HuggingFaceLM
-    from metasae_lightning.memory.malloc import keep_freed
+    from metasae_lightning.memory.malloc import keep_freed_blocks
 
-    keep_freed()  # as the command does for a process of its own
+    keep_freed_blocks()  # as the command does for a process of its own
     watch = Watch()
     watch.over(HuggingFaceLM, "activations", watch.model)
     status = main(words)

@@ -63,10 +63,10 @@ def ours(width: int, tokens: int, folder: str) -> Watch:
     """`metasae fit` of the quickstart recipe, solo, without what is done before and after training."""
     from metasae_lightning.cli import main
     from metasae_lightning.lm import HuggingFaceLM
-    from metasae_lightning.memory.malloc import keep_freed
+    from metasae_lightning.memory.malloc import keep_freed_blocks
     from metasae_lightning.training import JointSAE
 
-    keep_freed()  # as the command does for a process of its own
+    keep_freed_blocks()  # as the command does for a process of its own
     watch = Watch()
     watch.over(JointSAE, "step", watch.steps)
     watch.over(HuggingFaceLM, "activations", watch.model)

@@ -24,8 +24,9 @@ import metasae_lightning
 from metasae_lightning import ActivationsDataModule, JointSAE
 from metasae_lightning.corpora import InMemory
 from metasae_lightning.lm import HuggingFaceLM
+from metasae_lightning.lm import device as lm_device
 from metasae_lightning.memory.plan import memory_plan
-from metasae_lightning.memory.table import GIB, Plan
+from metasae_lightning.memory.table import GIB, MemoryPlan
 from metasae_lightning.penalties import Decomposability
 
 RECIPES = Path(metasae_lightning.__file__).parent / "configs"
@@ -88,7 +89,7 @@ def trainer_of(tree: dict[str, Any], ranks: int, shards: int) -> Any:
     return SimpleNamespace(strategy=strategy, precision=precision, callbacks=[], checkpoint_callbacks=[], world_size=ranks)
 
 
-def plans(case: Case) -> Iterator[tuple[str, Plan]]:
+def plans(case: Case) -> Iterator[tuple[str, MemoryPlan]]:
     """A plan for each way to spread the case over GPUs."""
     tree = yaml.safe_load((RECIPES / f"{case.recipe}.yaml").read_text())
     ways: list[tuple[str, str, int, int]] = [
@@ -98,11 +99,11 @@ def plans(case: Case) -> Iterator[tuple[str, Plan]]:
         (f"each of {RANKS}, sharded, an eighth of batch_size", "auto", RANKS, RANKS),
     ]
     for way, device, ranks, shards in ways:
-        with tempfile.TemporaryDirectory() as folder, patch.object(device, "count_gpus", lambda: 2 * RANKS):
+        with tempfile.TemporaryDirectory() as folder, patch.object(lm_device, "count_gpus", lambda: 2 * RANKS):
             yield way, memory_plan(model_of(case, tree), data_of(case, tree, folder, device, shards), trainer_of(tree, ranks, shards))
 
 
-def cell(plan: Plan) -> str:
+def cell(plan: MemoryPlan) -> str:
     """Each GPU's height, the SAEs' first, and the smallest card for it."""
     peaks = [plan.peak(device) for device in sorted(plan.devices) if device != "cpu"]
     return " + ".join(f"{peak / GIB:,.1f} ({card(peak)})" for peak in peaks)
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--lines", action="store_true", help="Every line of each plan too.")
     parser.add_argument("--only", type=int, nargs="*", default=range(len(CASES)), help="Of the rows, those with these numbers.")
     given = parser.parse_args()
-    found = dict[str, dict[str, Plan]]()
+    found = dict[str, dict[str, MemoryPlan]]()
     for case in (CASES[number] for number in given.only):
         found[case.name] = made = dict(plans(case))
         if len(found) == 1:
@@ -127,12 +128,14 @@ def main() -> None:
         print(f"| {case.name} | {' | '.join(map(cell, made.values()))} |", flush=True)
     for name, made in found.items():
         for way, plan in made.items():
-            for why in plan.unknown:
-                print(f"\n{name}, {way}: not known: {why}")
+            for why in plan.unplanned:
+                print(f"\n{name}, {way}: not planned: {why}")
             if given.lines:
                 print(f"\n{name}, {way}")
-                for line in plan.lines:
-                    print(f"    {line.device:7} {line.bytes / GIB:8.2f}  {line.what}{' (passes)' if line.phase else ''}: {line.how}")
+                for item in plan.items:
+                    print(
+                        f"    {item.device:7} {item.bytes / GIB:8.2f}  {item.name}{' (passes)' if item.phase else ''}: {item.explanation}"
+                    )
 
 
 if __name__ == "__main__":

@@ -97,10 +97,10 @@ def print_help(command: Command) -> None:
 def keep_memory(owns_process: bool) -> None:
     """In a process of its own: spare garbage collection the imported modules, and keep freed blocks for the next step."""
     if owns_process and "torch" in sys.modules:
-        from metasae_lightning.memory.malloc import keep_freed
+        from metasae_lightning.memory.malloc import keep_freed_blocks
 
         gc.freeze()
-        keep_freed()
+        keep_freed_blocks()
 
 
 def find_command(words: Sequence[str]) -> Command:

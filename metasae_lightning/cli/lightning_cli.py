@@ -22,7 +22,7 @@ from metasae_lightning.cli.parser_errors import parser_error_line
 from metasae_lightning.cli.plugins import argument_names, class_names, load_plugins
 from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
-from metasae_lightning.memory.plan import announce
+from metasae_lightning.memory.plan import print_and_check_plan
 from metasae_lightning.memory.weightless import is_weightless, needs_values, weightless_config
 from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO, is_restarted_job, last_checkpoint
 
@@ -138,7 +138,7 @@ class MetasaeCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Print the memory plan, and build the model with its weights if they fit."""
-        announce(self.model, self.datamodule, self.trainer, self._get(self.config, "memory_gib"))
+        print_and_check_plan(self.model, self.datamodule, self.trainer, self._get(self.config, "memory_gib"))
         if is_weightless(self.model):
             parser, model = self._subcommand_parsers["fit"], Namespace(model=self._get(self.config, "model"))
             with one_line_errors():

@@ -3,20 +3,22 @@
 import ctypes
 import os
 
-# glibc's names for what mallopt sets, and the largest threshold that it takes; footprint.KEPT is the same size.
-TRIM, MMAP, LARGEST = -1, -3, 32 * 2**20
+# Parameters of glibc's mallopt, and the largest threshold it accepts; `measure.LARGE_BLOCK` is the same size.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_THRESHOLD = -1, -3, 32 * 2**20
+# glibc's own environment variables for the same settings.
+GLIBC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
-def keep_freed() -> bool:
-    """Make glibc's malloc keep freed blocks of up to 32 MiB instead of returning their pages to the system.
+def keep_freed_blocks() -> bool:
+    """Make glibc's malloc keep freed blocks of up to 32 MiB instead of returning their pages to the system; returns whether it does.
 
     Otherwise a language model's forward pass on a CPU may fault its matrices in again at every call. glibc's own environment variables
     take precedence. Without glibc nothing happens.
     """
-    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")):
+    if any(name in os.environ for name in GLIBC_VARIABLES):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(mallopt(MMAP, LARGEST) and mallopt(TRIM, 2**31 - 1))
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

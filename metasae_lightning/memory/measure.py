@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,35 +15,35 @@ from torch.utils._pytree import tree_leaves
 from metasae_lightning import functional
 from metasae_lightning.compute.row_chunks import dry_run_scale
 from metasae_lightning.lm.base import LanguageModel
-from metasae_lightning.memory.scaled_copies import smaller
+from metasae_lightning.memory.scaled_copies import scaled_down
 from metasae_lightning.sae.learner import Learner
 from metasae_lightning.step import Batch
 from metasae_lightning.training.joint import JointSAE
 
 aten = torch.ops.aten
 ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
-# glibc's DEFAULT_MMAP_THRESHOLD_MAX: freed blocks below it stay in the heap, in holes that the next phase's blocks do not fit, so what
-# phases hold in small blocks adds up; larger blocks go back to the system at once.
-KEPT = 32 * 2**20
+# glibc's DEFAULT_MMAP_THRESHOLD_MAX. Freed blocks below it stay in the heap, in holes that blocks of the next phase do not fit, so small
+# blocks of phases add up. Larger blocks go back to the system at once.
+LARGE_BLOCK = 32 * 2**20
 # Elements of the largest matrix of a dry run: half a MiB each, so that a run takes milliseconds and vectors stay small beside matrices.
-TRIAL = 2**17
+DRY_RUN_ELEMENTS = 2**17
 
 
 @dataclass(frozen=True)
-class Rise:
+class PeakMemory:
     """Peak memory of a computation, above what was allocated before."""
 
-    height: int
+    bytes: int
     """Bytes at the peak."""
-    small: int
+    small_bytes: int
     """Peak of bytes in small blocks, which malloc keeps when they are freed."""
 
-    def times(self, factor: float) -> "Rise":
-        """Peak of a computation that is `factor` times as large."""
-        return Rise(round(self.height * factor), round(self.small * factor))
+    def scaled(self, factor: float) -> "PeakMemory":
+        """Peak of a computation whose arrays are `factor` times as large."""
+        return PeakMemory(round(self.bytes * factor), round(self.small_bytes * factor))
 
 
-class Live(TorchDispatchMode):
+class AllocationTracker(TorchDispatchMode):
     """Counts the bytes of tensor storages that are allocated while it is active, for as long as each lives.
 
     It does not see memory that a kernel allocates for itself. Two cases matter, and are added. On a CPU torch.topk copies its input into
@@ -51,58 +51,65 @@ class Live(TorchDispatchMode):
     types copies one operand to the wider type (TensorIterator.cpp), such as JumpReLU's product of activations and a mask.
 
     Args:
-        kept: Blocks of fewer bytes count as small.
+        large_block: Blocks of fewer bytes count as small.
     """
 
-    def __init__(self, kept: float = KEPT) -> None:
+    def __init__(self, large_block: float = LARGE_BLOCK) -> None:
         super().__init__()
-        self.kept = kept
-        self._now, self._top = [0, 0], [0, 0]
-        self._sizes: dict[int, int] = {}
+        self.large_block = large_block
+        # Pairs: bytes of all blocks, and of the small ones among them.
+        self._current, self._peak = [0, 0], [0, 0]
+        self._storage_bytes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Count the storages of the result."""
+        """Run an operator and count the storages of its result."""
         # A model without weights asks whether each context is a single unmasked sequence; it is.
         if func is aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
             return True
-        given = {id(storage) for storage in _storages((args, kwargs))}
+        input_ids = {id(storage) for storage in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
         for storage in _storages(out):
-            if id(storage) not in self._sizes and id(storage) not in given:  # a view of existing memory adds no bytes
-                self._sizes[id(storage)] = storage.nbytes()
-                self._move(storage.nbytes(), 1)
-                weakref.finalize(storage, self._gone, id(storage))
-        for scratch in [16 * args[0].shape[-1]] if func is aten.topk.default else _copied(args, out) if func in ARITHMETIC else []:
-            self._move(scratch, 1)
-            self._move(scratch, -1)
+            if id(storage) not in self._storage_bytes and id(storage) not in input_ids:  # a view of existing memory adds no bytes
+                self._storage_bytes[id(storage)] = storage.nbytes()
+                self._count(storage.nbytes(), 1)
+                weakref.finalize(storage, self._count_freed, id(storage))
+        for scratch in _kernel_scratch(func, args, out):
+            self._count(scratch, 1)
+            self._count(scratch, -1)
         return out
 
-    def _gone(self, key: int) -> None:
-        self._move(self._sizes.pop(key), -1)
+    def _count_freed(self, storage_id: int) -> None:
+        """Subtract a storage that was freed."""
+        self._count(self._storage_bytes.pop(storage_id), -1)
 
-    def _move(self, size: int, sign: int) -> None:
-        small = size < self.kept
-        self._now[0] += sign * size
-        self._now[1] += sign * size * small
-        self._top[1] = max(self._top[1], self._now[1])
+    def _count(self, size: int, sign: int) -> None:
+        """Add (sign 1) or subtract (sign -1) a block, and update the peaks."""
+        is_small = size < self.large_block
+        self._current[0] += sign * size
+        self._current[1] += sign * size * is_small
+        self._peak[1] = max(self._peak[1], self._current[1])
         # A freed small block stays with malloc, below later large blocks.
-        self._top[0] = max(self._top[0], self._now[0] - self._now[1] + self._top[1])
+        self._peak[0] = max(self._peak[0], self._current[0] - self._current[1] + self._peak[1])
 
     @property
-    def held(self) -> int:
+    def live_bytes(self) -> int:
         """Bytes allocated under this tracker that are still alive."""
-        return self._now[0]
+        return self._current[0]
 
-    def during(self, act: Callable[[], Any]) -> Rise:
+    def peak_of(self, computation: Callable[[], Any]) -> PeakMemory:
         """Run a function and return its peak above what was allocated before."""
-        before, self._top = list(self._now), list(self._now)
+        before, self._peak = list(self._current), list(self._current)
         with self:
-            act()
-        return Rise(*(top - start for top, start in zip(self._top, before, strict=True)))
+            computation()
+        return PeakMemory(*(peak - start for peak, start in zip(self._peak, before, strict=True)))
 
 
-def _copied(args: tuple[Any, ...], out: Tensor) -> list[int]:
-    """Bytes of operands that are converted to the result's type."""
+def _kernel_scratch(func: Any, args: tuple[Any, ...], out: Any) -> list[int]:
+    """Bytes that a kernel allocates for itself: the pairs that top-k sorts, and operands that arithmetic converts to the result's type."""
+    if func is aten.topk.default:
+        return [16 * args[0].shape[-1]]
+    if func not in ARITHMETIC:
+        return []
     return [t.numel() * out.itemsize for t in args if isinstance(t, Tensor) and t.ndim and t.dtype != out.dtype]
 
 
@@ -118,47 +125,50 @@ class _FusedAttention(TorchFunctionMode):
     """Attention without a matrix of scores. On the meta device torch would choose a kernel that stores all scores; real devices do not."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Count the storages of the result."""
+        """Replace attention on the meta device by an empty result of the same shape."""
         if func is nn.functional.scaled_dot_product_attention and args[0].is_meta:
             return args[0].new_empty(*args[0].shape[:-1], args[2].shape[-1])
         return func(*args, **(kwargs or {}))
 
 
-def blocks(*sizes: list[int]) -> Rise:
-    """Two allocations at the same time."""
-    each = [size for some in sizes for size in some]
-    return Rise(sum(each), sum(size for size in each if size < KEPT))
+def allocated_together(sizes: Sequence[int]) -> PeakMemory:
+    """Peak of several blocks that are allocated at the same time.
+
+    >>> allocated_together([100 * 2**20, 2**20])
+    PeakMemory(bytes=105906176, small_bytes=1048576)
+    """
+    return PeakMemory(sum(sizes), sum(size for size in sizes if size < LARGE_BLOCK))
 
 
 @dataclass(frozen=True)
-class Reading:
+class LanguageModelMemory:
     """Memory of a language model up to its hooks."""
 
     weights: int
     """Bytes of parameters and buffers; shared storages count once."""
-    forward: Rise
+    forward: PeakMemory
     """Peak of one forward pass, including the activations."""
 
 
-def reading(model: LanguageModel, contexts: int, positions: int, *, apart: bool = False) -> Reading:
-    """Memory of a forward pass, from running the model's own code on torch's meta device.
+def measure_language_model(model: LanguageModel, contexts: int, positions: int, *, separate_documents: bool = False) -> LanguageModelMemory:
+    """Memory of a language model's weights and forward pass, from running the model's own code on torch's meta device.
 
     Args:
         model: The model, which is not loaded.
         contexts: Contexts in a forward pass.
         positions: Tokens in a context.
-        apart: Whether a mask separates documents, if the model takes one.
+        separate_documents: Whether a mask separates documents, if the model takes one.
     """
     skeleton = model.skeleton()
     tokens = torch.zeros(contexts, positions, dtype=torch.long, device="meta")
-    visible = torch.ones(contexts, positions, positions, dtype=torch.bool, device="meta")
+    mask = torch.ones(contexts, positions, positions, dtype=torch.bool, device="meta") if separate_documents else None
     with _FusedAttention():
         try:
-            forward = Live().during(lambda: skeleton.activations(tokens, visible if apart else None))
+            forward = AllocationTracker().peak_of(lambda: skeleton.activations(tokens, mask))
         except (TypeError, ValueError, RuntimeError, NotImplementedError):  # a model that takes no such mask runs without it
-            forward = Live().during(lambda: skeleton.activations(tokens))
+            forward = AllocationTracker().peak_of(lambda: skeleton.activations(tokens))
     root = skeleton._loaded_root()  # pyright: ignore[reportPrivateUsage]
-    return Reading(size(root), forward)
+    return LanguageModelMemory(module_bytes(root), forward)
 
 
 def learners(model: JointSAE) -> dict[str, Learner]:
@@ -166,38 +176,38 @@ def learners(model: JointSAE) -> dict[str, Learner]:
     return {"primary": model.primary} | ({} if model.meta is None else {"meta": model.meta})
 
 
-def size(module: nn.Module) -> int:
+def module_bytes(module: nn.Module) -> int:
     """Bytes of parameters and buffers; tied ones count once."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def allocated(module: nn.Module) -> int:
+def host_bytes(module: nn.Module) -> int:
     """Bytes of parameters and buffers in the host's memory now: 0 for weights on the meta device or on a GPU."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if tensor.device.type == "cpu")
 
 
-def parameters(module: nn.Module) -> int:
-    """Bytes of trained parameters."""
+def trained_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters that are trained."""
     return sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingMemory:
     """Memory of one step of joint training, beside weights and gradients."""
 
     optimizer: float
     """Bytes of optimiser state per byte of parameters."""
-    kept: int
-    """Bytes kept between steps, beside weights, gradients and optimiser state."""
-    primary: Rise
+    cached_bytes: int
+    """Bytes that stay allocated between steps, beside weights, gradients and optimiser state."""
+    primary: PeakMemory
     """Peak of a primary step, including penalties."""
-    meta: Rise
-    """Peak of a meta step; None without a meta SAE."""
-    evaluation: Rise
+    meta: PeakMemory
+    """Peak of a meta step; zero without a meta SAE."""
+    evaluation: PeakMemory
     """Peak of a held-out batch."""
 
 
-def training(model: JointSAE, rows: int, *, precision: str = "32-true", gpu: bool = False, ranks: int = 1) -> Training:
+def measure_training(model: JointSAE, rows: int, *, precision: str = "32-true", gpu: bool = False, ranks: int = 1) -> TrainingMemory:
     """Memory of a step on `rows` rows, from steps of the same model scaled down in every dimension.
 
     Every array of a step is a product of two of rows, d_in, d_sae and d_meta: a factor `f` on each makes all of them `f^2` smaller.
@@ -206,8 +216,8 @@ def training(model: JointSAE, rows: int, *, precision: str = "32-true", gpu: boo
     """
     d_sae, d_in = model.primary.W_dec.shape
     widest = max(rows * d_sae, d_sae * d_in, 0 if model.meta is None else d_sae * model.meta.W_dec.shape[0])
-    factor = max(1.0, min((widest / TRIAL) ** 0.5, d_in / 32))
-    live, found, small_rows = Live(KEPT / factor**2), dict[str, Rise](), max(2, round(rows / factor))
+    factor = max(1.0, min((widest / DRY_RUN_ELEMENTS) ** 0.5, d_in / 32))
+    tracker, peaks, small_rows = AllocationTracker(LARGE_BLOCK / factor**2), dict[str, PeakMemory](), max(2, round(rows / factor))
     with (
         torch.random.fork_rng(),
         warnings.catch_warnings(),
@@ -216,33 +226,33 @@ def training(model: JointSAE, rows: int, *, precision: str = "32-true", gpu: boo
     ):
         warnings.simplefilter("ignore")
         dtype = torch.float64 if precision == "64-true" else model.primary.W_dec.dtype
-        small = smaller(model, factor).to(dtype)
+        small = scaled_down(model, factor).to(dtype)
         optimizers = [small._optimizer_callables[name](learner.parameters()) for name, learner in learners(small).items()]  # pyright: ignore[reportPrivateUsage]
 
         def primary() -> None:
-            _age(small.primary)
+            _set_to_late_training(small.primary)
             small.step(Batch(torch.randn(small_rows, small.primary.sae.cfg.d_in, dtype=dtype)), *optimizers)
 
         def meta() -> None:
             if small.meta is not None:
-                _age(small.meta)
-                read = functional.unit_rows(small.primary.W_dec.detach())
-                some = max(2, -(-(small.meta_rows or len(read)) // ranks))
-                small.meta.learn(read[:some], optimizers[1], backward=Tensor.backward)
+                _set_to_late_training(small.meta)
+                decoder_rows = functional.unit_rows(small.primary.W_dec.detach())
+                rows_of_rank = max(2, -(-(small.meta_rows or len(decoder_rows)) // ranks))
+                small.meta.learn(decoder_rows[:rows_of_rank], optimizers[1], backward=Tensor.backward)
 
         def evaluation() -> None:
             small.evaluate(Batch(torch.randn(small_rows, small.primary.sae.cfg.d_in, dtype=dtype)))
 
         # The first step allocates gradients and optimiser state, which stay.
-        for act in (primary, meta, primary, meta, evaluation):
-            found[act.__name__] = live.during(act).times(factor**2)
+        for phase in (primary, meta, primary, meta, evaluation):
+            peaks[phase.__name__] = tracker.peak_of(phase).scaled(factor**2)
     state = sum(v.nbytes for optimizer in optimizers for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor))
-    kept = max(0, live.held - state - parameters(small))
-    return Training(state / parameters(small), round(kept * factor**2), **found)
+    cached_bytes = max(0, tracker.live_bytes - state - trained_bytes(small))
+    return TrainingMemory(state / trained_bytes(small), round(cached_bytes * factor**2), **peaks)
 
 
-def _age(learner: Learner) -> None:
-    """Set the module to a step at which everything acts: warm-ups are over, statistics exist and every latent is dead."""
+def _set_to_late_training(learner: Learner) -> None:
+    """Set a learner to a step at which everything acts: warm-ups are over, statistics exist and every latent is dead."""
     learner.initialized.fill_(True)
     learner.silent_for.fill_(learner.config.dead_after)
     learner.steps.fill_(2520 * 10**6)  # a multiple of every small number, for penalties with an interval

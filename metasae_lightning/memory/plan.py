@@ -1,4 +1,4 @@
-"""The memory plan of a run, made before anything is loaded, and compared with the free memory."""
+"""The memory plan of a run, made before anything is loaded, and compared with the available memory."""
 
 import sys
 from collections.abc import Iterator
@@ -14,26 +14,26 @@ from rich.console import Console
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm.device import assign_device
 from metasae_lightning.memory import measure, scaled_copies
-from metasae_lightning.memory.measure import Rise
-from metasae_lightning.memory.table import GIB, Line, Plan, mib
+from metasae_lightning.memory.measure import PeakMemory
+from metasae_lightning.memory.table import GIB, MemoryItem, MemoryPlan, format_mib
 from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO
 from metasae_lightning.training.joint import JointSAE
 from metasae_lightning.training.side_by_side import SideBySide
 
 # Memory limit of a control group, version 2 and 1: containers and batch systems enforce it; the machine's own figures ignore it.
-LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CONTROL_GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def announce(model: Any, data: Any, trainer: Any, limit_gib: float | None = None) -> None:
+def print_and_check_plan(model: Any, data: Any, trainer: Any, limit_gib: float | None = None) -> None:
     """Print the plan of a run to stderr, and refuse the run if it does not fit; a plan that fails stops no run."""
     if limit_gib is not None and limit_gib <= 0:
         raise InputError(f"memory_gib must be more than 0, or null for what is free, got {limit_gib}")
     try:
         weights = weights_plan(model, trainer)
-        if not weights.fits(_free(weights, trainer, None)):  # a dry run, which has a part of the sizes, would not fit either
-            weights.check(_free(weights, trainer, limit_gib))
-        made = memory_plan(model, data, trainer)
-        free = _free(made, trainer, limit_gib)
+        if not weights.fits(_available(weights, trainer, None)):  # nor would the dry run fit, which needs a part of the memory of a step
+            weights.check(_available(weights, trainer, limit_gib))
+        plan = memory_plan(model, data, trainer)
+        available = _available(plan, trainer, limit_gib)
     except InputError:
         raise
     # A failed plan is no reason not to train.
@@ -41,201 +41,226 @@ def announce(model: Any, data: Any, trainer: Any, limit_gib: float | None = None
         sys.stderr.write(f"memory: no plan ({type(error).__name__}: {error})\n")
         return
     if trainer.is_global_zero:
-        Console(stderr=True).print(made.table(free))
-    made.check(free)
+        Console(stderr=True).print(plan.table(available))
+    plan.check(available)
 
 
-def _free(plan: Plan, trainer: Any, limit_gib: float | None) -> dict[str, int]:
-    """Bytes that the run may use on each device of a plan."""
-    return {device: may_be_had(device, beside(trainer)) if limit_gib is None else round(limit_gib * GIB) for device in plan.devices}
+def _available(plan: MemoryPlan, trainer: Any, limit_gib: float | None) -> dict[str, int]:
+    """Bytes that the run may use on each device of a plan: the limit, or the available memory without one."""
+    if limit_gib is not None:
+        return dict.fromkeys(plan.devices, round(limit_gib * GIB))
+    return {device: available_bytes(device, processes_on_machine(trainer)) for device in plan.devices}
 
 
-def weights_plan(model: JointSAE | SideBySide, trainer: Any) -> Plan:
-    """The weights and gradients of all SAEs, arm by arm: a lower bound of the plan that is known without a dry run."""
-    device, wide, shards = str(trainer.strategy.root_device), _dtype_factor(trainer), getattr(trainer.strategy, "shards", 1)
-    arms = {"": model} if isinstance(model, JointSAE) else {f"{name}: ": arm for name, arm in model.arms.items()}
-    parts = {name: scaled_copies.part(arm, shards) if shards > 1 else arm for name, arm in arms.items()}
-    lines = (replace(line, what=name + line.what) for name, arm in parts.items() for line in _saes(arm, device, wide))
-    return Plan(tuple(lines), is_lower_bound=True)
-
-
-def _dtype_factor(trainer: Any) -> int:
-    """Size of a parameter during training, relative to the float32 of its config."""
-    return 2 if trainer.precision == "64-true" else 1
-
-
-def beside(trainer: Any) -> int:
+def processes_on_machine(trainer: Any) -> int:
     """Number of processes of the run on this machine."""
     return max(1, getattr(trainer.strategy, "num_processes", 1))
 
 
-def may_be_had(device: str, processes: int = 1) -> int:
+def available_bytes(device: str, processes: int = 1) -> int:
     """Bytes that this process may use: free memory plus what it holds already, divided among the run's processes on this machine."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(torch.device(device))[0] + torch.cuda.memory_reserved(torch.device(device))
-    held = psutil.Process().memory_info().rss
-    free = psutil.virtual_memory().available // processes + held
-    for limit in (Path(path) for path in LIMITS):
-        if limit.exists() and (text := limit.read_text().strip()).isdigit():
-            free = min(free, int(text) // processes)
-    return free
+    resident = psutil.Process().memory_info().rss
+    available = psutil.virtual_memory().available // processes + resident
+    for file in (Path(path) for path in CONTROL_GROUP_LIMITS):
+        if file.exists() and (limit := file.read_text().strip()).isdigit():
+            available = min(available, int(limit) // processes)
+    return available
 
 
-def memory_plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> Plan:
+def weights_plan(model: JointSAE | SideBySide, trainer: Any) -> MemoryPlan:
+    """The weights and gradients of the SAEs of each arm: a lower bound of the plan, known without a dry run."""
+    device, dtype_factor, shards = str(trainer.strategy.root_device), _dtype_factor(trainer), getattr(trainer.strategy, "shards", 1)
+    arms = {"": model} if isinstance(model, JointSAE) else {f"{name}: ": arm for name, arm in model.arms.items()}
+    parts = {name: scaled_copies.rank_part(arm, shards) if shards > 1 else arm for name, arm in arms.items()}
+    items = (replace(item, name=arm + item.name) for arm, part in parts.items() for item in _sae_items(part, device, dtype_factor))
+    return MemoryPlan(tuple(items), is_lower_bound=True)
+
+
+def memory_plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> MemoryPlan:
     """The memory plan of a run. Nothing is loaded; items that cannot be planned are named."""
-    here, wide = trainer.strategy.root_device, _dtype_factor(trainer)
+    device, dtype_factor = trainer.strategy.root_device, _dtype_factor(trainer)
     arms = [model] if isinstance(model, JointSAE) else list(model.arms.values())
     shards = getattr(trainer.strategy, "shards", 1)
-    own = [scaled_copies.part(arm, shards) if shards > 1 else arm for arm in arms]
-    parts = {
-        "language model": _language_model(data, trainer.strategy),
-        "shuffle buffer": _buffer(arms[0], data, trainer.strategy),
-        "SAEs": _together([_saes(arm, str(here), wide) for arm in own]),
-        "training": _together([_training(arm, data, trainer, wide, shards) for arm in own]),
-        "host": _together([_host(arm, data, trainer, wide, shards) for arm in arms]),
-        "outputs": _outputs(arms[1:], data, str(here), wide),
+    rank_parts = [scaled_copies.rank_part(arm, shards) if shards > 1 else arm for arm in arms]
+    sections = {
+        "language model": _language_model_items(data, trainer.strategy),
+        "shuffle buffer": _buffer_items(arms[0], data, trainer.strategy),
+        "SAEs": _combine_arms([_sae_items(part, str(device), dtype_factor) for part in rank_parts]),
+        "training": _combine_arms([_training_items(part, data, trainer, dtype_factor, shards) for part in rank_parts]),
+        "host": _combine_arms([_host_items(arm, data, trainer, dtype_factor, shards) for arm in arms]),
+        "outputs": _output_items(arms[1:], data, str(device), dtype_factor),
     }
-    lines, unknown = list[Line](), list[str]()
-    for what, part in parts.items():
+    items, unplanned = list[MemoryItem](), list[str]()
+    for section, section_items in sections.items():
         try:
-            lines += part
+            items += section_items
         # A user's own architecture, penalty or optimiser may fail at small sizes.
         except Exception as error:
-            if isinstance(error, InputError) and what == "language model":
+            if isinstance(error, InputError) and section == "language model":
                 raise
-            unknown.append(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
-    # Last, because planning imports what the run imports anyway.
-    held = psutil.Process().memory_info().rss - (measure.allocated(model) if here.type == "cpu" else 0)
-    return Plan((Line("this process", "cpu", held, "Python, its libraries and what is there already"), *lines), tuple(unknown))
+            unplanned.append(f"{section} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+    # Last, because planning imports what the run imports anyway. SAEs that are built already have items of their own.
+    resident = psutil.Process().memory_info().rss - (measure.host_bytes(model) if device.type == "cpu" else 0)
+    process = MemoryItem("this process", "cpu", resident, "Python, its libraries and what is loaded already")
+    return MemoryPlan((process, *items), tuple(unplanned))
 
 
-def _together(arms: list[Iterator[Line]]) -> Iterator[Line]:
-    """Items of all arms; equal items of several arms are combined into one."""
+def _dtype_factor(trainer: Any) -> int:
+    """Size of a parameter during training, relative to float32."""
+    return 2 if trainer.precision == "64-true" else 1
+
+
+def _combine_arms(arms: list[Iterator[MemoryItem]]) -> Iterator[MemoryItem]:
+    """Items of all arms; the same item of several arms is combined into one."""
     if len(arms) == 1:
         yield from arms[0]
         return
-    found: dict[tuple[str, str], list[Line]] = {}
-    for line in chain(*arms):
-        found.setdefault((line.what, line.device), []).append(line)
-    for lines in found.values():
-        hows = list(dict.fromkeys(line.how for line in lines))
-        yield replace(sum(lines[1:], lines[0]), how=f"{len(lines)} arms: {hows[0]}" + (", and others" if len(hows) > 1 else ""))
+    by_name: dict[tuple[str, str], list[MemoryItem]] = {}
+    for item in chain(*arms):
+        by_name.setdefault((item.name, item.device), []).append(item)
+    for items in by_name.values():
+        explanations = list(dict.fromkeys(item.explanation for item in items))
+        others = ", and others" if len(explanations) > 1 else ""
+        yield replace(sum(items[1:], items[0]), explanation=f"{len(items)} arms: {explanations[0]}{others}")
 
 
-def _setting(data: Any, name: str, default: Any = None) -> Any:
+def _data_argument(data: Any, name: str, default: Any = None) -> Any:
     """An argument of the data module, which may be stored in its `batching`."""
     return getattr(data, name, getattr(getattr(data, "batching", None), name, default))
 
 
-def _ahead(data: Any, *devices: str) -> int:
+def _batches_ahead(data: Any, *devices: str) -> int:
     """Number of batches made ahead; the default depends on the devices of model and SAEs."""
-    given = _setting(data, "prefetch", 0)
-    return (2 if any(device.startswith("cuda") for device in devices) else 0) if given is None else given
+    prefetch = _data_argument(data, "prefetch", 0)
+    return (2 if any(device.startswith("cuda") for device in devices) else 0) if prefetch is None else prefetch
 
 
-def _phase(what: str, device: str, rise: Rise, how: str, remedy: str = "", *, kind: str) -> Line:
+def _temporary_item(name: str, device: str, peak: PeakMemory, explanation: str, remedy: str = "", *, phase: str) -> MemoryItem:
+    """An item that exists during one phase of the run."""
     # A GPU's allocator reuses any freed block.
-    return Line(what, device, rise.height, how, remedy, phase=kind, small=rise.small if device == "cpu" else 0)
+    return MemoryItem(name, device, peak.bytes, explanation, remedy, phase, small_bytes=peak.small_bytes if device == "cpu" else 0)
 
 
-def _language_model(data: Any, strategy: Any) -> Iterator[Line]:
+def _language_model_items(data: Any, strategy: Any) -> Iterator[MemoryItem]:
+    """The language model's weights, its forward pass, and loading it."""
     model = getattr(data, "language_model", None)
     if model is None or getattr(data, "cache", None) is not None:
         return
     device = str(assign_device(model.requested_device, strategy))
-    contexts, positions = _setting(data, "forward_batch"), _setting(data, "context_size")
-    seen = measure.reading(model, contexts, positions, apart=not _setting(data, "cross_document_attention", True))
+    contexts, positions = _data_argument(data, "forward_batch"), _data_argument(data, "context_size")
+    separate_documents = not _data_argument(data, "cross_document_attention", True)
+    memory = measure.measure_language_model(model, contexts, positions, separate_documents=separate_documents)
     dtype = str(model.dtype).removeprefix("torch.")
     remedy = "dtype: bfloat16" if model.dtype == torch.float32 else "read an earlier layer"
-    yield Line("language model", device, seen.weights, f"{model.name} up to {', '.join(model.hooks)}, {dtype}", remedy)
-    forward = _phase(
-        "its forward pass", device, seen.forward, f"{contexts} contexts of {positions} tokens", "lower forward_batch", kind="contexts"
-    )
+    yield MemoryItem("language model", device, memory.weights, f"{model.name} up to {', '.join(model.hooks)}, {dtype}", remedy)
+    size = f"{contexts} contexts of {positions} tokens"
+    forward = _temporary_item("its forward pass", device, memory.forward, size, "lower forward_batch", phase="contexts")
     # Batches are made ahead while the SAEs train.
-    yield replace(forward, phase="") if _ahead(data, device, str(strategy.root_device)) else forward
+    yield replace(forward, phase="") if _batches_ahead(data, device, str(strategy.root_device)) else forward
     if device != "cpu":
-        yield _phase("loading it", "cpu", Rise(seen.weights, 0), "in the host's memory before it moves", remedy, kind="loading")
+        loading = PeakMemory(memory.weights, 0)
+        yield _temporary_item("loading it", "cpu", loading, "in the host's memory before it moves", remedy, phase="loading")
 
 
-def _buffer(model: JointSAE, data: Any, strategy: Any) -> Iterator[Line]:
-    rows, language_model = _setting(data, "buffer_size"), getattr(data, "language_model", None)
+def _buffer_items(model: JointSAE, data: Any, strategy: Any) -> Iterator[MemoryItem]:
+    """The shuffle buffer, the batches made ahead, and the buffer's copy in a checkpoint."""
+    rows, language_model = _data_argument(data, "buffer_size"), getattr(data, "language_model", None)
     if rows is None or language_model is None or getattr(data, "cache", None) is not None:  # with a cache, rows stay on the disk
         return
     rows, width = min(rows, data.tokens), model.primary.W_dec.shape[1] * len(language_model.hooks)
-    dtype = getattr(torch, _setting(data, "buffer_dtype", "float32"))
-    device, here = str(assign_device(language_model.requested_device, strategy)), str(strategy.root_device)
-    ahead, device = _ahead(data, device, here), "cpu" if _setting(data, "buffer_device", "model") == "cpu" else device
-    how = f"{rows:,} rows of {width} numbers, {str(dtype).removeprefix('torch.')}"
-    buffer = Line("shuffle buffer", device, rows * width * dtype.itemsize, how, "lower buffer_size")
+    dtype = getattr(torch, _data_argument(data, "buffer_dtype", "float32"))
+    lm_device, sae_device = str(assign_device(language_model.requested_device, strategy)), str(strategy.root_device)
+    buffer_device = "cpu" if _data_argument(data, "buffer_device", "model") == "cpu" else lm_device
+    size = f"{rows:,} rows of {width} numbers, {str(dtype).removeprefix('torch.')}"
+    buffer = MemoryItem("shuffle buffer", buffer_device, rows * width * dtype.itemsize, size, "lower buffer_size")
     yield buffer
-    if ahead:
-        size = _setting(data, "batch_size") * width * 4
-        yield Line("batches made ahead", here, ahead * size, f"{ahead} of {mib(size)} MiB, float32", "lower prefetch")
-    if _setting(data, "checkpoint_buffer") == "activations":
-        rise = measure.blocks([buffer.bytes] * 2)
-        yield _phase(
-            "its checkpoint", "cpu", rise, "a copy in order, and in memory before the disk", "checkpoint_buffer: tokens", kind="file"
-        )
+    if ahead := _batches_ahead(data, lm_device, sae_device):
+        batch = _data_argument(data, "batch_size") * width * 4
+        yield MemoryItem("batches made ahead", sae_device, ahead * batch, f"{ahead} of {format_mib(batch)} MiB, float32", "lower prefetch")
+    if _data_argument(data, "checkpoint_buffer") == "activations":
+        peak = measure.allocated_together([buffer.bytes] * 2)
+        reason = "a copy in order, and in memory before the disk"
+        yield _temporary_item("its checkpoint", "cpu", peak, reason, "checkpoint_buffer: tokens", phase="file")
 
 
-def _saes(model: JointSAE, here: str, wide: int) -> Iterator[Line]:
+def _sae_items(model: JointSAE, device: str, dtype_factor: int) -> Iterator[MemoryItem]:
+    """Weights and gradients of the SAEs."""
     for name, learner in measure.learners(model).items():
         (latents, width), remedy = learner.W_dec.shape, f"lower {name}.d_sae"
-        yield Line(f"{name} SAE", here, measure.size(learner) * wide, f"{latents:,} latents of {width} numbers", remedy)
-        yield Line(f"{name} gradients", here, measure.parameters(learner) * wide, "one a parameter, kept between steps", remedy)
+        size = f"{latents:,} latents of {width} numbers"
+        yield MemoryItem(f"{name} SAE", device, measure.module_bytes(learner) * dtype_factor, size, remedy)
+        gradients = measure.trained_bytes(learner) * dtype_factor
+        yield MemoryItem(f"{name} gradients", device, gradients, "one per parameter, kept between steps", remedy)
 
 
-def _training(model: JointSAE, data: Any, trainer: Any, wide: int, shards: int) -> Iterator[Line]:
-    rows, here = _setting(data, "batch_size") * shards, str(trainer.strategy.root_device)
-    kind, ranks = trainer.strategy.root_device.type, max(1, trainer.world_size // shards)
-    seen = measure.training(model, rows, precision=str(trainer.precision), gpu=kind == "cuda", ranks=ranks)
-    state = round(seen.optimizer * measure.parameters(model) * wide)
-    yield Line("optimisers' state", here, state, f"{seen.optimizer:.3g} times the parameters", "another optimiser, or lower primary.d_sae")
-    if model.meta is not None and seen.kept and kind == "cpu":  # incremental top-k runs only here
-        yield Line("decoder rows as they were", here, round(seen.kept * wide), "what the critic's candidates are from", "kernels: dense")
-    split = f" in {model.primary.config.micro_batches} parts" if model.primary.config.micro_batches > 1 else ""
-    how = f"{rows:,} rows{split} and the penalties, when latents are dead"
-    yield _phase("a primary step", here, seen.primary, how, "raise micro_batches or lower batch_size", kind="batch")
+def _training_items(model: JointSAE, data: Any, trainer: Any, dtype_factor: int, shards: int) -> Iterator[MemoryItem]:
+    """The optimisers' state and what steps, held-out batches and checkpoints add."""
+    rows, device = _data_argument(data, "batch_size") * shards, str(trainer.strategy.root_device)
+    device_type, ranks = trainer.strategy.root_device.type, max(1, trainer.world_size // shards)
+    memory = measure.measure_training(model, rows, precision=str(trainer.precision), gpu=device_type == "cuda", ranks=ranks)
+    state = round(memory.optimizer * measure.trained_bytes(model) * dtype_factor)
+    remedy = "another optimiser, or lower primary.d_sae"
+    yield MemoryItem("optimisers' state", device, state, f"{memory.optimizer:.3g} times the parameters", remedy)
+    if model.meta is not None and memory.cached_bytes and device_type == "cpu":  # incremental top-k runs only here
+        cached = round(memory.cached_bytes * dtype_factor)
+        yield MemoryItem("cached decoder rows", device, cached, "of the critic's last full top-k", "kernels: dense")
+    parts = f" in {model.primary.config.micro_batches} parts" if model.primary.config.micro_batches > 1 else ""
+    size = f"{rows:,} rows{parts} and the penalties, when latents are dead"
+    yield _temporary_item("a primary step", device, memory.primary, size, "raise micro_batches or lower batch_size", phase="batch")
     if model.meta is not None:
-        read = model.meta_rows or len(model.primary.W_dec)
-        how = f"{-(-read // ranks):,} decoder rows, when latents are dead"
-        yield _phase("a meta step", here, seen.meta, how, "lower meta.d_sae or meta_rows", kind="decoder")
-    yield _phase("a held-out batch", here, seen.evaluation, f"{rows:,} rows", "lower batch_size", kind="batch")
+        decoder_rows = model.meta_rows or len(model.primary.W_dec)
+        size = f"{-(-decoder_rows // ranks):,} decoder rows, when latents are dead"
+        yield _temporary_item("a meta step", device, memory.meta, size, "lower meta.d_sae or meta_rows", phase="decoder")
+    yield _temporary_item("a held-out batch", device, memory.evaluation, f"{rows:,} rows", "lower batch_size", phase="batch")
     if trainer.world_size > 1 and shards == 1:
-        yield Line("DDP's buckets", here, measure.parameters(model) * wide, "as large as the gradients, on each rank", "fewer latents")
+        buckets = measure.trained_bytes(model) * dtype_factor
+        yield MemoryItem("DDP's buckets", device, buckets, "as large as the gradients, on each rank", "fewer latents")
     if trainer.checkpoint_callbacks and not isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO) and shards == 1:
         # lightning.fabric.utilities.cloud_io._atomic_save
-        rise = measure.blocks([sum(measure.size(learner) * wide for learner in measure.learners(model).values()) + state])
-        yield replace(_phase("a checkpoint", "cpu", rise, "written to memory before the disk", kind="file"), arms="each")
+        peak = measure.allocated_together([sum(_sae_bytes(model, dtype_factor)) + state])
+        yield replace(_temporary_item("a checkpoint", "cpu", peak, "written to memory before the disk", phase="file"), arms="each")
 
 
-def _host(model: JointSAE, data: Any, trainer: Any, wide: int, shards: int) -> Iterator[Line]:
-    """Host memory for whole SAEs while they are built, checkpointed and exported."""
-    rows, kind = _setting(data, "batch_size"), trainer.strategy.root_device.type
-    saes = [measure.size(learner) * wide for learner in measure.learners(model).values()]
-    if shards > 1 or (kind != "cpu" and model.primary.W_dec.is_meta):
-        how = "whole, before each rank keeps its part" if shards > 1 else "in the host's memory before they move"
-        yield replace(_phase("building them", "cpu", measure.blocks([sum(saes)]), how, kind="loading"), arms="each")
+def _sae_bytes(model: JointSAE, dtype_factor: int) -> list[int]:
+    """Bytes of each whole SAE."""
+    return [measure.module_bytes(learner) * dtype_factor for learner in measure.learners(model).values()]
+
+
+def _host_items(model: JointSAE, data: Any, trainer: Any, dtype_factor: int, shards: int) -> Iterator[MemoryItem]:
+    """Host memory of whole SAEs while they are built and exported."""
+    batch_size, device_type = _data_argument(data, "batch_size"), trainer.strategy.root_device.type
+    if shards > 1 or (device_type != "cpu" and model.primary.W_dec.is_meta):
+        peak = measure.allocated_together([sum(_sae_bytes(model, dtype_factor))])
+        reason = "whole, before each rank keeps its part" if shards > 1 else "in the host's memory before they move"
+        yield replace(_temporary_item("building them", "cpu", peak, reason, phase="loading"), arms="each")
     for callback in trainer.callbacks:
-        if (kept := getattr(callback, "calibration_tokens", None)) is not None:
-            kept = min(-(-kept // rows) * rows, data.validation_tokens)
-            yield from _export(model, rows, kept, saes, getattr(callback, "rows", None), beside(trainer), once=kind == "cpu")
+        if (tokens := getattr(callback, "calibration_tokens", None)) is not None:
+            tokens = min(-(-tokens // batch_size) * batch_size, data.validation_tokens)
+            width = model.primary.W_dec.shape[1]
+            held_out = MemoryItem(
+                "held-out rows", "cpu", tokens * width * 4, f"{tokens:,}, to check exports on", "lower calibration_tokens"
+            )
+            yield replace(held_out, arms="once" if device_type == "cpu" else "")
+            decoder_rows, ranks = getattr(callback, "rows", None), processes_on_machine(trainer)
+            yield _export_item(model, batch_size, _sae_bytes(model, dtype_factor), decoder_rows, ranks)
 
 
-def _outputs(others: list[JointSAE], data: Any, here: str, wide: int) -> Iterator[Line]:
-    """Step outputs of earlier arms, which callbacks see after the last arm's step."""
-    if others:
-        size = sum(_setting(data, "batch_size") * arm.primary.W_dec.shape[1] * 4 * wide for arm in others)
-        yield Line("steps to be shown", here, size, f"reconstructions by {len(others)} other arms", "lower batch_size")
+def _export_item(model: JointSAE, batch_size: int, sae_bytes: list[int], decoder_rows: int | None, ranks: int) -> MemoryItem:
+    """Exporting an SAE, one after the other: a copy, the SAE that is read back, and finding its threshold."""
+    d_sae = len(model.primary.W_dec)
+    # `sae.thresholds.global_threshold` holds positive pre-activations of a batch or of some decoder rows; torch.topk takes 16 bytes each.
+    latents = max(batch_size * d_sae, 0 if model.meta is None else min(decoder_rows or d_sae, d_sae) * len(model.meta.W_dec))
+    peak = measure.allocated_together([*[max(sae_bytes)] * 2, latents * 4, latents * 16])
+    reason = "a copy, the SAE that is read back and a threshold"
+    if ranks > 1:
+        reason += f"; on one of {ranks} ranks, so divided by {ranks} here"
+    return _temporary_item("an export", "cpu", peak.scaled(1 / ranks), reason, phase="batch")
 
 
-def _export(model: JointSAE, rows: int, kept: int, saes: list[int], read: int | None, ranks: int, *, once: bool) -> Iterator[Line]:
-    d_sae, d_in = model.primary.W_dec.shape
-    how = f"{kept:,}, kept to check exports on"
-    yield Line("held-out rows", "cpu", kept * d_in * 4, how, "lower calibration_tokens", arms="once" if once else "")
-    # One SAE after the other: its twin and what is read back, and calibration.global_threshold on a batch, or on some decoder rows: the
-    # positive pre-activations and torch.topk's 16 bytes for each.
-    latents = max(rows * d_sae, 0 if model.meta is None else min(read or d_sae, d_sae) * len(model.meta.W_dec))
-    rise = measure.blocks([max(saes)] * 2, [latents * 4, latents * 16])
-    how = "a twin, what is read back and a threshold" + (f"; of one of {ranks} ranks, so a share for each" if ranks > 1 else "")
-    yield _phase("an export", "cpu", rise.times(1 / ranks), how, kind="batch")
+def _output_items(other_arms: list[JointSAE], data: Any, device: str, dtype_factor: int) -> Iterator[MemoryItem]:
+    """Step outputs of the other arms, which callbacks see after the last arm's step."""
+    if other_arms:
+        size = sum(_data_argument(data, "batch_size") * arm.primary.W_dec.shape[1] * 4 * dtype_factor for arm in other_arms)
+        yield MemoryItem("step outputs", device, size, f"reconstructions by {len(other_arms)} other arms", "lower batch_size")

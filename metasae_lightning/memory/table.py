@@ -11,45 +11,45 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Line:
+class MemoryItem:
     """One item of a memory plan."""
 
-    what: str
+    name: str
     """Its name."""
     device: str
-    """Where it lies."""
+    """Its device."""
     bytes: int
     """Bytes; for a temporary item, its peak."""
-    how: str
-    """Explanation of the size."""
+    explanation: str
+    """Where the size comes from."""
     remedy: str = ""
     """Settings that make it smaller."""
     phase: str = ""
-    """For a temporary item: what its blocks are rows of; blocks of one kind have one size."""
-    small: int = 0
+    """For a temporary item: what its blocks are rows of; blocks of one kind have one size. Empty for a permanent item."""
+    small_bytes: int = 0
     """Bytes in small blocks, which malloc keeps when they are freed."""
     arms: Literal["", "each", "once"] = ""
-    """How items of several arms combine; by default permanent items add up, and one temporary item exists at a time."""
+    """How items of several arms combine: `each` adds up, `once` does not. By default permanent items add up, temporary ones do not."""
 
-    def __add__(self, other: "Line") -> "Line":
-        """Combine the plans of two arms.
+    def __add__(self, other: "MemoryItem") -> "MemoryItem":
+        """Combine the same item of two arms.
 
-        >>> (Line("a", "cpu", 100, "", phase="x") + Line("a", "cpu", 50, "", phase="x", small=50)).bytes
+        >>> (MemoryItem("a", "cpu", 100, "", phase="x") + MemoryItem("a", "cpu", 50, "", phase="x", small_bytes=50)).bytes
         150
         """
         if self.arms == "each" or not (self.arms or self.phase):
-            return replace(self, bytes=self.bytes + other.bytes, small=self.small + other.small)
-        small = max(self.small, other.small)
-        return replace(self, bytes=max(self.bytes - self.small, other.bytes - other.small) + small, small=small)
+            return replace(self, bytes=self.bytes + other.bytes, small_bytes=self.small_bytes + other.small_bytes)
+        small = max(self.small_bytes, other.small_bytes)
+        return replace(self, bytes=max(self.bytes - self.small_bytes, other.bytes - other.small_bytes) + small, small_bytes=small)
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """The memory plan of a run."""
 
-    lines: tuple[Line, ...]
-    """Items."""
-    unknown: tuple[str, ...] = ()
+    items: tuple[MemoryItem, ...]
+    """Everything that takes memory."""
+    unplanned: tuple[str, ...] = ()
     """Items that could not be planned, with reasons."""
     is_lower_bound: bool = False
     """Whether the run needs more than these items."""
@@ -57,7 +57,7 @@ class Plan:
     @property
     def devices(self) -> list[str]:
         """Devices with items."""
-        return list(dict.fromkeys(line.device for line in self.lines))
+        return list(dict.fromkeys(item.device for item in self.items))
 
     def peak(self, device: str) -> int:
         """Peak bytes on a device: permanent items plus the largest phase.
@@ -65,53 +65,54 @@ class Plan:
         Phases take turns, so the largest of their large blocks counts. Small blocks stay in the heap; only blocks of the same size reuse
         their holes, so they add up over kinds of phases.
 
-        >>> phases = (Line("a", "cpu", 50, "", phase="x", small=10), Line("b", "cpu", 30, "", phase="y", small=30))
-        >>> Plan((Line("weights", "cpu", 100, ""), *phases)).peak("cpu")
+        >>> phases = (MemoryItem("a", "cpu", 50, "", phase="x", small_bytes=10), MemoryItem("b", "cpu", 30, "", phase="y", small_bytes=30))
+        >>> MemoryPlan((MemoryItem("weights", "cpu", 100, ""), *phases)).peak("cpu")
         180
         """
-        here = [line for line in self.lines if line.device == device]
-        phases = [line for line in here if line.phase]
-        heap = sum(max(line.small for line in phases if line.phase == kind) for kind in {line.phase for line in phases})
-        large = max((line.bytes - line.small for line in phases), default=0)
-        return sum(line.bytes for line in here if not line.phase) + heap + large
+        on_device = [item for item in self.items if item.device == device]
+        temporary = [item for item in on_device if item.phase]
+        heap = sum(max(item.small_bytes for item in temporary if item.phase == phase) for phase in {item.phase for item in temporary})
+        largest = max((item.bytes - item.small_bytes for item in temporary), default=0)
+        return sum(item.bytes for item in on_device if not item.phase) + heap + largest
 
-    def fits(self, free: dict[str, int]) -> bool:
-        """Whether the peak on every device is within the free memory."""
-        return all(self.peak(device) <= free[device] for device in self.devices)
+    def fits(self, available: dict[str, int]) -> bool:
+        """Whether the peak on every device is within its available bytes."""
+        return all(self.peak(device) <= available[device] for device in self.devices)
 
-    def check(self, free: dict[str, int]) -> None:
-        """Refuse a run that does not fit, and say what to change."""
+    def check(self, available: dict[str, int]) -> None:
+        """Refuse a run that does not fit, and name its largest items with the settings that make them smaller."""
         for device in self.devices:
-            if self.peak(device) <= free[device]:
+            if self.peak(device) <= available[device]:
                 continue
-            largest = sorted((line for line in self.lines if line.device == device and line.remedy), key=lambda line: -line.bytes)[:3]
-            why = "; ".join(f"{line.what} {line.bytes / GIB:.2f} ({line.remedy})" for line in largest)
-            need, had = self.peak(device) / GIB, free[device] / GIB
+            reducible = [item for item in self.items if item.device == device and item.remedy]
+            largest = sorted(reducible, key=lambda item: -item.bytes)[:3]
+            listed = "; ".join(f"{item.name} {item.bytes / GIB:.2f} ({item.remedy})" for item in largest)
+            at_least = "at least " if self.is_lower_bound else ""
             raise InputError(
-                f"memory: the run needs {'at least ' if self.is_lower_bound else ''}{need:.2f} GiB of {device} and may have {had:.2f}; "
-                f"--memory_gib sets that. Largest: {why}"
+                f"memory: the run needs {at_least}{self.peak(device) / GIB:.2f} GiB on {device}, and {available[device] / GIB:.2f} are "
+                f"available (--memory_gib sets the limit). Largest: {listed}"
             )
 
-    def table(self, free: dict[str, int]) -> Table:
+    def table(self, available: dict[str, int]) -> Table:
         """The plan as a table."""
-        shown = Table(title="memory that the run will need", title_justify="left", show_edge=False, pad_edge=False)
-        shown.add_column("")
-        shown.add_column("MiB", justify="right")
-        shown.add_column("", overflow="fold")
+        table = Table(title="memory that the run will need", title_justify="left", show_edge=False, pad_edge=False)
+        table.add_column("")
+        table.add_column("MiB", justify="right")
+        table.add_column("", overflow="fold")
         for device in self.devices:
-            for line in self.lines:
-                if line.device == device:
-                    shown.add_row(line.what, mib(line.bytes), line.how, style="dim" if line.phase else None)
-            shown.add_row(f"{device}, at its height", mib(self.peak(device)), f"{mib(free[device])} may be had", style="bold")
-        for line in self.unknown:
-            shown.add_row("not known", "", line)
-        return shown
+            for item in self.items:
+                if item.device == device:
+                    table.add_row(item.name, format_mib(item.bytes), item.explanation, style="dim" if item.phase else None)
+            table.add_row(f"{device}, peak", format_mib(self.peak(device)), f"{format_mib(available[device])} available", style="bold")
+        for reason in self.unplanned:
+            table.add_row("not planned", "", reason)
+        return table
 
 
-def mib(size: int) -> str:
-    """A size in MiB as text.
+def format_mib(size: int) -> str:
+    """A number of bytes in MiB, as text.
 
-    >>> mib(3 * 2**29)
+    >>> format_mib(3 * 2**29)
     '1,536'
     """
     return f"{size / 2**20:,.0f}"

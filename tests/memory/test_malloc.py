@@ -1,4 +1,4 @@
-"""Freed blocks stay: counted by the system, in processes of their own."""
+"""malloc keeps freed blocks: page faults, counted by the system in processes of their own."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from metasae_lightning.memory import malloc
 
 FAULTS = """
 import resource, runpy, sys, torch
-kept = runpy.run_path(sys.argv[2])["keep_freed"]() if sys.argv[1] == "kept" else None
+kept = runpy.run_path(sys.argv[2])["keep_freed_blocks"]() if sys.argv[1] == "kept" else None
 def work():
     a = torch.ones(6 * 2**20)  # 24 MiB each, as a forward pass's
     b, c = a + 1, a * 2
@@ -35,12 +35,12 @@ def faults(how: str, **environment: str) -> tuple[str, int]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc")
-def test_freed_blocks_are_used_again():
+def test_kept_blocks_cause_few_page_faults():
     kept, few = faults("kept")
     _, many = faults("as it is", MALLOC_TRIM_THRESHOLD_="0", MALLOC_MMAP_THRESHOLD_="65536")
     assert kept == "True" and 10 * few < many
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc")
-def test_what_somebody_has_set_is_left():
+def test_glibcs_own_variables_take_precedence():
     assert faults("kept", MALLOC_TRIM_THRESHOLD_="0", MALLOC_MMAP_THRESHOLD_="65536")[0] == "False"

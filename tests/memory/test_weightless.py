@@ -32,7 +32,7 @@ def test_an_sae_larger_than_the_memory_is_refused_in_one_line(
 ):
     assert main(["fit", "-c", "synthetic", "--run", str(tmp_path / "run"), *arguments]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert line.startswith("metasae: error: memory: the run needs at least ") and "GiB of cpu and may have" in line
+    assert line.startswith("metasae: error: memory: the run needs at least ") and "GiB on cpu, and" in line
     name, remedy = named.split(" .* ")
     assert f"Largest: {name} " in line and remedy in line
     assert not (tmp_path / "run").exists()

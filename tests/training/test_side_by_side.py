@@ -415,13 +415,13 @@ def test_a_plan_counts_every_arm_and_their_one_checkpoint(tmp_path: Path):
 
     def planned(module: Any) -> dict[str, int]:
         trainer = Trainer(**QUIET, default_root_dir=tmp_path)
-        return {line.what: line.bytes for line in memory_plan(module, data, trainer).lines}
+        return {item.name: item.bytes for item in memory_plan(module, data, trainer).items}
 
     one, three = planned(joint()), planned(SideBySide({name: joint() for name in "abc"}))
     for what in ("primary SAE", "meta gradients", "optimisers' state", "a checkpoint"):
         assert three[what] == pytest.approx(3 * one[what], rel=0.01), what
     assert three["a primary step"] == pytest.approx(one["a primary step"], rel=0.05)
-    assert three["steps to be shown"] == 2 * 64 * D_IN * 4
+    assert three["step outputs"] == 2 * 64 * D_IN * 4
 
 
 def test_a_mistake_in_an_arm_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
