@@ -139,12 +139,12 @@ def check_same_activations(subjects: Sequence[EvaluatedSAE]) -> None:
     first = subjects[0]
     for other in subjects[1:]:
         for key, words in (("model_name", "model"), ("hook_name", "hook")):
-            one, two = first.metadata.get(key), other.metadata.get(key)
-            if one and two and one != two and not (key == "hook_name" and first.hook_names & other.hook_names):
-                raise InputError(f"{first.place} and {other.place} do not read the same activations: {words} {one} and {two}")
-        one, two = first.W_dec.shape[1], other.W_dec.shape[1]
-        if one != two:
-            raise InputError(f"{first.place} and {other.place} do not read the same activations: d_in {one} and {two}")
+            value, other_value = first.metadata.get(key), other.metadata.get(key)
+            if value and other_value and value != other_value and not (key == "hook_name" and first.hook_names & other.hook_names):
+                raise InputError(f"{first.place} and {other.place} do not read the same activations: {words} {value} and {other_value}")
+        width, other_width = first.W_dec.shape[1], other.W_dec.shape[1]
+        if width != other_width:
+            raise InputError(f"{first.place} and {other.place} do not read the same activations: d_in {width} and {other_width}")
 
 
 def language_model_of(subject: EvaluatedSAE) -> LanguageModel:
@@ -181,22 +181,22 @@ def select_hook(subject: EvaluatedSAE, data: Any) -> str:
     if model is None:
         check_width(subject, data.d_in)
         return "synthetic"
-    data.reading_cache = False  # codes belong to tokens, which a cache may not have
+    data.reading_cache = False  # codes are stored by token, and a cache may lack the tokens
     skeleton = model.skeleton()
     names = {
         hook: {hook, *filter(None, (skeleton.metadata(hook).get(key) for key in ("hook_name", "hf_hook_name")))} for hook in model.hooks
     }
-    told = subject.hook_names
-    chosen = [hook for hook, known in names.items() if known & told] if told else model.hooks
+    wanted = subject.hook_names
+    chosen = [hook for hook, known in names.items() if known & wanted] if wanted else model.hooks
     if len(chosen) != 1:
-        what = " or ".join(sorted(told)) or "no hook that it names"
-        raise InputError(f"{subject.place} reads {what}, and the data give {', '.join(model.hooks)}")
+        reads = " or ".join(sorted(wanted)) or "no hook that it names"
+        raise InputError(f"{subject.place} reads {reads}, and the data give {', '.join(model.hooks)}")
     named = subject.metadata.get("model_name")
     if named and named != model.name:
         log.warning("%s says that it reads %s, and the data are of %s", subject.place, named, model.name)
     model.hooks = chosen
     model.load()
-    data.batching = replace(data.batching, exhausted="end")  # no document twice
+    data.batching = replace(data.batching, exhausted="end")  # read no document twice
     check_width(subject, model.d_model)
     return chosen[0]
 

@@ -1,4 +1,4 @@
-"""What an evaluation measures, and on how much. Imports nothing heavy: the command line builds its options from this class."""
+"""Settings of an evaluation. Imports nothing heavy: the command line builds its options from this class."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,21 +8,22 @@ from metasae_lightning.errors import InputError
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and on how much.
+    """Measures of an evaluation and the amount of data for each.
 
     Args:
-        tokens: Held-out tokens; none is what the data's recipe tests on.
-        rule: Thresholds: as `stored`, or set anew on validation tokens by `global`, `rate` or `eer`; none is `rate` where several are
-            compared, and `stored` for one alone.
-        l0: Latents active on a token that the rules aim at; none is that of an SAE without thresholds, or the least of all.
-        calibration_tokens: Validation tokens that rules see.
-        splice_tokens: Predicted tokens with the reconstruction in the model; 0 leaves that out.
-        critic_seeds: Fresh critics on the decoder and on each null; 0 leaves them out.
-        critic_steps: Steps of each.
-        contexts: Documents kept of each latent, those in which it fires most; 0 leaves them out.
-        resamples: Resamples of documents that intervals come from.
-        memory_gib: What counting pairs may take beside the firings.
-        seed: Seed of the resamples.
+        tokens: Held-out tokens to evaluate on. Default: `test_tokens` of the data's recipe.
+        rule: Rule for thresholds: `stored` leaves them as they are; `global`, `rate` and `eer` recalibrate them on validation tokens.
+            Default: `rate` for several SAEs, `stored` for one.
+        l0: Target number of active latents per token for recalibrated thresholds. Default: the L0 of an SAE without thresholds, else the
+            smallest training L0.
+        calibration_tokens: Validation tokens to recalibrate thresholds on.
+        splice_tokens: Predicted tokens to measure the language model's loss on, with the reconstruction spliced in; 0 skips this.
+        critic_seeds: Fresh meta SAEs (critics) trained on the decoder and on each null; 0 skips this.
+        critic_steps: Training steps of each critic.
+        contexts: Top documents to store for each latent; 0 stores none.
+        resamples: Bootstrap resamples of documents for intervals.
+        memory_gib: Memory for counting pairs of latents, in GiB, beside the firings.
+        seed: Seed of the bootstrap.
     """
 
     tokens: int | None = None
@@ -38,10 +39,10 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"calibration_tokens": 1, "splice_tokens": 0, "critic_seeds": 0, "critic_steps": 1, "contexts": 0, "resamples": 1}
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise InputError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
+        minima = {"calibration_tokens": 1, "splice_tokens": 0, "critic_seeds": 0, "critic_steps": 1, "contexts": 0, "resamples": 1}
+        for name, minimum in minima.items():
+            if getattr(self, name) < minimum:
+                raise InputError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
         if self.tokens is not None and self.tokens < 1:
             raise InputError(f"tokens must be at least 1, got {self.tokens}")
         for name in ("l0", "memory_gib"):

@@ -79,10 +79,10 @@ def test_a_character_of_several_tokens_is_whole_in_the_last():
     bytewise = tokenizer()
     text = "naïve “日本” 🙂 end"
     tokens = bytewise(text, add_special_tokens=False)["input_ids"]
-    pieces = Spelling(bytewise).pieces(tokens)
+    pieces = Spelling(bytewise).token_texts(tokens)
     assert len(pieces) == len(tokens) and "".join(pieces) == text and "日" in pieces and "🙂" in pieces
     # Cut within the last character, the rest of the text is as it was.
-    cut = Spelling(bytewise).pieces(tokens[: pieces.index("🙂")])
+    cut = Spelling(bytewise).token_texts(tokens[: pieces.index("🙂")])
     assert "".join(cut).startswith("naïve “日本” ") and len(cut) == pieces.index("🙂")
 
 
@@ -92,7 +92,7 @@ def test_a_token_within_a_text_keeps_its_space():
     pieces.decoder = decoders.Metaspace()
     wordwise = PreTrainedTokenizerFast(tokenizer_object=pieces)
     assert wordwise.decode([1]) == "the"
-    assert Spelling(wordwise).pieces([1, 2]) == [" the", " cat"]
+    assert Spelling(wordwise).token_texts([1, 2]) == [" the", " cat"]
 
 
 def test_the_record_of_latents_counts_every_firing(measured: tuple[Evaluation, Any]):
