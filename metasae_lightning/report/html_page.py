@@ -46,9 +46,9 @@ def page(
     verdict: Verdict,
     comparisons: Sequence[PaperComparison],
     figure_elements: Mapping[str, str],
-    latents: list[dict[str, Any]],
+    latent_data: str,
 ) -> str:
-    """The whole page."""
+    """The whole page; `latent_data` is the result of `packed_latents`."""
     arms = [arm for group in groups for arm in group.arms]
     sections = [
         verdict_box(verdict),
@@ -56,7 +56,7 @@ def page(
         section("Figures side by side", figures_table(groups)),
         section("Beside the paper", paper_table(comparisons)),
         section("Pictures", figure_gallery(figure_elements)),
-        section("Latents", latent_controls(latents), name="browser"),
+        section("Latents", latent_controls() if latent_data else "", name="browser"),
         section("How it was measured", measurement_notes(arms)),
     ]
     return Template((HERE / "page.html").read_text()).substitute(
@@ -65,7 +65,7 @@ def page(
         script=(HERE / "page.js").read_text(),
         sections="\n".join(part for part in sections if part),
         footer="Written by metasae-lightning from saved results; it measures nothing itself and asks no server for anything.",
-        data=packed_latents(latents),
+        data=latent_data,
     )
 
 
@@ -198,10 +198,8 @@ def figure_gallery(figure_elements: Mapping[str, str]) -> str:
     return f'<div class="figures">{"".join(captioned)}</div>' if captioned else ""
 
 
-def latent_controls(latents: list[dict[str, Any]]) -> str:
+def latent_controls() -> str:
     """Controls and the empty list that `page.js` fills with latents."""
-    if not latents:
-        return ""
     options = "".join(f'<option value="{key}">{words}</option>' for key, words in ORDERS.items())
     return (
         '<div class="controls"><label>SAE<select id="arm"></select></label>'

@@ -16,7 +16,7 @@ from metasae_lightning.atomic_files import draft_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.report import figures
 from metasae_lightning.report.conclusions import FIGURES, PaperComparison, Verdict, compare_with_paper, verdict
-from metasae_lightning.report.html_page import page
+from metasae_lightning.report.html_page import packed_latents, page
 from metasae_lightning.report.latent_browser import browsed_latents, matches_of_arms, read_decoder
 from metasae_lightning.report.load_runs import Arm, load_arms
 from metasae_lightning.report.seeds import Group, baseline, difference, group_by_recipe, headline
@@ -110,7 +110,8 @@ def page_of_limited_size(study: Study, figure_elements: Future[dict[str, str]]) 
     matches = matches_of_arms(decoders)
     while True:
         latents = browsed_latents(study.browsed, decoders, matches, limit)
-        text = page(study.title, study.groups, study.verdict, study.paper, figure_elements.result(), latents)
+        latent_data = packed_latents(latents)
+        text = page(study.title, study.groups, study.verdict, study.paper, figure_elements.result(), latent_data)
         size, count = len(text.encode(errors="replace")), max((len(entry["rows"]) for entry in latents), default=0)
         if size <= MAX_PAGE_BYTES or count <= 1:
             return text
