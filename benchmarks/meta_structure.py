@@ -51,7 +51,7 @@ def ours(W_dec: Tensor, seeds: int, steps: int) -> Iterator[tuple[float, float]]
     metric = Decomposition(steps=steps)
     for seed in range(seeds):
         began = time.process_time()
-        yield metric.explained(unit_rows(W_dec), seed), time.process_time() - began
+        yield metric.variance_explained(unit_rows(W_dec), seed), time.process_time() - began
 
 
 def theirs(W_dec: Tensor, seeds: int, steps: int, autocast: bool) -> Iterator[tuple[float, float]]:

@@ -237,7 +237,7 @@ def our_meta_structure(one: Any, steps: int, seed: int) -> dict[str, float]:
     from metasae_lightning.functional import unit_rows
     from metasae_lightning.metrics import Decomposition
 
-    return {"fve": Decomposition(steps=steps).explained(unit_rows(one.W_dec), seed)}
+    return {"fve": Decomposition(steps=steps).variance_explained(unit_rows(one.W_dec), seed)}
 
 
 def table(lines: tuple[tuple[str, str], ...], theirs: dict[str, float], ours: dict[str, float]) -> None:

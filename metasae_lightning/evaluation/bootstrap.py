@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metasae_lightning import functional
-from metasae_lightning.metrics.cofiring import PhiSample, paired
+from metasae_lightning.metrics.cofiring import PhiSample, fires_with_partner
 from metasae_lightning.step import Codes
 
 
@@ -82,7 +82,7 @@ class PhiByGroup:
         """Add a batch and the document group of each of its tokens."""
         groups, width = self.firings.shape
         place = group[codes.rows] * width + codes.latents
-        for hits, together in zip(paired(codes, self.partner), self.together, strict=True):
+        for hits, together in zip(fires_with_partner(codes, self.partner), self.together, strict=True):
             together += torch.bincount(place[hits], minlength=groups * width).view(groups, width).int()
         self.firings += torch.bincount(place, minlength=groups * width).view(groups, width).int()
         self.tokens += torch.bincount(group, minlength=groups)

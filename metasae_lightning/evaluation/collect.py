@@ -17,7 +17,7 @@ from metasae_lightning.evaluation.held_out_text import Passage, passages, stream
 from metasae_lightning.evaluation.result_cache import Entry
 from metasae_lightning.evaluation.saes import EvaluatedSAE
 from metasae_lightning.evaluation.splice import losses
-from metasae_lightning.metrics.loss_recovered import recovered
+from metasae_lightning.metrics.loss_recovered import with_recovered_shares
 from metasae_lightning.metrics.reconstruction import Reconstruction
 from metasae_lightning.step import Codes
 
@@ -90,12 +90,12 @@ class SplicedLosses:
     documents: Int[Tensor, " document"]
     """Document ids."""
     sums: Float[Tensor, "document figure"]
-    """Per document: number of predicted tokens, then the sums of their losses in the order of `loss_recovered.KINDS`."""
+    """Per document: number of predicted tokens, then the sums of their losses in the order of `loss_recovered.LOSS_KINDS`."""
 
     def figures(self) -> dict[str, float]:
         """Mean losses and shares recovered, over all documents."""
         count, *total = self.sums.sum(0)
-        return {name: value.item() for name, value in recovered(torch.stack(total) / count).items()}
+        return {name: value.item() for name, value in with_recovered_shares(torch.stack(total) / count).items()}
 
 
 def passage_name(number: int) -> str:

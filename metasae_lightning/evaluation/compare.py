@@ -133,7 +133,7 @@ def best_matches(one: Firings, two: Firings, memory_gib: float) -> tuple[Matches
     count = min(MATCHES, len(n_i), len(n_j))
     rows = max(1, int(memory_gib * 2**30 / PAIR_BYTES) // len(n_j))
     forth, back = list[tuple[Tensor, Tensor]](), (torch.full((count, len(n_j)), -torch.inf), torch.zeros(count, len(n_j), dtype=torch.long))
-    for start, together in one.together(two, rows):
+    for start, together in one.cofirings(two, rows):
         phi = functional.phi(together, n_i[start : start + len(together), None], n_j[None], n).float()
         top = phi.topk(count)
         forth.append((top.values, top.indices))

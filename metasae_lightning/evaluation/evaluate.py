@@ -20,9 +20,9 @@ from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.metrics.cofiring import Phi
 from metasae_lightning.metrics.dead_latents import DeadLatents
 from metasae_lightning.metrics.decoder import DecoderGeometry
-from metasae_lightning.metrics.decomposition import Decomposition, spread
+from metasae_lightning.metrics.decomposition import Decomposition, means_and_deviations
 from metasae_lightning.metrics.feature_recovery import FeatureRecovery
-from metasae_lightning.metrics.loss_recovered import recovered
+from metasae_lightning.metrics.loss_recovered import with_recovered_shares
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def latents(collected: CollectedCodes, settings: Settings) -> dict[str, Any]:
     def pairs() -> dict[str, Tensor]:
         log.info(phi.plan())
         counted = phi.count()
-        return {**phi.figures(counted), "log10_abs": counted.by_decade(CORRELATIONS)}
+        return {**phi.results(counted), "log10_abs": counted.by_decade(CORRELATIONS)}
 
     figures = collected.subject.result_cache.get_or_compute(
         "phi-pairs", {**collected.cache_key, "all": collected.text_hashes, "edges": CORRELATIONS.tolist()}, pairs
@@ -154,14 +154,14 @@ def critic(subject: EvaluatedSAE, settings: Settings) -> dict[str, float]:
         # Random rows of one shape are the same for every SAE.
         rows_key = {"shape": list(rows.shape)} if name == "random" else subject.decoder_cache_key
         key = {**rows_key, "rows": name, "seed": seed, **metric.settings}
-        entry = subject.result_cache.get_or_compute("critic", key, lambda: {"fve": torch.tensor(metric.explained(rows, seed))})
+        entry = subject.result_cache.get_or_compute("critic", key, lambda: {"fve": torch.tensor(metric.variance_explained(rows, seed))})
         return entry["fve"].item()
 
     explained_by_rows: dict[str, list[float]] = {}
-    for name, rows in metric.judged().items():
+    for name, rows in metric.decoder_and_nulls().items():
         log.info("%s: %d critics on %s", subject.name, settings.critic_seeds, {"fve": "the decoder"}.get(name, f"{name} rows"))
         explained_by_rows[name] = [explained(name, rows, seed) for seed in range(settings.critic_seeds)]
-    return floats(spread(explained_by_rows))
+    return floats(means_and_deviations(explained_by_rows))
 
 
 def intervals(
@@ -200,7 +200,7 @@ def resampled_losses(spliced: SplicedLosses, settings: Settings) -> dict[str, Fl
     """Losses on resampled documents."""
     weights = document_weights(len(spliced.sums), settings)
     count, *total = (weights @ spliced.sums).T
-    losses = recovered(torch.stack(total) / count)
+    losses = with_recovered_shares(torch.stack(total) / count)
     return {**losses, "ce_added": losses["ce_sae"] - losses["ce_clean"]}
 
 

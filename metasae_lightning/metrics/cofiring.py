@@ -51,7 +51,7 @@ class Firings:
         """Number of tokens that each latent fired on."""
         return torch.from_numpy(np.bincount(self.matrix.indices, minlength=self.matrix.shape[1])).double()
 
-    def together(self, other: "Firings", rows: int) -> Iterator[tuple[int, Float[Tensor, "row other"]]]:
+    def cofirings(self, other: "Firings", rows: int) -> Iterator[tuple[int, Float[Tensor, "row other"]]]:
         """Yield co-firing counts with the other's latents, `rows` latents at a time."""
         by_latent = self.matrix.T.tocsr()
         for start in range(0, self.matrix.shape[1], rows):
@@ -59,7 +59,7 @@ class Firings:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairSums:
     """Sums over all pairs of latents."""
 
     total: float
@@ -72,17 +72,18 @@ class Pairs:
     def by_decade(self, edges: Float[Tensor, " edge"]) -> Float[Tensor, " bin"]:
         """Number of pairs between edges of log10 |phi|; pairs below the first edge count in the first bin."""
         middles = ((torch.arange(len(self.bins), dtype=torch.float64) + 0.5) / len(self.bins)).square().log10()
-        places = (torch.bucketize(middles, edges) - 1).clamp(0, len(edges) - 2)
-        return torch.zeros(len(edges) - 1, dtype=torch.float64).index_add(0, places, self.bins)
+        edge_bins = (torch.bucketize(middles, edges) - 1).clamp(0, len(edges) - 2)
+        return torch.zeros(len(edges) - 1, dtype=torch.float64).index_add(0, edge_bins, self.bins)
 
 
 class Phi(Metric):
     """Phi of every pair of latents, of one SAE or between two on the same tokens, from exact integer counts.
 
-    The state is the firings. `compute` counts pairs in tiles of latents, so memory is bounded by `memory_gib` and not by the square of the
-    width. It returns the mean of |phi| over all pairs of live latents (active on some tokens but not on all), its value under
-    independence with the same counts (`floor`), their difference (`excess`) with its standard error under independence, the share of
-    positive pairs, and quantiles and tails of |phi|.
+    `phi = (n n11 - n_i n_j) / sqrt(n_i (n - n_i) n_j (n - n_j))` is the correlation of two latents' firings, from -1 to 1: of `n` tokens,
+    latent i fired on `n_i` and both latents on `n11`. `compute` returns the mean of |phi| over all pairs of live latents (active on some
+    tokens but not on all), its value under independence with the same counts (`floor`), their difference (`excess`) with its standard
+    error under independence, the share of positive pairs, and quantiles and tails of |phi|. It counts pairs in tiles of latents, so
+    memory is bounded by `memory_gib` and not by the square of the width.
 
     Args:
         d_sae: Latents of the SAE.
@@ -116,12 +117,12 @@ class Phi(Metric):
             raise InputError("Phi takes both SAEs' codes between two, and the one's alone within one")
         if other is not None and other.shape[0] != codes.shape[0]:
             raise InputError(f"Phi: both SAEs' codes must be of the same tokens, got {codes.shape[0]} and {other.shape[0]}")
-        self._keep(codes, self.d_sae, self.latents, self.lengths)
+        self._append_firings(codes, self.d_sae, self.latents, self.lengths)
         if other is not None and self.other is not None:
-            self._keep(other, self.other, self.other_latents, self.other_lengths)
+            self._append_firings(other, self.other, self.other_latents, self.other_lengths)
 
     @staticmethod
-    def _keep(codes: Codes, width: int, latents: list[Tensor], lengths: list[Tensor]) -> None:
+    def _append_firings(codes: Codes, width: int, latents: list[Tensor], lengths: list[Tensor]) -> None:
         if codes.shape[1] != width:
             raise InputError(f"Phi: codes of {codes.shape[1]} latents, expected {width}")
         latents.append(codes.latents.to(torch.int32))
@@ -131,10 +132,10 @@ class Phi(Metric):
         """Firings of the SAE and of the SAE it is compared with, which may be itself."""
         if not len(self.latents):  # a tensor after ranks were gathered
             raise InputError("Phi: nothing was seen yet")
-        own = Firings.of(dim_zero_cat(self.latents).cpu(), dim_zero_cat(self.lengths).cpu(), self.d_sae)
+        firings = Firings.of(dim_zero_cat(self.latents).cpu(), dim_zero_cat(self.lengths).cpu(), self.d_sae)
         if self.other is None:
-            return own, own
-        return own, Firings.of(dim_zero_cat(self.other_latents).cpu(), dim_zero_cat(self.other_lengths).cpu(), self.other)
+            return firings, firings
+        return firings, Firings.of(dim_zero_cat(self.other_latents).cpu(), dim_zero_cat(self.other_lengths).cpu(), self.other)
 
     @property
     def rows(self) -> int:
@@ -144,56 +145,56 @@ class Phi(Metric):
     def plan(self) -> str:
         """One line about the time and memory of counting."""
         tiles = -(-self.d_sae // self.rows)
-        width, held = self.other or self.d_sae, sum(len(part) * FIRING_BYTES for part in (*self.latents, *self.other_latents))
+        width, firing_bytes = self.other or self.d_sae, sum(len(part) * FIRING_BYTES for part in (*self.latents, *self.other_latents))
         return (
             f"phi of {self.d_sae:,} x {width:,} latents: {tiles} tile{'s' if tiles > 1 else ''} of {self.rows:,} latents, "
-            f"{self.rows * width * PAIR_BYTES / 2**30:.2f} GiB each, beside {held / 2**30:.2f} GiB of firings"
+            f"{self.rows * width * PAIR_BYTES / 2**30:.2f} GiB each, beside {firing_bytes / 2**30:.2f} GiB of firings"
         )
 
     def tiles(self) -> Iterator[tuple[int, Float[Tensor, "row other"]]]:
         """Yield phi of a tile of latents with all others, and the index of the tile's first latent."""
-        own, other = self.firings()
-        yield from self._tiles(own, other, own.counts, other.counts)
+        firings, other = self.firings()
+        yield from self._tiles(firings, other, firings.counts, other.counts)
 
-    def _tiles(self, own: Firings, other: Firings, n_i: Tensor, n_j: Tensor) -> Iterator[tuple[int, Tensor]]:
-        for start, together in own.together(other, self.rows):
-            yield start, functional.phi(together, n_i[start : start + len(together), None], n_j[None], float(own.tokens))
+    def _tiles(self, firings: Firings, other: Firings, n_i: Tensor, n_j: Tensor) -> Iterator[tuple[int, Tensor]]:
+        for start, n11 in firings.cofirings(other, self.rows):
+            yield start, functional.phi(n11, n_i[start : start + len(n11), None], n_j[None], float(firings.tokens))
 
     def compute(self) -> dict[str, Tensor]:
         """See the class."""
-        return self.figures(self.count())
+        return self.results(self.count())
 
-    def count(self) -> "Pairs":
+    def count(self) -> "PairSums":
         """Count all pairs of live latents."""
-        own, other = self.firings()
-        n, n_i, n_j = float(own.tokens), own.counts, other.counts
+        firings, other = self.firings()
+        n, n_i, n_j = float(firings.tokens), firings.counts, other.counts
         live_i, live_j = self._live(n_i, n), self._live(n_j, n)
         bins, total, positive = torch.zeros(BINS, dtype=torch.float64), 0.0, 0
-        for start, phi in self._tiles(own, other, n_i, n_j):
-            kept = live_i[start : start + len(phi), None] & live_j[None]
+        for start, phi in self._tiles(firings, other, n_i, n_j):
+            counted = live_i[start : start + len(phi), None] & live_j[None]
             if self.other is None:  # each pair once, without self-pairs
-                kept &= torch.arange(len(n_j))[None] > torch.arange(start, start + len(phi))[:, None]
-            values = phi[kept]
+                counted &= torch.arange(len(n_j))[None] > torch.arange(start, start + len(phi))[:, None]
+            values = phi[counted]
             positive += int((values > 0).count_nonzero())
             total += values.abs_().sum().item()
             bins += torch.histc(values.sqrt_().clamp_(max=1), BINS, 0.0, 1.0)
-        return Pairs(total, positive, bins)
+        return PairSums(total, positive, bins)
 
     @staticmethod
     def _live(counts: Tensor, n: float) -> Tensor:
         return (counts > 0) & (counts < n)
 
-    def figures(self, counted: "Pairs") -> dict[str, Tensor]:
+    def results(self, counted: "PairSums") -> dict[str, Tensor]:
         """The results of `compute` from counted pairs."""
-        own, other = self.firings()
-        n = float(own.tokens)
-        n_i, n_j = (counts[self._live(counts, n)] for counts in (own.counts, other.counts))
+        firings, other = self.firings()
+        n = float(firings.tokens)
+        n_i, n_j = (counts[self._live(counts, n)] for counts in (firings.counts, other.counts))
         pairs = len(n_i) * (len(n_i) - 1) // 2 if self.other is None else len(n_i) * len(n_j)
-        floor, error = by_chance(n_i, n_j, n, within=self.other is None)
+        floor, error = mean_phi_by_chance(n_i, n_j, n, within=self.other is None)
         mean, positive, bins = counted.total / max(pairs, 1), counted.positive / max(pairs, 1), counted.bins
         figures = {"mean_abs": mean, "floor": floor, "excess": mean - floor, "standard_error": error, "positive": positive}
         upper = bins.cumsum(0) / max(pairs, 1)
-        figures |= {f"q{100 * q:g}": quantile(upper, q) for q in QUANTILES}
+        figures |= {f"q{100 * q:g}": histogram_quantile(upper, q) for q in QUANTILES}
         figures |= {f"above_{tail:g}": (bins[round(BINS * tail**0.5) :].sum() / max(pairs, 1)).item() for tail in TAILS}
         figures |= {"live": len(n_i), "pairs": pairs, "tokens": n}
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
@@ -203,7 +204,7 @@ class PhiSample(Metric):
     """An estimate of the mean of |phi| from random pairs of latents, cheap enough for use during training.
 
     Latents are paired at random `matchings` times. Pairs of one matching share no latent, so the spread over pairs gives the standard
-    error of the mean.
+    error of the mean. |phi| is as in `Phi`, from 0 to 1.
 
     >>> metric = PhiSample(d_sae=2)
     >>> metric.update(Codes.from_dense(torch.tensor([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0]])))
@@ -223,16 +224,16 @@ class PhiSample(Metric):
             raise InputError(f"PhiSample needs two latents and a matching at least, got {d_sae} and {matchings}")
         generator = torch.Generator().manual_seed(seed)
         orders = torch.stack([torch.randperm(d_sae, generator=generator)[: d_sae // 2 * 2] for _ in range(matchings)])
-        one, two = orders.view(matchings, -1, 2).sort(-1).values.unbind(-1)
+        lower, higher = orders.view(matchings, -1, 2).sort(-1).values.unbind(-1)
         # The partner of each latent, where the partner has the higher index; counts are stored with the lower one.
-        self.register_buffer("partner", torch.full((matchings, d_sae), -1).scatter(1, one, two))
+        self.register_buffer("partner", torch.full((matchings, d_sae), -1).scatter(1, lower, higher))
         self.add_state("together", torch.zeros(matchings, d_sae, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("firings", torch.zeros(d_sae, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, codes: Codes) -> None:
         """Add a batch."""
-        for hits, together in zip(paired(codes, self.partner), self.together, strict=True):
+        for hits, together in zip(fires_with_partner(codes, self.partner), self.together, strict=True):
             together += torch.bincount(codes.latents[hits], minlength=codes.shape[1])
         self.firings += codes.firings()
         self.tokens += codes.shape[0]
@@ -243,55 +244,55 @@ class PhiSample(Metric):
         matching, low = (self.partner >= 0).nonzero(as_tuple=True)
         n11, n_i, n_j = (x.double() for x in (self.together[matching, low], self.firings[low], self.firings[self.partner[matching, low]]))
         live = (n_i > 0) & (n_i < n) & (n_j > 0) & (n_j < n)
-        found = functional.phi(n11[live], n_i[live], n_j[live], n).abs()
+        phi = functional.phi(n11[live], n_i[live], n_j[live], n).abs()
         floor = functional.phi_by_chance(n_i[live], n_j[live], n)
-        error = (found - floor).std() / len(found) ** 0.5 if len(found) > 1 else torch.tensor(torch.nan)
-        figures = {"mean_abs": found.mean(), "floor": floor.mean(), "excess": (found - floor).mean(), "standard_error": error}
+        error = (phi - floor).std() / len(phi) ** 0.5 if len(phi) > 1 else torch.tensor(torch.nan)
+        figures = {"mean_abs": phi.mean(), "floor": floor.mean(), "excess": (phi - floor).mean(), "standard_error": error}
         return {**figures, "pairs": live.sum()}
 
 
-def paired(codes: Codes, partners: Int[Tensor, "matching d_sae"]) -> Iterator[Bool[Tensor, " nnz"]]:
+def fires_with_partner(codes: Codes, partners: Int[Tensor, "matching d_sae"]) -> Iterator[Bool[Tensor, " nnz"]]:
     """For each matching: which nonzeros belong to a latent whose partner fires on the same token. A partner of -1 means no partner.
 
     >>> codes = Codes.from_dense(torch.tensor([[1.0, 2.0, 0.0], [1.0, 0.0, 3.0]]))
-    >>> [hits.tolist() for hits in paired(codes, torch.tensor([[1, -1, -1]]))]
+    >>> [hits.tolist() for hits in fires_with_partner(codes, torch.tensor([[1, -1, -1]]))]
     [[True, False, False, False]]
     """
     width = codes.shape[1]
     fired = (codes.rows * width + codes.latents).sort().values
     for partner in partners:
-        other = partner[codes.latents]
-        wanted = codes.rows * width + other
-        found = fired[torch.searchsorted(fired, wanted).clamp(max=len(fired) - 1)] if len(fired) else fired
-        yield (other >= 0) & (found == wanted)
+        partners_of_nonzeros = partner[codes.latents]
+        keys = codes.rows * width + partners_of_nonzeros
+        nearest_keys = fired[torch.searchsorted(fired, keys).clamp(max=len(fired) - 1)] if len(fired) else fired
+        yield (partners_of_nonzeros >= 0) & (nearest_keys == keys)
 
 
-def by_chance(n_i: Float[Tensor, " live"], n_j: Float[Tensor, " other"], n: float, *, within: bool) -> tuple[float, float]:
+def mean_phi_by_chance(n_i: Float[Tensor, " live"], n_j: Float[Tensor, " other"], n: float, *, within: bool) -> tuple[float, float]:
     """Mean of |phi| over all pairs of independent latents with these counts, and its standard deviation.
 
     Given the counts, two pairs that share a latent are as independent as two that do not, so variances add: `E phi^2 = 1 / (n - 1)`.
 
-    >>> one = torch.tensor([1.0, 1.0], dtype=torch.float64)
-    >>> by_chance(one, one, 2.0, within=True)
+    >>> counts = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    >>> mean_phi_by_chance(counts, counts, 2.0, within=True)
     (1.0, 0.0)
     """
     (u, m), (v, w) = (torch.unique(counts, return_counts=True) for counts in (n_i, n_j))
     total, squares = 0.0, 0.0
-    for some, often in zip(u.split(512), m.double().split(512), strict=True):
-        expected = functional.phi_by_chance(some[:, None], v[None], n)
-        total += (often @ expected @ w.double()).item()
-        squares += (often @ expected.square() @ w.double()).item()
+    for counts, multiplicity in zip(u.split(512), m.double().split(512), strict=True):
+        expected = functional.phi_by_chance(counts[:, None], v[None], n)
+        total += (multiplicity @ expected @ w.double()).item()
+        squares += (multiplicity @ expected.square() @ w.double()).item()
     pairs = float(len(n_i) * len(n_j))
     if within:
-        alone = functional.phi_by_chance(n_i, n_i, n)
-        total, squares = (total - alone.sum().item()) / 2, (squares - alone.square().sum().item()) / 2
+        self_pairs = functional.phi_by_chance(n_i, n_i, n)
+        total, squares = (total - self_pairs.sum().item()) / 2, (squares - self_pairs.square().sum().item()) / 2
         pairs = (pairs - len(n_i)) / 2
     if not pairs:
         return 0.0, 0.0
     return total / pairs, max(pairs / max(n - 1, 1) - squares, 0.0) ** 0.5 / pairs
 
 
-def quantile(upper: Float[Tensor, " bin"], share: float) -> float:
+def histogram_quantile(upper: Float[Tensor, " bin"], share: float) -> float:
     """Quantile of |phi| from the histogram: the middle of the bin that reaches the share."""
-    at = min(int(torch.searchsorted(upper, share)), BINS - 1)
-    return ((at + 0.5) / BINS) ** 2
+    index = min(int(torch.searchsorted(upper, share)), BINS - 1)
+    return ((index + 0.5) / BINS) ** 2

@@ -10,7 +10,7 @@ from metasae_lightning import functional
 
 
 class DecoderGeometry(Metric):
-    """Cosine of each decoder row with its nearest other row (mean and maximum), and lengths of rows.
+    """Cosine of each decoder row with its nearest other row (mean and maximum), and Euclidean lengths of rows.
 
     >>> import torch
     >>> metric = DecoderGeometry()

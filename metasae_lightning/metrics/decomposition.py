@@ -17,7 +17,9 @@ from metasae_lightning.sae.learner import Learner, LearnerConfig
 
 
 class Decomposition(Metric):
-    """Share of the variance of unit decoder rows that a fresh meta SAE explains, beside two nulls; lower is more atomic.
+    """Fraction of the variance of unit decoder rows that a fresh meta SAE explains, beside two nulls; lower is more atomic.
+
+    The fraction of variance explained is `1 - fvu`: 1 for exact reconstructions, 0 for the mean row.
 
     The meta SAE is a BatchTopK SAE with a quarter as many latents as there are rows, k 4, trained for 1,500 steps of 1,024 rows drawn
     with replacement, as in SAEBench's `meta_structure`. `fve` is the mean over meta SAEs of several seeds, `fve_std` their spread.
@@ -57,10 +59,10 @@ class Decomposition(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Variance explained of the rows and of both nulls, with spreads over seeds."""
-        found = {name: [self.explained(rows, seed) for seed in range(self.seeds)] for name, rows in self.judged().items()}
-        return spread(found)
+        seeds, rows_by_name = range(self.seeds), self.decoder_and_nulls()
+        return means_and_deviations({name: [self.variance_explained(rows, seed) for seed in seeds] for name, rows in rows_by_name.items()})
 
-    def judged(self) -> dict[str, Float[Tensor, "d_sae d_in"]]:
+    def decoder_and_nulls(self) -> dict[str, Float[Tensor, "d_sae d_in"]]:
         """The rows and the two nulls, by the name of their result."""
         if not self.rows:
             raise InputError("Decomposition: no decoder was seen yet")
@@ -75,32 +77,32 @@ class Decomposition(Metric):
         """Settings of a meta SAE, without its rows and seed."""
         return {name: getattr(self, name) for name in ("steps", "batch_size", "share", "k", "lr")}
 
-    def explained(self, rows: Float[Tensor, "d_sae d_in"], seed: int) -> float:
+    def variance_explained(self, rows: Float[Tensor, "d_sae d_in"], seed: int) -> float:
         """Fraction of variance explained of some rows by one meta SAE that is trained on them."""
         latents = max(self.k, math.ceil(self.share * len(rows)))
         cfg = BatchTopKTrainingSAEConfig(d_in=rows.shape[1], d_sae=latents, k=self.k, device=str(rows.device))
         # As SAELens's trainer: free rows, gradients clipped at 1, and so long a dead window that 1,500 steps have no auxiliary loss.
-        dead = 2001 * self.batch_size
+        dead_after = 2001 * self.batch_size
         with torch.enable_grad():
-            config = LearnerConfig(dead_after=dead, decoder_rows="free", clip_grad_norm=1.0)
+            config = LearnerConfig(dead_after=dead_after, decoder_rows="free", clip_grad_norm=1.0)
             critic = Learner(cfg, config, role="critic", seed=seed).to(rows.device)
             optimizer = Adam(critic.parameters(), lr=self.lr, fused=True)
             generator = torch.Generator().manual_seed(seed)
             critic.initialize(rows)
             for _ in range(self.steps):
-                drawn = torch.randint(len(rows), (self.batch_size,), generator=generator)
-                critic.learn(rows[drawn.to(rows.device)], optimizer, backward=lambda loss: loss.backward())
+                indices = torch.randint(len(rows), (self.batch_size,), generator=generator)
+                critic.learn(rows[indices.to(rows.device)], optimizer, backward=lambda loss: loss.backward())
         return 1 - functional.fvu(rows, critic.reconstruct(rows)).item()
 
 
-def spread(found: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
+def means_and_deviations(values_by_name: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
     """Means and standard deviations over meta SAEs.
 
-    >>> {name: value.item() for name, value in spread({"fve": [1.0, 3.0]}).items()}
+    >>> {name: value.item() for name, value in means_and_deviations({"fve": [1.0, 3.0]}).items()}
     {'fve': 2.0, 'fve_std': 1.4142135623730951}
     """
     figures: dict[str, Tensor] = {}
-    for name, values in found.items():
-        of_seeds = torch.tensor(values, dtype=torch.float64)
-        figures |= {name: of_seeds.mean(), f"{name}_std": of_seeds.std(correction=int(len(values) > 1))}
+    for name, values in values_by_name.items():
+        over_seeds = torch.tensor(values, dtype=torch.float64)
+        figures |= {name: over_seeds.mean(), f"{name}_std": over_seeds.std(correction=int(len(values) > 1))}
     return figures

@@ -13,16 +13,17 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.step import Codes
 
 # A row contains a foreign feature from this cosine on.
-FOREIGN = 0.2
+FOREIGN_COSINE = 0.2
 
 
 class FeatureRecovery(Metric):
     """How well an SAE recovers known features: decoder rows against directions, latents against firings.
 
-    `mcc` is the mean absolute cosine under the best one-to-one match. `uniqueness` is the number of features that are nearest to some
-    row, divided by the number of rows. With firings, each latent is a detector of the feature nearest to its row: `precision`, `recall`
-    and `f1` are means over latents. `absorbed` is a mean over features: how often, when the feature is present, its own latent (with the
-    nearest row) is silent while a latent of another feature fires whose row contains this feature beyond what the two features share.
+    All results lie between 0 and 1. `mcc` is the mean absolute cosine under the best one-to-one match. `uniqueness` is the number of
+    features that are nearest to some row, divided by the number of rows. With firings, each latent is a detector of the feature nearest to
+    its row: `precision`, `recall` and `f1` are means over latents. `absorbed` is a mean over features: how often, when the feature is
+    present, its own latent (with the nearest row) is silent while a latent of another feature fires whose row contains this feature
+    beyond what the two features share.
 
     >>> metric = FeatureRecovery(torch.eye(2))
     >>> decoder, fired = torch.tensor([[0.0, -1.0], [2.0, 0.0], [3.0, 1.0]]), torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
@@ -59,7 +60,7 @@ class FeatureRecovery(Metric):
         if not torch.equal(W_dec, self.decoder):
             self.decoder = W_dec.detach().clone()
             cosines = self._cosines()
-            self.nearest, self.own, self.foreign = cosines.argmax(1), cosines.argmax(0), self._foreign(cosines.argmax(1))
+            self.nearest, self.own, self.foreign = cosines.argmax(1), cosines.argmax(0), self._foreign_features(cosines.argmax(1))
             self.both, self.fired = torch.zeros_like(self.nearest), torch.zeros_like(self.nearest)
             self.true, self.absorbed, self.tokens = (torch.zeros_like(count) for count in (self.true, self.absorbed, self.tokens))
         if codes is None or features is None:
@@ -73,7 +74,7 @@ class FeatureRecovery(Metric):
         self.both += torch.bincount(codes.latents[hits], minlength=codes.shape[1])
         self.fired += codes.firings()
         self.true += features.firings()
-        self.absorbed += torch.bincount(features.latents[self._taken_in(codes, features)], minlength=width)
+        self.absorbed += torch.bincount(features.latents[self._absorbed_firings(codes, features)], minlength=width)
         self.tokens += codes.shape[0]
 
     def reset(self) -> None:
@@ -81,14 +82,14 @@ class FeatureRecovery(Metric):
         super().reset()
         self.decoder = self.decoder[:0]
 
-    def _foreign(self, nearest: Tensor) -> Tensor:
+    def _foreign_features(self, nearest: Tensor) -> Tensor:
         """Ones where a row contains a feature other than its nearest, beyond what the two features share."""
         signed = functional.unit_rows(self.decoder.float()) @ self.features.T
         signed = signed * signed.gather(1, nearest[:, None]).sign()
         beyond = signed - (self.features @ self.features.T)[nearest]
-        return (beyond >= FOREIGN).scatter(1, nearest[:, None], False).float()
+        return (beyond >= FOREIGN_COSINE).scatter(1, nearest[:, None], False).float()
 
-    def _taken_in(self, codes: Codes, features: Codes) -> Tensor:
+    def _absorbed_firings(self, codes: Codes, features: Codes) -> Tensor:
         """Mask of the true firings that a latent of another feature has absorbed."""
         silent = ~torch.isin(features.rows * codes.shape[1] + self.own[features.latents], codes.rows * codes.shape[1] + codes.latents)
         fired = torch.zeros(codes.shape, device=codes.latents.device)
@@ -101,8 +102,8 @@ class FeatureRecovery(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Recovery of directions and, with firings, of firings."""
         cosines = self._cosines()
-        matched = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
-        rows, columns = (torch.as_tensor(index, device=cosines.device) for index in matched)
+        assignment = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
+        rows, columns = (torch.as_tensor(index, device=cosines.device) for index in assignment)
         tracked = torch.tensor(len(self.nearest.unique()), device=cosines.device)
         figures = {"mcc": cosines[rows, columns].mean(), "uniqueness": tracked / len(self.nearest)}
         if self.tokens:

@@ -17,9 +17,10 @@ OCTAVES, PARTS = (-20, 40), 16
 class Reconstruction(Metric):
     """Quality of reconstructions, from sums over all tokens and not from a mean of batch ratios.
 
-    `fvu` is the fraction of variance unexplained, `cosine` the mean cosine, `l2_ratio` the mean of ||xhat|| / ||x||, `gamma` the relative
-    reconstruction bias (below 1 reconstructions are too short), `l0` and `l1` the means of active latents and of their sum per token.
-    `error_q1` to `error_q4` are squared errors as a share of squared norms, for tokens in each quarter by norm.
+    `fvu = sum ||x - xhat||^2 / sum ||x - mean||^2` is the fraction of variance unexplained, `cosine` the mean cosine, `l2_ratio` mean of
+    `||xhat|| / ||x||`, and `gamma = sum ||xhat||^2 / sum <xhat, x>` the relative reconstruction bias (below 1, reconstructions are too
+    short). `l0` is the mean number of active latents per token. `l1` is the mean sum of their absolute values, in the activations' unit.
+    `error_q1` to `error_q4` are `sum ||x - xhat||^2 / sum ||x||^2` over the tokens in each quarter by norm, the shortest first.
 
     >>> metric = Reconstruction(d_in=1)
     >>> x = torch.tensor([[0.0], [2.0]])
@@ -59,9 +60,9 @@ class Reconstruction(Metric):
         self.active += codes.values.numel()
         self.size += codes.values.abs().sum()
         squares = x.square().sum(-1)
-        place = ((squares.clamp(min=1e-300).log2() / 2 - OCTAVES[0]) * PARTS).long().clamp(0, self.by_norm.shape[1] - 1)
+        norm_bin = ((squares.clamp(min=1e-300).log2() / 2 - OCTAVES[0]) * PARTS).long().clamp(0, self.by_norm.shape[1] - 1)
         for row, values in zip(self.by_norm, (torch.ones_like(squares), (x - reconstruction).square().sum(-1), squares), strict=True):
-            row.index_add_(0, place, values)
+            row.index_add_(0, norm_bin, values)
 
     def compute(self) -> dict[str, Tensor]:
         """All figures, by name."""
@@ -73,6 +74,6 @@ class Reconstruction(Metric):
         ends = tokens.cumsum(0)
         for q in range(4):
             within = ends.clamp(max=(q + 1) * self.tokens / 4) - (ends - tokens).clamp(min=q * self.tokens / 4)
-            share = within.clamp(min=0) / tokens.clamp(min=1)
-            figures[f"error_q{q + 1}"] = (share * error).sum() / (share * squares).sum()
+            bin_share = within.clamp(min=0) / tokens.clamp(min=1)
+            figures[f"error_q{q + 1}"] = (bin_share * error).sum() / (bin_share * squares).sum()
         return figures

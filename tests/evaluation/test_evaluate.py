@@ -156,7 +156,9 @@ def test_an_evaluation_that_was_stopped_goes_on_and_says_the_same(tmp_path: Path
     assert looked == list(range(passages)) and passages > 4
     assert [name.name for name in (stopped / "evaluation").glob(".*")] == []
     monkeypatch.setattr(collect, "encode_passage", lambda *_: pytest.fail("measured twice"))
-    monkeypatch.setattr("metasae_lightning.metrics.decomposition.Decomposition.explained", lambda *_: pytest.fail("criticised twice"))
+    monkeypatch.setattr(
+        "metasae_lightning.metrics.decomposition.Decomposition.variance_explained", lambda *_: pytest.fail("criticised twice")
+    )
     monkeypatch.setattr("metasae_lightning.evaluation.collect.losses", lambda *_: pytest.fail("spliced twice"))
     (again,) = measured(stopped)
     monkeypatch.undo()

@@ -14,7 +14,7 @@ from sklearn.metrics import matthews_corrcoef
 from metasae_lightning import functional
 from metasae_lightning.errors import InputError
 from metasae_lightning.metrics import Phi, PhiSample
-from metasae_lightning.metrics.cofiring import PAIR_BYTES, by_chance
+from metasae_lightning.metrics.cofiring import PAIR_BYTES, mean_phi_by_chance
 from metasae_lightning.step import Codes
 from tests.helpers.ranks import on_two_ranks
 
@@ -50,15 +50,15 @@ def test_phi_is_sklearns_matthews_correlation(tokens: int, seed: int):
 def test_counts_are_exact_where_float16_and_float32_are_not():
     # 70,001 co-firings overflow float16; float32 stops counting at 2^24, which 32-bit integers do not.
     metric = seen(torch.ones(70_001, 2), batch=10_000)
-    own, other = metric.firings()
-    ((_, together),) = own.together(other, 2)
-    assert together.tolist() == [[70_001.0] * 2] * 2
-    assert own.matrix.dtype == "int32" and together.dtype == torch.float64
+    firings, other = metric.firings()
+    ((_, counts),) = firings.cofirings(other, 2)
+    assert counts.tolist() == [[70_001.0] * 2] * 2
+    assert firings.matrix.dtype == "int32" and counts.dtype == torch.float64
     whole = torch.tensor(2.0**24 + 1, dtype=torch.float64)
     assert functional.phi(whole - 1, whole - 1, whole, float(whole) + 1) != functional.phi(whole, whole, whole, float(whole) + 1)
 
 
-def test_tiles_are_the_whole_and_within_is_between_itself():
+def test_tiles_cover_all_pairs_and_phi_within_equals_phi_with_itself():
     dense = fired(500, torch.linspace(0, 0.3, 23), 0)
     whole = seen(dense)
     tiled = seen(dense, memory_gib=5 * 23 * PAIR_BYTES / 2**30)
@@ -69,7 +69,7 @@ def test_tiles_are_the_whole_and_within_is_between_itself():
     assert tiled.plan().startswith("phi of 23 x 23 latents: 5 tiles of 5 latents")
 
 
-def test_figures_are_those_of_the_dense_matrix():
+def test_results_equal_those_of_the_dense_matrix():
     dense = fired(800, torch.linspace(0, 0.4, 40), 1)
     dense[:, 7] = dense[:, 8]
     figures = seen(dense).compute()
@@ -129,7 +129,7 @@ def test_planted_correlation_is_recovered():
     assert figures["excess"].item() == pytest.approx(planted.item(), abs=3 * figures["standard_error"].item() + 1e-3)
 
 
-def test_the_sample_counts_what_it_pairs():
+def test_phi_sample_equals_phi_on_its_own_pairs():
     dense = fired(2000, torch.linspace(0.01, 0.5, 31), 3)
     estimate = PhiSample(31, matchings=4)
     for part in dense.split(300):
@@ -143,10 +143,10 @@ def test_the_sample_counts_what_it_pairs():
     assert abs(found["mean_abs"] - whole["mean_abs"]) < 4 * found["standard_error"]
 
 
-def test_by_chance_between_is_the_mean_over_all_pairs():
+def test_mean_phi_by_chance_between_saes_is_the_mean_over_all_pairs():
     n_i, n_j = torch.tensor([3.0, 5.0, 5.0]).double(), torch.tensor([2.0, 9.0]).double()
     expected = functional.phi_by_chance(n_i[:, None], n_j[None], 20.0)
-    mean, error = by_chance(n_i, n_j, 20.0, within=False)
+    mean, error = mean_phi_by_chance(n_i, n_j, 20.0, within=False)
     assert mean == pytest.approx(expected.mean().item())
     assert error == pytest.approx(((1 / 19 - expected.square()).sum().sqrt() / 6).item())
 
@@ -166,7 +166,7 @@ def test_by_chance_between_is_the_mean_over_all_pairs():
     ],
 )
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_what_cannot_be_is_said(what: Any, says: str):
+def test_invalid_arguments_are_errors(what: Any, says: str):
     with pytest.raises(InputError, match=says):
         what()
 
@@ -183,7 +183,7 @@ def on_rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_count_what_one_counts(tmp_path: Path):
+def test_two_ranks_give_the_results_of_one(tmp_path: Path):
     dense = fired(600, torch.linspace(0, 0.3, 20), 5)
     alone = {"phi": seen(dense).compute(), "sample": PhiSample(20)}
     alone["sample"].update(Codes.from_dense(dense))

@@ -23,23 +23,23 @@ def figures(rows: torch.Tensor) -> dict[str, float]:
     return {name: value.item() for name, value in metric.compute().items()}
 
 
-def test_rows_made_of_few_parts_are_taken_apart_and_random_ones_are_not():
-    made = figures(composed(256, 32, 64))
+def test_sparse_mixtures_are_explained_and_random_rows_are_not():
+    mixed = figures(composed(256, 32, 64))
     atomic = figures(torch.randn(256, 64, generator=torch.Generator().manual_seed(1)))
-    assert made["fve"] > made["random"] + 0.2
-    assert made["fve"] > made["shuffled"] + 0.2
+    assert mixed["fve"] > mixed["random"] + 0.2
+    assert mixed["fve"] > mixed["shuffled"] + 0.2
     # Random rows are their own null.
     assert abs(atomic["fve"] - atomic["random"]) < 0.05 and abs(atomic["fve"] - atomic["shuffled"]) < 0.05
-    assert all(made[f"{name}_std"] < 0.05 for name in ("fve", "random", "shuffled"))
+    assert all(mixed[f"{name}_std"] < 0.05 for name in ("fve", "random", "shuffled"))
 
 
-def test_judging_twice_says_the_same_and_moves_no_random_state():
+def test_compute_is_deterministic_and_keeps_the_random_state():
     rows, state = composed(64, 16, 32), torch.get_rng_state()
     assert figures(rows) == figures(rows)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_what_cannot_be_is_said():
+def test_invalid_arguments_are_errors():
     with pytest.raises(InputError, match="steps must be at least 1"):
         Decomposition(steps=0)
     with pytest.warns(UserWarning, match="compute"), pytest.raises(InputError, match="no decoder was seen"):

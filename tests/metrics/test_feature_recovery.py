@@ -97,7 +97,7 @@ def test_counts_are_whole_numbers_beyond_what_float32_can_hold():
     assert metric.both.dtype == torch.int64 and metric.both[0] == metric.fired[0] == metric.true[0] == 2**24 + 1
 
 
-def test_a_decoder_alone_has_directions_and_another_one_begins_anew():
+def test_a_decoder_without_codes_gives_directions_only_and_a_new_decoder_resets_the_counts():
     decoder, codes = rows(6, 4, 0), Codes.from_dense(sparse(50, 6, 0.5, 1))
     features = Codes.from_dense(sparse(50, 5, 0.5, 2))
     metric = FeatureRecovery(rows(5, 4, 3))
@@ -114,7 +114,7 @@ def test_a_decoder_alone_has_directions_and_another_one_begins_anew():
 
 
 # Feature 1 never comes without feature 0. A latent for both takes its place; with a latent for 1 alone nothing is taken in.
-def test_a_feature_that_anothers_latent_has_taken_in_is_absorbed():
+def test_a_feature_in_another_features_latent_counts_as_absorbed():
     truth = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
     taken, apart = torch.eye(3), torch.eye(3)
     taken[1] = torch.tensor([0.6, 0.8, 0.0])
@@ -131,7 +131,7 @@ def test_a_feature_that_anothers_latent_has_taken_in_is_absorbed():
     assert figures(metric)["absorbed"] == 0.0
 
 
-def test_tokens_of_both_must_be_the_same():
+def test_codes_and_features_must_have_the_same_tokens():
     metric = FeatureRecovery(torch.eye(3))
     with pytest.raises(InputError, match="of the same tokens, got 4 and 5"):
         metric.update(torch.eye(3), Codes.from_dense(torch.ones(4, 3)), Codes.from_dense(torch.ones(5, 3)))
@@ -151,13 +151,13 @@ def on_rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_recover_what_one_recovers(tmp_path: Path):
+def test_two_ranks_give_the_results_of_one(tmp_path: Path):
     on_two_ranks(on_rank, tmp_path)
     alone = counted(slice(0, 300)).compute()
     assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [alone, alone]
 
 
-def test_a_batch_takes_its_features_along():
+def test_moving_a_batch_moves_its_features():
     batch = Batch(torch.zeros(2, 3), {"a": 1, "b": 2}, Codes.from_dense(torch.eye(2)))
     elsewhere = batch.to("meta")
     assert elsewhere.features is not None
@@ -171,8 +171,8 @@ QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_
 
 def held_out(folder: Path, data: Any, module: JointSAE) -> dict[str, float]:
     run = Trainer(accelerator="cpu", default_root_dir=folder, callbacks=[HeldOut()], **QUIET)
-    found = run.validate(module, **(data if isinstance(data, dict) else {"datamodule": data}), verbose=False)
-    return {name: found[0][f"val/{name}"] for name in ("mcc", "uniqueness", "precision", "f1") if f"val/{name}" in found[0]}
+    metrics = run.validate(module, **(data if isinstance(data, dict) else {"datamodule": data}), verbose=False)
+    return {name: metrics[0][f"val/{name}"] for name in ("mcc", "uniqueness", "precision", "f1") if f"val/{name}" in metrics[0]}
 
 
 def test_held_out_recovery_is_saelens_on_the_validation_tokens(tmp_path: Path):
@@ -190,7 +190,7 @@ def test_held_out_recovery_is_saelens_on_the_validation_tokens(tmp_path: Path):
     assert held_out(tmp_path, data, module) == pytest.approx({name: expected[name] for name in ("mcc", "uniqueness", "f1")}, abs=1e-6)
 
 
-def test_directions_alone_are_enough_for_mcc_and_nothing_known_is_nothing_said(tmp_path: Path):
+def test_mcc_needs_directions_only_and_is_absent_without_known_features(tmp_path: Path):
     module = JointSAE(BatchTopKTrainingSAEConfig(d_in=16, d_sae=40, k=4))
     data = SyntheticDataModule(PLANTED, tokens=4096, batch_size=512, validation_tokens=2048)
     plain = [batch.activations for batch in data.val_dataloader()]

@@ -35,7 +35,7 @@ def measured(model: LanguageModel, rebuild, where: torch.Tensor = EVERYWHERE, me
 
 
 @pytest.mark.parametrize("kind", [HuggingFaceLM, TransformerLensLM])
-def test_a_perfect_reconstruction_loses_nothing_and_a_null_one_everything(folder: str, kind: type[LanguageModel]):
+def test_shares_recovered_are_1_for_a_perfect_reconstruction_and_0_for_zeros(folder: str, kind: type[LanguageModel]):
     model = loaded(folder, kind)
     perfect, nothing = measured(model, lambda rows: rows), measured(model, torch.zeros_like)
     with torch.no_grad():
@@ -48,38 +48,38 @@ def test_a_perfect_reconstruction_loses_nothing_and_a_null_one_everything(folder
 
 
 # The residual stream after layer 1 is all that later layers see: replaced by another context's, predictions are that context's.
-def test_what_is_spliced_in_is_what_the_model_goes_on_with(folder: str):
+def test_the_model_continues_from_the_reconstruction(folder: str):
     model = loaded(folder).complete()
     other = loaded(folder).activations(TOKENS.flip(0))
-    found = model.logits(TOKENS, edit=lambda rows: other)
-    torch.testing.assert_close(found, model.logits(TOKENS.flip(0)), rtol=1e-5, atol=1e-5)
+    logits = model.logits(TOKENS, edit=lambda rows: other)
+    torch.testing.assert_close(logits, model.logits(TOKENS.flip(0)), rtol=1e-5, atol=1e-5)
     entering = loaded(folder, hook="blocks.0.hook_resid_pre")
     first = entering.activations(TOKENS.flip(0))
-    torch.testing.assert_close(entering.complete().logits(TOKENS, edit=lambda rows: first), found, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entering.complete().logits(TOKENS, edit=lambda rows: first), logits, rtol=1e-5, atol=1e-5)
 
 
-def test_positions_left_alone_keep_their_activations_and_do_not_count(folder: str):
+def test_skipped_positions_keep_their_activations_and_do_not_count(folder: str):
     where = EVERYWHERE.clone()
     where[:, :5] = False
     model = loaded(folder)
     seen = []
-    found = measured(model, lambda rows: seen.append(rows) or rows, where)
+    logits = measured(model, lambda rows: seen.append(rows) or rows, where)
     expected = torch.cat([model.activations(part)[:, 5:].flatten(0, 1) for part in TOKENS.split(2)])
     torch.testing.assert_close(torch.cat(seen), expected)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder).eval()(TOKENS).logits
     losses = torch.nn.functional.cross_entropy(logits[:, 4:-1].flatten(0, 1), TOKENS[:, 5:].flatten())
-    assert found["ce_clean"] == pytest.approx(losses.item(), rel=1e-5)
-    assert abs(found["ce_zero"] - found["ce_clean"]) > 1e-3
+    assert logits["ce_clean"] == pytest.approx(losses.item(), rel=1e-5)
+    assert abs(logits["ce_zero"] - logits["ce_clean"]) > 1e-3
 
 
-def test_mean_ablation_is_the_mean(folder: str):
+def test_mean_ablation_uses_the_mean_activation(folder: str):
     model = loaded(folder)
     mean = model.activations(TOKENS).flatten(0, 1).mean(0)
-    found = measured(model, lambda rows: mean.expand_as(rows), mean=mean)
-    assert found["ce_mean"] == pytest.approx(found["ce_sae"]) and found["recovered_mean"] == pytest.approx(0, abs=1e-6)
+    logits = measured(model, lambda rows: mean.expand_as(rows), mean=mean)
+    assert logits["ce_mean"] == pytest.approx(logits["ce_sae"]) and logits["recovered_mean"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_model_that_ends_at_its_hook_predicts_nothing(folder: str, tmp_path: Path):
+def test_a_model_cut_at_its_hook_cannot_be_spliced(folder: str, tmp_path: Path):
     with pytest.raises(RuntimeError, match="the layers after the hook are not loaded"):
         loaded(folder).logits(TOKENS)
