@@ -63,21 +63,21 @@ def test_skipped_positions_keep_their_activations_and_do_not_count(folder: str):
     where[:, :5] = False
     model = loaded(folder)
     seen = []
-    logits = measured(model, lambda rows: seen.append(rows) or rows, where)
+    results = measured(model, lambda rows: seen.append(rows) or rows, where)
     expected = torch.cat([model.activations(part)[:, 5:].flatten(0, 1) for part in TOKENS.split(2)])
     torch.testing.assert_close(torch.cat(seen), expected)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder).eval()(TOKENS).logits
     losses = torch.nn.functional.cross_entropy(logits[:, 4:-1].flatten(0, 1), TOKENS[:, 5:].flatten())
-    assert logits["ce_clean"] == pytest.approx(losses.item(), rel=1e-5)
-    assert abs(logits["ce_zero"] - logits["ce_clean"]) > 1e-3
+    assert results["ce_clean"] == pytest.approx(losses.item(), rel=1e-5)
+    assert abs(results["ce_zero"] - results["ce_clean"]) > 1e-3
 
 
 def test_mean_ablation_uses_the_mean_activation(folder: str):
     model = loaded(folder)
     mean = model.activations(TOKENS).flatten(0, 1).mean(0)
-    logits = measured(model, lambda rows: mean.expand_as(rows), mean=mean)
-    assert logits["ce_mean"] == pytest.approx(logits["ce_sae"]) and logits["recovered_mean"] == pytest.approx(0, abs=1e-6)
+    results = measured(model, lambda rows: mean.expand_as(rows), mean=mean)
+    assert results["ce_mean"] == pytest.approx(results["ce_sae"]) and results["recovered_mean"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_model_cut_at_its_hook_cannot_be_spliced(folder: str, tmp_path: Path):
