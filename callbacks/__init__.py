@@ -1,4 +1,4 @@
-"""Callbacks: each sees only the results of a step, and can be removed in YAML."""
+"""Lightning callbacks. Each reads the results of steps and changes nothing in training, so YAML may leave out any of them."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Callback that writes checkpoints at intervals and when the run is told to stop, always between two steps."""
+"""Checkpoints at intervals and when the process receives a signal, always between two training steps."""
 
 import os
 import signal
@@ -12,26 +12,29 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from metasae_lightning.callbacks.every_tokens import EveryTokens
 from metasae_lightning.compute.process_group import ProcessGroup
 from metasae_lightning.errors import InputError
 from metasae_lightning.training.checkpoint_files import link_and_prune
 
-# Signals, the most urgent last; all ranks act if one rank has received it.
-TOLD = [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT] if hasattr(signal, "SIGUSR1") else [signal.SIGTERM, signal.SIGINT]
+# Signals that ask for a checkpoint, the most urgent last. The ranks agree on the most urgent one that any of them has received.
+SIGNALS = [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT] if hasattr(signal, "SIGUSR1") else [signal.SIGTERM, signal.SIGINT]
 
 
 class Checkpoints(Checkpoint):
-    """Write checkpoints into `checkpoints/`: at intervals, at the end, and when the run is told to stop.
+    """Write checkpoints, from which a run can be resumed, into `checkpoints/`: at intervals, at the end of training, and on a signal.
 
-    SIGTERM, Ctrl-C and a batch system's warning (SIGUSR1, if Lightning handles it) wait for the end of the step, or of a validation and
-    the step after it. Then all ranks write one checkpoint and end together. A signal after the last step changes nothing. A second Ctrl-C
-    ends the run at once. If a validation follows a step, a due checkpoint is written after the validation, because a run that continued
-    from before it would skip it.
+    The signals are SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, a batch system's warning, where Lightning handles it. After a signal the current
+    step is finished; then all ranks write one checkpoint together, and the run ends. A signal during a validation waits until the first
+    step after it. A second Ctrl-C ends the run at once. A signal during the last step changes nothing: the run ends as usual.
+
+    Where a validation follows a step, the checkpoint of that step is written after the validation. A run that is resumed from it then
+    does not skip the validation.
 
     Args:
-        every_tokens: Tokens between two checkpoints.
-        every_minutes: Minutes between two checkpoints.
-        keep: Number of newest checkpoints to keep.
+        every_tokens: Number of training tokens between two checkpoints, over all ranks; none writes none by tokens.
+        every_minutes: Minutes between two checkpoints; none writes none by time.
+        keep: Number of checkpoints that stay on disk; older ones are deleted.
     """
 
     def __init__(self, every_tokens: int | None = None, every_minutes: float | None = 10.0, keep: int = 2) -> None:
@@ -40,89 +43,107 @@ class Checkpoints(Checkpoint):
                 raise InputError(f"Checkpoints: {name} must be more than 0, got {value}")
         self.every_tokens, self.every_minutes, self.keep = every_tokens, every_minutes, keep
         self.dirpath: Path | None = None
-        self._saved_at, self._when = 0, 0.0
-        self._told = self._after_validation = 0
-        self._handlers: dict[int, Any] = {}
+        self._counter, self._saved_at = EveryTokens(every_tokens), 0.0
+        # A signal is stored as its index in SIGNALS plus one; 0 is none.
+        self._received = 0
+        # What `_request` returned at a step that a validation follows: the checkpoint is written after the validation.
+        self._postponed = 0
+        self._previous_handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start the intervals at the current token count, and install signal handlers."""
+        """Start the token counter and the clock, and install the signal handlers; a resumed run counts from its number of tokens so far."""
         self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
-        self._saved_at, self._when, self._told, self._after_validation = pl_module.rows_seen, time.monotonic(), 0, 0
+        self._counter.restart(pl_module.rows_seen)
+        self._saved_at, self._received, self._postponed = time.monotonic(), 0, 0
         if threading.current_thread() is threading.main_thread():
-            for number in TOLD:
-                if signal.getsignal(number) not in (None, signal.SIG_DFL, signal.SIG_IGN):  # only if Lightning handles it
-                    self._handlers[number] = signal.signal(number, self._hear)
+            for number in SIGNALS:
+                # A signal that nobody handles keeps its default action.
+                if signal.getsignal(number) not in (None, signal.SIG_DFL, signal.SIG_IGN):
+                    self._previous_handlers[number] = signal.signal(number, self._receive)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Write a checkpoint if one is due, then act on a signal."""
+        """Write a checkpoint where one is due or a signal was received, now or after the validation that follows."""
         tokens = pl_module.rows_seen
-        due = self.every_tokens is not None and tokens - self._saved_at >= self.every_tokens
-        due |= self.every_minutes is not None and time.monotonic() - self._when >= 60 * self.every_minutes
-        # Clocks differ and a signal reaches ranks at different times, so ranks decide together.
-        told = int(ProcessGroup.default().max_scalar(2 * self._told + due, next(pl_module.parameters())))
-        # At the end of the run the final checkpoint is written instead, in on_train_end.
-        if told and not trainer.is_last_batch:
+        request = self._request(tokens, next(pl_module.parameters()))
+        # After the last step, `on_train_end` writes the checkpoint, once everything else is written.
+        if request and not trainer.is_last_batch:
             if validates(trainer):
-                self._after_validation = told
+                self._postponed = request
             else:
-                self._do(trainer, tokens, told)
+                self._answer(trainer, tokens, request)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the checkpoint that waited for the validation."""
-        told, self._after_validation = self._after_validation, 0
-        if told:
-            self._do(trainer, pl_module.rows_seen, told)
+        """Write the checkpoint that was postponed until after this validation."""
+        request, self._postponed = self._postponed, 0
+        if request:
+            self._answer(trainer, pl_module.rows_seen, request)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the final checkpoint, after everything else was written."""
+        """Write the checkpoint of the trained run. Until it exists, the run can be resumed from an earlier checkpoint."""
         self._save(trainer, pl_module.rows_seen)
-        self._listen_no_more()
+        self._restore_handlers()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the previous signal handlers."""
-        self._listen_no_more()
+        """Restore Lightning's signal handlers."""
+        self._restore_handlers()
 
-    def _do(self, trainer: Trainer, tokens: int, told: int) -> None:
+    def _request(self, tokens: int, like: Any) -> int:
+        """The largest request of any rank: 0 is none, 1 an interval's checkpoint, and `2 * i` or `2 * i + 1` signal `SIGNALS[i - 1]`."""
+        due = self._counter.is_due(tokens)
+        due |= self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
+        # Clocks differ, and a signal reaches one rank before another: the ranks decide together.
+        return int(ProcessGroup.default().max_scalar(2 * self._received + due, like))
+
+    def _answer(self, trainer: Trainer, tokens: int, request: int) -> None:
+        """Write a checkpoint and then, where the request came from a signal, end the run as that signal asks."""
         self._save(trainer, tokens)
-        if told > 1:
-            self._heed(trainer, TOLD[told // 2 - 1])
+        if request > 1:
+            self._obey(trainer, SIGNALS[request // 2 - 1])
 
     def _save(self, trainer: Trainer, tokens: int) -> None:
+        """Write `tokens=N.ckpt` and delete the checkpoints beyond `keep`; a `fast_dev_run` writes none."""
         assert self.dirpath is not None
         if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        self._saved_at, self._when = tokens, time.monotonic()
+        self._counter.restart(tokens)
+        self._saved_at = time.monotonic()
         path = self.dirpath / f"tokens={tokens}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
             link_and_prune(path, self.keep)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._told == TOLD.index(signal.SIGINT) + 1:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: store the most urgent signal; a second Ctrl-C raises KeyboardInterrupt at once."""
+        if number == signal.SIGINT and self._received == SIGNALS.index(signal.SIGINT) + 1:
             raise KeyboardInterrupt
-        if number == signal.SIGINT:  # start a new line on the terminal
-            os.write(2, b"\nmetasae: stopping after the next step, with a checkpoint; Ctrl-C again stops at once\n")
-        self._told = max(self._told, TOLD.index(signal.Signals(number)) + 1)
-
-    def _heed(self, trainer: Any, number: signal.Signals) -> None:
-        rank_zero_info(f"{number.name}: a checkpoint is written, {self.dirpath}; --ckpt_path last goes on from it")
-        self._told = 0
         if number == signal.SIGINT:
-            self._listen_no_more()
+            # `print` would fail if the signal came while sys.stderr was being written to.
+            os.write(2, b"\nmetasae: stopping after the next step, with a checkpoint; Ctrl-C again stops at once\n")
+        self._received = max(self._received, SIGNALS.index(signal.Signals(number)) + 1)
+
+    def _obey(self, trainer: Any, number: signal.Signals) -> None:
+        """End the run as a signal asks, once its checkpoint is written."""
+        rank_zero_info(f"{number.name}: a checkpoint is written to {self.dirpath}; --ckpt_path last resumes from it")
+        self._received = 0
+        if number == signal.SIGINT:
+            self._restore_handlers()
             raise KeyboardInterrupt
-        if number == signal.SIGTERM:  # Lightning ends its loop on every rank
-            self._listen_no_more()
+        if number == signal.SIGTERM:
+            self._restore_handlers()
+            # Lightning's loop reads this flag on every rank, and ends.
             trainer._signal_connector.received_sigterm = True
-        elif handler := self._handlers.get(number):  # the batch system requeues the run and ends this process
+        elif handler := self._previous_handlers.get(number):
+            # Lightning's handler asks the batch system to start the run again; the batch system ends this process.
             handler(number, None)
 
-    def _listen_no_more(self) -> None:
-        for number, handler in self._handlers.items():
+    def _restore_handlers(self) -> None:
+        """Install the signal handlers again that were there before training."""
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._handlers = {}
+        self._previous_handlers = {}
 
 
 def validates(trainer: Any) -> bool:
-    """Whether Lightning runs a validation after the current step."""
+    """Whether a validation follows the current step. Lightning has no public function that says so."""
     loop = trainer.fit_loop
     return any(trainer.num_val_batches) and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

@@ -1,4 +1,4 @@
-"""Callback that exports both SAEs as SAELens folders, at the end of training and at intervals."""
+"""Export of both SAEs as SAELens inference folders, at intervals and at the end of training."""
 
 from pathlib import Path
 from typing import Any
@@ -10,49 +10,53 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from metasae_lightning import functional
+from metasae_lightning.callbacks.every_tokens import EveryTokens
 from metasae_lightning.sae.export import ExportRecord, export
 from metasae_lightning.step import Batch
 from metasae_lightning.training.arm_callbacks import Observer
 
 
 class Export(Observer):
-    """Export `saes/primary` and `saes/meta` into the run's folder; both take raw activations.
+    """Write the SAEs to `saes/primary` and `saes/meta` in the run's directory, in SAELens's format and for raw activations.
 
-    The primary is checked, and calibrated if needed, on activations of the last validation.
+    The L0 of the exported primary SAE is checked on the activations of the last validation, and its thresholds are recalibrated where the
+    L0 is off. The meta SAE is checked in the same way on decoder rows of the primary.
 
     Args:
-        every_tokens: Tokens between two exports during training; None exports at the end alone.
-        calibration_tokens: Held-out tokens to store for the check.
+        every_tokens: Number of training tokens between two exports, over all ranks; none exports at the end of training alone.
+        calibration_tokens: Number of held-out tokens that the primary SAE is checked on.
     """
 
-    rows, all_rows = 4096, 131_072
-    """Decoder rows for the check of the meta SAE: at a time, and in total (evenly spaced), since its dense latents need memory."""
+    rows_per_batch = 4096
+    """Decoder rows in a batch of the meta SAE's check: its latents are dense there, and take memory."""
+    max_rows = 131_072
+    """Most decoder rows in the meta SAE's check; a larger dictionary is sampled at equal distances."""
 
     def __init__(self, every_tokens: int | None = None, calibration_tokens: int = 131_072) -> None:
         self.every_tokens, self.calibration_tokens = every_tokens, calibration_tokens
         self.records: dict[str, ExportRecord] = {}
         self._samples: list[Tensor] = []
-        self._exported_at = 0
+        self._counter = EveryTokens(every_tokens)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start the interval at the current token count."""
-        self._exported_at = pl_module.rows_seen
+        """Start the token counter; a resumed run counts from its number of tokens so far."""
+        self._counter.restart(pl_module.rows_seen)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop the activations of the last validation."""
+        """Discard the activations of the previous validation."""
         self._samples = []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Store activations of this validation, up to `calibration_tokens`."""
+        """Store the batch's activations until there are `calibration_tokens` of them."""
         if sum(len(x) for x in self._samples) < self.calibration_tokens:
             self._samples.append(outputs["output"].activations.detach().cpu())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Export if one is due."""
+        """Export the SAEs where `every_tokens` tokens were trained on since the last export."""
         tokens = pl_module.rows_seen
-        if self.every_tokens is not None and tokens - self._exported_at >= self.every_tokens:
+        if self._counter.is_due(tokens):
             self._export(trainer, pl_module, tokens)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -60,34 +64,41 @@ class Export(Observer):
         self._export(trainer, pl_module, pl_module.rows_seen)
 
     def _export(self, trainer: Trainer, pl_module: Any, tokens: int) -> None:
-        self._exported_at = tokens
+        """Collect the weights from all ranks; rank zero writes the folders."""
+        self._counter.restart(tokens)
         learners = {role: learner for role in ("primary", "meta") if (learner := getattr(pl_module, role)) is not None}
         weights = {role: learner.weights(keep=trainer.is_global_zero) for role, learner in learners.items()}
         if trainer.is_global_zero:
-            self._write_each(trainer, pl_module, tokens, weights)
-        # A barrier here, since the next step's messages have shorter timeouts.
+            self._write_all(trainer, pl_module, tokens, weights)
+        # The other ranks wait here: the collectives of the next step may have a shorter timeout.
         trainer.strategy.barrier()
 
-    def _write_each(self, trainer: Trainer, pl_module: Any, tokens: int, weights: dict[str, dict[str, Tensor]]) -> None:
+    def _write_all(self, trainer: Trainer, pl_module: Any, tokens: int, weights: dict[str, dict[str, Tensor]]) -> None:
+        """Write one folder for each SAE that the run has."""
         hook = getattr(pl_module, "hook", None)
-        about = getattr(getattr(trainer, "datamodule", None), "metadata", dict)(*([hook] if hook else []))
+        data_metadata = getattr(getattr(trainer, "datamodule", None), "metadata", dict)(*([hook] if hook else []))
         folder = Path(trainer.default_root_dir) / "saes"
-        told = {**about, **started(pl_module.primary), "training_tokens": tokens}
-        self._write("primary", pl_module.primary, weights["primary"], folder, told, self._samples or self._held_out(trainer, hook))
+        metadata = {**data_metadata, **init_metadata(pl_module.primary), "training_tokens": tokens}
+        samples = self._samples or self._held_out(trainer, hook)
+        self._write("primary", pl_module.primary, weights["primary"], folder, metadata, samples)
         if pl_module.meta is not None:
             rows = functional.unit_rows(weights["primary"]["W_dec"])
-            model = {key: about[key] for key in ("model_name",) if key in about}
+            model = {key: data_metadata[key] for key in ("model_name",) if key in data_metadata}
             self._write(
                 "meta",
                 pl_module.meta,
                 weights["meta"],
                 folder,
-                {**model, **started(pl_module.meta), "reads": "unit decoder rows of ../primary, in the space its normaliser leads to"},
-                list(rows[:: -(-len(rows) // self.all_rows)].split(self.rows)),
+                {
+                    **model,
+                    **init_metadata(pl_module.meta),
+                    "reads": "unit decoder rows of ../primary, in the space its normaliser leads to",
+                },
+                list(rows[:: -(-len(rows) // self.max_rows)].split(self.rows_per_batch)),
             )
 
     def _held_out(self, trainer: Trainer, hook: str | None) -> list[Tensor]:
-        """Validation activations, read now if no validation has run yet."""
+        """Validation activations for an export before the first validation."""
         data = getattr(trainer, "datamodule", None)
         for batch in data.val_dataloader() if data is not None and is_overridden("val_dataloader", data) else ():
             if sum(len(x) for x in self._samples) >= self.calibration_tokens:
@@ -96,15 +107,16 @@ class Export(Observer):
         return self._samples
 
     def _write(
-        self, role: str, learner: Any, weights: dict[str, Tensor], folder: Path, about: dict[str, Any], samples: list[Tensor]
+        self, role: str, learner: Any, weights: dict[str, Tensor], folder: Path, metadata: dict[str, Any], samples: list[Tensor]
     ) -> None:
+        """Write one SAE's folder, store its record, and say so where its thresholds were recalibrated."""
         record = export(
             learner.sae,
             folder / role,
             weights=weights,
             normalizer=learner.normalizer,
             updates=int(learner.updates),
-            metadata=about,
+            metadata=metadata,
             samples=[x.to(torch.float32) for x in samples],
         )
         self.records[role] = record
@@ -114,7 +126,7 @@ class Export(Observer):
             )
 
 
-def started(learner: Any) -> dict[str, str]:
-    """Metadata about the SAE that the weights started from, if any."""
+def init_metadata(learner: Any) -> dict[str, str]:
+    """Metadata that name the SAE which this SAE was initialised from; empty where it was initialised at random."""
     init_from = learner.config.init_from
     return {} if init_from is None else {"init_from": init_from.place}

@@ -1,4 +1,4 @@
-"""Callback that logs held-out FVU, L0, dead latents and recovered features of the primary SAE."""
+"""Held-out FVU, L0, dead latents and recovered features of the primary SAE, logged after each validation and test."""
 
 from typing import Any
 
@@ -13,9 +13,11 @@ from metasae_lightning.training.arm_callbacks import Observer
 
 
 class HeldOut(Observer):
-    """Log reconstruction and dead-latent metrics under `val/` or `test/` after each validation or test.
+    """Log measures of the primary SAE on held-out tokens: under `val/` after each validation, under `test/` after each test.
 
-    With data whose true features are known it also logs `mcc` and `uniqueness`, and `f1` if their firings are known.
+    The measures are those of `metrics.Reconstruction` (such as `val/fvu` and `val/l0`) and `metrics.DeadLatents` (such as `val/dead`).
+    Where the data module knows the true features, `val/mcc` and `val/uniqueness` are logged as well, and `val/f1` where it also knows on
+    which tokens each feature fires.
     """
 
     def __init__(self) -> None:
@@ -23,7 +25,8 @@ class HeldOut(Observer):
         self._dead: DeadLatents | None = None
         self._recovery: FeatureRecovery | None = None
 
-    def _begin(self, trainer: Trainer, pl_module: Any) -> None:
+    def _create_metrics(self, trainer: Trainer, pl_module: Any) -> None:
+        """Create metrics that hold no batch yet."""
         d_sae, d_in = pl_module.primary.W_dec.shape
         self._reconstruction = Reconstruction(d_in).to(pl_module.device)
         self._dead = DeadLatents(d_sae).to(pl_module.device)
@@ -33,46 +36,41 @@ class HeldOut(Observer):
             self._recovery.update(full(pl_module.primary.W_dec.detach()))
 
     def _update(self, pl_module: Any, outputs: Any, batch: Any) -> None:
-        seen: Evaluation = outputs["output"]
+        """Add a held-out batch to each metric."""
+        evaluation: Evaluation = outputs["output"]
         assert self._reconstruction is not None and self._dead is not None
-        self._reconstruction.update(seen.activations, seen.reconstruction, seen.codes)
-        self._dead.update(seen.codes)
+        self._reconstruction.update(evaluation.activations, evaluation.reconstruction, evaluation.codes)
+        self._dead.update(evaluation.codes)
         if self._recovery is not None:
-            self._recovery.update(full(pl_module.primary.W_dec.detach()), seen.codes, Batch.of(batch).features)
+            self._recovery.update(full(pl_module.primary.W_dec.detach()), evaluation.codes, Batch.of(batch).features)
 
     def _log(self, pl_module: Any, prefix: str) -> None:
+        """Compute each metric and log its values as `{prefix}/{name}`."""
         assert self._reconstruction is not None and self._dead is not None
-        figures = {f"{prefix}/{name}": value for name, value in self._reconstruction.compute().items()}
-        figures |= {f"{prefix}/{name}": value for name, value in self._dead.compute().items()}
+        values = {**self._reconstruction.compute(), **self._dead.compute()}
         if self._recovery is not None:
-            found = self._recovery.compute()
-            figures |= {f"{prefix}/{name}": found[name] for name in ("mcc", "uniqueness", "f1") if name in found}
-        pl_module.log_dict({name: value.float() for name, value in figures.items()})
+            recovery = self._recovery.compute()
+            values |= {name: recovery[name] for name in ("mcc", "uniqueness", "f1") if name in recovery}
+        pl_module.log_dict({f"{prefix}/{name}": value.float() for name, value in values.items()})
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reset the metrics."""
-        self._begin(trainer, pl_module)
+        """Create metrics for this validation or test."""
+        self._create_metrics(trainer, pl_module)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Update the metrics."""
+        """Add a batch of a validation or test."""
         self._update(pl_module, outputs, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute and log the metrics."""
+        """Log the measures under `val/`."""
         self._log(pl_module, "val")
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reset the metrics."""
-        self._begin(trainer, pl_module)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Update the metrics."""
-        self._update(pl_module, outputs, batch)
-
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute and log the metrics."""
+        """Log the measures under `test/`."""
         self._log(pl_module, "test")
+
+    # A test begins and takes batches as a validation does; only the prefix of the logged names differs.
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end

@@ -1,4 +1,4 @@
-"""Callback that ends a run with NaN or infinite values before anything is written over."""
+"""Stop a run whose loss or parameters are no longer finite, before it overwrites its last good checkpoint."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +14,14 @@ from metasae_lightning.training.arm_callbacks import NotFinite, Observer
 
 
 class StopOnNaN(Observer):
-    """Stop with one line when a loss, a penalty or a parameter is not finite, before a checkpoint is made of it.
+    """Stop the run with a one-line error where a loss, a penalty or a parameter is NaN or infinite. No checkpoint of that state is written.
 
-    List it before the callbacks that write files.
+    List it before the callbacks that write files: Lightning calls callbacks in the order of the list.
 
     Args:
-        every: Steps between two checks; also checks after the last step and before each checkpoint. More than 1 may miss an export.
-        skips: With `non_finite: skip`, stop after this many skipped steps of one SAE in a row.
+        every: Number of steps between two checks. The last step and each checkpoint are always checked; with more than 1, an export at an
+            interval (`Export`) may write a state that was not checked.
+        skips: Number of steps in a row that an SAE may skip under `non_finite: skip` before the run stops.
     """
 
     def __init__(self, every: int = 1, skips: int = 10) -> None:
@@ -30,53 +31,55 @@ class StopOnNaN(Observer):
         self.every, self.skips = every, skips
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Check the step's values and the parameters."""
+        """Check the step's losses and penalties and the parameters after it."""
         output: StepOutput = outputs["output"]
         activations = Batch.of(batch).activations
         if output.skipped >= self.skips:  # the count is the same on all ranks
-            what = f"{output.bad_tensor} was not finite in the last of {output.skipped} steps that were left out in a row,"
-            self._stop(trainer, pl_module, what, activations)
+            reason = f"{output.bad_tensor} was not finite in the last of {output.skipped} steps that were left out in a row,"
+            self._stop(trainer, pl_module, reason, activations)
         if (batch_idx + 1) % self.every == 0 or trainer.is_last_batch:
-            shown = {} if output.skipped else figures(output)
-            self._look(trainer, pl_module, {**shown, **pl_module.state_dict()}, activations)
+            losses = {} if output.skipped else losses_by_name(output)
+            self._check(trainer, pl_module, {**losses, **pl_module.state_dict()}, activations)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before a checkpoint of weights alone, for which Lightning calls no hook."""
-        self._look(trainer, pl_module, pl_module.state_dict())
+        """Check the parameters: a checkpoint of weights alone calls no `on_save_checkpoint`."""
+        self._check(trainer, pl_module, pl_module.state_dict())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Check the checkpoint before the last one is replaced."""
-        self._look(trainer, pl_module, checkpoint["state_dict"])
+        """Check the state to be written, while the previous checkpoint still exists."""
+        self._check(trainer, pl_module, checkpoint["state_dict"])
 
-    def _look(self, trainer: Trainer, pl_module: Any, named: Mapping[str, Tensor], activations: Tensor | None = None) -> None:
-        broken = first_nonfinite(named)
-        # All ranks stop together; otherwise the others would wait for ever.
-        if trainer.strategy.reduce_boolean_decision(broken is None, all=True):
+    def _check(self, trainer: Trainer, pl_module: Any, named: Mapping[str, Tensor], activations: Tensor | None = None) -> None:
+        """Stop on all ranks where a tensor of any rank is not finite."""
+        bad_tensor = first_nonfinite(named)
+        # If one rank stopped alone, the others would wait for it for ever.
+        if trainer.strategy.reduce_boolean_decision(bad_tensor is None, all=True):
             return
-        self._stop(trainer, pl_module, f"{broken or 'a tensor on another rank'} is not finite", activations)
+        self._stop(trainer, pl_module, f"{bad_tensor or 'a tensor on another rank'} is not finite", activations)
 
     @staticmethod
-    def _stop(trainer: Trainer, pl_module: Any, what: str, activations: Tensor | None) -> NoReturn:
+    def _stop(trainer: Trainer, pl_module: Any, reason: str, activations: Tensor | None) -> NoReturn:
+        """Raise an error that names the tensor, the last good checkpoint and what may help."""
         advice = "a lower learning rate or clip_grad_norm may help"
         if activations is not None and not activations.isfinite().all():
             advice = "the activations of this batch are not finite either: look at the data and the language model's dtype"
         tokens, last = pl_module.rows_seen, last_checkpoint(trainer)
-        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
-        raise NotFinite(f"{what} after {tokens:,} tokens; no checkpoint or SAE was written over, {kept}; {advice}")
+        checkpoint = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
+        raise NotFinite(f"{reason} after {tokens:,} tokens; no checkpoint or SAE was written over, {checkpoint}; {advice}")
 
 
-def figures(output: StepOutput) -> dict[str, Tensor]:
-    """Values of a step by their logged names, in order of computation."""
-    found = {"the primary's loss": output.primary.loss}
-    found |= {f"penalty {name}": value for name, value in output.penalties.items()}
-    found |= {"the meta SAE's loss": output.meta.loss} if output.meta is not None else {}
-    return {**found, "the loss": output.loss}
+def losses_by_name(output: StepOutput) -> dict[str, Tensor]:
+    """Losses and penalties of a step by readable name, in order of computation, so that the first bad one is the cause."""
+    losses = {"the primary's loss": output.primary.loss}
+    losses |= {f"penalty {name}": value for name, value in output.penalties.items()}
+    losses |= {"the meta SAE's loss": output.meta.loss} if output.meta is not None else {}
+    return {**losses, "the loss": output.loss}
 
 
 def last_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest checkpoint of the run, or the one that it was resumed from."""
-    # Callbacks set `best_model_path` and `last_model_path` before they write the file.
-    folders = [Path(place) for saver in trainer.checkpoint_callbacks if (place := getattr(saver, "dirpath", None))]
+    """The newest file of the run's checkpoint callbacks, or else the checkpoint that the run was resumed from; None without either."""
+    # The callbacks' own `best_model_path` and `last_model_path` are set before a checkpoint is written.
+    folders = [Path(folder) for callback in trainer.checkpoint_callbacks if (folder := getattr(callback, "dirpath", None))]
     written = [path.resolve() for folder in folders for path in folder.glob("*.ckpt") if path.exists()]
     resumed = [Path(trainer.ckpt_path)] if trainer.ckpt_path and Path(trainer.ckpt_path).exists() else []
     return max(written or resumed, key=lambda path: path.stat().st_mtime, default=None)

@@ -1,4 +1,4 @@
-"""Progress bar in tokens."""
+"""A progress bar in tokens."""
 
 import sys
 import time
@@ -13,11 +13,11 @@ from metasae_lightning.step import StepOutput
 
 
 class TokenProgress(ProgressBar):
-    """Show tokens of the budget, tokens per second, loss, FVU, L0, dead latents and penalties.
+    """Show the tokens trained on, the token budget, tokens per second, loss, FVU, L0, dead latents and penalties.
 
     Args:
-        every: Steps between two refreshes; a refresh waits for the device.
-        line_seconds: Seconds between two lines, if the output is not a terminal.
+        every: Number of steps between two refreshes; each refresh waits for the device to finish the step.
+        line_seconds: Seconds between two lines of text, which are written instead of a bar where the output is no terminal.
     """
 
     def __init__(self, every: int = 5, line_seconds: float = 20.0) -> None:
@@ -25,41 +25,41 @@ class TokenProgress(ProgressBar):
         self.every, self.line_seconds = every, line_seconds
         self._bar: tqdm[Any] | None = None
         self._enabled = True
-        self._began = self._said = 0.0
-        self._start = 0
+        self._started_at = self._written_at = 0.0
+        self._tokens_before = 0
 
     def disable(self) -> None:
-        """Turn the bar off; Lightning does so on other ranks."""
+        """Write nothing: Lightning calls this on every rank but rank zero."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Turn the bar on."""
+        """Write again after `disable`."""
         self._enabled = True
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar at the current token count."""
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Open the bar; a resumed run's bar begins at its number of tokens so far."""
         total = getattr(getattr(trainer, "datamodule", None), "tokens", None)
-        self._start = self._tokens(trainer, pl_module)
-        self._began = self._said = time.monotonic()
+        self._tokens_before = pl_module.rows_seen
+        self._started_at = self._written_at = time.monotonic()
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=total, initial=self._start, unit="tok", unit_scale=True, disable=not (self._enabled and terminal), leave=True
+            total=total, initial=self._tokens_before, unit="tok", unit_scale=True, disable=not (self._enabled and terminal), leave=True
         )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Advance the bar, or print a line."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move the bar, or write a line where the output is no terminal."""
         now = time.monotonic()
-        due = now - self._said >= self.line_seconds or trainer.is_last_batch
+        due = now - self._written_at >= self.line_seconds or trainer.is_last_batch
         if not self._enabled or self._bar is None or not (due or batch_idx % self.every == 0):
             return
-        tokens = self._tokens(trainer, pl_module)
+        tokens = pl_module.rows_seen
         text = describe(outputs["output"])
         if not self._bar.disable:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(tokens - self._bar.n)
         elif due:
-            self._said = now
-            speed = (tokens - self._start) / max(now - self._began, 1e-9)
+            self._written_at = now
+            speed = (tokens - self._tokens_before) / max(now - self._started_at, 1e-9)
             budget = f" of {self._bar.total:,}" if self._bar.total else ""
             sys.stderr.write(f"{tokens:,}{budget} tokens, {speed:,.0f}/s, {text}\n")
 
@@ -68,17 +68,13 @@ class TokenProgress(ProgressBar):
         if self._bar is not None:
             self._bar.close()
 
-    @staticmethod
-    def _tokens(trainer: Trainer, pl_module: Any) -> int:
-        return pl_module.rows_seen
-
 
 def describe(output: StepOutput | Mapping[str, StepOutput]) -> str:
-    """Metrics of a step in one line; for several arms, FVU alone."""
+    """One line of text about a step: loss, FVU, L0, dead latents and penalties; for several arms, only the FVU of each."""
     if isinstance(output, Mapping):
-        found = {name: float(own.primary.fvu) for name, own in output.items()}
-        if len(found) > 4:  # the line has room for this many
-            return f"fvu {min(found.values()):.3f} to {max(found.values()):.3f} of {len(found)} arms"
-        return "fvu " + ", ".join(f"{name} {fvu:.3f}" for name, fvu in found.items())
+        fvu = {name: float(arm.primary.fvu) for name, arm in output.items()}
+        if len(fvu) > 4:  # the values of more arms do not fit in a line
+            return f"fvu {min(fvu.values()):.3f} to {max(fvu.values()):.3f} of {len(fvu)} arms"
+        return "fvu " + ", ".join(f"{name} {value:.3f}" for name, value in fvu.items())
     parts = [f"loss {output.loss:.4g}", f"fvu {output.primary.fvu:.3f}", f"l0 {output.primary.l0:.1f}", f"dead {output.primary.dead:.1%}"]
     return ", ".join(parts + [f"{name} {value:.4f}" for name, value in output.penalties.items()])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metasae_lightning import functional
 from metasae_lightning.callbacks import Figures, HeldOut
-from metasae_lightning.callbacks.latent_plots import tail
+from metasae_lightning.callbacks.latent_plots import phi_tail_plot
 from metasae_lightning.cli.recipes import RECIPES
 from metasae_lightning.metrics import PhiSample
 from metasae_lightning.penalties import Decomposability
@@ -137,7 +137,7 @@ def test_independent_latents_lie_on_the_curve_of_chance_and_others_do_not(indepe
     both = torch.from_numpy(draws.hypergeometric(one.numpy(), n - one.numpy(), other.numpy()))
     lines = {
         line.get_label(): np.asarray(line.get_ydata())
-        for line in tail(both + (0 if independent else 20), one, other, n, title="").axes[0].lines
+        for line in phi_tail_plot(both + (0 if independent else 20), one, other, n, title="").axes[0].lines
     }
     apart = abs(lines["pairs of latents"] - lines["independent, same counts"]).max()
     # Two empirical distributions of 4,000 lie 0.044 apart once in a thousand times (Kolmogorov and Smirnov).

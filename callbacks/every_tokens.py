@@ -1,0 +1,32 @@
+"""A counter that says when a number of tokens was trained on."""
+
+
+class EveryTokens:
+    """Counts training tokens since the last restart, and is due once `interval` of them were trained on.
+
+    >>> counter = EveryTokens(100)
+    >>> counter.restart(40)  # a resumed run has trained on 40 tokens
+    >>> counter.is_due(139), counter.is_due(140)
+    (False, True)
+    >>> EveryTokens(None).is_due(10**9)
+    False
+
+    Args:
+        interval: Number of tokens between two events, over all ranks; None is never due.
+    """
+
+    def __init__(self, interval: int | None) -> None:
+        self.interval = interval
+        self._restarted_at = 0
+
+    def restart(self, tokens: int) -> None:
+        """Count from `tokens`, the number of tokens that the run has trained on so far."""
+        self._restarted_at = tokens
+
+    def elapsed(self, tokens: int) -> int:
+        """Number of tokens between the last restart and `tokens`."""
+        return tokens - self._restarted_at
+
+    def is_due(self, tokens: int) -> bool:
+        """Whether `interval` tokens were trained on since the last restart."""
+        return self.interval is not None and self.elapsed(tokens) >= self.interval
