@@ -23,7 +23,7 @@ from sae_lens import BatchTopKTrainingSAEConfig
 
 from metasae_lightning.corpora import PythonDocs
 from metasae_lightning.data.activation_stream import ActivationStream
-from metasae_lightning.data.batching import Batching
+from metasae_lightning.data.batching import Batching, StreamSlice
 from metasae_lightning.functional import unit_rows
 from metasae_lightning.lm import HuggingFaceLM
 from metasae_lightning.penalties import Decomposability
@@ -66,7 +66,7 @@ def main() -> None:
     model = HuggingFaceLM("smollm2-135m-instruct", "blocks.15.hook_resid_post", device="cpu")
     model.load()
     batching = Batching(batch_size=given.batch, context_size=128, buffer_size=8192, skip_positions=2, max_norm_ratio=10)
-    stream = iter(ActivationStream(PythonDocs(), model, batching, tokens=10**9))
+    stream = iter(ActivationStream(PythonDocs(), model, batching, StreamSlice("train", 10**9)))
     modules = {"sparse": module("sparse"), "dense": module("dense"), "moved": module("dense")}
     with torch.no_grad():
         encoder = modules["moved"].primary.sae.W_enc

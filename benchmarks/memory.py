@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from metasae_lightning.corpora import InMemory, PythonDocs
 from metasae_lightning.data.activation_stream import ActivationStream
-from metasae_lightning.data.batching import Batching
+from metasae_lightning.data.batching import Batching, StreamSlice
 from metasae_lightning.lm import HuggingFaceLM
 from metasae_lightning.lm.embedded_model import embedded_folder
 
@@ -65,13 +65,13 @@ def refills(_: str) -> dict[str, float]:
     model.load()
     batching = Batching(batch_size=1024, context_size=128, buffer_size=8192)
     corpus = InMemory(list(islice(PythonDocs().documents(seed=0), 4000)))
-    stream = ActivationStream(corpus, model, batching, tokens=10**9)
+    stream = ActivationStream(corpus, model, batching, StreamSlice("train", 10**9))
     batches, sizes, buffers = iter(stream), list[float](), set[tuple[int, int]]()
     for _ in range(52):
         for _ in islice(batches, 8):
             pass
         gc.collect()
-        buffer = stream._shelf["buffer"]
+        buffer = stream._buffer_state["buffer"]
         buffers.add((buffer.data_ptr(), buffer.untyped_storage().nbytes()))
         sizes.append(psutil.Process().memory_info().rss / MIB)
     batches.close()

@@ -24,8 +24,8 @@ from machine import described, peak_mib
 
 from metasae_lightning.corpora import InMemory, PythonDocs
 from metasae_lightning.data.activation_stream import ActivationStream
-from metasae_lightning.data.batching import Batching
-from metasae_lightning.data.shuffle import permutation, turns
+from metasae_lightning.data.batching import Batching, StreamSlice
+from metasae_lightning.data.shuffle import batch_moves, permutation
 from metasae_lightning.lm import HuggingFaceLM
 from metasae_lightning.lm.embedded_model import embedded_folder
 
@@ -46,12 +46,12 @@ class Bench:
     def stream(self, **how: Any) -> ActivationStream:
         """Ours, in the quickstart's sizes but for a buffer that fills in two passes."""
         batching = Batching(batch_size=BATCH, context_size=CONTEXT, buffer_size=BUFFER, held_out=0.0, forward_batch=PASS, **how)
-        return ActivationStream(self.corpus, self.lm, batching, tokens=10**9)
+        return ActivationStream(self.corpus, self.lm, batching, StreamSlice("train", 10**9))
 
     def contexts(self) -> list[torch.Tensor]:
         """The forward passes' tokens, made beforehand."""
-        rows = self.stream().rows()
-        found = [rows.take() for _ in range(self.passes)]
+        rows = self.stream().row_reader()
+        found = [rows.next_pass() for _ in range(self.passes)]
         rows.close()
         return [tokens for tokens, _ in filter(None, found)]
 
@@ -100,9 +100,9 @@ class Bench:
         total = self.tokens // BATCH * BATCH
         buffer, rows = torch.empty(BUFFER, self.lm.d_model), torch.randn(BATCH, self.lm.d_model)
         began = time.perf_counter()
-        for turn in turns(BUFFER, total, batch=BATCH, order=lambda block, length: permutation(str(block), length)):
-            buffer.index_select(0, turn.taken)
-            buffer.index_copy_(0, turn.refill, rows[: len(turn.refill)])
+        for move in batch_moves(BUFFER, total, batch_size=BATCH, order=lambda block, length: permutation(str(block), length)):
+            buffer.index_select(0, move.batch_slots)
+            buffer.index_copy_(0, move.refill_slots, rows[: len(move.refill_slots)])
         return time.perf_counter() - began
 
     def saelens(self) -> float:

@@ -1,4 +1,4 @@
-"""The stream of a language model's activations, as shuffled batches."""
+"""The stream of a language model: text to tokens to activations to shuffled batches."""
 
 import contextlib
 import logging
@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metasae_lightning.corpora.base import Corpus, Split
+from metasae_lightning.corpora.base import Corpus
 from metasae_lightning.corpora.prefetch import Producer
 from metasae_lightning.corpora.tokenization import TokenizedDocuments
-from metasae_lightning.data.batching import Batching
-from metasae_lightning.data.forward_passes import Rows
-from metasae_lightning.data.stream import Handed, Stream
+from metasae_lightning.data.batching import Batching, StreamSlice
+from metasae_lightning.data.forward_passes import RowReader
+from metasae_lightning.data.stream import PreparedBatch, Stream
 from metasae_lightning.lm.base import LanguageModel
 from metasae_lightning.step import Batch
 
@@ -26,16 +26,20 @@ log = logging.getLogger(__name__)
 class ActivationStream(Stream):
     """Shuffled batches of a language model's activations on a corpus.
 
-    Ranks take the documents of a split in turn. Documents are tokenized, separated by EOS and packed into contexts that begin with BOS.
-    The model reads special tokens; batches do not contain them. Activations are numbered in reading order and leave in the order of
-    `shuffle.turns`. Memory is one buffer and one forward pass. The buffer can be recomputed from two buffers of tokens.
+    Each document of the split goes to one rank, which tokenises its documents, separates them by EOS and packs them into contexts. Each
+    context begins with BOS. The model sees the special tokens; the batches leave them out. The activations of one forward pass at a time
+    enter a buffer, and leave it in the order of `shuffle.batch_moves`. The buffer can be recomputed from the tokens of two buffers.
 
     Args:
-        prefetch: Batches that a thread makes ahead; by default 2 if the model or `home` is a GPU, else 0.
-        buffer_device: Device of the buffer: that of the `model`, or `cpu`, in pinned memory if there is a GPU.
-        checkpoint_buffer: What a saved state holds: the position of the buffer's `tokens`, or its `activations`.
-        stall_seconds: Longest wait for a corpus that yields nothing.
-        home: Device of the batches; by default the model's. The thread moves rows there once, in the buffer's type.
+        corpus: The text.
+        language_model: The model and its hooks.
+        batching: Settings of the batches.
+        part: The part of the data that this rank reads. Its `prefetch` of None is 2 where the model or `home` is a GPU, and 0 on a CPU,
+            where a thread would compete with the training for cores.
+        buffer_device: `model` has the buffer on the model's device; `cpu` has it in main memory, pinned where there is a GPU.
+        checkpoint_buffer: `tokens` saves the position from which the buffer's tokens are run again; `activations` saves the buffer.
+        stall_seconds: Longest time to wait for the corpus.
+        home: The device of the batches; None is the model's. The thread copies each batch there once, in the buffer's dtype.
     """
 
     def __init__(
@@ -43,30 +47,25 @@ class ActivationStream(Stream):
         corpus: Corpus,
         language_model: LanguageModel,
         batching: Batching,
+        part: StreamSlice,
         *,
-        tokens: int,
-        split: Split = "train",
-        rank: int = 0,
-        world_size: int = 1,
-        prefetch: int | None = None,
         buffer_device: str = "model",
         checkpoint_buffer: str = "tokens",
         stall_seconds: float | None = None,
         home: torch.device | None = None,
     ):
         self.home = home or language_model.device
-        # The device of the batches comes first: a batch is ready on its CUDA stream.
+        # `home` comes first: the event of a batch is recorded on its CUDA stream.
         self._gpus = [device for device in dict.fromkeys((self.home, language_model.device)) if device.type == "cuda"]
-        ahead = (2 if self._gpus else 0) if prefetch is None else prefetch
-        super().__init__(batching, split=split, tokens=tokens, rank=rank, world_size=world_size, prefetch=ahead)
+        super().__init__(batching, part, prefetch=2 if self._gpus else 0)
         self.corpus, self.language_model, self.stall_seconds = corpus, language_model, stall_seconds
-        self.on_model, self.with_activations = buffer_device == "model", checkpoint_buffer == "activations"
-        self._shelf: dict[str, Any] = {}
+        self.buffer_on_model_device, self.saves_activations = buffer_device == "model", checkpoint_buffer == "activations"
+        # The buffer, its reader and the last move, while batches are made.
+        self._buffer_state: dict[str, Any] = {}
 
-    def identity(self) -> dict[str, Any]:
-        """See the base."""
+    def description(self) -> dict[str, Any]:
+        """The settings of corpus, language model, batches and rank."""
         batching = {name: value for name, value in asdict(self.batching).items() if name != "batch_size"}
-        place = {"split": self.split, "rank": self.rank, "world_size": self.world_size}
         model = {**self.language_model.description(), "hook": ", ".join(self.language_model.hooks)}
         return {
             "corpus": self.corpus.description(),
@@ -74,138 +73,147 @@ class ActivationStream(Stream):
             **model,
             "batch_size": self.batching.batch_size,
             **batching,
-            **place,
+            **self.part.settings,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the base class; with `checkpoint_buffer: activations` also the buffer's rows and waiting batches."""
-        if not self.with_activations:
+        """The position and the description; with `checkpoint_buffer: activations` also the buffer and the prepared batches."""
+        if not self.saves_activations:
             return super().state_dict()
-        if not isinstance(self._making, Producer):
-            return {**super().state_dict(), **self._saved([])}
-        with self._making.paused() as waiting:
-            return {**super().state_dict(), **self._saved([handed.batch.activations for handed in waiting])}
+        if not isinstance(self._source, Producer):
+            return {**super().state_dict(), **self._buffer_state_dict([])}
+        with self._source.paused() as waiting:
+            return {**super().state_dict(), **self._buffer_state_dict([prepared.batch.activations for prepared in waiting])}
 
-    def _saved(self, waiting: list[Tensor]) -> dict[str, Any]:
-        if not self._shelf:
+    def _buffer_state_dict(self, waiting: list[Tensor]) -> dict[str, Any]:
+        """The buffer's rows, its reader's state and the `waiting` batches on the CPU; empty where no batch was made."""
+        if not self._buffer_state:
             return {}
-        turn, rows, buffer = (self._shelf[name] for name in ("turn", "rows", "buffer"))
+        move, reader, buffer = (self._buffer_state[name] for name in ("move", "reader", "buffer"))
         for device in self._gpus:
-            torch.cuda.synchronize(device)  # another CUDA stream may still be writing
-        waiting = [rows.cpu() for rows in waiting]
-        made = turn.number + 1
-        # Rows by their number within the next batch's block; slot numbers are not portable.
-        slots = turn.base if made * self.batching.batch_size % self.batching.block else turn.after
-        shelf = {"waiting": waiting, "made": made, "buffer": buffer[slots.to(buffer.device)].cpu(), "rows": rows.state()}
-        return {"shelf": shelf}
+            torch.cuda.synchronize(device)  # the thread's CUDA stream may still be writing
+        waiting = [activations.cpu() for activations in waiting]
+        n_made = move.number + 1
+        # The rows of the next batch's block, in the order of their numbers: the slots are not saved.
+        slots = move.block_slots if n_made * self.batching.batch_size % self.batching.block_size else move.next_block_slots
+        return {"shelf": {"waiting": waiting, "made": n_made, "buffer": buffer[slots.to(buffer.device)].cpu(), "rows": reader.state()}}
 
-    def load_elsewhere(self, states: list[dict[str, Any]]) -> None:
-        """Continue from a state of another number of ranks, after the last document that any of them has read.
+    def load_other_world_size(self, states: list[dict[str, Any]]) -> None:
+        """Continue at the positions of another number of ranks, after the last document that any of them has read.
 
-        No document is read twice. Rows that waited in their buffers are dropped. Batches differ from those of the old number of ranks.
+        No document is read twice. Rows that were in the buffers and in no batch are left out, and the batches differ from those of a run
+        that never stopped.
         """
         for state in states:
-            self._check(state, but=("rank", "world_size"))
+            self._check_description(state, ignored=("rank", "world_size"))
         reached = [state["reached"] for state in states if state["reached"]]
-        given = states[0]["batches"] * len(states) // self.world_size
+        n_batches = states[0]["batches"] * len(states) // self.part.world_size
         base = None
         if reached:
-            furthest = max(reached, key=lambda place: (place["epoch"], (place["reader"] or {"documents": 0})["documents"]))
+            furthest = max(reached, key=lambda position: (position["epoch"], (position["reader"] or {"documents": 0})["documents"]))
             base = {"place": furthest, "taken": 0, "waiting": []}
             documents = (furthest["reader"] or {"documents": 0})["documents"]
             log.warning(
                 "restored on %d ranks instead of %d: goes on at document %d of epoch %d; what the buffers held is left out, and batches "
-                "are not those of a run that never stopped", self.world_size, len(states), documents, furthest["epoch"],
+                "are not those of a run that never stopped", self.part.world_size, len(states), documents, furthest["epoch"],
             )  # fmt: skip
-        self._place = {"batches": given, "origin": given, "base": base, "cursor": None, "reached": base and base["place"]}
+        self._position = {"batches": n_batches, "origin": n_batches, "base": base, "cursor": None, "reached": base and base["place"]}
         self._length = None
 
     def _available(self, base: dict[str, Any] | None) -> int:
-        """Number of rows, counted by tokenizing everything once before the run: schedules need the length, and ranks must end together."""
-        log.warning("counting the tokens of the %s split, which may end before the budget", self.split)
+        """Number of rows up to the budget, the smallest of any rank.
+
+        Tokenises the whole split once before the run: schedules need the length of the run, and all ranks must end at the same step.
+        """
+        log.warning("counting the tokens of the %s split, which may end before the budget", self.part.split)
         counts: list[int] = []
-        for rank in range(self.world_size):
-            rows = self._rows(rank, {"tokens": base, "number": 0})
-            counts.append(rows.count(self.tokens))
-            rows.close()
+        for rank in range(self.part.world_size):
+            reader = self._reader(rank, {"tokens": base, "number": 0})
+            counts.append(reader.count_rows(self.part.tokens))
+            reader.close()
         return min(counts)
 
-    def rows(self, cursor: dict[str, Any] | None = None) -> Rows:
-        """The rows of the stream in the order of the corpus, from a position on."""
-        return self._rows(self.rank, cursor or {"tokens": None, "number": 0})
+    def row_reader(self, state: dict[str, Any] | None = None) -> RowReader:
+        """A reader of the rows of all batches, in the order of the corpus, from the `state` of another such reader or the beginning."""
+        return self._reader(self.part.rank, state or {"tokens": None, "number": 0})
 
-    def _rows(self, rank: int, cursor: dict[str, Any], first: int = 0) -> Rows:
+    def _reader(self, rank: int, cursor: dict[str, Any], first_row: int = 0) -> RowReader:
         batching = self.batching
         documents = TokenizedDocuments(
             self.corpus,
             self.language_model.tokenizer,
-            self.split,
+            self.part.split,
             batching.held_out,
             batching.seed,
             rank,
-            self.world_size,
+            self.part.world_size,
             batching.exhausted,
         )
-        return Rows(documents, self.language_model, batching, cursor=cursor, first=first, stall_seconds=self.stall_seconds)
+        return RowReader(documents, self.language_model, batching, cursor=cursor, first_row=first_row, stall_seconds=self.stall_seconds)
 
-    def _batches(self, place: dict[str, Any]) -> Generator[Handed, None, None]:
-        made = self._made(place)
-        del place  # the state may hold a buffer
+    def _batches(self, position: dict[str, Any]) -> Generator[PreparedBatch, None, None]:
+        """Every batch after a position; the thread makes batches for a GPU on CUDA streams of its own."""
+        batches = self._make_batches(position)
+        del position  # it may hold a saved buffer
         if not self._gpus or not self.prefetch:
-            yield from made
+            yield from batches
             return
-        with contextlib.ExitStack() as beside:
-            # A copy between two GPUs waits for the current streams of both; on the SAE's own stream it would wait for training steps.
-            sides = {device: torch.cuda.Stream(device) for device in self._gpus}
-            for device, side in sides.items():
-                side.wait_stream(torch.cuda.current_stream(device))
-                beside.enter_context(torch.cuda.stream(side))
-            for handed in made:
-                yield replace(handed, ready=sides[self.home].record_event() if self.home in sides else None)
+        with contextlib.ExitStack() as stack:
+            # A copy between two GPUs waits for the current streams of both: on the SAE's stream it would wait for the training steps.
+            cuda_streams = {device: torch.cuda.Stream(device) for device in self._gpus}
+            for device, cuda_stream in cuda_streams.items():
+                cuda_stream.wait_stream(torch.cuda.current_stream(device))
+                stack.enter_context(torch.cuda.stream(cuda_stream))
+            for prepared in batches:
+                yield replace(prepared, ready=cuda_streams[self.home].record_event() if self.home in cuda_streams else None)
 
-    def _made(self, place: dict[str, Any]) -> Generator[Handed, None, None]:
-        shelf: dict[str, Any] | None = place.get("shelf")
-        place = {key: value for key, value in place.items() if key != "shelf"}
-        start = shelf["made"] if shelf else place["batches"] - place["origin"]
-        first, moves = self._turns(place, start)
-        beginning = place["cursor"] or {"tokens": place["base"], "number": 0}
-        rows = self._rows(self.rank, shelf["rows"]) if shelf else self._rows(self.rank, beginning, first)
+    def _make_batches(self, position: dict[str, Any]) -> Generator[PreparedBatch, None, None]:
+        """Fill the buffer and yield its batches, from a position with or without a saved buffer (`shelf`)."""
+        saved: dict[str, Any] | None = position.get("shelf")
+        position = {key: value for key, value in position.items() if key != "shelf"}
+        start = saved["made"] if saved else position["batches"] - position["origin"]
+        first_row, moves = self._moves(position, start)
+        cursor = position["cursor"] or {"tokens": position["base"], "number": 0}
+        part = self.part
+        reader = self._reader(part.rank, saved["rows"]) if saved else self._reader(part.rank, cursor, first_row)
         try:
-            total = (len(self) - place["origin"]) * self.batching.batch_size
-            buffer = self._buffer(min(self.batching.block, total - first), shelf)
-            if shelf is None:
-                rows.fill(buffer, torch.arange(len(buffer)))
+            total = (len(self) - position["origin"]) * self.batching.batch_size
+            buffer = self._buffer(min(self.batching.block_size, total - first_row), saved)
+            if saved is None:
+                reader.fill(buffer, torch.arange(len(buffer)))
             else:
-                waiting: list[Tensor] = shelf["waiting"]
-                for number, batch in enumerate(waiting, start - len(waiting) + 1):
-                    yield Handed(Batch(batch.to(self.home), self.language_model.widths), self._after(place, number, rows))
-            restored, shelf = shelf is not None, None  # the rows are in the buffer now
-            for turn in moves:
-                if restored and turn.number < start:
-                    continue  # the saved buffer already contains that move
-                taken = buffer.index_select(0, turn.taken.to(buffer.device)) if turn.number >= start else None
-                rows.fill(buffer, turn.refill)
-                self._shelf = {"turn": turn, "rows": rows, "buffer": buffer}
-                if taken is not None:
-                    # Rows on the host are read at once, so the copy must be complete.
-                    moved = taken.to(self.home, non_blocking=self.home.type == "cuda")
+                waiting: list[Tensor] = saved["waiting"]
+                for number, activations in enumerate(waiting, start - len(waiting) + 1):
+                    batch = Batch(activations.to(self.home), self.language_model.widths)
+                    yield PreparedBatch(batch, self._position_after(position, number, reader))
+            is_restored, saved = saved is not None, None  # frees the saved buffer, which was copied
+            for move in moves:
+                if is_restored and move.number < start:
+                    continue  # the saved buffer is that after this move
+                rows = buffer.index_select(0, move.batch_slots.to(buffer.device)) if move.number >= start else None
+                reader.fill(buffer, move.refill_slots)
+                self._buffer_state = {"move": move, "reader": reader, "buffer": buffer}
+                if rows is not None:
+                    # A copy to main memory is read at once, and so must be complete.
+                    moved = rows.to(self.home, non_blocking=self.home.type == "cuda")
                     batch = self._batch(moved, self.language_model.widths)
-                    yield Handed(batch, self._after(place, turn.number + 1, rows))
+                    yield PreparedBatch(batch, self._position_after(position, move.number + 1, reader))
         finally:
-            self._shelf = {}
-            rows.close()
+            self._buffer_state = {}
+            reader.close()
 
-    def _after(self, place: dict[str, Any], number: int, rows: Rows) -> dict[str, Any]:
-        """The position after a number of batches since the origin."""
-        block = number * self.batching.batch_size // self.batching.block
-        rows.forget(block)
-        return {**place, "batches": place["origin"] + number, "cursor": rows.cursor(block), "reached": rows.reached}
+    def _position_after(self, position: dict[str, Any], number: int, reader: RowReader) -> dict[str, Any]:
+        """The position after `number` batches since the origin."""
+        block = number * self.batching.batch_size // self.batching.block_size
+        reader.forget_before(block)
+        return {**position, "batches": position["origin"] + number, "cursor": reader.cursor(block), "reached": reader.reached}
 
-    def _buffer(self, length: int, shelf: dict[str, Any] | None) -> Float[Tensor, "slot d_model"]:
+    def _buffer(self, length: int, saved: dict[str, Any] | None) -> Float[Tensor, "slot d_model"]:
+        """A new buffer of `length` rows, with the rows of the saved one where there is one."""
         model = self.language_model
-        device = model.device if self.on_model else torch.device("cpu")
-        pinned = not self.on_model and torch.cuda.is_available()
+        device = model.device if self.buffer_on_model_device else torch.device("cpu")
+        pinned = not self.buffer_on_model_device and torch.cuda.is_available()
         buffer = torch.empty(length, model.d_model, dtype=self.batching.dtype, device=device, pin_memory=pinned)
-        if shelf is not None:
-            buffer.copy_(shelf["buffer"][:length])
+        if saved is not None:
+            buffer.copy_(saved["buffer"][:length])
         return buffer

@@ -1,10 +1,11 @@
-"""Batch sizes, context sizes and storage types of an activation stream."""
+"""Settings of an activation stream: its batches, and the part of the data that one rank reads."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
+from metasae_lightning.corpora.base import Split
 from metasae_lightning.corpora.tokenization import Exhausted
 from metasae_lightning.errors import InputError
 
@@ -13,7 +14,10 @@ Storage = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Batching:
-    """Settings that determine a sequence of batches, besides corpus, model and rank. `ActivationsDataModule` explains the fields."""
+    """Settings that determine a sequence of batches, together with the corpus, the language model and the `StreamSlice`.
+
+    `ActivationsDataModule` has an argument for each field, and describes it.
+    """
 
     batch_size: int
     context_size: int
@@ -29,9 +33,9 @@ class Batching:
     buffer_dtype: Storage = "float32"
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("context_size", 2), ("forward_batch", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, minimum in (("batch_size", 1), ("context_size", 2), ("forward_batch", 1)):
+            if getattr(self, name) < minimum:
+                raise InputError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
         if self.buffer_size < self.batch_size:
             raise InputError(f"buffer_size must hold a batch of {self.batch_size} tokens, got {self.buffer_size}")
         if not 0 <= self.skip_positions < self.context_size:
@@ -45,10 +49,48 @@ class Batching:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Data type of the buffer."""
+        """The torch dtype of the shuffle buffer."""
         return getattr(torch, self.buffer_dtype)
 
     @property
-    def block(self) -> int:
-        """Rows in a shuffled block: a whole number of batches."""
+    def block_size(self) -> int:
+        """Number of rows that are shuffled among each other: the most whole batches that fit in the buffer."""
         return self.buffer_size // self.batch_size * self.batch_size
+
+
+@dataclass(frozen=True)
+class StreamSlice:
+    """The part of the data that one rank reads.
+
+    Args:
+        split: The split of the corpus.
+        tokens: Budget of tokens, on this rank alone.
+        rank: Index of this rank.
+        world_size: Number of ranks that share the split.
+        prefetch: Number of batches that a thread prepares ahead; 0 uses no thread, None lets the stream choose.
+    """
+
+    split: Split
+    tokens: int
+    rank: int = 0
+    world_size: int = 1
+    prefetch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1 or not 0 <= self.rank < self.world_size:
+            raise InputError(f"rank must be in [0, {self.world_size}), got {self.rank}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields that determine which batches the rank reads, except for their number."""
+        return {"split": self.split, "rank": self.rank, "world_size": self.world_size}
+
+
+def check_numbers(batching: Batching, tokens: int, prefetch: int | None, stall_seconds: float) -> None:
+    """Refuse a training budget, `prefetch` or `stall_seconds` outside its range."""
+    if tokens < batching.batch_size:
+        raise InputError(f"tokens must fill a batch of {batching.batch_size}, got {tokens}")
+    if prefetch is not None and prefetch < 0:
+        raise InputError(f"prefetch must be at least 0, got {prefetch}")
+    if stall_seconds <= 0:
+        raise InputError(f"stall_seconds must be more than 0, got {stall_seconds}")

@@ -1,9 +1,9 @@
-"""Activations on disk, in the folders that SAELens's CacheActivationsRunner writes and its ActivationsStore reads."""
+"""Activations on disk, in the format that SAELens's CacheActivationsRunner writes and its ActivationsStore reads."""
 
 import hashlib
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,19 @@ from metasae_lightning.corpora.tokenization import special_ids
 from metasae_lightning.errors import InputError
 
 CACHED = ("context_size", "prepend_bos", "held_out", "seed", "cross_document_attention")
-"""The fields of `Batching` that stored activations depend on; the others come after the model."""
+"""The fields of `Batching` that stored activations depend on; the other fields apply to activations after the model."""
 TOKENS, RECORD, PROGRESS = "token_ids", "cache.json", ".progress"
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Hash of a tokenizer: its vocabulary and special tokens."""
-    told = json.dumps([sorted(tokenizer.get_vocab().items()), special_ids(tokenizer)])
-    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
+    """A hash of a tokenizer's vocabulary and special tokens."""
+    text = json.dumps([sorted(tokenizer.get_vocab().items()), special_ids(tokenizer)])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 class Folder:
-    """A memory-mapped dataset folder: one row per context, one column per hook."""
+    """One memory-mapped dataset folder, with a row for each context and a column for each hook."""
 
     def __init__(self, path: Path, hooks: list[str], shards: Mapping[str, int] | None = None):
         self.path, self.hooks = path, hooks
@@ -57,23 +57,23 @@ class Folder:
         return int(self._begins[-1])
 
     def tokens(self) -> Int[Tensor, "context position"] | None:
-        """Tokens of every context, if they were stored."""
+        """The tokens of every context, or None where the folder does not contain them."""
         return None if self._tokens is None else torch.from_numpy(np.concatenate(self._tokens)).long()
 
-    def rows(self, places: Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
-        """Activations at indices `context * context_size + position`, hooks concatenated."""
-        contexts, positions = np.divmod(places.numpy(), self.context_size)
+    def rows(self, indices: Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
+        """Activations at these row indices, `context * context_size + position` each, the hooks concatenated."""
+        contexts, positions = np.divmod(indices.numpy(), self.context_size)
         parts = np.searchsorted(self._begins, contexts, side="right") - 1
-        out = np.empty((len(places), sum(self.widths.values())), dtype=np.float32)
+        out = np.empty((len(indices), sum(self.widths.values())), dtype=np.float32)
         for part in np.unique(parts):
-            chosen = parts == part
-            local = contexts[chosen] - self._begins[part]
-            out[chosen] = np.concatenate([self._parts[hook][part][local, positions[chosen]] for hook in self.hooks], axis=1)
+            in_part = parts == part
+            local = contexts[in_part] - self._begins[part]
+            out[in_part] = np.concatenate([self._parts[hook][part][local, positions[in_part]] for hook in self.hooks], axis=1)
         return torch.from_numpy(out)
 
 
 class ActivationCache:
-    """A cache of activations: ours, with a folder per split and a record of its settings, or one folder of SAELens's."""
+    """An activation cache: one of ours, with a folder for each split and a record of its settings, or one folder of SAELens."""
 
     def __init__(self, path: str):
         self.path = Path(path).expanduser()
@@ -84,23 +84,23 @@ class ActivationCache:
 
     @property
     def ours(self) -> bool:
-        """Whether this project wrote it: it has a record and a folder per split."""
+        """Whether `metasae cache` wrote it: it then has a record and a folder for each split."""
         return bool(self.record)
 
-    def open(self, identity: Mapping[str, Any], hooks: list[str], tokenizer: str | None = None) -> None:
-        """Open the cache; refuse one of another model, text or tokenizer."""
+    def open(self, description: Mapping[str, Any], hooks: list[str], tokenizer: str | None = None) -> None:
+        """Open the folders, and refuse a cache of another model, text or tokenizer than `description` and `tokenizer` say."""
         if self._folders:
             return
         if not self.path.is_dir():
             raise InputError(f"cache: {str(self.path)!r} is no folder; metasae cache writes one")
-        whole = self.path / RECORD
+        record_file = self.path / RECORD
         self._hooks = hooks
-        if whole.exists():
-            self.record = _json(whole)
-            own = {**identity, **({"tokenizer": tokenizer} if tokenizer else {})}
+        if record_file.exists():
+            self.record = _json(record_file)
+            expected = {**description, **({"tokenizer": tokenizer} if tokenizer else {})}
             differing = [
                 f"{key}: {self.record['identity'].get(key)} there, {value} here"
-                for key, value in own.items()
+                for key, value in expected.items()
                 if self.record["identity"].get(key) != value
             ]
             if differing:
@@ -108,13 +108,13 @@ class ActivationCache:
         elif any((self.path / split).exists() for split in SPLITS):
             raise InputError(f"cache: {self.path} is not finished: run metasae cache again, it goes on where it stopped")
         self.widths = self.folder("train").widths
-        if not self.ours and self.folder("train").context_size != identity["context_size"]:
+        if not self.ours and self.folder("train").context_size != description["context_size"]:
             raise InputError(
-                f"context_size: the contexts in {self.path} are {self.folder('train').context_size} long, got {identity['context_size']}"
+                f"context_size: the contexts in {self.path} are {self.folder('train').context_size} long, got {description['context_size']}"
             )
 
     def folder(self, split: Split) -> Folder:
-        """Folder of a split."""
+        """The folder that contains a split, memory-mapped on first use."""
         path = self.path / split if self.ours else self.path
         if path not in self._folders:
             self._folders[path] = Folder(path, self._hooks, self.record.get("shards", {}).get(split))
@@ -122,25 +122,29 @@ class ActivationCache:
 
 
 class ShardWriter:
-    """Writes a split's folder shard by shard. A finished shard is complete, and the position after it is recorded."""
+    """Writes one split's folder shard by shard.
 
-    def __init__(self, path: Path, widths: Mapping[str, int], context_size: int, *, dtype: str, identity: Mapping[str, Any]):
-        self.identity = dict(identity)
+    A shard is either absent or whole. After each, the progress file holds the state from which the next shard is read, so that a stopped
+    call can be resumed.
+    """
+
+    def __init__(self, path: Path, widths: Mapping[str, int], context_size: int, *, dtype: str, description: Mapping[str, Any]):
+        self.description = dict(description)
         self.path, self.widths, self.context_size = path, widths, context_size
         shapes = {hook: datasets.Array2D(shape=(context_size, width), dtype=dtype) for hook, width in widths.items()}
         self.features = datasets.Features({**shapes, TOKENS: datasets.Sequence(datasets.Value("int32"), length=context_size)})
         self.dtype = np.dtype(dtype)
         path.mkdir(parents=True, exist_ok=True)
         self.shards: dict[str, int] = {}
-        self.place: Any = None
+        self.reader_state: Any = None
         with suppress(FileNotFoundError):
-            made_of, self.shards, self.place = pickle.loads((path / PROGRESS).read_bytes())
-            if made_of != self.identity:
-                raise InputError(f"cache: {path} was begun for something else ({made_of}): name another folder")
+            begun_with, self.shards, self.reader_state = pickle.loads((path / PROGRESS).read_bytes())
+            if begun_with != self.description:
+                raise InputError(f"cache: {path} was begun for something else ({begun_with}): name another folder")
             check_sizes(path, self.shards)
 
-    def write(self, passes: Iterator[tuple[Tensor, Tensor]], place: Any) -> int:
-        """Write one shard of (tokens, activations) pairs and the position after it from `place()`; returns its number of contexts."""
+    def write(self, passes: Iterator[tuple[Tensor, Tensor]], reader_state: Callable[[], Any]) -> int:
+        """Write one shard of these (tokens, activations) and the reader's state after them; returns the number of contexts."""
         name = f"data-{len(self.shards):05d}.arrow"
         draft, contexts = self.path / f".{name}", 0
         try:
@@ -151,20 +155,21 @@ class ShardWriter:
             if contexts:
                 size = draft.stat().st_size
                 draft.replace(self.path / name)
-                self.shards[name], self.place = size, place()
-                write_bytes(self.path / PROGRESS, pickle.dumps((self.identity, self.shards, self.place)))
+                self.shards[name], self.reader_state = size, reader_state()
+                write_bytes(self.path / PROGRESS, pickle.dumps((self.description, self.shards, self.reader_state)))
         finally:
             draft.unlink(missing_ok=True)
         return contexts
 
     def finish(self) -> None:
-        """Write what `datasets.load_from_disk` needs."""
+        """Write the files that `datasets.load_from_disk` needs beside the shards."""
         datasets.DatasetInfo(features=self.features).write_to_directory(str(self.path))
-        told = {"_data_files": [{"filename": name} for name in self.shards], "_format_type": None, "_format_columns": None, "_split": None}
-        told |= {"_fingerprint": hashlib.blake2b(json.dumps(self.shards).encode(), digest_size=8).hexdigest(), "_format_kwargs": {}}
-        write_bytes(self.path / "state.json", json.dumps({**told, "_output_all_columns": False}, indent=2).encode())
+        state = {"_data_files": [{"filename": name} for name in self.shards], "_format_type": None, "_format_columns": None, "_split": None}
+        state |= {"_fingerprint": hashlib.blake2b(json.dumps(self.shards).encode(), digest_size=8).hexdigest(), "_format_kwargs": {}}
+        write_bytes(self.path / "state.json", json.dumps({**state, "_output_all_columns": False}, indent=2).encode())
 
     def _record(self, tokens: Tensor, activations: Tensor) -> pa.RecordBatch:
+        """The Arrow rows of these contexts: a column for each hook, and the tokens."""
         columns: list[Any] = []
         parts = activations.cpu().split(list(self.widths.values()), dim=-1)
         for hook, part in zip(self.widths, parts, strict=True):
@@ -179,16 +184,16 @@ class ShardWriter:
 
 
 def check_sizes(path: Path, shards: Mapping[str, int]) -> None:
-    """Raise an error that names a shard whose size has changed."""
+    """Raise an error that names a shard whose size is not the size that was written."""
     for name, size in shards.items():
-        found = (path / name).stat().st_size if (path / name).exists() else 0
-        if found != size:
-            raise InputError(f"cache: the shard {path / name} is damaged, {found:,} bytes of {size:,}: remove {path} and write it again")
+        actual = (path / name).stat().st_size if (path / name).exists() else 0
+        if actual != size:
+            raise InputError(f"cache: the shard {path / name} is damaged, {actual:,} bytes of {size:,}: remove {path} and write it again")
 
 
-def finish(path: Path, identity: Mapping[str, Any], about: Mapping[str, Any], shards: Mapping[Split, Mapping[str, int]]) -> None:
-    """Write the record that marks a cache as complete."""
-    write_bytes(path / RECORD, json.dumps({"identity": identity, "about": about, "shards": shards}, indent=2).encode())
+def finish(path: Path, description: Mapping[str, Any], metadata: Mapping[str, Any], shards: Mapping[Split, Mapping[str, int]]) -> None:
+    """Write the record, which marks the cache as complete, and delete the progress files."""
+    write_bytes(path / RECORD, json.dumps({"identity": description, "about": metadata, "shards": shards}, indent=2).encode())
     for split in shards:
         (path / split / PROGRESS).unlink(missing_ok=True)
 

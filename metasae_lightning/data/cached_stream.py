@@ -1,4 +1,4 @@
-"""Batches read from a cache of activations, in the order that the language model's stream would have."""
+"""The stream of an activation cache, with the batches that the language model would give; and the writing of a cache."""
 
 import logging
 from collections.abc import Generator, Iterator, Mapping
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from metasae_lightning.corpora.base import Split, split_of
 from metasae_lightning.data.activation_stream import ActivationStream
-from metasae_lightning.data.batching import Batching
+from metasae_lightning.data.batching import Batching, StreamSlice
 from metasae_lightning.data.cache_folder import RECORD, ActivationCache, Folder, ShardWriter, finish
-from metasae_lightning.data.forward_passes import Rows
-from metasae_lightning.data.masks import content
+from metasae_lightning.data.forward_passes import RowReader
+from metasae_lightning.data.masks import trainable_tokens
 from metasae_lightning.data.shuffle import permutation
-from metasae_lightning.data.stream import Handed, Stream
+from metasae_lightning.data.stream import PreparedBatch, Stream
 from metasae_lightning.errors import InputError
 
 CONTEXTS_AT_ONCE = 16
@@ -27,146 +27,172 @@ log = logging.getLogger(__name__)
 
 @final
 class CachedStream(Stream):
-    """Rows are numbered and shuffled as in `ActivationStream`, so a run from its own cache gets the same batches.
+    """Shuffled batches of the activations in a cache.
 
-    Indices into memory-mapped files are shuffled. Ranks take contexts in turn. Contexts of a SAELens folder, which has no documents, are
-    held out by a hash of their tokens. Later epochs use another order of contexts.
+    Rows are numbered and shuffled as in `ActivationStream`, so a run from its own cache sees the same batches as a run of the model.
+    The shuffle is one of row indices into memory-mapped files. Each context goes to one rank. A folder of SAELens has no documents: there
+    the split of a context is chosen by a hash of its tokens. Every later epoch reads the contexts in another order.
+
+    Args:
+        cache: The opened cache.
+        batching: Settings of the batches.
+        part: The part of the data that this rank reads. Its `prefetch` of None is 0.
+        special: Ids of the special tokens, which batches leave out.
     """
 
-    def __init__(
-        self, cache: ActivationCache, batching: Batching, *, tokens: int, special: list[int], split: Split = "train", rank: int = 0,
-        world_size: int = 1, prefetch: int = 0,
-    ):  # fmt: skip
-        super().__init__(batching, split=split, tokens=tokens, rank=rank, world_size=world_size, prefetch=prefetch)
+    def __init__(self, cache: ActivationCache, batching: Batching, part: StreamSlice, *, special: list[int]):
+        super().__init__(batching, part)
         self.cache, self.special = cache, special
-        self._known: tuple[Tensor, Tensor] | None = None
+        self._split_contents: tuple[Tensor, Tensor] | None = None
 
-    def identity(self) -> dict[str, Any]:
-        """See the base."""
-        place = {"split": self.split, "rank": self.rank, "world_size": self.world_size}
-        return {"cache": self.cache.record.get("identity", str(self.cache.path)), **asdict(self.batching), **place}
+    def description(self) -> dict[str, Any]:
+        """The settings of the cache, the batches and the rank."""
+        return {"cache": self.cache.record.get("identity", str(self.cache.path)), **asdict(self.batching), **self.part.settings}
 
-    def load_elsewhere(self, states: list[dict[str, Any]]) -> None:
-        """Continue from a state of another number of ranks, after the last context that any rank has read."""
+    def load_other_world_size(self, states: list[dict[str, Any]]) -> None:
+        """Continue at the positions of another number of ranks, after the last context that any of them has read."""
         for state in states:
-            self._check(state, but=("rank", "world_size"))
-        given = states[0]["batches"] * len(states) // self.world_size
+            self._check_description(state, ignored=("rank", "world_size"))
+        n_batches = states[0]["batches"] * len(states) // self.part.world_size
         base = max((state["reached"] for state in states if state["reached"]), default=None)
         if base:
             log.warning(
                 "restored on %d ranks instead of %d: goes on at context %d of epoch %d; batches are other ones",
-                self.world_size,
+                self.part.world_size,
                 len(states),
                 base[1],
                 base[0],
             )
-        self._place = {"batches": given, "origin": given, "base": base, "cursor": None, "reached": base}
+        self._position = {"batches": n_batches, "origin": n_batches, "base": base, "cursor": None, "reached": base}
         self._length = None
 
     def _contents(self) -> tuple[Tensor, Tensor]:
-        """Contexts of the split, and the mask of tokens that are rows."""
-        if self._known is None:
-            folder = self.cache.folder(self.split)
+        """Indices of the split's contexts, and the mask of trainable tokens of all contexts in the folder."""
+        if self._split_contents is None:
+            folder = self.cache.folder(self.part.split)
             tokens = folder.tokens()
-            keep = torch.ones(len(folder), folder.context_size, dtype=torch.bool)
+            mask = torch.ones(len(folder), folder.context_size, dtype=torch.bool)
             if tokens is None:
-                keep[:, : max(int(self.batching.prepend_bos), self.batching.skip_positions)] = False
+                mask[:, : max(int(self.batching.prepend_bos), self.batching.skip_positions)] = False
             else:
-                keep = content(tokens, torch.tensor(self.special, dtype=torch.long), self.batching.skip_positions)
-            self._known = _members(folder, tokens, self.split, self.batching.held_out, self.cache.ours), keep
-            if not keep[self._known[0]].any():
-                raise InputError(f"cache: {folder.path} has not one row for the {self.split} split of held_out={self.batching.held_out}")
-        return self._known
+                mask = trainable_tokens(tokens, torch.tensor(self.special, dtype=torch.long), self.batching.skip_positions)
+            contexts = _contexts_of_split(folder, tokens, self.part.split, self.batching.held_out, self.cache.ours)
+            self._split_contents = contexts, mask
+            if not mask[contexts].any():
+                raise InputError(
+                    f"cache: {folder.path} has not one row for the {self.part.split} split of held_out={self.batching.held_out}"
+                )
+        return self._split_contents
 
     def _available(self, base: Any) -> int:
-        members, keep = self._contents()
-        begin = base[1] if base else 0
-        counts = [int(keep[members[begin:][rank :: self.world_size]].sum()) for rank in range(self.world_size)]
-        return min(min(counts), self.tokens)
+        """Number of rows from `base` to the end of the split, at most the budget; the smallest number of any rank."""
+        contexts, mask = self._contents()
+        begin, world_size = base[1] if base else 0, self.part.world_size
+        counts = [int(mask[contexts[begin:][rank::world_size]].sum()) for rank in range(world_size)]
+        return min(min(counts), self.part.tokens)
 
-    def _batches(self, place: dict[str, Any]) -> Generator[Handed, None, None]:
-        start = place["batches"] - place["origin"]
-        first, moves = self._turns(place, start)
-        total, block = (len(self) - place["origin"]) * self.batching.batch_size, self.batching.block
-        folder, hooks = self.cache.folder(self.split), self.cache.widths
-        source = self._places(place["base"], first)
-        held = torch.empty(min(block, total - first), dtype=torch.long)
-        left, reached = _fill(held, torch.arange(len(held)), source, None)
-        for turn in moves:
-            batch = self._batch(folder.rows(held[turn.taken]).to(self.batching.dtype), hooks) if turn.number >= start else None
-            left, now = _fill(held, turn.refill, source, left)
-            reached = now or reached
+    def _batches(self, position: dict[str, Any]) -> Generator[PreparedBatch, None, None]:
+        """Every batch after a position; the buffer holds row indices in place of activations."""
+        start = position["batches"] - position["origin"]
+        first_row, moves = self._moves(position, start)
+        total, block_size = (len(self) - position["origin"]) * self.batching.batch_size, self.batching.block_size
+        folder, hooks = self.cache.folder(self.part.split), self.cache.widths
+        source = self._row_indices(position["base"], first_row)
+        buffer = torch.empty(min(block_size, total - first_row), dtype=torch.long)
+        leftover, reached = _fill(buffer, torch.arange(len(buffer)), source, None)
+        for move in moves:
+            batch = None
+            if move.number >= start:
+                batch = self._batch(folder.rows(buffer[move.batch_slots]).to(self.batching.dtype), hooks)
+            leftover, newly_reached = _fill(buffer, move.refill_slots, source, leftover)
+            reached = newly_reached or reached
             if batch is not None:
-                yield Handed(batch, {**place, "batches": place["origin"] + turn.number + 1, "reached": reached})
+                yield PreparedBatch(batch, {**position, "batches": position["origin"] + move.number + 1, "reached": reached})
 
-    def _places(self, base: Any, first: int) -> Iterator[tuple[Int[Tensor, " row"], tuple[int, int]]]:
-        """Indices of rows in order, and the epoch and context at which they end."""
-        members, keep = self._contents()
-        size, seen = keep.shape[1], 0
+    def _row_indices(self, base: Any, first_row: int) -> Iterator[tuple[Int[Tensor, " row"], tuple[int, int]]]:
+        """Indices of the rows in the order of their numbers, in pieces, each with the epoch and the context that follow it."""
+        split_contexts, mask = self._contents()
+        context_size, number = mask.shape[1], 0
+        rank, world_size = self.part.rank, self.part.world_size
         epoch, begin = base or (0, 0)
         while True:
-            order = members if not epoch else members[permutation(f"{self.batching.seed}/{self.split}/epoch {epoch}", len(members))]
-            for at in range(begin, len(order), CONTEXTS_AT_ONCE * self.world_size):
-                until = min(at + CONTEXTS_AT_ONCE * self.world_size, len(order))
-                contexts = order[at:until][self.rank :: self.world_size]
-                within, positions = keep[contexts].nonzero(as_tuple=True)
-                places = contexts[within] * size + positions
-                yield places[max(first - seen, 0) :], (epoch, until)
-                seen += len(places)
+            order = split_contexts
+            if epoch:
+                order = split_contexts[permutation(f"{self.batching.seed}/{self.part.split}/epoch {epoch}", len(split_contexts))]
+            for at in range(begin, len(order), CONTEXTS_AT_ONCE * world_size):
+                until = min(at + CONTEXTS_AT_ONCE * world_size, len(order))
+                contexts = order[at:until][rank::world_size]
+                within, positions = mask[contexts].nonzero(as_tuple=True)
+                indices = contexts[within] * context_size + positions
+                yield indices[max(first_row - number, 0) :], (epoch, until)
+                number += len(indices)
             log.warning(
-                "the cached %s split's %d contexts are exhausted; epoch %d begins, in another order", self.split, len(order), epoch + 1
+                "the cached %s split's %d contexts are exhausted; epoch %d begins, in another order", self.part.split, len(order), epoch + 1
             )
             epoch, begin = epoch + 1, 0
 
 
-def _members(folder: Folder, tokens: Tensor | None, split: Split, held_out: float, ours: bool) -> Int[Tensor, " context"]:
+def _contexts_of_split(folder: Folder, tokens: Tensor | None, split: Split, held_out: float, ours: bool) -> Int[Tensor, " context"]:
+    """Indices of a split's contexts in a folder: all of them in a cache of ours, which has a folder for each split."""
     if ours:
         return torch.arange(len(folder))
     contents = (row.tolist() for row in tokens) if tokens is not None else ([index] for index in range(len(folder)))
     return torch.tensor([index for index, ids in enumerate(contents) if split_of(ids, held_out) == split], dtype=torch.long)
 
 
-def _fill(held: Tensor, slots: Tensor, source: Iterator[tuple[Tensor, Any]], left: Tensor | None) -> tuple[Tensor | None, Any]:
-    """Write the next indices into these slots; returns the rest, and the new position if reading advanced."""
+def _fill(buffer: Tensor, slots: Tensor, source: Iterator[tuple[Tensor, Any]], leftover: Tensor | None) -> tuple[Tensor | None, Any]:
+    """Write the next row indices into these slots of the buffer.
+
+    Returns the indices of the last piece that are not in the buffer, and the position after that piece, or None if no piece was read.
+    """
     reached = None
     while len(slots):
-        if left is None or not len(left):
-            left, reached = next(source)
+        if leftover is None or not len(leftover):
+            leftover, reached = next(source)
             continue
-        count = min(len(left), len(slots))
-        held[slots[:count]] = left[:count]
-        slots, left = slots[count:], left[count:]
-    return left, reached
+        count = min(len(leftover), len(slots))
+        buffer[slots[:count]] = leftover[:count]
+        slots, leftover = slots[count:], leftover[count:]
+    return leftover, reached
 
 
 def write(
-    path: Path, streams: Mapping[Split, ActivationStream], identity: Mapping[str, Any], about: Mapping[str, Any], *, shard_contexts: int,
-    dtype: str,
+    path: Path, streams: Mapping[Split, ActivationStream], description: Mapping[str, Any], metadata: Mapping[str, Any], *,
+    shard_contexts: int, dtype: str,
 ) -> None:  # fmt: skip
-    """Write the activations of these streams to a cache, split by split and shard by shard. Continues a stopped call."""
+    """Write a cache of each stream's activations, in one folder for each split.
+
+    A folder is written in shards of `shard_contexts` contexts. A call that was stopped is resumed after its last whole shard.
+    """
     if (path / RECORD).exists():
         raise InputError(f"cache: {path} is there and whole: name another folder, or train from it")
     shards: dict[Split, dict[str, int]] = {}
     for split, stream in streams.items():
         widths, context_size = stream.language_model.widths, stream.batching.context_size
-        writer = ShardWriter(path / split, widths, context_size, dtype=dtype, identity={**identity, "dtype": dtype, "hooks": list(widths)})
-        rows = stream.rows(writer.place)
+        writer = ShardWriter(
+            path / split, widths, context_size, dtype=dtype, description={**description, "dtype": dtype, "hooks": list(widths)}
+        )
+        reader = stream.row_reader(writer.reader_state)
         try:
-            while rows.number < stream.tokens and writer.write(_passes(rows, shard_contexts, stream.tokens), rows.state):
-                log.warning("%s: %s of %s tokens, %d shards", path / split, f"{rows.number:,}", f"{stream.tokens:,}", len(writer.shards))
+            while reader.number < stream.part.tokens and writer.write(_passes(reader, shard_contexts, stream.part.tokens), reader.state):
+                log.warning(
+                    "%s: %s of %s tokens, %d shards", path / split, f"{reader.number:,}", f"{stream.part.tokens:,}", len(writer.shards)
+                )
         finally:
-            rows.close()
+            reader.close()
         if not writer.shards:
             raise InputError(f"corpus: the {split} split does not fill one context of {context_size} tokens")
         writer.finish()
         shards[split] = writer.shards
-    finish(path, {**identity, "dtype": dtype}, about, shards)
+    finish(path, {**description, "dtype": dtype}, metadata, shards)
 
 
-def _passes(rows: Rows, contexts: int, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Forward passes of one shard."""
-    given = 0
-    while given < contexts and rows.number < most and (taken := rows.take()) is not None:
-        given += len(taken[0])
-        rows.forget(rows.number // rows.batching.block)  # writing continues at a shard's end, without a buffer
-        yield taken[0], rows.forward(taken[0])
+def _passes(reader: RowReader, shard_contexts: int, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens and activations of the forward passes of one shard; none begins after `limit` rows."""
+    n_contexts = 0
+    while n_contexts < shard_contexts and reader.number < limit and (contexts := reader.next_pass()) is not None:
+        tokens, _ = contexts
+        n_contexts += len(tokens)
+        # A stopped call is resumed at the end of a shard and has no buffer: the positions of blocks are not needed.
+        reader.forget_before(reader.number // reader.batching.block_size)
+        yield tokens, reader.forward(tokens)

@@ -1,4 +1,4 @@
-"""LightningDataModule of a language model's activations."""
+"""The Lightning data module of a language model's activations."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,7 +12,7 @@ from torch import Tensor
 from metasae_lightning.corpora.base import Corpus, Split, check_held_out
 from metasae_lightning.corpora.tokenization import Exhausted, special_ids
 from metasae_lightning.data.activation_stream import ActivationStream
-from metasae_lightning.data.batching import Batching, Storage
+from metasae_lightning.data.batching import Batching, Storage, StreamSlice, check_numbers
 from metasae_lightning.data.cache_folder import CACHED, ActivationCache, fingerprint
 from metasae_lightning.data.cached_stream import CachedStream, write
 from metasae_lightning.data.stream import Batches, Stream
@@ -38,30 +38,32 @@ class ActivationsDataModule(LightningDataModule):
     ```
 
     Args:
-        language_model: The model and its hook.
+        language_model: The model and its hook or hooks.
         corpus: The text.
-        tokens: Budget of training tokens, over all ranks.
-        batch_size: Tokens of a batch, on each rank.
-        context_size: Tokens that the model sees at once, BOS included.
-        buffer_size: Tokens in the shuffle buffer.
-        held_out: Share of the documents for validation, and the same share for test.
-        validation_tokens: Tokens of a validation, over all ranks.
-        test_tokens: Tokens of a test, over all ranks.
+        tokens: Number of training tokens, over all ranks.
+        batch_size: Tokens in a batch, on each rank.
+        context_size: Tokens in a context of the model, BOS included.
+        buffer_size: Number of tokens that are shuffled among each other.
+        held_out: Fraction of the documents held out for validation; the same fraction again is held out for the test.
+        validation_tokens: Tokens in a validation, over all ranks.
+        test_tokens: Tokens in a test, over all ranks.
         prepend_bos: Whether each context begins with BOS.
-        skip_positions: How many positions at the start of each context, BOS included, are not trained on. Attention sinks sit there:
-            a few tokens of a hundred times the median norm that would make up most of the variance.
-        max_norm_ratio: Rows with a norm above this many times their batch's median are left out; None keeps all.
-        forward_batch: Contexts of a forward pass of the model.
-        seed: Seed of the order of documents and of the shuffle.
-        exhausted: What happens when the documents are exhausted: another `epoch` in another order, or the `end` of the run.
-        cross_document_attention: Whether tokens attend to earlier documents of their context. Without it they attend to their own
-            and to BOS, if the backend can mask; otherwise a warning is printed and they attend to all.
+        skip_positions: Number of positions at the start of each context, BOS included, that are not trained on. Attention sinks are there:
+            a few tokens with a hundred times the median norm, which would be most of the variance.
+        max_norm_ratio: Leave out of a batch each row whose norm exceeds the batch's median norm times this number; none keeps all rows.
+        forward_batch: Contexts in one forward pass of the model.
+        seed: Seed of the order of the documents and of the shuffle.
+        exhausted: After the last document of the split, `epoch` reads them again in another order and `end` ends the run.
+        cross_document_attention: Whether tokens attend to earlier documents in their context. If not, they attend to their own document
+            and to BOS. A backend that cannot mask attention attends to all of the context, with a warning.
         buffer_dtype: Data type of the shuffle buffer; batches are float32.
-        buffer_device: Device of the buffer: that of the `model`, or `cpu`, in pinned memory if a GPU is used.
-        checkpoint_buffer: What checkpoints hold: the position of the buffer's `tokens`, to run them again, or its `activations`.
-        prefetch: Batches that a thread makes ahead; by default 2 if the model or the SAE is on a GPU, else 0.
-        stall_seconds: Longest wait for a corpus that yields nothing.
-        cache: Folder written by `metasae cache` or SAELens's CacheActivationsRunner; activations are read from it without the model.
+        buffer_device: Device of the shuffle buffer: that of the `model`, or the `cpu`, in pinned memory where there is a GPU.
+        checkpoint_buffer: With `tokens`, a resumed run fills the buffer by running the model on its tokens again. With `activations`,
+            checkpoints contain the buffer.
+        prefetch: Number of batches that a thread prepares ahead; none is 2 where the model or the SAE is on a GPU, and 0 on a CPU, where
+            the thread would compete with training for cores.
+        stall_seconds: Longest time to wait for the corpus, in seconds.
+        cache: Folder written by `metasae cache` or by SAELens's CacheActivationsRunner. Activations are read from it, and no model is run.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class ActivationsDataModule(LightningDataModule):
         self.checkpoint_buffer = checkpoint_buffer
         self.prefetch = prefetch
         self.stall_seconds = stall_seconds
-        # Refuse wrong numbers before a model is loaded.
+        # Wrong numbers are refused before a model is loaded.
         self.batching = Batching(
             batch_size=batch_size,
             context_size=context_size,
@@ -117,19 +119,19 @@ class ActivationsDataModule(LightningDataModule):
         )
         self.cache = None if cache is None else ActivationCache(cache)
         self.reading_cache = True
-        self._told = False
-        self._restored: list[dict[str, Any]] = []
-        self._train: Stream | None = None
-        _check(self.batching, tokens, prefetch, stall_seconds)
+        self._warned = False
+        self._saved_states: list[dict[str, Any]] = []
+        self._train_stream: Stream | None = None
+        check_numbers(self.batching, tokens, prefetch, stall_seconds)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the model up to the hook, or open the cache."""
+        """Load the language model up to its last hook, or open the cache."""
         if self.cache is not None and self.reading_cache:
             try:
                 tokenizer = fingerprint(self.language_model.load_tokenizer())
-            except InputError:  # a cache needs no model; ours records the special tokens
+            except InputError:  # the model may be absent: our cache records its special tokens
                 tokenizer = None
-            self.cache.open(self.identity(), self.language_model.hooks, tokenizer)
+            self.cache.open(self.activations_description(), self.language_model.hooks, tokenizer)
             return
         if (strategy := self._strategy) is not None:
             self.language_model.set_device(device.assign_device(self.language_model.requested_device, strategy))
@@ -140,161 +142,158 @@ class ActivationsDataModule(LightningDataModule):
             check_held_out(self.corpus, self.batching.held_out, seed=seed, ranks=ranks, stall_seconds=self.stall_seconds)
 
     def _warn_once(self) -> None:
-        if self._told:
+        """Warn, at the first setup, of attention across documents and of a run without held-out text."""
+        if self._warned:
             return
-        self._told, name = True, self.language_model.name
-        ends = self.language_model.tokenizer.eos_token_id is not None
+        self._warned, name = True, self.language_model.name
+        has_eos = self.language_model.tokenizer.eos_token_id is not None
         if not (
-            self.batching.cross_document_attention or (ends and self.language_model.can_separate_documents(self.batching.context_size))
+            self.batching.cross_document_attention or (has_eos and self.language_model.can_separate_documents(self.batching.context_size))
         ):
-            why = "" if ends else ", since its tokenizer has no EOS to end documents with"
+            reason = "" if has_eos else ", since its tokenizer has no EOS to end documents with"
             rank_zero_warn(
-                f"{name} cannot be kept from attending across the documents of a context{why}: it does "
+                f"{name} cannot be kept from attending across the documents of a context{reason}: it does "
                 "(cross_document_attention: true says that this is meant)"
             )
         if not self.batching.held_out:
             rank_zero_warn("held_out: 0 holds nothing out: no validation, and what is exported is not checked on fresh activations")
 
     def stream(self, split: Split, tokens: int) -> Stream:
-        """A new stream of this rank's share of a split's tokens."""
+        """A new stream of this rank's part of `tokens` tokens of a split."""
         rank, world_size = rank_and_world_size(self)
-        # Shuffling matters for training only; elsewhere a small buffer saves memory.
+        # Only training needs a shuffle: in validation and test, a buffer larger than a batch would be a waste of memory.
         batching = self.batching if split == "train" else replace(self.batching, buffer_size=self.batching.batch_size)
-        where: dict[str, Any] = {"split": split, "tokens": tokens // world_size, "rank": rank, "world_size": world_size}
+        part = StreamSlice(split, tokens // world_size, rank, world_size, self.prefetch)
         if self.cache is not None and self.reading_cache:
-            return CachedStream(self.cache, batching, special=self._special, prefetch=self.prefetch or 0, **where)
+            return CachedStream(self.cache, batching, part, special=self._special)
         return ActivationStream(
             self.corpus,
             self.language_model,
             batching,
-            prefetch=self.prefetch,
+            part,
             buffer_device=self.buffer_device,
             checkpoint_buffer=self.checkpoint_buffer,
             stall_seconds=self.stall_seconds,
             home=None if self._strategy is None else self._strategy.root_device,
-            **where,
         )
 
     def train_dataloader(self) -> Iterable[Batch]:
-        """This rank's training batches, from the checkpoint's position on."""
-        self._train = self.stream("train", self.tokens)
+        """This rank's training batches, from the position of the checkpoint on where a run is resumed."""
+        self._train_stream = self.stream("train", self.tokens)
         self._restore()
-        return Batches(self._train)
+        return Batches(self._train_stream)
 
     def val_dataloader(self) -> Iterable[Batch]:
-        """Batches of validation documents; none if nothing is held out."""
+        """Batches of the validation split, or an empty list where no document is held out."""
         return self.stream("validation", self.validation_tokens) if self.batching.held_out else []
 
     def test_dataloader(self) -> Stream:
-        """Batches of test documents."""
+        """Batches of the test split."""
         if not self.batching.held_out:
             raise InputError("held_out: 0 leaves no document to test on")
         return self.stream("test", self.test_tokens)
 
     def teardown(self, stage: str) -> None:
-        """Stop the threads that make batches ahead."""
-        if self._train is not None:
-            self._train.close()
+        """Stop the thread that prepares training batches."""
+        if self._train_stream is not None:
+            self._train_stream.close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Stop the threads after an error or Ctrl-C."""
+        """Stop the thread also after an error or Ctrl-C."""
         self.teardown("fit")
 
     @property
     def widths(self) -> dict[str, int]:
-        """Width of each hook."""
+        """The width of the activations at each hook."""
         self.setup()
         return self.cache.widths if self.cache is not None and self.reading_cache else self.language_model.widths
 
     @property
     def d_in(self) -> int | None:
-        """Width of the activations, with a single hook."""
+        """The width of the activations where there is one hook, else None."""
         return next(iter(self.widths.values())) if len(self.widths) == 1 else None
 
     @property
     def features(self) -> Tensor | None:
-        """None: a language model's true features are unknown."""
+        """None: the true features of a language model are not known."""
         return None
 
-    def identity(self) -> dict[str, Any]:
-        """What a cache of these activations is a function of: everything but what comes after the model."""
-        shape = {name: getattr(self.batching, name) for name in CACHED}
-        return {"corpus": self.corpus.description(), **self.corpus.settings(), **self.language_model.description(), **shape}
+    def activations_description(self) -> dict[str, Any]:
+        """All settings that determine the activations in a cache: the corpus, the language model and the contexts."""
+        contexts = {name: getattr(self.batching, name) for name in CACHED}
+        return {"corpus": self.corpus.description(), **self.corpus.settings(), **self.language_model.description(), **contexts}
 
     def metadata(self, hook: str | None = None) -> dict[str, Any]:
-        """Metadata about the data for an exported SAE, by SAELens's names."""
-        b, hook = self.batching, hook or self.language_model.hooks[0]
-        if self.cache is not None and self.reading_cache:  # the model may not exist here
-            named = {"model_name": self.language_model.name, "hook_name": hook, "dataset_path": str(self.cache.path)}
-            return self.cache.record["about"][hook] if self.cache.ours else {**named, "context_size": b.context_size}
+        """Metadata for a published SAE of a hook: its model, data and context settings, under SAELens's names."""
+        batching, hook = self.batching, hook or self.language_model.hooks[0]
+        if self.cache is not None and self.reading_cache:  # the model may not be on this machine
+            metadata = {"model_name": self.language_model.name, "hook_name": hook, "dataset_path": str(self.cache.path)}
+            return self.cache.record["about"][hook] if self.cache.ours else {**metadata, "context_size": batching.context_size}
         self.language_model.load()
-        data: dict[str, Any] = {"dataset_path": self.corpus.description(), "context_size": b.context_size, "prepend_bos": b.prepend_bos}
-        data |= {"held_out": b.held_out, "max_norm_ratio": b.max_norm_ratio}  # not SAELens's names; used by evaluation
-        if b.skip_positions:
-            data["seqpos_slice"] = [b.skip_positions, None]
+        data: dict[str, Any] = {
+            "dataset_path": self.corpus.description(),
+            "context_size": batching.context_size,
+            "prepend_bos": batching.prepend_bos,
+        }
+        data |= {"held_out": batching.held_out, "max_norm_ratio": batching.max_norm_ratio}  # not SAELens's: for `metasae evaluate`
+        if batching.skip_positions:
+            data["seqpos_slice"] = [batching.skip_positions, None]
         return self.language_model.metadata(hook) | data | {"exclude_special_tokens": True, "sequence_separator_token": "eos"}
 
     def write_cache(self, *, shard_gib: float = 1.0, dtype: Literal["float32", "float16"] = "float32") -> None:
-        """Run the model over all splits and write its activations to the `cache` folder."""
+        """Run the model on the tokens of every split and write the activations to `cache`, as `dtype`, in files of `shard_gib` GiB."""
         if self.cache is None:
             raise InputError("cache: name the folder to write, --data.init_args.cache FOLDER")
         self.reading_cache = False
         self.setup()
         lm = self.language_model
-        # A cache holds each document once; epochs are made when reading.
+        # A cache contains each document once: its reader makes the later epochs.
         self.batching = replace(self.batching, exhausted="end")
         streams: dict[Split, Any] = {}
         for split, tokens in (("train", self.tokens), ("validation", self.validation_tokens), ("test", self.test_tokens)):
             if split != "train" and not self.batching.held_out:
                 continue
             streams[split] = self.stream(split, tokens)  # pyright: ignore[reportArgumentType]
-        about: dict[str, Any] = {hook: self.metadata(hook) for hook in lm.hooks}
-        identity = {**self.identity(), "tokenizer": fingerprint(lm.tokenizer)}
-        size = self.batching.context_size * lm.d_model * (4 if dtype == "float32" else 2)
-        contexts = max(1, int(shard_gib * 2**30) // size)
-        about["special"] = special_ids(lm.tokenizer)
-        write(self.cache.path, streams, identity, about, shard_contexts=contexts, dtype=dtype)
+        metadata: dict[str, Any] = {hook: self.metadata(hook) for hook in lm.hooks}
+        description = {**self.activations_description(), "tokenizer": fingerprint(lm.tokenizer)}
+        context_bytes = self.batching.context_size * lm.d_model * (4 if dtype == "float32" else 2)
+        contexts = max(1, int(shard_gib * 2**30) // context_bytes)
+        metadata["special"] = special_ids(lm.tokenizer)
+        write(self.cache.path, streams, description, metadata, shard_contexts=contexts, dtype=dtype)
 
     @property
     def _strategy(self) -> Any:
-        """The trainer's strategy, if there is a trainer."""
+        """The trainer's strategy, which knows the device of the SAEs, or None without a trainer."""
         return getattr(self.trainer, "strategy", None)
 
     @property
     def _special(self) -> list[int]:
+        """Ids of the special tokens in the cache."""
         assert self.cache is not None
         return self.cache.record["about"]["special"] if self.cache.ours else special_ids(self.language_model.load_tokenizer())
 
     def state_dict(self) -> dict[str, Any]:
-        """Positions of all ranks: a checkpoint is one file, and ranks read at different speeds."""
-        if self._train is None:
+        """The state of every rank's stream: a checkpoint is one file for all ranks, and they read different documents."""
+        if self._train_stream is None:
             return {}
-        own = self._train.state_dict()
-        if self._train.world_size == 1 or not torch.distributed.is_initialized():
-            return {"ranks": [own]}
-        places: list[Any] = [None] * self._train.world_size
-        torch.distributed.all_gather_object(places, own)
-        return {"ranks": places}
+        state = self._train_stream.state_dict()
+        if self._train_stream.part.world_size == 1 or not torch.distributed.is_initialized():
+            return {"ranks": [state]}
+        states: list[Any] = [None] * self._train_stream.part.world_size
+        torch.distributed.all_gather_object(states, state)
+        return {"ranks": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a state of the same or of another number of ranks."""
-        self._restored = state_dict.get("ranks", [])
-        if self._train is not None:
+        """Continue at the positions of the saved ranks, whose number may differ from that of this run."""
+        self._saved_states = state_dict.get("ranks", [])
+        if self._train_stream is not None:
             self._restore()
 
     def _restore(self) -> None:
-        if self._restored and self._train is not None:
-            if len(self._restored) == self._train.world_size:
-                self._train.load_state_dict(self._restored[self._train.rank])
+        """Load the saved states into the training stream, once there are both."""
+        if self._saved_states and self._train_stream is not None:
+            if len(self._saved_states) == self._train_stream.part.world_size:
+                self._train_stream.load_state_dict(self._saved_states[self._train_stream.part.rank])
             else:
-                self._train.load_elsewhere(self._restored)
-        self._restored = []
-
-
-def _check(batching: Batching, tokens: int, prefetch: int | None, stall_seconds: float) -> None:
-    if tokens < batching.batch_size:
-        raise InputError(f"tokens must fill a batch of {batching.batch_size}, got {tokens}")
-    if prefetch is not None and prefetch < 0:
-        raise InputError(f"prefetch must be at least 0, got {prefetch}")
-    if stall_seconds <= 0:
-        raise InputError(f"stall_seconds must be more than 0, got {stall_seconds}")
+                self._train_stream.load_other_world_size(self._saved_states)
+        self._saved_states = []

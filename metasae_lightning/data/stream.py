@@ -1,4 +1,4 @@
-"""The base class of streams: an iterator of batches whose position can be saved and restored anywhere."""
+"""The base class of streams of batches, whose position can be saved and restored after any batch."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from metasae_lightning.corpora.base import Split
 from metasae_lightning.corpora.prefetch import Producer
-from metasae_lightning.data.batching import Batching
-from metasae_lightning.data.masks import ordinary
-from metasae_lightning.data.shuffle import Turn, permutation, turns
+from metasae_lightning.data.batching import Batching, StreamSlice
+from metasae_lightning.data.masks import within_norm
+from metasae_lightning.data.shuffle import BatchMove, batch_moves, permutation
 from metasae_lightning.errors import InputError
 from metasae_lightning.step import Batch
 
@@ -22,110 +21,123 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Handed:
-    """A batch with the state after it."""
+class PreparedBatch:
+    """A batch that the caller has not received yet."""
 
     batch: Batch
     """The batch."""
-    after: dict[str, Any]
-    """State to save in order to continue after it."""
+    next_position: dict[str, Any]
+    """The position of the stream after this batch."""
     ready: Any = None
-    """CUDA event after which the batch may be read, if another CUDA stream made it."""
+    """The CUDA event to wait for before the batch is read, where it was made on another CUDA stream; else None."""
 
 
 class Stream(ABC):
-    """Batches that are determined by the arguments, and a position among them.
+    """An iterator over one rank's batches, which its arguments determine, and its position among them.
 
-    The state names a batch and the reading position for it. Batches that were made ahead but not used are made again.
+    The position is a dictionary that checkpoints hold:
+
+    - `batches`: number of batches that the caller has received.
+    - `origin`: number of batches received when the number of ranks last changed; 0 in a run that never changed it.
+    - `base`: position in the data at which reading began after that change; None is the beginning.
+    - `cursor`: position in the data from which the rows of the next batches are read again.
+    - `reached`: position in the data after everything that was read.
+
+    Batches that were prepared and not received are not part of the position: a restored stream prepares them again.
+
+    Args:
+        batching: Settings of the batches.
+        part: The part of the data that this rank reads.
+        prefetch: Number of batches that a thread prepares ahead, where `part` leaves it open.
     """
 
-    def __init__(self, batching: Batching, *, split: Split, tokens: int, rank: int, world_size: int, prefetch: int):
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise InputError(f"rank must be in [0, {world_size}), got {rank}")
-        if tokens < batching.batch_size:
-            raise InputError(f"tokens must fill a batch of {batching.batch_size}, got {tokens} a rank for {split}")
-        self.batching, self.tokens, self.rank, self.world_size, self.prefetch = batching, tokens, rank, world_size, prefetch
-        self.split: Split = split
+    def __init__(self, batching: Batching, part: StreamSlice, *, prefetch: int = 0):
+        if part.tokens < batching.batch_size:
+            raise InputError(f"tokens must fill a batch of {batching.batch_size}, got {part.tokens} a rank for {part.split}")
+        self.batching, self.part = batching, part
+        self.prefetch = prefetch if part.prefetch is None else part.prefetch
         self._start: dict[str, Any] = {"batches": 0, "origin": 0, "base": None, "cursor": None, "reached": None}
-        self._place = self._start
-        self._making: Producer[Handed] | Generator[Handed, None, None] | None = None
+        self._position = self._start
+        self._source: Producer[PreparedBatch] | Generator[PreparedBatch, None, None] | None = None
         self._length: int | None = None
 
     @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """Everything that determines the batches."""
+    def description(self) -> dict[str, Any]:
+        """All settings that determine the batches; a checkpoint can be resumed only with the same."""
 
     @abstractmethod
-    def _batches(self, place: dict[str, Any]) -> Generator[Handed, None, None]:
-        """All batches from a position on."""
+    def _batches(self, position: dict[str, Any]) -> Generator[PreparedBatch, None, None]:
+        """Every batch after a position."""
 
     @abstractmethod
     def _available(self, base: dict[str, Any] | None) -> int:
-        """Number of rows before the corpus is exhausted, counted from `base`, up to the budget; the same on every rank."""
+        """Number of rows from `base` to the end of the data, at most the budget of tokens; the smallest number of any rank."""
 
     def __len__(self) -> int:
-        """Number of whole batches in the budget, or in the corpus if it ends first."""
+        """Number of whole batches in the budget of tokens, or in the data where they end first and `exhausted` is `end`."""
         if self._length is None:
-            self._length = self.tokens // self.batching.batch_size
+            self._length = self.part.tokens // self.batching.batch_size
             if self.batching.exhausted == "end":
-                held = self._place["origin"] + self._available(self._place["base"]) // self.batching.batch_size
-                if held < self._length:
-                    log.warning("the %s split ends after %d of %d batches", self.split, held, self._length)
-                if not held:
-                    raise InputError(f"corpus: the {self.split} split does not fill one batch of {self.batching.batch_size} tokens")
-                self._length = min(self._length, held)
+                available = self._position["origin"] + self._available(self._position["base"]) // self.batching.batch_size
+                if available < self._length:
+                    log.warning("the %s split ends after %d of %d batches", self.part.split, available, self._length)
+                if not available:
+                    raise InputError(f"corpus: the {self.part.split} split does not fill one batch of {self.batching.batch_size} tokens")
+                self._length = min(self._length, available)
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        # A held-out pass that was cut short must not shift the next one.
-        if self.split != "train" or self._place["batches"] >= len(self):
-            self._place = self._start
-        made = self._batches(self._place)
-        self._making = made = Producer(made, ahead=self.prefetch, name=f"the {self.split} stream") if self.prefetch else made
+        # Every validation and test reads the same tokens, also after one that was stopped early.
+        if self.part.split != "train" or self._position["batches"] >= len(self):
+            self._position = self._start
+        source = self._batches(self._position)
+        self._source = source = Producer(source, ahead=self.prefetch, name=f"the {self.part.split} stream") if self.prefetch else source
         try:
-            for handed in made:
-                if handed.ready is not None:
-                    here = torch.cuda.current_stream(handed.batch.activations.device)
-                    here.wait_event(handed.ready)
-                    handed.batch.activations.record_stream(here)
-                self._place = handed.after
-                yield handed.batch
-            self._place = self._start
+            for prepared in source:
+                if prepared.ready is not None:
+                    cuda_stream = torch.cuda.current_stream(prepared.batch.activations.device)
+                    cuda_stream.wait_event(prepared.ready)
+                    prepared.batch.activations.record_stream(cuda_stream)
+                self._position = prepared.next_position
+                yield prepared.batch
+            self._position = self._start
         finally:
-            made.close()
-            self._making = None
+            source.close()
+            self._source = None
 
     def close(self) -> None:
-        """Stop reading and making batches ahead."""
-        if self._making is not None:
-            self._making.close()
+        """Stop reading, and stop the thread that prepares batches."""
+        if self._source is not None:
+            self._source.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position among the batches, and a description of the stream."""
-        return {**self._place, "stream": self.identity(), "length": len(self)}
+        """The position, the description of this stream, and its number of batches."""
+        return {**self._position, "stream": self.description(), "length": len(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the state of an equal stream."""
-        self._check(state)
-        self._place = {key: value for key, value in state.items() if key not in ("stream", "length")}
+        """Continue at the position of a stream that had the same description."""
+        self._check_description(state)
+        self._position = {key: value for key, value in state.items() if key not in ("stream", "length")}
         self._length = None
         self._check_length(state)
 
     @abstractmethod
-    def load_elsewhere(self, states: list[dict[str, Any]]) -> None:
-        """Continue from states of another number of ranks, after everything that any of them has read, and warn about what differs."""
+    def load_other_world_size(self, states: list[dict[str, Any]]) -> None:
+        """Continue at the positions of another number of ranks, after all data that any of them has read; warns that batches differ."""
 
-    def _check(self, state: dict[str, Any], but: tuple[str, ...] = ()) -> None:
-        own, other = self.identity(), state["stream"]
-        differing = [
-            f"{key}: {other.get(key)} then, {own.get(key)} now" for key in own if key not in but and own.get(key) != other.get(key)
-        ]
+    def _check_description(self, state: dict[str, Any], ignored: tuple[str, ...] = ()) -> None:
+        """Refuse a state of a stream whose description differs, except in the `ignored` keys."""
+        now, then = self.description(), state["stream"]
+        differing = [f"{key}: {then.get(key)} then, {now[key]} now" for key in now if key not in ignored and now[key] != then.get(key)]
         if differing:
             raise InputError(f"the checkpoint's data cannot be continued with other arguments ({'; '.join(differing)})")
 
     def _check_length(self, state: dict[str, Any]) -> None:
-        """Refuse a changed length inside the last, shorter block: its shuffle depends on its length, so rows would repeat."""
-        size, block, length = self.batching.batch_size, self.batching.block, state["length"]
+        """Refuse another budget where the state is in the last block and that block is not full.
+
+        Its rows are shuffled among each other. With another budget, the block would have other rows, and some rows would come twice.
+        """
+        size, block, length = self.batching.batch_size, self.batching.block_size, state["length"]
         total, done = (length - state["origin"]) * size, (state["batches"] - state["origin"]) * size
         if done % block and done // block == total // block and length != len(self):
             raise InputError(
@@ -133,25 +145,32 @@ class Stream(ABC):
                 f"it goes on to {length * size:,} a rank, got {len(self) * size:,}"
             )
 
-    def _turns(self, place: dict[str, Any], start: int) -> tuple[int, Iterator[Turn]]:
-        """Number of the first row to read, and the moves from its block on, for batch `start`."""
-        size, block = self.batching.batch_size, self.batching.block
-        total = (len(self) - place["origin"]) * size
-        first = start * size // block
-        key = f"{self.batching.seed}/{self.split}/{self.rank}/{self.world_size}/{place['origin']}"
-        return first * block, turns(block, total, first=first, batch=size, order=lambda at, length: permutation(f"{key}/{at}", length))
+    def _moves(self, position: dict[str, Any], start: int) -> tuple[int, Iterator[BatchMove]]:
+        """The number of the first row to read, and the moves from its block on, so that batch `start` after the origin can be made."""
+        size, block_size, part = self.batching.batch_size, self.batching.block_size, self.part
+        total = (len(self) - position["origin"]) * size
+        first_block = start * size // block_size
+        key = f"{self.batching.seed}/{part.split}/{part.rank}/{part.world_size}/{position['origin']}"
+
+        def order(block: int, length: int) -> Int[Tensor, " row"]:
+            return permutation(f"{key}/{block}", length)
+
+        return first_block * block_size, batch_moves(block_size, total, first_block=first_block, batch_size=size, order=order)
 
     def _batch(self, rows: Float[Tensor, "row d_model"], hooks: dict[str, int]) -> Batch:
-        """The batch without attention sinks. It gets shorter instead of refilled, so later rows do not depend on norms."""
+        """A batch of these rows without attention sinks. It is shorter then: the rows of later batches do not depend on norms."""
         batch = Batch(rows.float(), hooks)
         if self.batching.max_norm_ratio is None:
             return batch
-        kept = [ordinary(batch.select_hook(hook).activations, self.batching.max_norm_ratio) for hook in hooks]
-        return Batch(batch.activations[torch.stack(kept).all(0)], hooks)
+        masks = [within_norm(batch.select_hook(hook).activations, self.batching.max_norm_ratio) for hook in hooks]
+        return Batch(batch.activations[torch.stack(masks).all(0)], hooks)
 
 
 class Batches:
-    """A stream as Lightning's loop sees it, without a state: the data module saves the state."""
+    """A stream as Lightning's loop sees it, without a state of its own.
+
+    Lightning saves the state of a loader in the checkpoint. The data module already saves the state of the stream.
+    """
 
     def __init__(self, stream: Stream):
         self._stream = stream
@@ -163,8 +182,8 @@ class Batches:
         return iter(self._stream)
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty; its existence tells Lightning that the stream can resume in the middle of an epoch."""
+        """An empty state. Lightning resumes within an epoch only if the loader has this method."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See above."""
+        """Ignore the state: the data module restores the stream."""

@@ -1,4 +1,4 @@
-"""Activations of SAELens's synthetic model, whose true features are known: the stream and its DataModule."""
+"""Activations of SAELens's synthetic model, whose true features are known: the stream and the Lightning data module."""
 
 import hashlib
 from collections.abc import Iterator
@@ -17,35 +17,36 @@ from metasae_lightning.step import Batch, Codes
 
 
 def _seed(*parts: Any) -> int:
+    """A random seed that depends on these values alone."""
     return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=7).digest(), "big")
 
 
 def plant(config: SyntheticModelConfig, *, shared_subspaces: int = 0, sharing: float = 0.5, seed: int = 0) -> SyntheticModel:
     """SAELens's synthetic model, with features that overlap by construction where `shared_subspaces = s > 0`.
 
-    The direction of feature j is then `f_j = unit(own_j + sharing * common_a(j))` with `own_j` as SAELens made it and
-    `common_1 .. common_s` random unit directions dealt evenly to the features: the ground truth of what a decomposability penalty
-    should see through. For independent directions in many dimensions, features of one subspace have cosine
-    `sharing^2 / (1 + sharing^2)`. `seed` is the model's where its config has none.
+    The direction of feature j is then `f_j = unit(own_j + sharing * common_a(j))`. `own_j` is SAELens's direction. `common_1 .. common_s`
+    are random unit directions; each belongs to equally many features. These common parts are what a decomposability penalty should
+    find. For independent directions in many dimensions, two features with the same common direction have cosine
+    `sharing^2 / (1 + sharing^2)`. `seed` is the model's seed where its config has none.
     """
     if shared_subspaces < 0:
         raise InputError(f"shared_subspaces must be 0 or more, got {shared_subspaces}")
     # Without a seed SAELens uses the global random state.
     config = config if config.seed is not None else replace(config, seed=seed)
-    # SAELens orthogonalises by gradient descent, also under no_grad.
+    # SAELens orthogonalises by gradient descent, and this function may be called without gradients.
     with torch.inference_mode(False), torch.enable_grad():
         model = SyntheticModel(config).requires_grad_(False)
     if shared_subspaces:
         vectors = model.feature_dict.feature_vectors
-        vectors.copy_(_sharing(vectors, shared_subspaces, sharing, _seed("subspaces", config.seed)))
+        vectors.copy_(_add_common_directions(vectors, shared_subspaces, sharing, _seed("subspaces", config.seed)))
     return model
 
 
 class SyntheticStream:
-    """Batches of a synthetic model; batch `i` depends on `(seed, split, rank, i)` alone, so the state is an index.
+    """Batches of a synthetic model. Batch `i` depends on `(seed, split, rank, i)` alone, so the state is one number.
 
-    Held-out batches include the firings of the true features. Training batches do not, since extracting firings costs up to half as
-    much as drawing the batch.
+    Held-out batches also contain the activations of the true features. Training batches do not: no one reads them there, and to make them
+    sparse takes up to half the time of a batch.
     """
 
     def __init__(self, model: SyntheticModel, *, split: str = "train", tokens: int, batch_size: int, seed: int = 0, rank: int = 0):
@@ -57,47 +58,48 @@ class SyntheticStream:
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
-        self._given = 0
+        self._n_received = 0
 
     @property
     def features(self) -> Float[Tensor, "feature d_in"]:
-        """Unit directions of the true features."""
+        """The directions of the true features, of unit norm."""
         return self.model.feature_dict.feature_vectors.detach()
 
     def __len__(self) -> int:
-        """Number of whole batches in the budget."""
+        """Number of whole batches in the budget of tokens."""
         return self.tokens // self.batch_size
 
     def batch(self, index: int) -> Batch:
-        """Batch `index`."""
+        """Batch number `index`; it does not depend on the batches before it."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(self.seed, self.split, self.rank, index))
             activations, firings = self.model.sample_with_features(self.batch_size)
         return Batch(activations.float(), features=None if self.split == "train" else Codes.from_dense(firings))
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.split != "train" or self._given >= len(self):
-            self._given = 0
-        while self._given < len(self):
-            self._given += 1
-            yield self.batch(self._given - 1)
-        self._given = 0
+        if self.split != "train" or self._n_received >= len(self):
+            self._n_received = 0
+        while self._n_received < len(self):
+            self._n_received += 1
+            yield self.batch(self._n_received - 1)
+        self._n_received = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of batches that were used."""
-        return {"batches": self._given}
+        """The number of batches that the caller has received."""
+        return {"batches": self._n_received}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at a saved index."""
-        self._given = int(state["batches"])
+        """Continue after the batches that another stream gave."""
+        self._n_received = int(state["batches"])
 
 
-def _sharing(own: Float[Tensor, "feature d_in"], subspaces: int, sharing: float, seed: int) -> Float[Tensor, "feature d_in"]:
+def _add_common_directions(own: Float[Tensor, "feature d_in"], subspaces: int, sharing: float, seed: int) -> Float[Tensor, "feature d_in"]:
+    """The directions `unit(own_j + sharing * common_a(j))` for `subspaces` random common directions."""
     generator = torch.Generator().manual_seed(seed)
     common = torch.nn.functional.normalize(torch.randn(subspaces, own.shape[1], generator=generator), dim=-1)
-    # Assigned evenly in random order, so that every direction has at least two features.
-    dealt = torch.randperm(len(own), generator=generator) % subspaces
-    return torch.nn.functional.normalize(own + sharing * common[dealt].to(own), dim=-1)
+    # In random order but in equal numbers, so that each common direction has at least two features where the numbers allow it.
+    assigned = torch.randperm(len(own), generator=generator) % subspaces
+    return torch.nn.functional.normalize(own + sharing * common[assigned].to(own), dim=-1)
 
 
 class SyntheticDataModule(LightningDataModule):
@@ -118,13 +120,13 @@ class SyntheticDataModule(LightningDataModule):
     ```
 
     Args:
-        model: SAELens's config of the planted model.
-        tokens: Budget of training tokens, over all ranks.
-        batch_size: Tokens of a batch, on each rank.
-        validation_tokens: Tokens of a validation, over all ranks.
-        test_tokens: Tokens of a test, over all ranks.
-        shared_subspaces: Number of common directions, each shared by several features; 0 keeps SAELens's features.
-        sharing: Length of the common direction beside a feature's own unit direction.
+        model: SAELens's config of the synthetic model.
+        tokens: Number of training tokens, over all ranks.
+        batch_size: Tokens in a batch, on each rank.
+        validation_tokens: Tokens in a validation, over all ranks.
+        test_tokens: Tokens in a test, over all ranks.
+        shared_subspaces: Number of common directions that the features share; 0 leaves the features as SAELens makes them.
+        sharing: Length of the common direction that is added to a feature's own unit direction.
         seed: Seed of the batches, and of the model where its config has none.
     """
 
@@ -149,53 +151,56 @@ class SyntheticDataModule(LightningDataModule):
         self.shared_subspaces = shared_subspaces
         self.sharing = sharing
         self.seed = seed
-        self._planted = plant(model, shared_subspaces=shared_subspaces, sharing=sharing, seed=seed)
-        self._train = self.stream("train", tokens)
+        self._model = plant(model, shared_subspaces=shared_subspaces, sharing=sharing, seed=seed)
+        self._train_stream = self.stream("train", tokens)
 
     def stream(self, split: Split, tokens: int) -> SyntheticStream:
-        """A new stream of this rank's share of a split's tokens."""
+        """A new stream of this rank's part of `tokens` tokens of a split."""
         rank, world_size = rank_and_world_size(self)
-        return SyntheticStream(
-            self._planted, split=split, tokens=tokens // world_size, batch_size=self.batch_size, seed=self.seed, rank=rank
-        )
+        return SyntheticStream(self._model, split=split, tokens=tokens // world_size, batch_size=self.batch_size, seed=self.seed, rank=rank)
 
     def train_dataloader(self) -> SyntheticStream:
-        state = self._train.state_dict()
-        self._train = self.stream("train", self.tokens)
-        self._train.load_state_dict(state)
-        return self._train
+        """This rank's training batches, from the position of the checkpoint on where a run is resumed."""
+        state = self._train_stream.state_dict()
+        self._train_stream = self.stream("train", self.tokens)
+        self._train_stream.load_state_dict(state)
+        return self._train_stream
 
     def val_dataloader(self) -> SyntheticStream:
+        """Batches of the validation split."""
         return self.stream("validation", self.validation_tokens)
 
     def test_dataloader(self) -> SyntheticStream:
+        """Batches of the test split."""
         return self.stream("test", self.test_tokens)
 
     @property
     def widths(self) -> dict[str, int]:
-        """Width of the activations, by hook."""
+        """The width of the activations, under the hook name `synthetic`."""
         return {"synthetic": self.d_in}
 
     @property
     def d_in(self) -> int:
-        """Width of the activations."""
+        """The width of the activations."""
         return self.model.hidden_dim
 
     @property
     def features(self) -> Tensor | None:
-        """Directions of the true features, one row each."""
-        return self._planted.feature_dict.feature_vectors
+        """The directions of the true features, one in each row."""
+        return self._model.feature_dict.feature_vectors
 
     def metadata(self, hook: str | None = None) -> dict[str, Any]:
-        """Metadata about the data for an exported SAE, by SAELens's names."""
-        planted = f"sae_lens synthetic model of {self.model.num_features} features"
-        return {"model_name": planted, "dataset_path": planted, "hook_name": "synthetic"}
+        """Metadata for a published SAE: the model and the data, under SAELens's names."""
+        name = f"sae_lens synthetic model of {self.model.num_features} features"
+        return {"model_name": name, "dataset_path": name, "hook_name": "synthetic"}
 
     def state_dict(self) -> dict[str, Any]:
-        return self._train.state_dict()
+        """The number of training batches received, which is the same on all ranks."""
+        return self._train_stream.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._train.load_state_dict(state_dict)
+        """Continue after the training batches that the saved run received."""
+        self._train_stream.load_state_dict(state_dict)
 
 
 def rank_and_world_size(module: LightningDataModule) -> tuple[int, int]:

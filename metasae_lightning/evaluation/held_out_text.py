@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metasae_lightning.data.activation_stream import ActivationStream
-from metasae_lightning.data.forward_passes import Rows
-from metasae_lightning.data.masks import number_documents, ordinary
+from metasae_lightning.data.forward_passes import RowReader
+from metasae_lightning.data.masks import number_documents, within_norm
 from metasae_lightning.data.synthetic import SyntheticStream
 from metasae_lightning.evaluation.result_cache import hash_weights
 
@@ -52,7 +52,7 @@ def stream_cache_key(stream: Any) -> dict[str, Any]:
     if isinstance(stream, SyntheticStream):
         planted = hash_weights({"features": stream.features, "first": stream.batch(0).activations})
         return {"planted": planted, "split": stream.split, "seed": stream.seed, "batch_size": stream.batch_size}
-    return stream.identity()
+    return stream.description()
 
 
 def json_values(settings: dict[str, Any]) -> dict[str, Any]:
@@ -66,25 +66,26 @@ def split_stream(data: Any, split: str, tokens: int) -> Any:
 
 
 def _text_passages(stream: ActivationStream, tokens: int) -> Iterator[Passage]:
-    rows, number, document = stream.rows(), 0, 0
+    rows, number, document = stream.row_reader(), 0, 0
     try:
-        while rows.number < tokens and (context_and_mask := rows.take()) is not None:
-            rows.forget(rows.number // stream.batching.block)
+        while rows.number < tokens and (context_and_mask := rows.next_pass()) is not None:
+            rows.forget_before(rows.number // stream.batching.block_size)
             context, keep = context_and_mask
-            documents, document = number_documents(context, rows.separator, begun=rows.begun, first=document)
-            yield Passage(number, context, documents, rows.visible(context), _reader(rows, context, keep, stream.batching.max_norm_ratio))
+            documents, document = number_documents(context, rows.separator, starts_with_bos=rows.starts_with_bos, first=document)
+            reader = _reader(rows, context, keep, stream.batching.max_norm_ratio)
+            yield Passage(number, context, documents, rows.attention_mask(context), reader)
             number += 1
     finally:
         rows.close()
 
 
-def _reader(rows: Rows, tokens: Tensor, keep: Tensor, max_norm_ratio: float | None) -> Read:
+def _reader(rows: RowReader, tokens: Tensor, keep: Tensor, max_norm_ratio: float | None) -> Read:
     def read() -> tuple[Tensor, Tensor]:
         activations, counted = rows.forward(tokens)[keep.to(rows.language_model.device)], keep.clone()
         if max_norm_ratio is not None:
-            within_norm = ordinary(activations, max_norm_ratio)
-            counted[keep] = within_norm.cpu()
-            activations = activations[within_norm]
+            ordinary = within_norm(activations, max_norm_ratio)
+            counted[keep] = ordinary.cpu()
+            activations = activations[ordinary]
         return activations, counted
 
     return read

@@ -9,8 +9,8 @@ import torch
 
 from metasae_lightning.corpora import split_of
 from metasae_lightning.data.activation_stream import ActivationStream
-from metasae_lightning.data.batching import Batching
-from metasae_lightning.data.masks import own_document
+from metasae_lightning.data.batching import Batching, StreamSlice
+from metasae_lightning.data.masks import document_mask
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import HuggingFaceLM, TransformerLensLM
 from tests.data.test_stream import batches, rows, same, stream, texts_of
@@ -50,7 +50,7 @@ def test_a_document_does_not_see_the_one_before_it(folders, architecture):
     assert model.can_separate_documents(9)
     # BOS, a document of three tokens and its EOS, one of four: the same second document behind two different first ones.
     one, two = torch.tensor([[0, 9, 8, 7, 1, 20, 21, 22, 23]]), torch.tensor([[0, 30, 31, 32, 1, 20, 21, 22, 23]])
-    apart = [model.activations(tokens, own_document(tokens, 1, begun=True))[0] for tokens in (one, two)]
+    apart = [model.activations(tokens, document_mask(tokens, 1, starts_with_bos=True))[0] for tokens in (one, two)]
     together = [model.activations(tokens)[0] for tokens in (one, two)]
     torch.testing.assert_close(apart[0][5:], apart[1][5:])
     assert not torch.allclose(together[0][5:], together[1][5:], atol=1e-2)
@@ -121,7 +121,7 @@ def test_restoring_reads_no_document_twice_before_its_block(lm):
         tokenised = 0
 
     texts = Counted(documents())
-    made = ActivationStream(texts, lm, Batching(16, 12, 32, 0.0, forward_batch=3), tokens=3200)
+    made = ActivationStream(texts, lm, Batching(16, 12, 32, 0.0, forward_batch=3), StreamSlice("train", 3200))
     iterator = iter(made)
     list(islice(iterator, 190))
     state = made.state_dict()
@@ -197,7 +197,7 @@ def test_other_numbers_of_ranks_go_on_behind_everything_read(lm, recorded, caplo
     given = 0
     for rank in range(after):
         ours = stream(lm, texts, rank=rank, world_size=after, tokens=16 * 120 // after)
-        ours.load_elsewhere(states)
+        ours.load_other_world_size(states)
         given += len(batches(ours)) * 16
     went_on = texts_of(recorded, lm)
     assert read and went_on and read.isdisjoint(went_on)

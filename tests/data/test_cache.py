@@ -22,6 +22,8 @@ from sae_lens.training.activations_store import ActivationsStore
 from metasae_lightning.cli import main
 from metasae_lightning.corpora import TextFiles
 from metasae_lightning.data import ActivationsDataModule
+from metasae_lightning.data.batching import StreamSlice
+from metasae_lightning.data.cached_stream import CachedStream
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import HuggingFaceLM
 from tests.helpers.models import save_model
@@ -86,8 +88,8 @@ def test_a_cached_stream_is_restored_and_divided(place: Path, cache: Path):
     def stream(rank: int = 0, world: int = 1, tokens: int = 640) -> Any:
         module = data(place, cache, skip_positions=6)
         module.setup()
-        whole = module.stream("train", tokens)
-        return type(whole)(whole.cache, whole.batching, tokens=tokens // world, special=whole.special, rank=rank, world_size=world)
+        whole: Any = module.stream("train", tokens)
+        return CachedStream(whole.cache, whole.batching, StreamSlice("train", tokens // world, rank, world), special=whole.special)
 
     whole = [batch.activations for batch in stream()]
     early, late = stream(), stream()
@@ -99,7 +101,7 @@ def test_a_cached_stream_is_restored_and_divided(place: Path, cache: Path):
     parts = [{row.numpy().tobytes() for batch in stream(rank, 2) for row in batch.activations} for rank in range(2)]
     assert len(parts[0]) > 200 and not parts[0] & parts[1]
     on_two = stream(1, 2, tokens=448)
-    on_two.load_elsewhere([state])
+    on_two.load_other_world_size([state])
     rest = {row.numpy().tobytes() for batch in on_two for row in batch.activations}
     assert len(rest) > 90 and not rest & {row.numpy().tobytes() for batch in whole[:17] for row in batch}
 
@@ -126,9 +128,9 @@ def test_saelens_reads_what_was_written(place: Path, cache: Path):
     assert tokens is not None and rows.shape == (48, 32)
     module = data(place)
     module.setup()
-    first, _ = module.stream("train", 1600).rows().take()  # type: ignore[attr-defined]
+    first, _ = module.stream("train", 1600).row_reader().next_pass()  # type: ignore[attr-defined]
     assert torch.equal(tokens.view(4, 12)[:3].long(), first)
-    assert torch.equal(rows.view(4, 12, 32)[:3], module.stream("train", 1600).rows().forward(first))  # type: ignore[attr-defined]
+    assert torch.equal(rows.view(4, 12, 32)[:3], module.stream("train", 1600).row_reader().forward(first))  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import torch
 
 from metasae_lightning.corpora import split_of
 from metasae_lightning.data.activation_stream import ActivationStream
-from metasae_lightning.data.batching import Batching
-from metasae_lightning.data.masks import content
+from metasae_lightning.data.batching import Batching, StreamSlice
+from metasae_lightning.data.masks import trainable_tokens
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import HuggingFaceLM
 from tests.helpers.models import Texts, documents, save_model
@@ -37,9 +37,10 @@ def recorded(lm, monkeypatch):
 
 
 def stream(lm, texts=None, **changes) -> ActivationStream:
-    given = {**SIZES, **changes}
-    batching = Batching(**{name: given.pop(name) for name in list(given) if name in Batching.__dataclass_fields__})
-    return ActivationStream(Texts(documents() if texts is None else texts), lm, batching, **given)
+    arguments = {"split": "train", **SIZES, **changes}
+    batching = Batching(**{name: arguments.pop(name) for name in list(arguments) if name in Batching.__dataclass_fields__})
+    part = StreamSlice(**{name: arguments.pop(name) for name in list(arguments) if name in StreamSlice.__dataclass_fields__})
+    return ActivationStream(Texts(documents() if texts is None else texts), lm, batching, part, **arguments)
 
 
 def batches(stream, count=None):
@@ -78,7 +79,7 @@ def test_the_global_random_state_is_neither_read_nor_moved(lm):
 def test_every_row_is_handed_out_once_and_shuffled(lm, recorded):
     given = torch.cat(batches(stream(lm)))
     special = torch.tensor(lm.tokenizer.all_special_ids)
-    passes = [lm.activations(tokens)[content(tokens, special)] for tokens in list(recorded)]
+    passes = [lm.activations(tokens)[trainable_tokens(tokens, special)] for tokens in list(recorded)]
     expected = torch.cat(passes)[: len(given)]
     # Same multiset of rows as the model gave, in another order: the budget's last block is as short as the budget leaves it.
     assert sorted(row.numpy().tobytes() for row in given) == sorted(row.numpy().tobytes() for row in expected)
@@ -92,7 +93,7 @@ def test_no_more_forward_passes_than_the_budget_needs(lm, recorded):
     batches(stream(lm))
     # 3 contexts of 12 hold at most 33 tokens beside BOS; EOS between documents costs the rest.
     special = torch.tensor(lm.tokenizer.all_special_ids)
-    kept = [int(content(tokens, special).sum()) for tokens in recorded]
+    kept = [int(trainable_tokens(tokens, special).sum()) for tokens in recorded]
     assert sum(kept[:-1]) < 640 <= sum(kept)
 
 
@@ -120,7 +121,7 @@ def test_special_tokens_are_seen_by_the_model_and_never_in_batches(lm, recorded)
     seen = list(recorded)
     assert all((tokens[:, 0] == lm.tokenizer.bos_token_id).all() for tokens in seen)
     assert any((tokens == lm.tokenizer.eos_token_id).any() for tokens in seen)
-    of_special = rows([lm.activations(tokens)[~content(tokens, special)] for tokens in seen])
+    of_special = rows([lm.activations(tokens)[~trainable_tokens(tokens, special)] for tokens in seen])
     assert of_special.isdisjoint(rows(given))
     # The control: with the mask off the same rows are there.
     everything = rows([lm.activations(tokens).flatten(0, 1) for tokens in seen])
@@ -147,7 +148,7 @@ def test_a_tokenizer_without_bos_begins_with_eos(tmp_path, bos):
     model = HuggingFaceLM(str(save_model(tmp_path / "tiny", "llama", layers=1, bos=bos)), "blocks.0.hook_resid_post", device="cpu")
     model.load()
     assert (model.tokenizer.bos_token_id is None) == (not bos)
-    first, _ = stream(model).rows().take()
+    first, _ = stream(model).row_reader().next_pass()
     assert (first[:, 0] == (model.tokenizer.bos_token_id if bos else model.tokenizer.eos_token_id)).all()
 
 
@@ -290,7 +291,7 @@ def test_on_another_number_of_ranks_the_end_of_the_corpus_is_still_the_end(lm):
     batches(early, 100)
     ranks = [stream(lm, texts, **ending, rank=rank, world_size=2) for rank in range(2)]
     for one in ranks:
-        one.load_elsewhere([early.state_dict()])
+        one.load_other_world_size([early.state_dict()])
         assert one.state_dict()["origin"] == 50 and 60 < len(one) < 250
     assert len(batches(ranks[0])) == len(batches(ranks[1])) == len(ranks[0]) - 50
 
@@ -318,7 +319,7 @@ def test_another_models_state_is_refused_either_way(lm, tmp_path):
 
 # A place is kept for each block that a buffer may need, not for every block of a corpus.
 def test_counting_remembers_no_more_than_a_block(lm):
-    reading = stream(lm).rows()
-    assert reading.count(640) == 640
-    assert len(reading._begun) <= 2
-    reading.close()
+    reader = stream(lm).row_reader()
+    assert reader.count_rows(640) == 640
+    assert len(reader._block_starts) <= 2
+    reader.close()

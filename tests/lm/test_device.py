@@ -173,8 +173,8 @@ def test_each_gpu_makes_batches_in_a_cuda_stream_of_its_own(lm: HuggingFaceLM, m
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"steps of {device}")
     made: ActivationStream = stream(lm, prefetch=1)
     made.home, made._gpus = torch.device("cuda", 0), [torch.device("cuda", 0), torch.device("cuda", 2)]
-    monkeypatch.setattr(made, "_made", lambda place: iter(handed))
-    handed = [next(stream(lm)._batches({**stream(lm)._place}))]
+    monkeypatch.setattr(made, "_make_batches", lambda position: iter(prepared))
+    prepared = [next(stream(lm)._batches({**stream(lm)._position}))]
     assert [each.ready for each in made._batches({})] == ["ready on cuda:0"]
     begin = [("waits for", "steps of cuda:0"), ("enters", 0), ("waits for", "steps of cuda:2"), ("enters", 2)]
     assert calls == [*begin, ("event", 0), ("leaves", 2), ("leaves", 0)]
