@@ -88,7 +88,10 @@ class Checkpoints(Checkpoint):
         self._restore_handlers()
 
     def _request(self, tokens: int, like: Any) -> int:
-        """The largest request of any rank: 0 is none, 1 an interval's checkpoint, and `2 * i` or `2 * i + 1` signal `SIGNALS[i - 1]`."""
+        """The largest request code of any rank, `2 * i + due`; 0 requests no checkpoint.
+
+        `due` is 1 where an interval has ended, and `SIGNALS[i - 1]` is the signal that was received; without one, `i` is 0.
+        """
         due = self._counter.is_due(tokens)
         due |= self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
         # Clocks differ, and a signal reaches one rank before another: the ranks decide together.

@@ -31,7 +31,10 @@ class StopOnNaN(Observer):
         self.every, self.skips = every, skips
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Check the step's losses and penalties and the parameters after it."""
+        """At every step: stop after `skips` skipped steps in a row.
+
+        At every `every`-th step and the last: check the step's losses and penalties, and the parameters as the step left them.
+        """
         output: StepOutput = outputs["output"]
         activations = Batch.of(batch).activations
         if output.skipped >= self.skips:  # the count is the same on all ranks

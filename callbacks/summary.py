@@ -56,7 +56,10 @@ class Summary(Callback):
         self._finish(trainer, pl_module, "test", "test", {})
 
     def _finish(self, trainer: Trainer, pl_module: Any, split: str, prefix: str, run: dict[str, Any]) -> None:
-        """Add each arm's measures to the JSON record and print the table, on rank zero."""
+        """On rank zero, at the end of training or of a test: add each arm's measures to the JSON record and print the table.
+
+        An arm that was stopped is recorded with its reason; after training, the exported SAEs are recorded too.
+        """
         if not trainer.is_global_zero:
             return
         path, console = record_file(Path(trainer.default_root_dir)), Console()

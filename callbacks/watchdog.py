@@ -63,7 +63,7 @@ class Watchdog(Callback):
         self._finished.set()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop both threads: the run ends."""
+        """Stop the two watch threads, because this exception ends the run."""
         self._finished.set()
 
     def _exchange_progress(self, store: Any, rank: int, world_size: int) -> None:

@@ -17,7 +17,7 @@ Alike = Float[Tensor, "*#shape"]
 
 
 def unit_rows(W_dec: Rows, into: Rows | None = None) -> Rows:
-    """Decoder rows as directions, `W_i / ||W_i||`; the gradient flows through the normalisation, but not `into` memory that is there.
+    """Decoder rows as directions, `W_i / ||W_i||`: differentiable, or written without a gradient into the tensor `into`.
 
     >>> unit_rows(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])

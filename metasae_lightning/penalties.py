@@ -158,13 +158,20 @@ class Orthogonality(Penalty):
         self.chunk_size, self.every, self.seed = chunk_size, every, seed
 
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
-        """Mean squared cosine to the nearest neighbour, with the chunks of this step."""
+        """The mean squared cosine of each row to its nearest neighbour in its chunk, times `every`; 0 at the steps between.
+
+        The chunks are drawn anew at each step.
+        """
         return self.rank_share(W_dec, critic, step, Parallelism())
 
     def rank_share(
         self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, parallelism: Parallelism
     ) -> Float[Tensor, ""]:
-        """The sum over this rank's slice of every chunk, divided by the number of all rows. Neighbours are searched in the whole chunk."""
+        """This rank's share of the penalty; the shares of all ranks add up to `forward`.
+
+        It is the sum of squared cosines over this rank's slice of every chunk, times `every`, divided by the number of all rows. Neighbours
+        are searched in the whole chunk.
+        """
         if step % self.every:
             return local(W_dec).new_zeros(())
         W_dec = full(W_dec)

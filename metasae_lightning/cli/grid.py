@@ -1,4 +1,4 @@
-"""Arms from one recipe's model: a model's config tree in, the trees of its arms out."""
+"""Arms and grids: the config of one model becomes the config of a `SideBySide` model, with a changed copy of it for each arm."""
 
 import copy
 from collections.abc import Mapping, Sequence

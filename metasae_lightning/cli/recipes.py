@@ -27,7 +27,7 @@ def list_recipes(args: Namespace) -> int:
 
 
 def recipe_names() -> list[str]:
-    """The names that `-c` takes beside paths."""
+    """The names of the shipped recipes and overlays, which `-c` takes in place of paths."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 

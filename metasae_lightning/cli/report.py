@@ -1,4 +1,4 @@
-"""The command `report`. Needs neither torch nor Lightning."""
+"""The command `report`. It imports neither torch nor Lightning, unless a meta-SAE must be run by SAELens: see `latent_browser.encode`."""
 
 from pathlib import Path
 

@@ -17,8 +17,9 @@ class HubText(Corpus):
     """A text column of a dataset on the Hugging Face Hub.
 
     A streamed dataset is read in a shuffled order of shards, and documents are shuffled in windows of `shuffle_window`. A downloaded
-    dataset is shuffled as a whole. A resumed run skips the documents of its current shard that it has already read. This is exact
-    only if the files on the Hub are still the same: set `revision` to be sure.
+    dataset is shuffled as a whole. A resumed run reads the current window of a streamed dataset again and drops the documents already
+    given; it goes on at the next row of a downloaded one. This is exact only if the files on the Hub are still the same: set `revision`
+    to be sure.
 
     Args:
         path: The dataset's name on the Hub.
@@ -57,7 +58,10 @@ class HubText(Corpus):
         return self.reader(seed=seed, epoch=epoch)
 
     def reader(self, *, seed: int = 0, epoch: int = 0, state: dict[str, Any] | None = None) -> Reader:
-        """A reader that resumes without reading the earlier documents again, except those of its current shard."""
+        """A reader that goes on from `state`.
+
+        Streamed, it reads the current shuffle window again and drops the documents that it has given; downloaded, it reads nothing again.
+        """
         rows = partial(self.dataset.rows, order_seed(seed, epoch))
         if self.dataset.streaming:
             return WindowReader(rows, size=self.shuffle_window, order=(seed, epoch), state=state)

@@ -107,7 +107,7 @@ class RowReader:
         return {"tokens": self._tokens.state(), "number": self.number, "left": leftover, "begun": block_starts}
 
     def cursor(self, block: int) -> dict[str, Any] | None:
-        """The position from which to read a block's rows again, or None for a block that was not begun.
+        """The position from which to read a block's rows again; None for a block that was not begun, or was forgotten.
 
         It has the hashes of all passes since, by which a later run notices that the corpus has changed.
         """

@@ -146,7 +146,10 @@ class Stream(ABC):
             )
 
     def _moves(self, position: dict[str, Any], start: int) -> tuple[int, Iterator[BatchMove]]:
-        """The number of the first row to read, and the moves from its block on, so that batch `start` after the origin can be made."""
+        """Where to read from to make batch `start`: the number of the first row of its block, and the shuffle's moves from there.
+
+        Batches and rows are counted from the origin of `position`.
+        """
         size, block_size, part = self.batching.batch_size, self.batching.block_size, self.part
         total = (len(self) - position["origin"]) * size
         first_block = start * size // block_size

@@ -147,7 +147,11 @@ def best_matches(one: Firings, two: Firings, memory_gib: float) -> tuple[Matches
 
 
 def splits(matches: Matches, other: Firings) -> list[dict[str, Any]]:
-    """Latents whose two best matches are both related to them, with the phi of the two and its lower bound."""
+    """Latents that the other SAE splits: each of their two best matches has a phi of at least `RELATED`.
+
+    At most `SPLITS` of them, in order of the second match's phi. Each entry has the phi of the latent with either match, the phi between
+    the two matches, and the lower bound on that phi which follows from the first two.
+    """
     if matches.phi.shape[1] < 2:
         return []
     second = torch.where(matches.live & (matches.phi[:, 1] >= RELATED), matches.phi[:, 1], -torch.inf)
@@ -174,7 +178,11 @@ def matches_record(matches: Matches) -> dict[str, list[Any]]:
 
 
 def differences(a: Evaluation, b: Evaluation, settings: Settings) -> dict[str, dict[str, Any]]:
-    """Figures of the second SAE minus the first's: intervals by bootstrap over documents, p values by permutation of documents."""
+    """Figures of the second SAE minus the first's, with intervals and p values.
+
+    Reconstruction and splice figures have bootstrap intervals over documents, and permutation p values. `phi_excess` has a jackknife
+    interval over groups of documents, and no p value. `documents` is their count.
+    """
     resampled_a, resampled_b = (resampled_reconstruction(evaluation.collected, settings) for evaluation in (a, b))
     ids, sums, _ = a.collected.by_document
     _, sums_b, _ = b.collected.by_document

@@ -167,7 +167,11 @@ def critic(subject: EvaluatedSAE, settings: Settings) -> dict[str, float]:
 def intervals(
     collected: CollectedCodes, spliced: SplicedLosses | None, excess: float, settings: Settings
 ) -> dict[str, tuple[float, float]]:
-    """95 % intervals of figures over resampled documents."""
+    """95 % intervals of an SAE's figures.
+
+    Reconstruction and splice figures: from resampled documents. `phi_excess`: a jackknife over groups of documents around `excess`, the
+    figure itself.
+    """
     by_figure = {name: interval(values) for name, values in resampled_reconstruction(collected, settings).items()}
     if spliced is not None:
         by_figure |= {name: interval(values) for name, values in resampled_losses(spliced, settings).items()}

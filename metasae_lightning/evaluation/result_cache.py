@@ -31,7 +31,7 @@ class ResultCache:
         return self.path(name, key).exists()
 
     def get(self, name: str, key: Mapping[str, Any]) -> Entry:
-        """Read an entry that is cached."""
+        """The entry of this name and key, which must be cached (see `has`). A file that cannot be read is an error."""
         path = self.path(name, key)
         try:
             return load_file(path)

@@ -1,4 +1,4 @@
-"""Hook names, as TransformerLens names or as module paths, and their locations in a transformers model."""
+"""Hook names, as TransformerLens names or module paths: where a model has them, and which layers are needed to reach them."""
 
 import contextlib
 import re
@@ -154,7 +154,7 @@ def truncate_config(config: Any, layers: int | None) -> range:
 
 @contextlib.contextmanager
 def ignore_dropped_layers(model: Any, stack_path: str, dropped: range) -> Generator[None, None, None]:
-    """Load a checkpoint without a warning about the weights of dropped layers; other unexpected weights still give one.
+    """A block in which a checkpoint loads without a warning about the weights of dropped layers. Other unexpected weights still give one.
 
     Args:
         model: The model's class in transformers.

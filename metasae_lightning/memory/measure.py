@@ -114,7 +114,7 @@ def _kernel_scratch(func: Any, args: tuple[Any, ...], out: Any) -> list[int]:
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    """Storages of all tensors in a nested result, including the parts of sparse tensors."""
+    """The storages of all strided tensors in a nested result, and of the indices and values of COO tensors. CSR tensors are left out."""
     for tensor in tree_leaves(tree):
         if isinstance(tensor, Tensor) and tensor.layout in (torch.strided, torch.sparse_coo):
             parts = (tensor,) if tensor.layout is torch.strided else (tensor._indices(), tensor._values())
@@ -193,7 +193,7 @@ def trained_bytes(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Memory of one step of joint training, beside weights and gradients."""
+    """Memory of joint training without weights and gradients: the optimizer's state, what stays between steps, and each kind of step's peak."""
 
     optimizer: float
     """Bytes of optimiser state per byte of parameters."""

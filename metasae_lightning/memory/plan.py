@@ -58,7 +58,11 @@ def processes_on_machine(trainer: Any) -> int:
 
 
 def available_bytes(device: str, processes: int = 1) -> int:
-    """Bytes that this process may use: free memory plus what it holds already, divided among the run's processes on this machine."""
+    """The bytes that this process may use on a device.
+
+    On a GPU: its free memory and what this process has reserved. On a CPU: an equal share of the machine's free memory, and what this
+    process holds already; at most its share of the control group's limit.
+    """
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(torch.device(device))[0] + torch.cuda.memory_reserved(torch.device(device))
     resident = psutil.Process().memory_info().rss

@@ -63,7 +63,7 @@ class Decomposition(Metric):
         return means_and_deviations({name: [self.variance_explained(rows, seed) for seed in seeds] for name, rows in rows_by_name.items()})
 
     def decoder_and_nulls(self) -> dict[str, Float[Tensor, "d_sae d_in"]]:
-        """The rows and the two nulls, by the name of their result."""
+        """The decoder rows (`fve`) and the two nulls: random directions (`random`), and rows with shuffled coordinates (`shuffled`)."""
         if not self.rows:
             raise InputError("Decomposition: no decoder was seen yet")
         (rows,) = self.rows

@@ -83,7 +83,10 @@ class FeatureRecovery(Metric):
         self.decoder = self.decoder[:0]
 
     def _foreign_features(self, nearest: Tensor) -> Tensor:
-        """Ones where a row contains a feature other than its nearest, beyond what the two features share."""
+        """A matrix of rows by features: 1 where a row contains a feature other than its nearest.
+
+        It does where its cosine to the feature exceeds the cosine of the two features by `FOREIGN_COSINE` or more.
+        """
         signed = functional.unit_rows(self.decoder.float()) @ self.features.T
         signed = signed * signed.gather(1, nearest[:, None]).sign()
         beyond = signed - (self.features @ self.features.T)[nearest]

@@ -211,7 +211,7 @@ def latent_controls() -> str:
 
 
 def packed_latents(latents: list[dict[str, Any]]) -> str:
-    """Latents for `page.js`: JSON, compressed, in base64, which needs no escaping."""
+    """The `<script>` element with the latents for `page.js`: compressed JSON in base64, which needs no escaping. Empty without latents."""
     if not latents:
         return ""
     data = gzip.compress(json.dumps(latents, separators=(",", ":")).encode(), COMPRESSION, mtime=0)

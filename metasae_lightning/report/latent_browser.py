@@ -68,7 +68,10 @@ def decoder_rows(folder: Path) -> Matrix:
 
 
 def encode(folder: Path, x: Matrix) -> Matrix:
-    """Latent activations of a SAELens SAE on some rows; computed here for JumpReLU, by SAELens for other architectures."""
+    """Latent activations of a SAELens SAE on some rows.
+
+    NumPy computes them for a JumpReLU SAE without a constant scale. Any other SAE needs torch and SAELens, which are imported then.
+    """
     config, weights = read_folder(folder)
     normalizer = config.get("normalize_activations", "none")
     if weights is None or config.get("architecture") != "jumprelu" or normalizer not in ("none", "layer_norm"):

@@ -16,7 +16,7 @@ L0_TOLERANCE = 1.05
 
 @dataclass(frozen=True)
 class Group:
-    """Arms of one recipe, one arm a seed."""
+    """The arms of one recipe, one for each seed."""
 
     name: str
     """Name on the page."""

@@ -1,8 +1,9 @@
 """Conversion of an inference SAE's weights into a training SAE: the same function where the two architectures permit it.
 
 With `h = (x - b_dec) W_enc + b_enc`, standard, gated and JumpReLU SAEs all keep `h` where it exceeds a threshold. Each can be written as
-one of the other two, if that one can express the threshold. Top-k SAEs rank `h` instead. Three differences never change the function:
-the length of the decoder rows, whether the encoder subtracts `b_dec`, and an affine map of the activations (scaling, whitening).
+one of the other two, if that one can express the threshold. Top-k SAEs rank `h` instead. Two differences never change the function:
+whether the encoder subtracts `b_dec`, and an affine map of the activations (scaling, whitening). The length of the decoder rows changes
+it only for a top-k SAE with rows of different lengths, whose ranking changes; this is reported.
 """
 
 import copy

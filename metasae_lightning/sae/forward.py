@@ -164,7 +164,12 @@ class SparseForward(ForwardPass):
 
     @torch.no_grad()
     def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
-        """Codes and reconstruction by top-k, or with `reuse_support` on the latents that were active before."""
+        """Codes and reconstruction by top-k.
+
+        With `reuse_support`, the latents that were active in the previous such call are active again; top-k chooses them where there was
+        none, or its batch was larger. With `reuse_output`, the reconstruction lies in a shared buffer, and is valid until the next such
+        call.
+        """
         z, support = z.to(self.sae.W_dec.dtype), self.cached_support if reuse_support else None
         if support is not None and len(support[0]) and support[0][-1] >= len(z):
             support = None  # cached for a larger batch, hence for other rows

@@ -125,7 +125,8 @@ def global_threshold(
 ) -> tuple[float, float]:
     """The threshold for all latents with which L0 is `target_l0` on these samples, up to ties; and the L0 with the threshold `now`.
 
-    It lies midway between the `target_l0 * tokens`-th largest pre-activation of the sample and the next. Only values above a cut are
+    It lies midway between the `target_l0 * tokens`-th largest pre-activation of the sample and the next. Where fewer pre-activations are
+    positive, it is 0, and L0 is below the target. Only values above a cut are
     collected, which is set by the largest `margin * target_l0` values per token of the first batch; where too few values exceed it, the
     pass is repeated with twice the margin.
 

@@ -80,7 +80,7 @@ def check_ranks(ranks: ProcessGroup, critic_supports: str) -> None:
 
 
 def check_batches(trainer: Any, ranks: ProcessGroup, rows_seen: int) -> None:
-    """Check that all ranks start from the same step and have equally many batches.
+    """Check that all ranks have seen equally many tokens and have equally many batches, and that there are as many as planned.
 
     Ranks take every step together, so a rank with more batches would wait for the others for ever.
     """

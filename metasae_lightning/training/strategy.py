@@ -78,7 +78,7 @@ class Sharded(ModelParallelStrategy):
                 remove(draft)
 
     def _write_part(self, checkpoint: dict[str, Any], draft: Path, storage_options: Any) -> dict[str, tuple[int, int]] | str:
-        """Write this rank's part and read it back; returns its checksums, or the failure as text.
+        """Write this rank's part of the checkpoint. Returns the size and checksum of each file on the disk, or the failure as text.
 
         A failure is not raised here, because the other ranks wait for the result.
         """

@@ -9,7 +9,7 @@ import pytest
 from metasae_lightning.cli import main
 
 ROOT = Path(__file__).parents[2]
-SMALL = {"tokens": 8192, "buffer_size": 4096, "validation_tokens": 2048}
+SMALL = {"tokens": 2048, "batch_size": 256, "buffer_size": 1024, "validation_tokens": 512, "forward_batch": 4}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.hub import Hub
+from tests.helpers.python_server import PythonServer
 
-ROOT = Path(__file__).parents[2]
 GEMMA = "gemma-scope-2b-pt-res-canonical:layer_20/width_16k/canonical"
 TOPK = "sae_bench_gemma-2-2b_topk_width-2pow12_date-1109:blocks.12.hook_resid_post__trainer_0"
 # In a process of its own, because the hub's client takes its endpoint when it is imported.
@@ -41,12 +42,16 @@ except InputError as error:
 """
 
 
-def looked(hub: Hub, folder: Path, place: str, x: torch.Tensor, *targets: str) -> subprocess.CompletedProcess[str]:
-    save_file({"x": x}, folder / "x.safetensors")
-    (folder / "home").mkdir(exist_ok=True)
-    environment = hub.environment(folder / "home", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    command = [sys.executable, "-c", LOOK, place, str(folder / "x.safetensors"), str(folder / "found.safetensors"), *targets]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False, cwd=folder)
+@contextmanager
+def loader(hub: Hub, folder: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """A function that loads an SAE from the hub in a new process and rebuilds activations with it, into `found.safetensors`."""
+    with PythonServer(hub.environment(folder / "home")) as server:
+
+        def load(place: str, x: torch.Tensor, *targets: str) -> subprocess.CompletedProcess[str]:
+            save_file({"x": x}, folder / "x.safetensors")
+            return server.run(LOOK, place, folder / "x.safetensors", folder / "found.safetensors", *targets, cwd=folder)
+
+        yield load
 
 
 # DeepMind's own parameters: codes are pre-activations above a threshold each, the decoder's bias is not subtracted, rows are unit.
@@ -64,8 +69,8 @@ def test_gemma_scope_trains_on(tmp_path: Path):
     place.mkdir(parents=True)
     numpy.savez(place / "params.npz", **{name: tensor.numpy() for name, tensor in weights.items()})
     x = torch.randn(64, d_in, generator=g) + weights["b_dec"]
-    with Hub(tmp_path / "hub") as hub:
-        done = looked(hub, tmp_path, GEMMA, x, "jumprelu", "batchtopk")
+    with Hub(tmp_path / "hub") as hub, loader(hub, tmp_path) as load:
+        done = load(GEMMA, x, "jumprelu", "batchtopk")
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "found.safetensors")
     hidden = x @ weights["W_enc"].float() + weights["b_enc"].float()
@@ -110,13 +115,13 @@ def test_a_zoo_of_pickles_is_read_and_does_not_bite(tmp_path: Path):
     }
     torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, place / "ae.pt")
     x = torch.randn(64, d_in, generator=g)
-    with Hub(tmp_path / "hub") as hub:
-        done = looked(hub, tmp_path, TOPK, x, "topk")
+    with Hub(tmp_path / "hub") as hub, loader(hub, tmp_path) as load:
+        done = load(TOPK, x, "topk")
         assert done.returncode == 0, done.stderr
         hidden = (x - weights["b_dec"]) @ rows.T
         codes = torch.zeros_like(hidden).scatter(1, hidden.topk(4).indices, hidden.topk(4).values.relu())
         torch.testing.assert_close(load_file(tmp_path / "found.safetensors")["topk rebuilt"], codes @ rows + weights["b_dec"])
         torch.save({**weights, "threshold": Bite()}, place / "ae.pt")
-        bitten = looked(hub, tmp_path, TOPK, x, "topk")
+        bitten = load(TOPK, x, "topk")
     assert bitten.returncode == 1 and bitten.stderr.strip().split("\n")[-1].startswith("metasae: error: ")
     assert not list(tmp_path.rglob("bitten"))
