@@ -193,7 +193,7 @@ def trained_bytes(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Memory of joint training without weights and gradients: the optimizer's state, what stays between steps, and each kind of step's peak."""
+    """Memory of joint training beside weights and gradients: the optimizer's state, what stays between steps, and the peak of each step."""
 
     optimizer: float
     """Bytes of optimiser state per byte of parameters."""
