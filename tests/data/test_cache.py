@@ -1,13 +1,10 @@
 """Activations on disk: ours read by SAELens, SAELens's read here, stopped and gone on with, damaged, of something else."""
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from metasae_lightning.data.batching import StreamSlice
 from metasae_lightning.data.cached_stream import CachedStream
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import HuggingFaceLM
+from tests.helpers.command_line import CommandLine
 from tests.helpers.models import save_model
 
 HOOK = "blocks.1.hook_resid_post"
@@ -247,8 +245,8 @@ def recipe(place: Path, folder: Path) -> Path:
 
 def test_killed_half_way_it_goes_on_behind_its_last_shard(place: Path, cache: Path, tmp_path: Path):
     config, folder = recipe(place, tmp_path / "killed"), tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "cli.py"), "cache", "-c", str(config), "--shard_gib", "2e-5"]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    words = ["cache", "-c", str(config), "--shard_gib", "2e-5"]
+    process = CommandLine(words, cwd=ROOT)
     until = time.monotonic() + 120
     while len(list(folder.glob("train/data-*.arrow"))) < 2 and time.monotonic() < until:
         time.sleep(0.001)
@@ -256,7 +254,7 @@ def test_killed_half_way_it_goes_on_behind_its_last_shard(place: Path, cache: Pa
     process.communicate()
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("train/data-*.arrow")}
     assert kept and not (folder / "cache.json").exists()
-    assert main(command[2:]) == 0
+    assert main(words) == 0
     # One shard may have been renamed and not yet recorded: only that one is written again.
     again = [name for name, when in kept.items() if (folder / "train" / name).stat().st_mtime_ns != when]
     assert len(again) <= 1 and len(kept) >= 2

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ except InputError as error:
 
 
 @contextmanager
-def loader(hub: Hub, folder: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+def loader(hub: Hub, folder: Path) -> Generator[Callable[..., subprocess.CompletedProcess[str]]]:
     """A function that loads an SAE from the hub in a new process and rebuilds activations with it, into `found.safetensors`."""
     with PythonServer(hub.environment(folder / "home")) as server:
 

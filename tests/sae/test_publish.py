@@ -3,7 +3,7 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -229,7 +229,7 @@ PUBLISH = (
 
 
 @contextmanager
-def client(hub: Hub, folder: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+def client(hub: Hub, folder: Path) -> Generator[Callable[..., subprocess.CompletedProcess[str]]]:
     """A function that runs code, by default `metasae publish`, in a new process of the hub's client."""
     (folder / "home").mkdir()
     with PythonServer(hub.environment(folder / "home")) as server:

@@ -1,9 +1,6 @@
 """A run started by the command line in its own process is killed and resumed."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,29 +22,25 @@ def command(run: Path, checkpoint: bool) -> list[str]:
         "trainer:\n  callbacks:\n    - class_path: Export\n    - class_path: lightning.pytorch.callbacks.ModelCheckpoint\n"
         "      init_args: {save_last: true, save_top_k: 1, every_n_train_steps: 7}\n"
     )
-    return [sys.executable, str(ROOT / "cli.py"), *arguments, "-c", str(overlay), *(["--ckpt_path", "last"] if checkpoint else [])]
+    return [*arguments, "-c", str(overlay), *(["--ckpt_path", "last"] if checkpoint else [])]
 
 
 def finished(run: Path, checkpoint: bool = False) -> None:
-    process = CommandLine(command(run, checkpoint)[2:], cwd=ROOT)
+    process = CommandLine(command(run, checkpoint), cwd=ROOT)
     _, printed = process.communicate()
     assert process.returncode == 0, printed[-2000:]
-
-
-def environment() -> dict[str, str]:
-    # One thread: products are then summed in one order whatever else the machine does.
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_killed_and_resumed_equals_never_stopped(tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finished(whole)
-    process = subprocess.Popen(command(killed, False), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = CommandLine(command(killed, False), cwd=ROOT)
     deadline = time.monotonic() + 120
     while not list((killed / "checkpoints").glob("last.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it had ended before it could be killed"
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it had ended before it could be killed"
     assert not (killed / "saes").exists()
     finished(killed, checkpoint=True)
     for name in ("primary", "meta"):
@@ -57,7 +50,7 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path: Path):
 
 @pytest.mark.parametrize("checkpoint", ["none.ckpt", "last"])
 def test_a_missing_checkpoint_is_a_one_line_error(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = [*command(tmp_path / "run", False)[2:], "--ckpt_path", checkpoint]
+    arguments = [*command(tmp_path / "run", False), "--ckpt_path", checkpoint]
     assert main(arguments) == 2
     line = capsys.readouterr().err.strip().split("\n")[-1]
     assert line.startswith("metasae: error: --ckpt_path ") and checkpoint in line
