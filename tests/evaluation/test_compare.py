@@ -1,4 +1,4 @@
-"""Two SAEs: what corresponds, what splits, and which differences are more than the documents that were drawn."""
+"""Comparison of two SAEs: matched latents, splits, and intervals and p values of the differences of their measures."""
 
 import json
 from pathlib import Path
@@ -25,51 +25,52 @@ from tests.helpers.judged import run
 N = 4000
 
 
-def made(dense: torch.Tensor) -> Firings:
+def firings_of(dense: torch.Tensor) -> Firings:
     latents = dense.nonzero()[:, 1].int()
     return Firings.of(latents, dense.sum(1).int(), dense.shape[1])
 
 
-def fired(rates: list[float], seed: int, tokens: int = N) -> torch.Tensor:
+def random_firings(rates: list[float], seed: int, tokens: int = N) -> torch.Tensor:
     return (torch.rand(tokens, len(rates), generator=torch.Generator().manual_seed(seed)) < torch.tensor(rates)).float()
 
 
-def test_best_matches_are_those_of_the_whole_matrix_both_ways():
-    one, two = fired([0.02, 0.1, 0.3, 0.5, 0.0], 0), fired([0.05, 0.2, 0.4, 0.1, 0.1, 0.01, 1.0], 1)
-    two[:, 4] = one[:, 1]
+def test_best_matches_equal_topk_of_the_full_phi_matrix_in_both_directions():
+    dense_a, dense_b = random_firings([0.02, 0.1, 0.3, 0.5, 0.0], 0), random_firings([0.05, 0.2, 0.4, 0.1, 0.1, 0.01, 1.0], 1)
+    dense_b[:, 4] = dense_a[:, 1]
     metric = Phi(5, 7)
-    metric.update(Codes.from_dense(one), Codes.from_dense(two))
-    whole = torch.cat([phi for _, phi in metric.tiles()]).float()
-    for memory in (2.0, 2 * 7 * 64 / 2**30):  # at once, and two latents at a time
-        forth, back = best_matches(made(one), made(two), memory)
-        for found, expected in ((forth, whole.topk(3)), (back, whole.T.topk(3))):
-            apart = expected.values > 0  # those that never or always fire tie at 0
-            assert torch.equal(found.phi, expected.values) and torch.equal(found.latent[apart], expected.indices[apart])
-        assert forth.latent[1, 0] == 4 and back.latent[4, 0] == 1 and forth.phi[1, 0] == 1
-    assert forth.live.tolist() == [True, True, True, True, False] and back.live.tolist()[-1] is False
-    assert forth.figures()["above_0.7"] == 0.25
+    metric.update(Codes.from_dense(dense_a), Codes.from_dense(dense_b))
+    full_phi = torch.cat([phi for _, phi in metric.tiles()]).float()
+    for memory_gib in (2.0, 2 * 7 * 64 / 2**30):  # all latents in one chunk; chunks of two latents
+        forward, backward = best_matches(firings_of(dense_a), firings_of(dense_b), memory_gib)
+        for matches, expected in ((forward, full_phi.topk(3)), (backward, full_phi.T.topk(3))):
+            is_nonzero = expected.values > 0  # latents that never or always fire tie at phi 0
+            assert torch.equal(matches.phi, expected.values) and torch.equal(matches.latent[is_nonzero], expected.indices[is_nonzero])
+        assert forward.latent[1, 0] == 4 and backward.latent[4, 0] == 1 and forward.phi[1, 0] == 1
+    assert forward.live.tolist() == [True, True, True, True, False] and backward.live.tolist()[-1] is False
+    assert forward.figures()["above_0.7"] == 0.25
 
 
-# S fires where A or B does, which never fire together: no split could be cleaner. C and D fire wherever S does, and a little more.
-def test_a_split_is_found_with_what_it_forces_between_its_parts():
-    left, right, other = fired([0.05], 0)[:, 0], fired([0.05], 1)[:, 0], fired([0.1], 2)[:, 0]
+# `parent` fires where `left` or `right` does, and these two never fire together: the cleanest possible split.
+# The two copies fire on all tokens of `parent` and on a few more.
+def test_splits_reports_both_parts_and_the_lower_bound_on_their_phi():
+    left, right, other = random_firings([0.05], 0)[:, 0], random_firings([0.05], 1)[:, 0], random_firings([0.1], 2)[:, 0]
     right = right * (1 - left)
-    parent, extra = ((left + right) > 0).float(), fired([0.002, 0.002], 3)
+    parent, extra = ((left + right) > 0).float(), random_firings([0.002, 0.002], 3)
     twins = ((parent[:, None] + extra) > 0).float()
-    one, parts, copies = torch.stack([other, parent], 1), torch.stack([left, right], 1), torch.cat([twins, other[:, None]], 1)
-    forth, _ = best_matches(made(one), made(parts), 2.0)
-    (found,) = splits(forth, made(parts))
-    assert found["latent"] == 1 and sorted(found["into"]) == [0, 1]
-    # Two that never fire together and make up a third lie on the bound.
-    assert found["bound"] == pytest.approx(found["phi_between"], abs=1e-6) and found["phi_between"] < 0
-    forth, _ = best_matches(made(one), made(copies), 2.0)
-    (doubled,) = [split for split in splits(forth, made(copies)) if split["latent"] == 1]
-    assert sorted(doubled["into"]) == [0, 1] and 0.8 < doubled["bound"] <= doubled["phi_between"]
+    dense, parts, copies = torch.stack([other, parent], 1), torch.stack([left, right], 1), torch.cat([twins, other[:, None]], 1)
+    forward, _ = best_matches(firings_of(dense), firings_of(parts), 2.0)
+    (clean_split,) = splits(forward, firings_of(parts))
+    assert clean_split["latent"] == 1 and sorted(clean_split["into"]) == [0, 1]
+    # Two latents that never fire together and whose union is a third one attain the bound.
+    assert clean_split["bound"] == pytest.approx(clean_split["phi_between"], abs=1e-6) and clean_split["phi_between"] < 0
+    forward, _ = best_matches(firings_of(dense), firings_of(copies), 2.0)
+    (split_into_copies,) = [split for split in splits(forward, firings_of(copies)) if split["latent"] == 1]
+    assert sorted(split_into_copies["into"]) == [0, 1] and 0.8 < split_into_copies["bound"] <= split_into_copies["phi_between"]
 
 
 @given(st.integers(0, 10_000))
 @settings(max_examples=50, deadline=None)
-def test_no_correlations_lie_below_the_bound(seed: int):
+def test_cofiring_bound_is_never_above_the_correlation_of_the_two_parts(seed: int):
     generator = torch.Generator().manual_seed(seed)
     base = torch.rand(60, 1, generator=generator)
     dense = (torch.rand(60, 3, generator=generator) * 0.5 + base > 0.8).double()
@@ -79,109 +80,111 @@ def test_no_correlations_lie_below_the_bound(seed: int):
         assert bound <= correlations[1, 2] + 1e-9
 
 
-def test_matching_undoes_a_permutation_and_a_wide_one_finds_what_the_whole_matrix_does():
+def test_match_decoder_rows_undoes_a_permutation_and_its_sparse_path_equals_the_dense_one():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(80, 16, generator=generator)
-    order = torch.randperm(80, generator=generator)
-    one, other, cosines = match_decoder_rows(rows, 3 * rows[order])
-    assert torch.equal(order[other[one.argsort()]], torch.arange(80)) and cosines.min() > 0.999
-    noisy = rows[order][:70] + 0.3 * torch.randn(70, 16, generator=generator)
-    whole = match_decoder_rows(noisy, rows)
-    sparse = match_decoder_rows(noisy, rows, dense=10)
-    assert torch.equal(whole[1][whole[0].argsort()], sparse[1][sparse[0].argsort()])
-    assert sparse[2].sum().item() == pytest.approx(whole[2].sum().item(), rel=1e-6)
-    # A row whose nearest all went to others has no match.
-    few = match_decoder_rows(torch.ones(3, 4), torch.eye(4)[:2] + 1, dense=1, nearest=2)
-    assert len(few[0]) == 2
+    permutation = torch.randperm(80, generator=generator)
+    matched, partners, cosines = match_decoder_rows(rows, 3 * rows[permutation])
+    assert torch.equal(permutation[partners[matched.argsort()]], torch.arange(80)) and cosines.min() > 0.999
+    noisy = rows[permutation][:70] + 0.3 * torch.randn(70, 16, generator=generator)
+    dense_match = match_decoder_rows(noisy, rows)
+    sparse_match = match_decoder_rows(noisy, rows, dense=10)
+    assert torch.equal(dense_match[1][dense_match[0].argsort()], sparse_match[1][sparse_match[0].argsort()])
+    assert sparse_match[2].sum().item() == pytest.approx(dense_match[2].sum().item(), rel=1e-6)
+    # A row whose nearest rows are all matched to others has no match.
+    partial_match = match_decoder_rows(torch.ones(3, 4), torch.eye(4)[:2] + 1, dense=1, nearest=2)
+    assert len(partial_match[0]) == 2
 
 
-def clustered(documents: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Independent latents, but for documents: a latent is on in some documents and off in others."""
+def document_clustered_codes(documents: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of 40 independent latents, each of which can fire in a random half of the documents only, and document ids."""
     generator = torch.Generator().manual_seed(seed)
-    on = (torch.rand(documents, 40, generator=generator) < 0.5).float().repeat_interleave(20, 0)
-    dense = (torch.rand(documents * 20, 40, generator=generator) < 0.2 * on).float()
+    can_fire = (torch.rand(documents, 40, generator=generator) < 0.5).float().repeat_interleave(20, 0)
+    dense = (torch.rand(documents * 20, 40, generator=generator) < 0.2 * can_fire).float()
     return dense, torch.arange(documents).repeat_interleave(20)
 
 
-# Two SAEs of the same kind differ by nothing but chance: intervals of their difference hold 0 in 95 of 100 seeds or more, and are no
-# wider than the differences of the seeds make them but for a half.
-def test_intervals_of_a_difference_in_cofiring_hold_what_they_say():
-    inside, points, widths = 0, list[float](), list[float]()
+# Two draws from one distribution differ by chance only: the 95 % interval of their difference covers 0 in about 95 of 100 seeds, and its
+# standard error is near the spread of the difference over seeds.
+def test_jackknife_interval_of_a_difference_in_cofiring_covers_zero_under_the_null():
+    n_covering, points, widths = 0, list[float](), list[float]()
     for seed in range(100):
-        whole, without = list[float](), list[torch.Tensor]()
+        excess, without_each = list[float](), list[torch.Tensor]()
         for half in (0, 1):
-            dense, group = clustered(60, 2 * seed + half)
+            dense, group = document_clustered_codes(60, 2 * seed + half)
             counts = PhiByGroup(40, 60, matchings=8)
             counts.update(Codes.from_dense(dense), group)
-            whole.append(counts.excess(torch.ones(1, 60, dtype=torch.float64)).item())
-            without.append(counts.without_each())
-        low, high = jackknife_interval(whole[1] - whole[0], without[1] - without[0])
-        inside += low <= 0 <= high
-        points.append(whole[1] - whole[0])
+            excess.append(counts.excess(torch.ones(1, 60, dtype=torch.float64)).item())
+            without_each.append(counts.without_each())
+        low, high = jackknife_interval(excess[1] - excess[0], without_each[1] - without_each[0])
+        n_covering += low <= 0 <= high
+        points.append(excess[1] - excess[0])
         widths.append((high - low) / (2 * 1.96))
     spread = torch.tensor(points).std().item()
-    print(f"{inside} of 100 intervals hold 0; standard error {sum(widths) / 100:.2e}, spread over seeds {spread:.2e}")
-    assert inside >= 88
+    print(f"{n_covering} of 100 intervals cover 0; standard error {sum(widths) / 100:.2e}, spread over seeds {spread:.2e}")
+    assert n_covering >= 88
     # The jackknife of a mean of absolute values errs on the wide side.
     assert 0.9 * spread < sum(widths) / 100 < 1.8 * spread
 
 
-def test_swapping_tells_a_difference_from_chance():
+def test_permutation_p_is_small_for_a_shift_and_uniform_under_the_null():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(200, generator=generator)
     assert permutation_p(noise + 0.5, 999) == 0.001
-    scores = torch.tensor([permutation_p(torch.randn(50, generator=generator), 199, seed) for seed in range(200)])
-    assert (scores <= 0.05).float().mean().item() == pytest.approx(0.05, abs=0.04)
-    assert scores.mean().item() == pytest.approx(0.5, abs=0.07)
+    p_values = torch.tensor([permutation_p(torch.randn(50, generator=generator), 199, seed) for seed in range(200)])
+    assert (p_values <= 0.05).float().mean().item() == pytest.approx(0.05, abs=0.04)
+    assert p_values.mean().item() == pytest.approx(0.5, abs=0.07)
 
 
-def test_an_sae_compared_with_itself_differs_in_nothing(tmp_path: Path):
-    one, two = run(tmp_path, "one"), run(tmp_path, "two")
-    a, b = evaluate([load_sae(str(one)), load_sae(str(two))], data_of(one / "config.yaml"), Settings(**QUICK))
-    found = compare(a, b, Settings(**QUICK))
+def test_comparing_an_sae_with_a_copy_gives_zero_differences_and_perfect_matches(tmp_path: Path):
+    run_a, run_b = run(tmp_path, "one"), run(tmp_path, "two")
+    a, b = evaluate([load_sae(str(run_a)), load_sae(str(run_b))], data_of(run_a / "config.yaml"), Settings(**QUICK))
+    comparison = compare(a, b, Settings(**QUICK))
     for name in ("fvu", "l0", "cosine", "ce_sae", "kl"):
-        of = found["differences"][name]
-        assert of["difference"] == 0 and of["interval"] == [0, 0] and of["p"] == 1, name
-    assert found["cross_phi"]["a_in_b"]["above_0.7"] == 1
-    assert found["cross_phi"]["a_in_b_by_chance"]["q90"] < 0.5
-    assert found["matching"]["a"] == found["matching"]["b"] and found["matching"]["mean_cosine"] == pytest.approx(1)
+        entry = comparison["differences"][name]
+        assert entry["difference"] == 0 and entry["interval"] == [0, 0] and entry["p"] == 1, name
+    assert comparison["cross_phi"]["a_in_b"]["above_0.7"] == 1
+    assert comparison["cross_phi"]["a_in_b_by_chance"]["q90"] < 0.5
+    assert comparison["matching"]["a"] == comparison["matching"]["b"] and comparison["matching"]["mean_cosine"] == pytest.approx(1)
 
 
-# What swapping swaps is a document's share of the figure that is reported.
-def test_shares_of_documents_add_up_to_the_figures(tmp_path: Path):
-    (found,) = evaluate([load_sae(str(run(tmp_path, "one")))], data_of(tmp_path / "one" / "config.yaml"), Settings(**QUICK))
-    _, sums, total = found.collected.by_document
+# The permutation test swaps the sums of single documents, so these sums must add up to the reported figures.
+def test_sums_by_document_add_up_to_the_reported_figures(tmp_path: Path):
+    (evaluation,) = evaluate([load_sae(str(run(tmp_path, "one")))], data_of(tmp_path / "one" / "config.yaml"), Settings(**QUICK))
+    _, sums, total = evaluation.collected.by_document
     tokens, spread = sums[:, 0].sum(), sums[:, 1].sum() - total.sum(0).square().sum() / sums[:, 0].sum()
-    figures = found.entry["figures"]
-    for name, place in FIGURES.items():
-        share = sums[:, place].sum() / (spread if name == "fvu" else tokens)
-        assert share.item() == pytest.approx(figures["reconstruction"][name], rel=1e-6), name
-    assert found.spliced is not None
-    for name, place in LOSSES.items():
-        share = found.spliced.sums[:, place].sum() / found.spliced.sums[:, 0].sum()
-        assert share.item() == pytest.approx(figures["splice"][name], rel=1e-6), name
+    figures = evaluation.entry["figures"]
+    for name, column in FIGURES.items():
+        figure = sums[:, column].sum() / (spread if name == "fvu" else tokens)
+        assert figure.item() == pytest.approx(figures["reconstruction"][name], rel=1e-6), name
+    assert evaluation.spliced is not None
+    for name, column in LOSSES.items():
+        figure = evaluation.spliced.sums[:, column].sum() / evaluation.spliced.sums[:, 0].sum()
+        assert figure.item() == pytest.approx(figures["splice"][name], rel=1e-6), name
 
 
-def test_the_command_shows_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_compare_command_writes_the_record_and_prints_differences_splits_and_contexts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    one, two = run(tmp_path, "one"), run(tmp_path, "two", seed=1, d_sae=64)
+    run_a, run_b = run(tmp_path, "one"), run(tmp_path, "two", seed=1, d_sae=64)
     args = [f"--{name}={value}" for name, value in QUICK.items()]
-    assert main(["compare", str(one), str(two), *args]) == 0
+    assert main(["compare", str(run_a), str(run_b), *args]) == 0
     out = capsys.readouterr().out
-    found = json.loads((tmp_path / "runs" / "compare-one-two.json").read_text())
-    assert found["a"]["rule"]["rule"] == found["b"]["rule"]["rule"] == "rate"
-    fvu = found["differences"]["fvu"]
+    record = json.loads((tmp_path / "runs" / "compare-one-two.json").read_text())
+    assert record["a"]["rule"]["rule"] == record["b"]["rule"]["rule"] == "rate"
+    fvu = record["differences"]["fvu"]
     assert fvu["interval"][0] <= fvu["difference"] <= fvu["interval"][1]
-    assert [fvu["a"], fvu["b"]] == [found[side]["figures"]["reconstruction"]["fvu"] for side in ("a", "b")]
+    assert [fvu["a"], fvu["b"]] == [record[side]["figures"]["reconstruction"]["fvu"] for side in ("a", "b")]
     assert fvu["difference"] == fvu["b"] - fvu["a"]
-    assert len(found["best"]["a_in_b"]["latent"]) == 48 and len(found["best"]["b_in_a"]["latent"]) == 64
-    assert found["splits"] and all(split["bound"] <= split["phi_between"] + 1e-6 for split in found["splits"])
+    assert len(record["best"]["a_in_b"]["latent"]) == 48 and len(record["best"]["b_in_a"]["latent"]) == 64
+    assert record["splits"] and all(split["bound"] <= split["phi_between"] + 1e-6 for split in record["splits"])
     assert "two less one" in out and "one splits:" in out and "«" in out and "by chance" in out
-    # What `metasae test` said of each alone is not written over.
-    assert not (one / "evaluation.json").exists() and not (two / "evaluation.json").exists()
+    # The command does not write the evaluation records of the single runs.
+    assert not (run_a / "evaluation.json").exists() and not (run_b / "evaluation.json").exists()
 
 
-def test_matches_of_nothing_that_lives_are_none():
+def test_matches_without_live_latents_have_a_nan_median_only():
     figures = Matches(torch.zeros(2, 1), torch.zeros(2, 1).long(), torch.zeros(2).bool()).figures()
     assert list(figures) == ["median"] and figures["median"] != figures["median"]
