@@ -1,4 +1,4 @@
-"""A run that becomes NaN stops with a line, and what was good on the disk is still there."""
+"""StopOnNaN ends a run with one line before a checkpoint or an SAE on disk is overwritten."""
 
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,14 @@ from tests.helpers.architectures import ARCHITECTURES, activations, config
 pytestmark = [
     # lightning 2.6 advises on checkpoints under manual optimisation, for which a joint step has no use: callbacks/model_checkpoint.py
     pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning"),
-    # And warns of going on without the callback that wrote the checkpoint, as is done here.
+    # Lightning warns of resuming without the callback that wrote the checkpoint, which these tests do.
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
 ]
 QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
 
 
 class Batches:
-    """Ten of them; Lightning takes a list for a list of loaders."""
+    """Ten batches of activations. A class, since Lightning takes a list to be a list of loaders."""
 
     def __len__(self) -> int:
         return 10
@@ -42,7 +42,7 @@ class Batches:
 
 
 class Poison(Callback):
-    """A batch of NaN at a step; what the run's folder held before is remembered."""
+    """Fills the batch of one step with NaN, and stores the run's files as they were before."""
 
     before: dict[Path, bytes]
 
@@ -56,7 +56,7 @@ class Poison(Callback):
 
 
 class PoisonAtSaving(Callback):
-    """NaN in a parameter between the step's end and the checkpoint, from a step on."""
+    """From a step on, writes NaN into a parameter between the end of the step and the checkpoint."""
 
     def __init__(self, at: int) -> None:
         self.at = at
@@ -77,30 +77,30 @@ def joint(**changes: Any) -> JointSAE:
     )
 
 
-def fitted(folder: Path, *callbacks: Callback, module: JointSAE | None = None, **more: Any) -> JointSAE:
+def fit_joint(folder: Path, *callbacks: Callback, module: JointSAE | None = None, **fit_args: Any) -> JointSAE:
     module = joint() if module is None else module
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     options = {"max_epochs": 1, "accelerator": "cpu", "default_root_dir": folder, "enable_checkpointing": saves, **QUIET}
-    Trainer(**options, callbacks=list(callbacks)).fit(module, Batches(), **more)
+    Trainer(**options, callbacks=list(callbacks)).fit(module, Batches(), **fit_args)
     return module
 
 
-def saver(folder: Path, **how: Any) -> ModelCheckpoint:
-    """After every step."""
-    return ModelCheckpoint(folder / "checkpoints", **{"every_n_train_steps": 1, "save_last": "link", "save_top_k": 1, **how})
+def checkpoint_every_step(folder: Path, **changes: Any) -> ModelCheckpoint:
+    """A ModelCheckpoint that saves after every step and keeps the newest."""
+    return ModelCheckpoint(folder / "checkpoints", **{"every_n_train_steps": 1, "save_last": "link", "save_top_k": 1, **changes})
 
 
-def finite(checkpoint: Path) -> bool:
+def is_finite(checkpoint: Path) -> bool:
     state = torch.load(checkpoint, weights_only=False)["state_dict"]
     return all(bool(value.isfinite().all()) for value in state.values())
 
 
-def recipe(folder: Path, *callbacks: dict[str, Any]) -> list[str]:
-    """The synthetic recipe, short, checkpointing after a validation every five batches and exporting every third."""
+def short_recipe_args(folder: Path, *callbacks: dict[str, Any]) -> list[str]:
+    """Arguments of a short synthetic run that validates and checkpoints every five batches and exports every third."""
     save = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": "link", "save_top_k": 1}}
     export = {"class_path": "Export", "init_args": {"every_tokens": 3 * 1024}}
-    watched = [*callbacks, {"class_path": "HeldOut"}, export, {"class_path": "Summary"}, save]
-    (folder / "overlay.yaml").write_text(yaml.safe_dump({"trainer": {"val_check_interval": 5, "callbacks": watched}}))
+    all_callbacks = [*callbacks, {"class_path": "HeldOut"}, export, {"class_path": "Summary"}, save]
+    (folder / "overlay.yaml").write_text(yaml.safe_dump({"trainer": {"val_check_interval": 5, "callbacks": all_callbacks}}))
     sizes = [
         "--data.init_args.tokens",
         str(20 * 1024),
@@ -117,7 +117,7 @@ NAN_BATCH = {"class_path": "tests.callbacks.test_stop_on_nan.Poison", "init_args
 
 
 def test_a_nan_batch_stops_the_command_and_leaves_the_last_checkpoint_and_sae(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(recipe(tmp_path, STOP, NAN_BATCH)) == 2
+    assert main(short_recipe_args(tmp_path, STOP, NAN_BATCH)) == 2
     lines = [line for line in capsys.readouterr().err.split("\n") if line.startswith("metasae: error: ")]
     (good,) = (path for path in (tmp_path / "run" / "checkpoints").iterdir() if not path.is_symlink())
     assert len(lines) == 1 and len(lines[0]) < 500
@@ -126,107 +126,107 @@ def test_a_nan_batch_stops_the_command_and_leaves_the_last_checkpoint_and_sae(tm
     )
     assert f"the last good checkpoint is {good};" in lines[0] and "the activations of this batch are not finite either" in lines[0]
 
-    # 13 batches are two checkpoints, of which one is left, with its link, and four exports of two SAEs.
-    kept = {path.relative_to(tmp_path / "run").as_posix() for path in Poison.before}
-    assert {"checkpoints/last.ckpt", "saes/primary/cfg.json", "saes/meta/cfg.json"} < kept and len(list(good.parent.iterdir())) == 2
+    # 13 batches give two checkpoints, of which the newer is left with its link, and four exports of two SAEs.
+    files_before = {path.relative_to(tmp_path / "run").as_posix() for path in Poison.before}
+    assert {"checkpoints/last.ckpt", "saes/primary/cfg.json", "saes/meta/cfg.json"} < files_before and len(list(good.parent.iterdir())) == 2
     assert contents(tmp_path / "run") == Poison.before
-    assert finite(good) and int(torch.load(good, weights_only=False)["state_dict"]["primary.steps"]) == 10
+    assert is_finite(good) and int(torch.load(good, weights_only=False)["state_dict"]["primary.steps"]) == 10
     for role in ("primary", "meta"):
         assert all(value.isfinite().all() for value in SAE.load_from_disk(tmp_path / "run" / "saes" / role).state_dict().values())
     assert not (tmp_path / "run" / "evaluation.json").exists()
     assert main(["test", "-c", str(tmp_path / "run" / "config.yaml"), "--ckpt_path", str(good.with_name("last.ckpt"))]) == 0
 
 
-# The control.
-def test_without_it_they_are_written_over(tmp_path: Path):
-    checkpoints = saver(tmp_path)
-    fitted(tmp_path, PoisonAtSaving(6), checkpoints)
-    assert not finite(Path(checkpoints.best_model_path)) and len(list((tmp_path / "checkpoints").iterdir())) == 2
+# Control.
+def test_without_stop_on_nan_a_bad_state_overwrites_the_checkpoint(tmp_path: Path):
+    checkpoints = checkpoint_every_step(tmp_path)
+    fit_joint(tmp_path, PoisonAtSaving(6), checkpoints)
+    assert not is_finite(Path(checkpoints.best_model_path)) and len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
-@pytest.mark.parametrize("how", [{}, {"save_last": None}, {"save_last": True}, {"save_top_k": -1}, {"filename": "one"}], ids=str)
-def test_a_bad_state_is_refused_before_the_good_checkpoint_goes(tmp_path: Path, how: dict[str, Any]):
-    with pytest.raises(InputError, match=r"primary\.sae\.b_enc is not finite after 448 tokens.* lower learning rate") as stopped:
-        fitted(tmp_path, StopOnNaN(), PoisonAtSaving(6), saver(tmp_path, **how))
-    left = list((tmp_path / "checkpoints").iterdir())
-    assert left and all(map(finite, left))
-    (named,) = (path for path in left if f"the last good checkpoint is {path};" in str(stopped.value))
-    resumed = fitted(tmp_path, module=joint(), ckpt_path=named)
-    assert int(torch.load(named, weights_only=False)["state_dict"]["primary.steps"]) == 6
+@pytest.mark.parametrize("saver_args", [{}, {"save_last": None}, {"save_last": True}, {"save_top_k": -1}, {"filename": "one"}], ids=str)
+def test_a_bad_state_stops_the_run_before_the_good_checkpoint_is_removed(tmp_path: Path, saver_args: dict[str, Any]):
+    with pytest.raises(InputError, match=r"primary\.sae\.b_enc is not finite after 448 tokens.* lower learning rate") as error:
+        fit_joint(tmp_path, StopOnNaN(), PoisonAtSaving(6), checkpoint_every_step(tmp_path, **saver_args))
+    remaining = list((tmp_path / "checkpoints").iterdir())
+    assert remaining and all(map(is_finite, remaining))
+    (named_checkpoint,) = (path for path in remaining if f"the last good checkpoint is {path};" in str(error.value))
+    resumed = fit_joint(tmp_path, module=joint(), ckpt_path=named_checkpoint)
+    assert int(torch.load(named_checkpoint, weights_only=False)["state_dict"]["primary.steps"]) == 6
     assert int(resumed.primary.steps) == 10 and first_nonfinite(resumed.state_dict()) is None
 
 
-# Such a checkpoint asks no callback.
-def test_weights_alone_are_guarded_at_validation(tmp_path: Path):
+# Lightning does not call on_save_checkpoint of callbacks where save_weights_only is set.
+def test_a_weights_only_checkpoint_of_a_bad_state_is_prevented_at_validation(tmp_path: Path):
     checkpoints = ModelCheckpoint(tmp_path / "checkpoints", save_weights_only=True)
     with pytest.raises(InputError, match="b_enc is not finite"):
-        fitted(tmp_path, StopOnNaN(every=1000), PoisonAtSaving(9), checkpoints, val_dataloaders=Batches())
+        fit_joint(tmp_path, StopOnNaN(every=1000), PoisonAtSaving(9), checkpoints, val_dataloaders=Batches())
     assert not (tmp_path / "checkpoints").exists()
 
 
-class Infinite(Penalty):
-    """Finite until a step."""
+class InfiniteAtStep4(Penalty):
+    """A penalty that is infinite at step 4."""
 
     def forward(self, W_dec: Tensor, critic: Any, step: int) -> Tensor:
         return W_dec.square().mean() / (0.0 if step == 4 else 1.0)
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
-        ({"penalties": {"own": Infinite(0.1)}}, r"^penalty own is not finite after 320 tokens"),
+        ({"penalties": {"own": InfiniteAtStep4(0.1)}}, r"^penalty own is not finite after 320 tokens"),
         ({"primary_optimizer": lambda p: SGD(p, lr=1e38)}, r"^(primary\.sae\.\w+|the primary's loss) is not finite after (64|128) tokens"),
         ({"meta_optimizer": lambda p: SGD(p, lr=1e38)}, r"^(meta\.sae\.\w+|the meta SAE's loss) is not finite after 192 tokens"),
     ],
     ids=["penalty", "primary diverges", "meta diverges"],
 )
-def test_what_broke_is_named(changes: dict[str, Any], says: str, tmp_path: Path):
-    with pytest.raises(InputError, match=says) as stopped:
-        fitted(tmp_path, StopOnNaN(), module=joint(**changes))
-    assert "there is no checkpoint before it; a lower learning rate or clip_grad_norm" in str(stopped.value)
+def test_the_error_names_the_first_nonfinite_tensor(changes: dict[str, Any], message: str, tmp_path: Path):
+    with pytest.raises(InputError, match=message) as error:
+        fit_joint(tmp_path, StopOnNaN(), module=joint(**changes))
+    assert "there is no checkpoint before it; a lower learning rate or clip_grad_norm" in str(error.value)
 
 
-def test_it_looks_so_often_and_at_the_last_step(tmp_path: Path):
+def test_every_sets_the_interval_of_checks_and_the_last_step_is_always_checked(tmp_path: Path):
     for every, at, tokens in ((4, 1, 256), (4, 4, 512), (4, 9, 640), (1, 9, 640)):
         with pytest.raises(InputError, match=f"after {tokens} tokens"):
-            fitted(tmp_path, StopOnNaN(every), Poison(at))
+            fit_joint(tmp_path, StopOnNaN(every), Poison(at))
     with pytest.raises(InputError, match="every must be at least 1, got 0"):
         StopOnNaN(0)
 
 
-def test_the_checkpoint_a_run_went_on_from_is_the_last_good_one(tmp_path: Path):
-    fitted(tmp_path, saver(tmp_path, every_n_train_steps=None))
+def test_the_error_names_the_checkpoint_that_the_run_resumed_from(tmp_path: Path):
+    fit_joint(tmp_path, checkpoint_every_step(tmp_path, every_n_train_steps=None))
     (start,) = (path for path in (tmp_path / "checkpoints").iterdir() if not path.is_symlink())
-    run = Trainer(
+    trainer = Trainer(
         max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, callbacks=[StopOnNaN(), Poison(2)], enable_checkpointing=False, **QUIET
     )
     with pytest.raises(InputError, match=f"after 832 tokens.* the last good checkpoint is {start}"):
-        run.fit(joint(), Batches(), ckpt_path=start)
+        trainer.fit(joint(), Batches(), ckpt_path=start)
 
 
-def test_all_ranks_stop_where_another_one_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_rank_stops_if_another_rank_has_a_nonfinite_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lightning.pytorch.strategies.SingleDeviceStrategy.reduce_boolean_decision", lambda self, decision, all=True: False)
     with pytest.raises(InputError, match="a tensor on another rank is not finite after 64 tokens"):
-        fitted(tmp_path, StopOnNaN())
+        fit_joint(tmp_path, StopOnNaN())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_no_architecture_is_stopped_without_cause_or_changed(name: str, tmp_path: Path):
-    watched, alone = (
-        fitted(tmp_path / str(i), *callbacks, module=JointSAE(config(name)))
-        for i, callbacks in enumerate([(StopOnNaN(), saver(tmp_path)), ()])
+def test_stop_on_nan_changes_no_architecture_and_stops_none_that_is_finite(name: str, tmp_path: Path):
+    monitored, unmonitored = (
+        fit_joint(tmp_path / str(i), *callbacks, module=JointSAE(config(name)))
+        for i, callbacks in enumerate([(StopOnNaN(), checkpoint_every_step(tmp_path)), ()])
     )
-    assert all(torch.equal(value, alone.state_dict()[key]) for key, value in watched.state_dict().items())
+    assert all(torch.equal(value, unmonitored.state_dict()[key]) for key, value in monitored.state_dict().items())
 
 
-def test_large_is_not_infinite():
+def test_large_finite_tensors_with_an_infinite_sum_count_as_finite():
     large = torch.full((4,), 3e38)
     assert not large.sum().isfinite() and first_nonfinite({"a": large, "b": torch.tensor([1e300], dtype=torch.float64)}) is None
     assert first_nonfinite({"count": torch.tensor(3), "a": large, "b": torch.tensor([torch.inf])}) == "b"
 
 
 @pytest.mark.parametrize("name", ["quickstart", "synthetic", "gpt2_large_l20", "gemma2_9b_l23"])
-def test_a_recipe_looks_before_it_writes(name: str):
+def test_recipes_have_stop_on_nan_first_and_summary_and_checkpoints_last(name: str):
     callbacks = [entry["class_path"] for entry in yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["trainer"]["callbacks"]]
-    ours = [entry for entry in callbacks if "." not in entry]
-    assert ours[0] == "StopOnNaN" and ours[-2:] == ["Summary", "Checkpoints"] and callbacks == ours
+    own_callbacks = [entry for entry in callbacks if "." not in entry]
+    assert own_callbacks[0] == "StopOnNaN" and own_callbacks[-2:] == ["Summary", "Checkpoints"] and callbacks == own_callbacks
