@@ -46,22 +46,22 @@ def write(path: Path, number: float) -> None:
     AtomicCheckpointIO().save_checkpoint({"weights": torch.full((1000,), number)}, path)
 
 
-def test_a_failed_write_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_write_leaves_the_older_checkpoint_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(tmp_path / "a.ckpt", 1.0)
 
-    def full(what: Any, file: Any) -> None:
+    def write_half_and_fail(_: Any, file: Any) -> None:
         file.write(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(torch, "save", write_half_and_fail)
     with pytest.raises(InputError, match=r"a\.ckpt cannot be written, and those before it are as they were .*No space left.* MiB are free"):
         write(tmp_path / "a.ckpt", 2.0)
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
     assert torch.load(tmp_path / "a.ckpt")["weights"].eq(1.0).all()
 
 
-class Sealed(Callback):
-    """After so many tokens nobody may write to the folder of checkpoints any more, root included."""
+class MakeCheckpointsImmutable(Callback):
+    """After `after` tokens, makes the folder of checkpoints immutable: not even root can write to it."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -75,13 +75,13 @@ class Sealed(Callback):
 def test_a_folder_that_becomes_read_only_keeps_its_checkpoints(tmp_path: Path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    can = shutil.which("chattr") and not subprocess.run(["chattr", "+i", folder], capture_output=True, check=False).returncode
-    if not can:
-        pytest.skip("takes chattr, a file system that knows it, and root")
+    has_chattr = shutil.which("chattr") and not subprocess.run(["chattr", "+i", folder], capture_output=True, check=False).returncode
+    if not has_chattr:
+        pytest.skip("needs chattr, a file system that supports it, and root")
     subprocess.run(["chattr", "-i", folder], check=True)
     try:
         with pytest.raises(InputError, match=r"tokens=256\.ckpt cannot be written, and those before it are as they were .*not permitted"):
-            fitted(tmp_path, Sealed(192), Checkpoints(every_tokens=64))
+            fit_joint(tmp_path, MakeCheckpointsImmutable(192), Checkpoints(every_tokens=64))
     finally:
         subprocess.run(["chattr", "-i", folder], check=True)
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "tokens=128.ckpt", "tokens=192.ckpt"]
@@ -89,48 +89,49 @@ def test_a_folder_that_becomes_read_only_keeps_its_checkpoints(tmp_path: Path):
 
 
 def test_a_checkpoint_that_does_not_read_back_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch, "save", lambda what, file: file.write(b"PK nothing"))
+    monkeypatch.setattr(torch, "save", lambda _, file: file.write(b"PK nothing"))
     with pytest.raises(InputError, match="does not read back"):
         write(tmp_path / "a.ckpt", 1.0)
     assert not list(tmp_path.iterdir())
 
 
-def spoil(path: Path, how: str) -> None:
+def damage(path: Path, kind: str) -> None:
+    """Truncate or empty a checkpoint, flip one bit of its weights (`flipped`), or one of its zip directory (`marked`)."""
     data = bytearray(path.read_bytes())
-    if how == "flipped":
-        at = data.index(torch.full((4,), 3.0).numpy().tobytes())
-        data[at] ^= 1
-    if how == "marked":  # as encrypted, which no checkpoint is
+    if kind == "flipped":
+        position = data.index(torch.full((4,), 3.0).numpy().tobytes())
+        data[position] ^= 1
+    if kind == "marked":  # sets the zip entry's flag for encryption
         data[data.index(b"PK\x01\x02") + 8] |= 1
-    path.write_bytes(data[: len(data) // 2] if how == "truncated" else b"" if how == "emptied" else data)
+    path.write_bytes(data[: len(data) // 2] if kind == "truncated" else b"" if kind == "emptied" else data)
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "marked", "emptied"])
-def test_damage_is_detected_and_the_checkpoint_before_it_is_found(tmp_path: Path, how: str):
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "marked", "emptied"])
+def test_damage_is_detected_and_the_previous_checkpoint_is_used(tmp_path: Path, kind: str):
     for number in (1, 2, 3):
         write(tmp_path / f"tokens={number}.ckpt", float(number))
         os.utime(tmp_path / f"tokens={number}.ckpt", ns=(number, number))
     assert newest_intact([tmp_path]) == (tmp_path / "tokens=3.ckpt", {})
-    spoil(tmp_path / "tokens=3.ckpt", how)
+    damage(tmp_path / "tokens=3.ckpt", kind)
     os.utime(tmp_path / "tokens=3.ckpt", ns=(3, 3))
-    found, broken = newest_intact([tmp_path])
-    assert found == tmp_path / "tokens=2.ckpt" and list(broken) == [tmp_path / "tokens=3.ckpt"]
+    checkpoint, damaged = newest_intact([tmp_path])
+    assert checkpoint == tmp_path / "tokens=2.ckpt" and list(damaged) == [tmp_path / "tokens=3.ckpt"]
     with pytest.raises(InputError, match=r"tokens=3\.ckpt is damaged .* --ckpt_path last"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "tokens=3.ckpt")
-    assert find_damage(found) is None
+    assert find_damage(checkpoint) is None
 
 
 def test_a_job_restarted_by_slurm_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert not is_restarted_job(tmp_path)  # it had not come so far
+    assert not is_restarted_job(tmp_path)  # the first start wrote no checkpoint
     write(tmp_path / "checkpoints" / "tokens=1.ckpt", 1.0)
     assert is_restarted_job(tmp_path) and last_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / "tokens=1.ckpt")
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert not is_restarted_job(tmp_path)
 
 
-def test_drafts_of_a_killed_process_are_removed(tmp_path: Path):
+def test_saving_removes_unfinished_files_of_a_killed_process_and_old_checkpoints(tmp_path: Path):
     (tmp_path / ".tokens=1.ckpt.4242").write_bytes(b"half")
     for number in (1, 2, 3):
         write(tmp_path / f"tokens={number}.ckpt", float(number))
@@ -139,7 +140,7 @@ def test_drafts_of_a_killed_process_are_removed(tmp_path: Path):
 
 
 class SendSignal(Callback):
-    """The process is told something after a step."""
+    """Sends a signal to this process at the start of a step."""
 
     def __init__(self, at: int, number: signal.Signals) -> None:
         self.at, self.number = at, number
@@ -149,7 +150,7 @@ class SendSignal(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def fitted(folder: Path, *callbacks: Callback, checkpoint: Path | None = None, **how: Any) -> JointSAE:
+def fit_joint(folder: Path, *callbacks: Callback, checkpoint: Path | None = None, **trainer_args: Any) -> JointSAE:
     module = JointSAE(config("batchtopk"), config("topk", d_sae=8), {"d": Decomposability(0.3)}, n_p=3, n_m=2)
     data = SyntheticDataModule(SyntheticModelConfig(num_features=32, hidden_dim=D_IN, seed=0), tokens=768, batch_size=64)
     options: dict[str, Any] = {
@@ -158,17 +159,17 @@ def fitted(folder: Path, *callbacks: Callback, checkpoint: Path | None = None, *
         "limit_val_batches": 0,
         "plugins": [AtomicCheckpointIO()],
         **QUIET,
-        **how,
+        **trainer_args,
     }
     Trainer(default_root_dir=folder, callbacks=list(callbacks), **options).fit(module, datamodule=data, ckpt_path=checkpoint)
     return module
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-def test_the_newest_checkpoints_are_kept_and_the_link_names_the_last(tmp_path: Path):
-    fitted(tmp_path, Checkpoints(every_tokens=128, every_minutes=None, keep=3))
-    kept = sorted(int(path.stem.split("=")[1]) for path in (tmp_path / "checkpoints").glob("tokens=*.ckpt"))
-    assert kept == [512, 640, 768]  # batches of 64: after every second, and at the end
+def test_the_newest_checkpoints_are_kept_and_last_links_to_the_newest(tmp_path: Path):
+    fit_joint(tmp_path, Checkpoints(every_tokens=128, every_minutes=None, keep=3))
+    tokens_of_checkpoints = sorted(int(path.stem.split("=")[1]) for path in (tmp_path / "checkpoints").glob("tokens=*.ckpt"))
+    assert tokens_of_checkpoints == [512, 640, 768]  # every second batch of 64 tokens, and the end
     assert (tmp_path / "checkpoints" / "last.ckpt").resolve().name == "tokens=768.ckpt"
 
 
@@ -177,53 +178,54 @@ def test_the_newest_checkpoints_are_kept_and_the_link_names_the_last(tmp_path: P
 def test_a_stop_signal_writes_a_checkpoint_after_the_step_and_the_run_resumes(
     number: signal.Signals, raised: type[BaseException], tmp_path: Path
 ):
-    whole = fitted(tmp_path / "whole")
+    uninterrupted = fit_joint(tmp_path / "whole")
     before = signal.getsignal(number)
-    if number == signal.SIGINT:  # which a shell's background job ignores
+    if number == signal.SIGINT:  # a shell's background jobs ignore it
         signal.signal(number, signal.default_int_handler)
     with pytest.raises(raised):
-        fitted(tmp_path, Checkpoints(), SendSignal(4, number))
-    signal.signal(number, before)  # Lightning ignores Ctrl-C once it has heard it
-    found, broken = newest_intact([tmp_path / "checkpoints"])
-    assert found is not None and found.name == "tokens=320.ckpt" and not broken
-    resumed = fitted(tmp_path / "resumed", Checkpoints(), checkpoint=found)
-    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+        fit_joint(tmp_path, Checkpoints(), SendSignal(4, number))
+    signal.signal(number, before)  # Lightning ignores SIGINT after the first one
+    checkpoint, damaged = newest_intact([tmp_path / "checkpoints"])
+    assert checkpoint is not None and checkpoint.name == "tokens=320.ckpt" and not damaged
+    resumed = fit_joint(tmp_path / "resumed", Checkpoints(), checkpoint=checkpoint)
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in uninterrupted.state_dict().items())
 
 
-class Validations(Callback):
-    """After how many tokens there was one; one at which the process ends."""
+class RecordValidations(Callback):
+    """Records the number of tokens at each validation; raises at the start of the one at `ends_at` tokens."""
 
     def __init__(self, ends_at: int | None = None) -> None:
-        self.ends_at, self.seen = ends_at, list[int]()
+        self.ends_at, self.tokens = ends_at, list[int]()
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         if pl_module.rows_seen == self.ends_at:
             raise RuntimeError("the machine is gone")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.seen.append(pl_module.rows_seen)
+        self.tokens.append(pl_module.rows_seen)
 
 
 @pytest.mark.parametrize("killed", [True, False])
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 def test_a_run_resumes_from_before_or_after_a_validation(killed: bool, tmp_path: Path):
-    often: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 4}  # of 64 tokens a batch: at 256, 512 and 768
-    whole, first, then = Validations(), Validations(512 if killed else None), Validations()
-    expected = fitted(tmp_path / "whole", whole, **often)
+    # Batches of 64 tokens: validations at 256, 512 and 768.
+    validate_often: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 4}
+    all_validations, before_the_stop, after_the_stop = RecordValidations(), RecordValidations(512 if killed else None), RecordValidations()
+    expected = fit_joint(tmp_path / "whole", all_validations, **validate_often)
     before = signal.getsignal(signal.SIGTERM)
-    # Either a checkpoint is due with every validation, or a stop signal arrives in the step before the second.
-    told = [] if killed else [SendSignal(7, signal.SIGTERM)]
+    # Either a checkpoint is due at every validation, or SIGTERM arrives in the step before the second one.
+    signals = [] if killed else [SendSignal(7, signal.SIGTERM)]
     with pytest.raises(RuntimeError if killed else SystemExit):
-        fitted(tmp_path, first, *told, Checkpoints(every_tokens=256 if killed else None), **often)
+        fit_joint(tmp_path, before_the_stop, *signals, Checkpoints(every_tokens=256 if killed else None), **validate_often)
     signal.signal(signal.SIGTERM, before)
-    found, _ = newest_intact([tmp_path / "checkpoints"])
-    assert found is not None and found.name == f"tokens={256 if killed else 512}.ckpt"
-    resumed = fitted(tmp_path / "resumed", then, Checkpoints(), checkpoint=found, **often)
-    assert whole.seen == first.seen + then.seen == [256, 512, 768]
+    checkpoint, _ = newest_intact([tmp_path / "checkpoints"])
+    assert checkpoint is not None and checkpoint.name == f"tokens={256 if killed else 512}.ckpt"
+    resumed = fit_joint(tmp_path / "resumed", after_the_stop, Checkpoints(), checkpoint=checkpoint, **validate_often)
+    assert all_validations.tokens == before_the_stop.tokens + after_the_stop.tokens == [256, 512, 768]
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in expected.state_dict().items())
 
 
-def command(run: Path, *more: str) -> list[str]:
+def fit_command(run: Path, *more: str) -> list[str]:
     overlay = run.parent / "often.yaml"
     callbacks = [{"class_path": "Export"}, {"class_path": "Checkpoints", "init_args": {"every_tokens": 4096}}]
     overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
@@ -231,59 +233,65 @@ def command(run: Path, *more: str) -> list[str]:
     return [sys.executable, str(ROOT / "cli.py"), "fit", "-c", "synthetic", "-c", str(overlay), "--run", str(run), *sizes, *more]
 
 
-def begun(run: Path, *more: str) -> subprocess.Popen[str]:
-    # One thread: products are then summed in one order whatever else the machine does.
+def start_command(run: Path, *more: str) -> subprocess.Popen[str]:
+    # One thread, so that sums have one order and runs are bit-equal.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command(run, *more), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        fit_command(run, *more),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
-def forked(run: Path, *more: str) -> CommandLine:
-    """The same command in processes that need not import everything again."""
-    return CommandLine(command(run, *more)[2:], cwd=ROOT)
+def start_in_forked_process(run: Path, *more: str) -> CommandLine:
+    """Start the same command in forked processes, which have imported everything."""
+    return CommandLine(fit_command(run, *more)[2:], cwd=ROOT)
 
 
-def ended(run: Path, *more: str) -> None:
-    process = forked(run, *more)
-    _, printed = process.communicate()
-    assert process.returncode == 0, printed[-3000:]
+def run_to_end(run: Path, *more: str) -> None:
+    process = start_in_forked_process(run, *more)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr[-3000:]
 
 
-def same(one: Path, two: Path) -> bool:
-    found = [load_file(run / "saes" / role / "sae_weights.safetensors") for run in (one, two) for role in ("primary", "meta")]
-    return all(torch.equal(a[key], b[key]) for a, b in (found[::2], found[1::2]) for key in a)
+def saes_are_equal(run_a: Path, run_b: Path) -> bool:
+    weights = [load_file(run / "saes" / role / "sae_weights.safetensors") for run in (run_a, run_b) for role in ("primary", "meta")]
+    return all(torch.equal(a[key], b[key]) for a, b in (weights[::2], weights[1::2]) for key in a)
 
 
-TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+TWO_RANKS = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 
 def test_two_ranks_killed_or_stopped_and_resumed_equal_an_uninterrupted_run(tmp_path: Path):
-    ranks = TWO
-    ended(tmp_path / "whole", *ranks)
+    ranks = TWO_RANKS
+    run_to_end(tmp_path / "whole", *ranks)
     run = tmp_path / "run"
-    for number, how in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
-        process = forked(run, *ranks, *(["--ckpt_path", "last"] if number else []))
+    for number, signal_number in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
+        process = start_in_forked_process(run, *ranks, *(["--ckpt_path", "last"] if number else []))
         before, deadline = newest_intact([run / "checkpoints"])[0], time.monotonic() + 200
         while newest_intact([run / "checkpoints"])[0] == before and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        if how == signal.SIGKILL:
+        if signal_number == signal.SIGKILL:
             process.kill()
         else:
-            process.send_signal(how)
-        _, told = process.communicate(timeout=200)
-        # What the third goes on from is what the second wrote when it was told.
-        assert ("SIGTERM: a checkpoint is written" in told) == (how == signal.SIGTERM), told[-3000:]
-        assert not (run / "saes").exists(), "it had ended before"
-    newest_one, _ = newest_intact([run / "checkpoints"])
-    assert newest_one is not None
-    spoil(newest_one, "truncated")
-    ended(run, *ranks, "--ckpt_path", "last")
-    assert same(tmp_path / "whole", run)
+            process.send_signal(signal_number)
+        _, stderr = process.communicate(timeout=200)
+        # The third run resumes from the checkpoint that the second wrote on SIGTERM.
+        assert ("SIGTERM: a checkpoint is written" in stderr) == (signal_number == signal.SIGTERM), stderr[-3000:]
+        assert not (run / "saes").exists(), "the run ended before the signal"
+    newest, _ = newest_intact([run / "checkpoints"])
+    assert newest is not None
+    damage(newest, "truncated")
+    run_to_end(run, *ranks, "--ckpt_path", "last")
+    assert saes_are_equal(tmp_path / "whole", run)
 
 
-def quickstart_like(folder: Path) -> Path:
-    """The quickstart's recipe, arms and all, on a tiny model: a language model, text, a shuffle buffer, held-out documents."""
+def tiny_quickstart(folder: Path) -> Path:
+    """The quickstart's recipe with its arms, on activations of a tiny language model over 400 documents."""
     save_model(folder / "tiny", "llama", layers=2)
     (folder / "text.txt").write_text("\n\n".join(documents(400)))
     tree = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
@@ -301,64 +309,64 @@ def quickstart_like(folder: Path) -> Path:
     return folder / "recipe.yaml"
 
 
-def came_to(run: Path) -> dict[str, Any]:
-    """Weights of every exported SAE, and the figures but for what a clock says."""
-    found: dict[str, Any] = {str(path.relative_to(run)): load_file(path) for path in run.glob("arms/*/saes/*/sae_weights.safetensors")}
-    arms = json.loads((run / "evaluation.json").read_text().replace(str(run), ""))["arms"]  # what it exported names its folder
-    told = {name: {key: value for key, value in arm["validation"].items() if "second" not in key} for name, arm in arms.items()}
-    return {**found, "figures": told}
+def results_of(run: Path) -> dict[str, Any]:
+    """Weights of every exported SAE, and the figures without durations."""
+    results: dict[str, Any] = {str(path.relative_to(run)): load_file(path) for path in run.glob("arms/*/saes/*/sae_weights.safetensors")}
+    arms = json.loads((run / "evaluation.json").read_text().replace(str(run), ""))["arms"]  # the record has paths in the run's folder
+    figures = {name: {key: value for key, value in arm["validation"].items() if "second" not in key} for name, arm in arms.items()}
+    return {**results, "figures": figures}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [(), TWO], ids=["alone", "two ranks"])
+@pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["alone", "two ranks"])
 def test_a_run_killed_at_twenty_random_points_equals_an_uninterrupted_run(ranks: tuple[str, ...], tmp_path: Path):
-    recipe, chance = quickstart_like(tmp_path), random.Random(0)
+    recipe, rng = tiny_quickstart(tmp_path), random.Random(0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def started(run: Path, *more: str) -> subprocess.Popen[str]:
+    def start(run: Path, *more: str) -> subprocess.Popen[str]:
         words = [sys.executable, str(ROOT / "cli.py"), "fit", "-c", str(recipe), "--run", str(run), *ranks, *more]
         return subprocess.Popen(
             words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
 
-    process = started(tmp_path / "whole")
-    _, told = process.communicate(timeout=1200)
-    assert process.returncode == 0, told[-3000:]
+    process = start(tmp_path / "whole")
+    _, stderr = process.communicate(timeout=1200)
+    assert process.returncode == 0, stderr[-3000:]
     run, kills = tmp_path / "run", 0
     while kills < 20:
-        there = (run / "checkpoints" / "last.ckpt").exists()
-        process = started(run, *(["--ckpt_path", "last"] if there else []))
-        wanted, deadline = chance.randrange(1, 4), time.monotonic() + 600
-        seen: set[Path] = set(run.glob("checkpoints/tokens=*.ckpt"))
-        while len(set(run.glob("checkpoints/tokens=*.ckpt")) - seen) < wanted and time.monotonic() < deadline and process.poll() is None:
+        has_checkpoint = (run / "checkpoints" / "last.ckpt").exists()
+        process = start(run, *(["--ckpt_path", "last"] if has_checkpoint else []))
+        n_new, deadline = rng.randrange(1, 4), time.monotonic() + 600
+        older: set[Path] = set(run.glob("checkpoints/tokens=*.ckpt"))
+        while len(set(run.glob("checkpoints/tokens=*.ckpt")) - older) < n_new and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.001)
-        time.sleep(chance.random() * 0.2)
-        assert process.poll() is None, "it had ended: nothing is killed any more"
+        time.sleep(rng.random() * 0.2)
+        assert process.poll() is None, "the run ended before the kill"
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         kills += 1
-    process = started(run, "--ckpt_path", "last")
-    _, told = process.communicate(timeout=1200)
-    assert process.returncode == 0, told[-3000:]
-    expected, found = came_to(tmp_path / "whole"), came_to(run)
-    assert found.keys() == expected.keys() and len(found) == 6  # three arms' primaries, two metas, figures
-    assert found.pop("figures") == expected.pop("figures")
-    assert all(torch.equal(found[name][key], value) for name, weights in expected.items() for key, value in weights.items())
+    process = start(run, "--ckpt_path", "last")
+    _, stderr = process.communicate(timeout=1200)
+    assert process.returncode == 0, stderr[-3000:]
+    expected, results = results_of(tmp_path / "whole"), results_of(run)
+    assert results.keys() == expected.keys() and len(results) == 6  # three arms' primaries, two metas, figures
+    assert results.pop("figures") == expected.pop("figures")
+    assert all(torch.equal(results[name][key], value) for name, weights in expected.items() for key, value in weights.items())
 
 
-def test_without_an_intact_checkpoint_nothing_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_resuming_without_an_intact_checkpoint_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "tokens=1.ckpt").write_bytes(b"PK")
-    assert main([*command(tmp_path / "run", "--ckpt_path", "last")[2:]]) == 2
-    said = capsys.readouterr().err.strip().split("\n")
-    assert "tokens=1.ckpt is damaged" in said[-2] and "there is no whole checkpoint in" in said[-1]
+    assert main([*fit_command(tmp_path / "run", "--ckpt_path", "last")[2:]]) == 2
+    error_lines = capsys.readouterr().err.strip().split("\n")
+    assert "tokens=1.ckpt is damaged" in error_lines[-2] and "there is no whole checkpoint in" in error_lines[-1]
 
 
 @pytest.mark.parametrize("stalled", [0, 1])
-def test_a_stalled_rank_is_named_and_the_others_end(stalled: int, tmp_path: Path):
+def test_a_stalled_rank_is_named_in_the_error_and_the_other_rank_ends(stalled: int, tmp_path: Path):
     watch = {"class_path": "Watchdog", "init_args": {"minutes": 0.1}}
     (tmp_path / "watched.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [watch, {"class_path": "Checkpoints"}]}}))
-    process = begun(tmp_path / "run", *TWO, "-c", str(tmp_path / "watched.yaml"), "--data.init_args.tokens", "100000000")
+    process = start_command(tmp_path / "run", *TWO_RANKS, "-c", str(tmp_path / "watched.yaml"), "--data.init_args.tokens", "100000000")
     deadline = time.monotonic() + 200
     while not (tmp_path / "run" / "config.yaml").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -366,14 +374,14 @@ def test_a_stalled_rank_is_named_and_the_others_end(stalled: int, tmp_path: Path
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
     assert len(children) == 1
     os.kill([process.pid, int(children[0])][stalled], signal.SIGSTOP)
-    began = time.monotonic()
+    stopped_at = time.monotonic()
     try:
-        while psutil.pid_exists(waiting := [int(children[0]), process.pid][stalled]) and time.monotonic() - began < 60:
-            if psutil.Process(waiting).status() == psutil.STATUS_ZOMBIE:
+        while psutil.pid_exists(other_rank := [int(children[0]), process.pid][stalled]) and time.monotonic() - stopped_at < 60:
+            if psutil.Process(other_rank).status() == psutil.STATUS_ZOMBIE:
                 break
             time.sleep(0.1)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # the one that was stopped holds the pipes
-    _, told = process.communicate()
-    assert time.monotonic() - began < 30
-    assert f"no step was made for 6 s, and this run ends: rank {stalled}" in told and "was last heard of" in told
+        os.killpg(process.pid, signal.SIGKILL)  # the stopped rank keeps the pipes open
+    _, stderr = process.communicate()
+    assert time.monotonic() - stopped_at < 30
+    assert f"no step was made for 6 s, and this run ends: rank {stalled}" in stderr and "was last heard of" in stderr

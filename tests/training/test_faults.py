@@ -1,4 +1,4 @@
-"""The command line, in its own process, with a dataset server that stalls and with Ctrl-C."""
+"""The command line in a process of its own: a dataset server that stalls, and Ctrl-C."""
 
 import os
 import re
@@ -22,7 +22,7 @@ HOOK = "blocks.1.hook_resid_post"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("faults")
     save_model(root / "tiny", "llama", layers=2)
     texts = documents(400)
@@ -33,59 +33,62 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def recipe(place: Path, **data: Any) -> Path:
-    written = {**yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text()), "arms": None}
-    lm = {"class_path": "metasae_lightning.lm.HuggingFaceLM", "init_args": {"name": str(place / "tiny"), "hook": HOOK, "device": "cpu"}}
+def recipe(source_folder: Path, **data: Any) -> Path:
+    config = {**yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text()), "arms": None}
+    lm = {
+        "class_path": "metasae_lightning.lm.HuggingFaceLM",
+        "init_args": {"name": str(source_folder / "tiny"), "hook": HOOK, "device": "cpu"},
+    }
     corpus = {"class_path": "metasae_lightning.corpora.HubText", "init_args": {"path": "org/texts", "shuffle_window": 50, "retries": 1}}
     sizes = {"tokens": 64_000, "batch_size": 64, "context_size": 12, "buffer_size": 640, "held_out": 0.1}
-    written["data"]["init_args"] = {"language_model": lm, "corpus": corpus, **sizes, "validation_tokens": 64, "test_tokens": 64, **data}
+    config["data"]["init_args"] = {"language_model": lm, "corpus": corpus, **sizes, "validation_tokens": 64, "test_tokens": 64, **data}
     for role, size in (("primary", 64), ("meta", 16)):
-        written["model"]["init_args"][role]["init_args"] |= {"d_in": 32, "d_sae": size, "k": 4}
-    path = place / "recipe.yaml"
-    path.write_text(yaml.safe_dump(written))
+        config["model"]["init_args"][role]["init_args"] |= {"d_in": 32, "d_sae": size, "k": 4}
+    path = source_folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(config))
     return path
 
 
 def start(hub: Hub, home: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = hub.environment(home, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), HF_HUB_DOWNLOAD_TIMEOUT="300")
     command = [sys.executable, str(ROOT / "cli.py"), *arguments]
-    # What a shell starts in the background ignores Ctrl-C, and would hand that on.
-    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    return subprocess.Popen(command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heeds)
+    # A shell's background job ignores SIGINT and children inherit that, so restore the default.
+    child_options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return subprocess.Popen(command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **child_options)
 
 
-def test_a_stalled_source_is_an_error_with_its_name(place: Path, tmp_path: Path):
-    config = recipe(place, stall_seconds=3.0)
-    with Hub(place / "hub") as hub:
+def test_a_stalled_data_source_ends_the_run_with_an_error_that_names_it(source_folder: Path, tmp_path: Path):
+    config = recipe(source_folder, stall_seconds=3.0)
+    with Hub(source_folder / "hub") as hub:
         hub.faults[:] = [Fault("stall")]
-        began = time.monotonic()
+        started_at = time.monotonic()
         process = start(hub, tmp_path, "fit", "-c", str(config), "--run", str(tmp_path / "run"))
-        _, told = process.communicate(timeout=180)
-        assert process.returncode == 2, told[-3000:]
-        line = told.strip().split("\n")[-1]
-        assert line.startswith("metasae: error: corpus org/texts: nothing came for 3 s") and time.monotonic() - began < 90
+        _, stderr = process.communicate(timeout=180)
+        assert process.returncode == 2, stderr[-3000:]
+        line = stderr.strip().split("\n")[-1]
+        assert line.startswith("metasae: error: corpus org/texts: nothing came for 3 s") and time.monotonic() - started_at < 90
         assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(("command", "delay"), [("fit", 0.7), ("cache", 0.0)])
-def test_ctrl_c_ends_a_command_and_leaves_no_partial_file(place: Path, tmp_path: Path, command: str, delay: float):
-    config = recipe(place, cache=str(tmp_path / "cache") if command == "cache" else None, tokens=640_000)
-    with Hub(place / "hub") as hub:
-        more = ["--shard_gib", "2e-4"] if command == "cache" else ["--run", str(tmp_path / "run")]
-        process = start(hub, tmp_path, command, "-c", str(config), *more)
-        until = time.monotonic() + 120
-        begun = tmp_path / ("run/config.yaml" if command == "fit" else "cache/train/.progress")
-        while not begun.exists() and process.poll() is None and time.monotonic() < until:
+def test_ctrl_c_ends_a_command_within_30_s_and_leaves_no_partial_file(source_folder: Path, tmp_path: Path, command: str, delay: float):
+    config = recipe(source_folder, cache=str(tmp_path / "cache") if command == "cache" else None, tokens=640_000)
+    with Hub(source_folder / "hub") as hub:
+        options = ["--shard_gib", "2e-4"] if command == "cache" else ["--run", str(tmp_path / "run")]
+        process = start(hub, tmp_path, command, "-c", str(config), *options)
+        deadline = time.monotonic() + 120
+        first_file = tmp_path / ("run/config.yaml" if command == "fit" else "cache/train/.progress")
+        while not first_file.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
-        sent = time.monotonic()
-        _, told = process.communicate(timeout=60)
-        assert process.returncode not in (0, -signal.SIGKILL), told[-2000:]
-        assert time.monotonic() - sent < 30
-        assert command == "fit" or (process.returncode == 130 and told.strip().endswith("metasae: stopped"))
-    written = [path for folder in ("run", "cache") for path in (tmp_path / folder).rglob("*") if path.is_file()]
-    assert written and not [path for path in written if re.search(r"\.draft$|^\.(?!progress$)|\.tmp", path.name)]
+        sent_at = time.monotonic()
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode not in (0, -signal.SIGKILL), stderr[-2000:]
+        assert time.monotonic() - sent_at < 30
+        assert command == "fit" or (process.returncode == 130 and stderr.strip().endswith("metasae: stopped"))
+    files = [path for folder in ("run", "cache") for path in (tmp_path / folder).rglob("*") if path.is_file()]
+    assert files and not [path for path in files if re.search(r"\.draft$|^\.(?!progress$)|\.tmp", path.name)]
     if command == "cache":
         assert not (tmp_path / "cache" / "cache.json").exists()
         assert os.path.getsize(tmp_path / "cache" / "train" / ".progress") > 0

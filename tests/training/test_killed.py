@@ -1,4 +1,4 @@
-"""The data stream is deterministic: it gives the same batches twice, and after it was killed and resumed."""
+"""The data stream is deterministic: it yields the same batches in a second run and after kills and resumes."""
 
 import random
 import time
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def whole(folder: Path, name: str, **changes: Any) -> list[str]:
+def uninterrupted_hashes(folder: Path, name: str, **changes: Any) -> list[str]:
     process = fork_context().Process(target=run, args=(folder, name, 0.0, changes))
     process.start()
     process.join(300)
@@ -31,16 +31,16 @@ def whole(folder: Path, name: str, **changes: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"prefetch": 3}, {"checkpoint_buffer": "activations", "prefetch": 2}])
-def test_a_stream_killed_at_ten_random_points_gives_the_batches_of_an_uninterrupted_one(folder: Path, changes: Any):
+def test_a_stream_killed_at_ten_random_points_yields_the_batches_of_an_uninterrupted_one(folder: Path, changes: Any):
     name = "-".join(map(str, ["killed", *changes.values()]))
-    expected = whole(folder, f"{name}-whole")
+    expected = uninterrupted_hashes(folder, f"{name}-whole")
     assert len(expected) == 400 and len(set(expected)) == 400
-    when, kills = random.Random(0), 0
+    rng, kills = random.Random(0), 0
     while not (folder / f"{name}.done").exists():
         process = fork_context().Process(target=run, args=(folder, name, 0.004, changes))
         process.start()
-        before = lines(folder / f"{name}.txt")
-        while kills < 10 and lines(folder / f"{name}.txt") < before + 5 + when.randrange(25) and process.is_alive():
+        before = line_count(folder / f"{name}.txt")
+        while kills < 10 and line_count(folder / f"{name}.txt") < before + 5 + rng.randrange(25) and process.is_alive():
             time.sleep(0.002)
         if kills < 10:
             process.kill()
@@ -50,12 +50,12 @@ def test_a_stream_killed_at_ten_random_points_gives_the_batches_of_an_uninterrup
     assert (folder / f"{name}.txt").read_text().split() == expected
 
 
-def lines(file: Path) -> int:
+def line_count(file: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def test_a_stream_repeats_and_another_seed_gives_other_batches(folder: Path):
-    first, second, other = (whole(folder, name, seed=seed) for name, seed in (("one", 0), ("two", 0), ("three", 1)))
+def test_batches_are_determined_by_the_seed(folder: Path):
+    first, second, other = (uninterrupted_hashes(folder, name, seed=seed) for name, seed in (("one", 0), ("two", 0), ("three", 1)))
     assert first == second
     assert not set(first) & set(other)
 
@@ -68,18 +68,22 @@ def test_held_out_documents_are_never_trained_on(folder: Path, monkeypatch: pyte
     for rank in range(2):
         module = data(folder, tokens=2 * 16 * 400)
         module.setup()
-        seen: list[Any] = []
-        plain = module.language_model.activations
-        monkeypatch.setattr(module.language_model, "activations", lambda t, v=None, plain=plain, seen=seen: seen.append(t) or plain(t, v))
+        inputs: list[Any] = []
+        activations = module.language_model.activations
+        monkeypatch.setattr(
+            module.language_model,
+            "activations",
+            lambda t, v=None, activations=activations, inputs=inputs: inputs.append(t) or activations(t, v),
+        )
         module.trainer = type("Place", (), {"global_rank": rank, "world_size": 2})()  # type: ignore[assignment]
         stream = module.stream("train", 2 * 16 * 400)
         for _, _ in zip(range(150), stream, strict=False):
             pass
         state = stream.state_dict()
         assert state["reached"]["epoch"] >= 1
-        again = module.stream("train", 2 * 16 * 400)
-        again.load_state_dict(state)
-        assert len(list(again)) == 250
-        trained |= texts_of(seen, module.language_model)
+        restored = module.stream("train", 2 * 16 * 400)
+        restored.load_state_dict(state)
+        assert len(list(restored)) == 250
+        trained |= texts_of(inputs, module.language_model)
     assert held_out and not trained & held_out
     assert trained | held_out == {str(i) for i in range(60)}

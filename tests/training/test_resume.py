@@ -1,6 +1,9 @@
-"""A run started by the command line in its own process is killed and resumed."""
+"""A run of the command line that is killed and resumed equals an uninterrupted one."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from tests.helpers.command_line import CommandLine
 ROOT = Path(__file__).parents[2]
 
 
-def command(run: Path, checkpoint: bool) -> list[str]:
+def fit_command(run: Path, checkpoint: bool) -> list[str]:
     size = ["--data.init_args.tokens", "200000", "--data.init_args.validation_tokens", "4096"]
     arguments = ["fit", "-c", "synthetic", "--run", str(run), *size]
     overlay = run.parent / "often.yaml"
@@ -22,35 +25,41 @@ def command(run: Path, checkpoint: bool) -> list[str]:
         "trainer:\n  callbacks:\n    - class_path: Export\n    - class_path: lightning.pytorch.callbacks.ModelCheckpoint\n"
         "      init_args: {save_last: true, save_top_k: 1, every_n_train_steps: 7}\n"
     )
-    return [*arguments, "-c", str(overlay), *(["--ckpt_path", "last"] if checkpoint else [])]
+    return [sys.executable, str(ROOT / "cli.py"), *arguments, "-c", str(overlay), *(["--ckpt_path", "last"] if checkpoint else [])]
 
 
-def finished(run: Path, checkpoint: bool = False) -> None:
-    process = CommandLine(command(run, checkpoint), cwd=ROOT)
-    _, printed = process.communicate()
-    assert process.returncode == 0, printed[-2000:]
+def run_to_end(run: Path, checkpoint: bool = False) -> None:
+    process = CommandLine(fit_command(run, checkpoint)[2:], cwd=ROOT)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr[-2000:]
 
 
-def test_killed_and_resumed_equals_never_stopped(tmp_path: Path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finished(whole)
-    process = CommandLine(command(killed, False), cwd=ROOT)
+def environment() -> dict[str, str]:
+    # One thread, so that sums have one order and runs are bit-equal.
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path):
+    uninterrupted, killed = tmp_path / "whole", tmp_path / "killed"
+    run_to_end(uninterrupted)
+    process = subprocess.Popen(
+        fit_command(killed, False), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not list((killed / "checkpoints").glob("last.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it had ended before it could be killed"
+    assert process.wait() == -signal.SIGKILL, "the run ended before the kill"
     assert not (killed / "saes").exists()
-    finished(killed, checkpoint=True)
+    run_to_end(killed, checkpoint=True)
     for name in ("primary", "meta"):
-        one, two = (load_file(run / "saes" / name / "sae_weights.safetensors") for run in (whole, killed))
-        assert all((one[key] == two[key]).all() for key in one), name
+        expected, resumed = (load_file(run / "saes" / name / "sae_weights.safetensors") for run in (uninterrupted, killed))
+        assert all((expected[key] == resumed[key]).all() for key in expected), name
 
 
 @pytest.mark.parametrize("checkpoint", ["none.ckpt", "last"])
 def test_a_missing_checkpoint_is_a_one_line_error(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = [*command(tmp_path / "run", False), "--ckpt_path", checkpoint]
+    arguments = [*fit_command(tmp_path / "run", False)[2:], "--ckpt_path", checkpoint]
     assert main(arguments) == 2
     line = capsys.readouterr().err.strip().split("\n")[-1]
     assert line.startswith("metasae: error: --ckpt_path ") and checkpoint in line

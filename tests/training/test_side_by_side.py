@@ -1,4 +1,4 @@
-"""An arm of `SideBySide` equals the same SAE trained alone, whatever the other arms are and do."""
+"""An arm of `SideBySide` is bit-equal to the same SAE trained alone, whatever the other arms are."""
 
 import json
 import re
@@ -32,7 +32,7 @@ pytestmark = [
     # lightning 2.6 advises on checkpoints under manual optimisation, for which a joint step has no use: callbacks/model_checkpoint.py
     pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
-    # These batches are functions of their number, and a resumed run is given those that are left.
+    # Batches are functions of their number, and a resumed run gets the remaining ones.
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended:UserWarning"),
 ]
 QUIET: dict[str, Any] = {
@@ -52,7 +52,7 @@ def solo(**more: Any) -> JointSAE:
 
 
 # Arms that differ in penalty, architecture, width, seed and normaliser.
-NINE: dict[str, Callable[[], JointSAE]] = {
+NINE_ARMS: dict[str, Callable[[], JointSAE]] = {
     "joint": joint,
     "solo": solo,
     "control": lambda: joint(weight=0.0),
@@ -61,77 +61,77 @@ NINE: dict[str, Callable[[], JointSAE]] = {
     "orthogonality": lambda: JointSAE(config("batchtopk"), None, {"o": Orthogonality(0.25, chunk_size=16)}),
     "matryoshka": lambda: joint("matryoshka_batchtopk", b_dec_init="mean"),
     "jumprelu": lambda: joint("jumprelu", meta_rows=20),
-    # Fast enough for supports that a checkpoint lost to be others.
+    # A high learning rate, so that cached supports differ from recomputed ones and a checkpoint must hold them.
     "wide": lambda: joint("topk", d_sae=96, critic_supports="macro_step", primary_optimizer=lambda ps: Adam(ps, lr=0.05)),
 }
 
 
-def fitted(module: Any, folder: Path, *, batches: int = 100, callbacks: Any = (), checkpoint: Path | None = None) -> Any:
+def fit_module(module: Any, folder: Path, *, batches: int = 100, callbacks: Any = (), checkpoint: Path | None = None) -> Any:
     trainer = Trainer(**QUIET, default_root_dir=folder, callbacks=list(callbacks), enable_checkpointing=False)
     trainer.fit(module, Batches(batches), Batches(2, 1000), ckpt_path=checkpoint, weights_only=False)
     return module
 
 
-def assert_equal(one: JointSAE, other: JointSAE) -> None:
-    a, b = one.state_dict(), other.state_dict()
+def assert_equal(first: JointSAE, second: JointSAE) -> None:
+    a, b = first.state_dict(), second.state_dict()
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert torch.equal(value, b[name]), name
 
 
 def test_an_arm_among_nine_in_any_order_is_bit_equal_to_the_arm_alone(tmp_path: Path):
-    alone = {name: fitted(make(), tmp_path) for name, make in NINE.items()}
-    forth = fitted(SideBySide({name: make() for name, make in NINE.items()}), tmp_path)
-    others = ["wide", "control", "joint"]
-    back = fitted(SideBySide({name: NINE[name]() for name in others}), tmp_path)
+    alone = {name: fit_module(make(), tmp_path) for name, make in NINE_ARMS.items()}
+    all_arms = fit_module(SideBySide({name: make() for name, make in NINE_ARMS.items()}), tmp_path)
+    three_names = ["wide", "control", "joint"]
+    three_arms = fit_module(SideBySide({name: NINE_ARMS[name]() for name in three_names}), tmp_path)
     for name, arm in alone.items():
         assert int(arm.primary.steps) == 100
-        assert_equal(arm, forth.arms[name])
-        assert name not in others or torch.equal(arm.primary.W_dec, back.arms[name].primary.W_dec)
-    # Control: arms that differ in a penalty's weight or in a seed do not end up the same.
+        assert_equal(arm, all_arms.arms[name])
+        assert name not in three_names or torch.equal(arm.primary.W_dec, three_arms.arms[name].primary.W_dec)
+    # Control: arms that differ in a penalty's weight or in a seed have different weights.
     rows = {name: arm.primary.W_dec for name, arm in alone.items() if arm.primary.W_dec.shape[0] == 48}
     assert torch.equal(rows.pop("control"), rows["solo"])
     assert all(not torch.equal(rows[a], rows[b]) for a in rows for b in rows if a < b)
 
 
-class Noted(Observer):
-    """What each arm's copy was shown."""
+class StepRecorder(Observer):
+    """Records the arm, decoder size and width of codes of each step; counts its own steps."""
 
-    seen: list[tuple[str, int, Any]]
+    steps: list[tuple[str, int, Any]]
 
     def __init__(self) -> None:
-        self.kept = 0
+        self.n_steps = 0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.kept += 1
-        pl_module.log("kept", float(self.kept))
-        Noted.seen.append((Path(trainer.default_root_dir).name, pl_module.primary.W_dec.shape[0], outputs["output"].codes.shape[1]))
+        self.n_steps += 1
+        pl_module.log("n_steps", float(self.n_steps))
+        StepRecorder.steps.append((Path(trainer.default_root_dir).name, pl_module.primary.W_dec.shape[0], outputs["output"].codes.shape[1]))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": self.kept}
+        return {"n_steps": self.n_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.kept = state_dict["kept"]
+        self.n_steps = state_dict["n_steps"]
 
 
-def test_a_callback_sees_an_arm_as_if_it_were_alone(tmp_path: Path):
-    Noted.seen = []
+def test_a_callback_gets_an_arm_as_if_it_were_trained_alone(tmp_path: Path):
+    StepRecorder.steps = []
     module = SideBySide({"a": joint(), "b": joint("topk", d_sae=96)})
-    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[Noted(), HeldOut()], enable_checkpointing=False)
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[StepRecorder(), HeldOut()], enable_checkpointing=False)
     trainer.fit(module, Batches(3), Batches(2, 1000))
-    assert Noted.seen == [("a", 48, 48), ("b", 96, 96)] * 3
-    lonely = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[HeldOut()], enable_checkpointing=False)
-    lonely.fit(joint(), Batches(3), Batches(2, 1000))
+    assert StepRecorder.steps == [("a", 48, 48), ("b", 96, 96)] * 3
+    alone = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[HeldOut()], enable_checkpointing=False)
+    alone.fit(joint(), Batches(3), Batches(2, 1000))
     figures = {name.removeprefix("a/"): value for name, value in trainer.callback_metrics.items() if name.startswith("a/")}
-    assert figures.pop("kept") == 3
-    assert figures.keys() == lonely.callback_metrics.keys() and {"val/fvu", "train/loss", "penalty/d"} <= figures.keys()
-    assert all(torch.equal(value, lonely.callback_metrics[name]) for name, value in figures.items())
-    each = [callback for callback in trainer.callbacks if isinstance(callback, EachArm)]  # type: ignore[attr-defined]
-    assert len(each) == 1 and [type(own) for own in each[0].copies["a"]] == [Noted, HeldOut]
+    assert figures.pop("n_steps") == 3
+    assert figures.keys() == alone.callback_metrics.keys() and {"val/fvu", "train/loss", "penalty/d"} <= figures.keys()
+    assert all(torch.equal(value, alone.callback_metrics[name]) for name, value in figures.items())
+    each_arm = [callback for callback in trainer.callbacks if isinstance(callback, EachArm)]  # type: ignore[attr-defined]
+    assert len(each_arm) == 1 and [type(copy) for copy in each_arm[0].copies["a"]] == [StepRecorder, HeldOut]
 
 
-class Curious(Observer):
-    """Does what observers may do beside looking."""
+class ModifyingObserver(Observer):
+    """Does what an observer may do: logs, sets an attribute, stops its arm, adds to the checkpoint."""
 
     loaded: list[Any]
 
@@ -151,40 +151,40 @@ class Curious(Observer):
             trainer.should_stop = True
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint["mine"] = min(checkpoint["state_dict"]), pl_module.primary.W_dec.shape[0]
+        checkpoint["own"] = min(checkpoint["state_dict"]), pl_module.primary.W_dec.shape[0]
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        Curious.loaded.append((checkpoint["mine"], len(checkpoint["state_dict"])))
+        ModifyingObserver.loaded.append((checkpoint["own"], len(checkpoint["state_dict"])))
 
 
 def test_a_callback_changes_its_own_arm_only(tmp_path: Path):
-    Curious.loaded, Noted.seen = [], []
+    ModifyingObserver.loaded, StepRecorder.steps = [], []
 
     def arms() -> SideBySide:
         return SideBySide({"a": joint(), "b": joint("topk", d_sae=96), "c": solo()})
 
     module = arms()
-    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[Curious()], enable_checkpointing=False)
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[ModifyingObserver()], enable_checkpointing=False)
     with pytest.warns(UserWarning, match="the arm c has stopped, and a, b go on: an observer asked for it"):
         trainer.fit(module, Batches(4), Batches(1, 1000))
-    # Four primary steps, each a backward of the loss and of the penalty, and at the end as many meta steps as the observer set.
+    # Four primary steps, each with a backward pass of the loss and of the penalty, then the 3 meta steps that the observer set.
     assert [trainer.callback_metrics[f"{name}/gradients"] for name in "abc"] == [11, 11, 2]
     assert [arm.n_m for arm in module.arms.values()] == [3, 3, 3]
     assert int(module.arms["c"].primary.steps) == 2 and module.arms["c"].trainer is trainer
     trainer.save_checkpoint(tmp_path / "kept.ckpt")
-    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[Curious(), Noted()], enable_checkpointing=False)
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[ModifyingObserver(), StepRecorder()], enable_checkpointing=False)
     trainer.fit(arms(), Batches(4), Batches(1, 1000), ckpt_path=tmp_path / "kept.ckpt", weights_only=False)
     first = min(joint().state_dict())
-    # Of c, which had stopped, there is nothing: its observers were not asked.
-    assert [mine for mine, _ in Curious.loaded[:2]] == [(first, 48), (first, 96)]
+    # The observer of c was not called on saving, since c had stopped.
+    assert [own_entry for own_entry, _ in ModifyingObserver.loaded[:2]] == [(first, 48), (first, 96)]
     with pytest.raises(InputError, match="the trainer's callbacks belong to the arms a, b, c: take a new trainer"):
         trainer.fit(SideBySide({"d": joint()}), Batches(4), Batches(1, 1000))
     with pytest.raises(InputError, match=r"the checkpoint holds the arms a, b, c: go on with the recipe that has them"):
-        fitted(joint(), tmp_path, checkpoint=tmp_path / "kept.ckpt")
+        fit_module(joint(), tmp_path, checkpoint=tmp_path / "kept.ckpt")
 
 
-class Burst(Penalty):
-    """Becomes NaN at a step, and is nothing before."""
+class NaNPenalty(Penalty):
+    """A penalty that is 0 before a step and NaN from it on."""
 
     def __init__(self, at: int) -> None:
         super().__init__(1.0)
@@ -194,53 +194,53 @@ class Burst(Penalty):
         return W_dec.sum() * (torch.nan if step >= self.at else 0.0)
 
 
-def test_an_arm_that_becomes_nan_stops_and_the_others_go_on(tmp_path: Path):
+def test_an_arm_that_becomes_nan_stops_and_the_other_arms_continue(tmp_path: Path):
     def broken() -> JointSAE:
-        return JointSAE(config("batchtopk"), None, {"burst": Burst(5)})
+        return JointSAE(config("batchtopk"), None, {"burst": NaNPenalty(5)})
 
-    saved = ModelCheckpoint(dirpath=tmp_path, filename="kept", every_n_train_steps=8, save_top_k=-1)
-    callbacks = [StopOnNaN(), Export(), Summary(), saved]
+    save_checkpoints = ModelCheckpoint(dirpath=tmp_path, filename="kept", every_n_train_steps=8, save_top_k=-1)
+    callbacks = [StopOnNaN(), Export(), Summary(), save_checkpoints]
     module = SideBySide({"joint": joint(), "broken": broken()})
     trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=callbacks)
     with pytest.warns(UserWarning, match=r"the arm broken has stopped, and joint go on: penalty burst is not finite after 384 tokens"):
         trainer.fit(module, Batches(20), Batches(2, 1000))
     assert int(module.arms["broken"].primary.steps) == 6
-    assert_equal(module.arms["joint"], fitted(joint(), tmp_path, batches=20))
+    assert_equal(module.arms["joint"], fit_module(joint(), tmp_path, batches=20))
     assert (tmp_path / "arms" / "joint" / "saes" / "primary").exists() and not (tmp_path / "arms" / "broken").exists()
     record = json.loads((tmp_path / "evaluation.json").read_text())["arms"]
     assert "burst is not finite" in record["broken"]["validation"]["stopped"] and record["joint"]["validation"]["tokens"] == 20 * 64
-    # Gone on with, it stays where it stopped.
-    again = SideBySide({"joint": joint(), "broken": broken()})
-    fitted(again, tmp_path, batches=20, callbacks=[StopOnNaN()], checkpoint=next(tmp_path.glob("kept*.ckpt")))
-    assert int(again.arms["broken"].primary.steps) == 6 and list(again.stopped) == ["broken"]
-    # And where no arm is left, the run ends.
+    # The arm stays stopped in a resumed run.
+    resumed = SideBySide({"joint": joint(), "broken": broken()})
+    fit_module(resumed, tmp_path, batches=20, callbacks=[StopOnNaN()], checkpoint=next(tmp_path.glob("kept*.ckpt")))
+    assert int(resumed.arms["broken"].primary.steps) == 6 and list(resumed.stopped) == ["broken"]
+    # The run ends when no arm is left.
     with pytest.raises(InputError, match=r"^one: penalty burst is not finite"):
-        fitted(SideBySide({"one": broken()}), tmp_path, batches=20, callbacks=[StopOnNaN()])
+        fit_module(SideBySide({"one": broken()}), tmp_path, batches=20, callbacks=[StopOnNaN()])
 
 
 def test_a_resumed_run_with_arms_equals_an_uninterrupted_one(tmp_path: Path):
     def arms() -> SideBySide:
-        return SideBySide({name: NINE[name]() for name in ("joint", "solo", "wide", "weight1.0")})
+        return SideBySide({name: NINE_ARMS[name]() for name in ("joint", "solo", "wide", "weight1.0")})
 
-    class Half(Callback):
+    class SaveAtStep9(Callback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == 9:
                 trainer.save_checkpoint(tmp_path / "half.ckpt")
 
-    Noted.seen = []
-    whole = fitted(arms(), tmp_path, batches=20, callbacks=[Noted(), Half()])
-    resumed, kept = arms(), Noted()
-    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[kept], enable_checkpointing=False)
-    trainer.fit(resumed, Later(20, skip=10), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
-    for name, arm in whole.arms.items():
+    StepRecorder.steps = []
+    uninterrupted = fit_module(arms(), tmp_path, batches=20, callbacks=[StepRecorder(), SaveAtStep9()])
+    resumed, recorder = arms(), StepRecorder()
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[recorder], enable_checkpointing=False)
+    trainer.fit(resumed, RemainingBatches(20, skip=10), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+    for name, arm in uninterrupted.arms.items():
         assert_equal(arm, resumed.arms[name])
-    assert trainer.callback_metrics["wide/kept"] == 20
+    assert trainer.callback_metrics["wide/n_steps"] == 20
     with pytest.raises(InputError, match=r"the checkpoint holds the arms joint, solo, wide, weight1\.0, and this run has joint"):
-        fitted(SideBySide({"joint": joint()}), tmp_path, batches=20, checkpoint=tmp_path / "half.ckpt")
+        fit_module(SideBySide({"joint": joint()}), tmp_path, batches=20, checkpoint=tmp_path / "half.ckpt")
 
 
-class Later(Batches):
-    """So many batches, of which a resumed run skips the first, as a stream that was restored does."""
+class RemainingBatches(Batches):
+    """`count` batches without the first `skip`, as a restored stream yields them."""
 
     def __init__(self, count: int, skip: int):
         super().__init__(count)
@@ -255,7 +255,7 @@ class Later(Batches):
 
 
 @pytest.mark.parametrize(
-    ("names", "says"),
+    ("names", "message"),
     [
         ([], "there is none"),
         (["a/b"], "has letters, digits"),
@@ -265,8 +265,8 @@ class Later(Batches):
         (["a" * 101], "100 letters at most"),
     ],
 )
-def test_invalid_arm_names_are_refused(names: list[str], says: str):
-    with pytest.raises(InputError, match=says):
+def test_invalid_arm_names_are_refused(names: list[str], message: str):
+    with pytest.raises(InputError, match=message):
         SideBySide({name: solo() for name in names})
 
 
@@ -282,23 +282,23 @@ MODEL: dict[str, Any] = {
 
 def test_a_grid_gives_all_combinations_and_sets_the_seed_of_every_arm():
     arms = {"solo": {"penalties": {}}, "wide": {"primary.init_args.d_sae": 16}}
-    found = expand(MODEL, arms, {"weight": [0.1, 1.0], "sigma_sq": [0.3, 1.0, 3.0], "seed": [0, 1]})["init_args"]["arms"]
-    assert len(found) == (2 + 6) * 2
-    assert found["solo-seed1"]["init_args"] == {**MODEL["init_args"], "penalties": {}, "seed": 1}
-    changed = found["weight1.0-sigma_sq3.0-seed0"]["init_args"]
+    expanded = expand(MODEL, arms, {"weight": [0.1, 1.0], "sigma_sq": [0.3, 1.0, 3.0], "seed": [0, 1]})["init_args"]["arms"]
+    assert len(expanded) == (2 + 6) * 2
+    assert expanded["solo-seed1"]["init_args"] == {**MODEL["init_args"], "penalties": {}, "seed": 1}
+    arm_args = expanded["weight1.0-sigma_sq3.0-seed0"]["init_args"]
     assert (
-        changed["penalties"]["d"]["init_args"] == {"weight": 1.0, "sigma_sq": 3.0} and changed["primary"] == MODEL["init_args"]["primary"]
+        arm_args["penalties"]["d"]["init_args"] == {"weight": 1.0, "sigma_sq": 3.0} and arm_args["primary"] == MODEL["init_args"]["primary"]
     )
-    assert found["wide-seed0"]["init_args"]["primary"]["init_args"] == {"d_sae": 16, "k": 2}
+    assert expanded["wide-seed0"]["init_args"]["primary"]["init_args"] == {"d_sae": 16, "k": 2}
     assert MODEL["init_args"]["primary"]["init_args"]["d_sae"] == 8
     assert list(expand(MODEL, arms, {}, only=["wide"])["init_args"]["arms"]) == ["wide"]
-    # What is replaced whole is replaced first, also where a part is named in short.
-    own = {"weight": 0.5, "penalties": {"d": {"init_args": {"weight": 0.25}}}}
-    assert expand(MODEL, {"a": own}, {})["init_args"]["arms"]["a"]["init_args"]["penalties"]["d"]["init_args"]["weight"] == 0.5
+    # `penalties` is replaced before `weight`, a short name of one of its parts, is set.
+    changes = {"weight": 0.5, "penalties": {"d": {"init_args": {"weight": 0.25}}}}
+    assert expand(MODEL, {"a": changes}, {})["init_args"]["arms"]["a"]["init_args"]["penalties"]["d"]["init_args"]["weight"] == 0.5
 
 
 @pytest.mark.parametrize(
-    ("arms", "grid", "only", "says"),
+    ("arms", "grid", "only", "message"),
     [
         ({}, {"weight": 0.3}, (), "grid.weight must be a list"),
         ({"a": {}}, {}, ("b",), "there is no arm 'b' among a"),
@@ -307,8 +307,8 @@ def test_a_grid_gives_all_combinations_and_sets_the_seed_of_every_arm():
         ({"a": {}}, {"seed": [0, 0]}, (), "one is there twice"),
     ],
 )
-def test_invalid_grids_are_refused(arms: Any, grid: Any, only: Any, says: str):
-    with pytest.raises(InputError, match=says):
+def test_invalid_grids_are_refused(arms: Any, grid: Any, only: Any, message: str):
+    with pytest.raises(InputError, match=message):
         expand(MODEL, arms, grid, only)
 
 
@@ -346,31 +346,35 @@ def test_a_run_with_arms_has_the_documented_folder(run: Path):
     assert {f"{name}/{key}" for name in NAMES for key in ("train/loss", "val/fvu")} <= set(columns)
 
 
-def test_an_arms_folder_can_be_used_as_a_run(run: Path, tmp_path: Path):
+def test_an_arm_of_the_command_exports_the_saes_of_a_run_with_that_model_alone(run: Path, tmp_path: Path):
     alone = tmp_path / "alone"
     assert main(["fit", "-c", "synthetic", "--run", str(alone), *SMALL]) == 0
     for role in ("primary", "meta"):
-        one, two = (load_file(folder / "saes" / role / "sae_weights.safetensors") for folder in (alone, run / "arms" / "weight0.05"))
-        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+        expected, exported = (
+            load_file(folder / "saes" / role / "sae_weights.safetensors") for folder in (alone, run / "arms" / "weight0.05")
+        )
+        assert expected.keys() == exported.keys() and all(torch.equal(expected[key], exported[key]) for key in expected)
 
 
-def test_the_config_of_a_run_with_arms_names_every_arm_and_re_reads(run: Path, tmp_path: Path):
-    kept = yaml.safe_load((run / "config.yaml").read_text())
-    assert kept["arms"] is None and kept["grid"] is None and list(kept["model"]["init_args"]["arms"]) == NAMES
+def test_the_saved_config_names_every_arm_and_reproduces_the_run(run: Path, tmp_path: Path):
+    saved_config = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved_config["arms"] is None and saved_config["grid"] is None and list(saved_config["model"]["init_args"]["arms"]) == NAMES
     assert main(["fit", "-c", str(run / "config.yaml"), "--run", str(tmp_path / "again")]) == 0
     for name in NAMES:
-        one, two = (load_file(folder / "arms" / name / "saes/primary/sae_weights.safetensors") for folder in (run, tmp_path / "again"))
-        assert all(torch.equal(one[key], two[key]) for key in one)
+        expected, exported = (
+            load_file(folder / "arms" / name / "saes/primary/sae_weights.safetensors") for folder in (run, tmp_path / "again")
+        )
+        assert all(torch.equal(expected[key], exported[key]) for key in expected)
 
 
 def test_a_run_with_arms_is_not_overwritten_and_a_subset_of_arms_can_be_trained(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    there = run.with_name("there")
-    shutil.copytree(run, there)
-    shutil.rmtree(there / "checkpoints")
-    config = str(there / "config.yaml")
-    assert main(["fit", "-c", config, "--run", str(there)]) == 2
+    existing = run.with_name("existing")
+    shutil.copytree(run, existing)
+    shutil.rmtree(existing / "checkpoints")
+    config = str(existing / "config.yaml")
+    assert main(["fit", "-c", config, "--run", str(existing)]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert main(["fit", "-c", config, "--only", "[solo]", "--run", str(tmp_path / "one")]) == 0
     assert [folder.name for folder in (tmp_path / "one" / "arms").iterdir()] == ["solo"]
@@ -390,47 +394,51 @@ def test_evaluation_reads_arms_from_the_runs_folder(
     assert [name for name in record if "evaluation" in record[name]] == NAMES
     solo, control, weighted = (run / "arms" / name for name in NAMES)
     assert main(["compare", str(solo), str(control), *fast, "--out", str(tmp_path / "found.json")]) == 0
-    assert json.loads((tmp_path / "found.json").read_text())["matching"]["mean_cosine"] == pytest.approx(1, abs=1e-5)  # control is solo
+    assert json.loads((tmp_path / "found.json").read_text())["matching"]["mean_cosine"] == pytest.approx(1, abs=1e-5)  # control equals solo
     assert main(["publish", str(weighted), str(tmp_path / "out")]) == 0
-    written = json.loads(next((tmp_path / "out").glob("*/metasae.json")).read_text())
-    assert written["recipe"]["model"]["class_path"].endswith("JointSAE")
+    published = json.loads(next((tmp_path / "out").glob("*/metasae.json")).read_text())
+    assert published["recipe"]["model"]["class_path"].endswith("JointSAE")
     assert main(["calibrate", str(run)]) == 2
     assert "holds the arms solo, control, weight0.05: name one" in capsys.readouterr().err
-    # Control is solo's primary: what was seen of the one is there for the other.
-    pieces = {name: len(list((run / "evaluation").glob(f"{name}-*"))) for name in ("passage", "phi-pairs", "thresholds")}
-    assert pieces["passage"] % 2 == 0 and pieces["phi-pairs"] == pieces["thresholds"] == 2 and not (solo / "evaluation").exists()
+    # The primaries of control and solo are equal, so they share cached results.
+    cached_counts = {name: len(list((run / "evaluation").glob(f"{name}-*"))) for name in ("passage", "phi-pairs", "thresholds")}
+    assert (
+        cached_counts["passage"] % 2 == 0
+        and cached_counts["phi-pairs"] == cached_counts["thresholds"] == 2
+        and not (solo / "evaluation").exists()
+    )
     broken = tmp_path / "broken"
     (broken / "arms").mkdir(parents=True)
     (broken / "config.yaml").write_text("model: {}\n")
     assert main(["test", str(broken)]) == 2
     assert "does not name the arms in" in capsys.readouterr().err
-    monkeypatch.chdir(solo)  # by a path that does not say where it leads
+    monkeypatch.chdir(solo)  # the path `.` does not have the arm's name
     assert main(["calibrate", ".", "--calibration_tokens", "2048"]) == 0
     assert "calibration" in json.loads((run / "evaluation.json").read_text())["arms"]["solo"]
     assert not Path("evaluation.json").exists()
 
 
-def test_a_plan_counts_every_arm_and_their_one_checkpoint(tmp_path: Path):
+def test_the_memory_plan_counts_every_arm_and_one_checkpoint(tmp_path: Path):
     data = SyntheticDataModule(SyntheticModelConfig(num_features=32, hidden_dim=D_IN), tokens=4096, batch_size=64)
 
-    def planned(module: Any) -> dict[str, int]:
+    def planned_bytes(module: Any) -> dict[str, int]:
         trainer = Trainer(**QUIET, default_root_dir=tmp_path)
         return {item.name: item.bytes for item in memory_plan(module, data, trainer).items}
 
-    one, three = planned(joint()), planned(SideBySide({name: joint() for name in "abc"}))
-    for what in ("primary SAE", "meta gradients", "optimisers' state", "a checkpoint"):
-        assert three[what] == pytest.approx(3 * one[what], rel=0.01), what
-    assert three["a primary step"] == pytest.approx(one["a primary step"], rel=0.05)
-    assert three["step outputs"] == 2 * 64 * D_IN * 4
+    one_arm, three_arms = planned_bytes(joint()), planned_bytes(SideBySide({name: joint() for name in "abc"}))
+    for item_name in ("primary SAE", "meta gradients", "optimisers' state", "a checkpoint"):
+        assert three_arms[item_name] == pytest.approx(3 * one_arm[item_name], rel=0.01), item_name
+    assert three_arms["a primary step"] == pytest.approx(one_arm["a primary step"], rel=0.05)
+    assert three_arms["step outputs"] == 2 * 64 * D_IN * 4
 
 
 def test_a_mistake_in_an_arm_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    for change, says in (
+    for change, message in (
         ("{met: null}", r"takes no met \(did you mean meta"),
         ("{primary.init_args.d_in: 32, meta.init_args.d_in: 32}", r"arms.a: .*primary.d_in is 32, but the activations are 64 wide"),
     ):
         (tmp_path / "arms.yaml").write_text(f"arms: {{a: {change}, b: {{}}}}\n")
         assert main(["fit", "-c", "synthetic", "-c", str(tmp_path / "arms.yaml"), "--run", str(tmp_path / "run"), *SMALL]) == 2
         line = capsys.readouterr().err.strip().split("\n")[-1]
-        assert re.search(says, line) and line.startswith("metasae: error: "), line
+        assert re.search(message, line) and line.startswith("metasae: error: "), line
     assert not (tmp_path / "run" / "config.yaml").exists() and not (tmp_path / "run" / "arms").exists()
