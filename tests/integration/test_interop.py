@@ -20,7 +20,7 @@ from metasae_lightning.lm.embedded_model import embedded_folder
 from metasae_lightning.lm.loading import load_lens_folder
 from tests.helpers.judged import HOOK
 from tests.helpers.models import documents, save_model
-from tests.sae.test_init_from import written
+from tests.sae.test_init_from import write_recipe
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*:FutureWarning",
@@ -87,7 +87,7 @@ def test_a_published_sae_steers_a_small_model(tmp_path: Path, monkeypatch: pytes
     save_model(tmp_path / "model", "gpt2", layers=3)
     text = tmp_path / "text.jsonl"
     text.write_text("".join(f'{{"text": "{document}"}}\n' for document in documents(200)))
-    place, recipe = tmp_path / "one", str(written(tmp_path))
+    place, recipe = tmp_path / "one", str(write_recipe(tmp_path))
     assert main(["fit", "-c", recipe, "--run", str(place), "--data.init_args.tokens", "16384"]) == 0
     assert main(["publish", str(place), "out", "--tokens", "256"]) == 0
     model, published = hooked(tmp_path / "model"), SAE.load_from_disk(tmp_path / "out" / HOOK)

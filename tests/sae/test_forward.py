@@ -45,27 +45,29 @@ def train_both(sparse: SparseForward, dense: DenseForward, z: Tensor, dead: Tens
 
 def assert_same(sparse: SparseForward, dense: DenseForward, z: Tensor, dead: Tensor, *, rtol: float) -> None:
     """Losses, codes, reconstruction, threshold and every gradient agree, to `rtol` of the largest entry of each tensor."""
-    ours, theirs = train_both(sparse, dense, z, dead)
-    assert set(ours.losses) == set(theirs.losses)
+    sparse_result, dense_result = train_both(sparse, dense, z, dead)
+    assert set(sparse_result.losses) == set(dense_result.losses)
 
-    def close(a: Tensor | None, b: Tensor | None, what: str) -> None:
-        a, b = (torch.zeros(()) if piece is None else piece.detach() for piece in (a, b))
+    def close(a: Tensor | None, b: Tensor | None, name_of_value: str) -> None:
+        a, b = (torch.zeros(()) if tensor is None else tensor.detach() for tensor in (a, b))
         largest = b.abs().max().item() if b.numel() else 0.0
-        torch.testing.assert_close(a.to(b), b, rtol=rtol, atol=rtol * largest, msg=lambda text: f"{what}: {text}")
+        torch.testing.assert_close(a.to(b), b, rtol=rtol, atol=rtol * largest, msg=lambda text: f"{name_of_value}: {text}")
 
-    for name, value in theirs.losses.items():
-        close(ours.losses[name], value, name)
-    close(ours.loss, theirs.loss, "loss")
-    close(ours.reconstruction, theirs.reconstruction, "reconstruction")
-    assert torch.equal(ours.codes.rows, theirs.codes.rows) and torch.equal(ours.codes.latents, theirs.codes.latents)
-    close(ours.codes.values, theirs.codes.values, "values")
-    for (name, mine), (_, other) in zip(sparse.sae.named_parameters(), dense.sae.named_parameters(), strict=True):
-        close(mine.grad, other.grad, name)
-    for (name, mine), (_, other) in zip(sparse.sae.named_buffers(), dense.sae.named_buffers(), strict=True):
-        close(mine, other, name)
+    for name, value in dense_result.losses.items():
+        close(sparse_result.losses[name], value, name)
+    close(sparse_result.loss, dense_result.loss, "loss")
+    close(sparse_result.reconstruction, dense_result.reconstruction, "reconstruction")
+    assert torch.equal(sparse_result.codes.rows, dense_result.codes.rows) and torch.equal(
+        sparse_result.codes.latents, dense_result.codes.latents
+    )
+    close(sparse_result.codes.values, dense_result.codes.values, "values")
+    for (name, sparse_tensor), (_, dense_tensor) in zip(sparse.sae.named_parameters(), dense.sae.named_parameters(), strict=True):
+        close(sparse_tensor.grad, dense_tensor.grad, name)
+    for (name, sparse_tensor), (_, dense_tensor) in zip(sparse.sae.named_buffers(), dense.sae.named_buffers(), strict=True):
+        close(sparse_tensor, dense_tensor, name)
     with torch.no_grad():
-        for ours_read, other in zip(sparse.read(z)[1:], dense.read(z)[1:], strict=True):
-            close(ours_read, other, "read")
+        for sparse_read, dense_tensor in zip(sparse.read(z)[1:], dense.read(z)[1:], strict=True):
+            close(sparse_read, dense_tensor, "read")
 
 
 def rows(kind: str, count: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -97,13 +99,13 @@ def rows(kind: str, count: int, dtype: torch.dtype, seed: int) -> Tensor:
 def test_losses_and_gradients_equal_those_of_saelens(
     name: str, rescaled: bool, count: int, d_sae: int, k: int, dead: int, kind: str, centred: bool, of_level: bool, seed: int
 ):
-    more: dict[str, Any] = {"apply_b_dec_to_input": centred, "rescale_acts_by_decoder_norm": rescaled, "d_sae": max(d_sae, 9)}
+    config_args: dict[str, Any] = {"apply_b_dec_to_input": centred, "rescale_acts_by_decoder_norm": rescaled, "d_sae": max(d_sae, 9)}
     if name.startswith("matryoshka"):
-        more["use_matryoshka_aux_loss"] = of_level
-    mask = torch.zeros(more["d_sae"], dtype=torch.bool)
+        config_args["use_matryoshka_aux_loss"] = of_level
+    mask = torch.zeros(config_args["d_sae"], dtype=torch.bool)
     mask[torch.randperm(len(mask), generator=torch.Generator().manual_seed(seed))[:dead]] = True
     for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
-        sparse, dense = pair(name, seed=seed, dtype=dtype, **more)
+        sparse, dense = pair(name, seed=seed, dtype=dtype, **config_args)
         for forward_pass in (sparse, dense):
             forward_pass.sae.cfg.k = forward_pass.sae.activation_fn.k = min(k, 8)
             if kind == "silent":
@@ -122,25 +124,26 @@ def test_the_comparison_fails_for_a_changed_decoder_row():
         assert_same(sparse, dense, rows("plain", 40, torch.float64, 0), torch.zeros(48, dtype=torch.bool), rtol=1e-9)
 
 
-# The sparse kernels know three architectures; a subclass of them may compute something else.
+# The sparse kernels implement three architectures.
 @pytest.mark.parametrize("name", ["standard", "gated", "jumprelu", "abstopk"])
 def test_other_architectures_use_saelens_forward_pass(name: str):
     assert isinstance(forward.forward_pass_for(pretrained.build(config(name), role="primary", seed=0), "sparse"), DenseForward)
 
 
+# A subclass of a supported architecture may compute something else.
 def test_a_subclass_uses_saelens_forward_pass():
     sae = pretrained.build(config("batchtopk"), role="primary", seed=0)
     child = type("Child", (type(sae),), {})(sae.cfg)
     assert isinstance(forward.forward_pass_for(child, "sparse"), DenseForward)
 
 
-def test_gradients_that_zero_grad_keeps_are_not_added_twice():
+def test_zero_grad_with_and_without_set_to_none_gives_equal_weights():
     decoders = []
     for keep in (False, True):
         learner = JointSAE(config("batchtopk")).primary
         optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
-        plain = optimizer.zero_grad
-        optimizer.zero_grad = lambda keep=keep, plain=plain: plain(set_to_none=not keep)  # type: ignore[method-assign]
+        zero_grad = optimizer.zero_grad
+        optimizer.zero_grad = lambda keep=keep, zero_grad=zero_grad: zero_grad(set_to_none=not keep)  # type: ignore[method-assign]
         for i in range(5):
             learner.learn(activations(i), optimizer, backward=torch.Tensor.backward)
         decoders.append(learner.W_dec.detach().clone())
@@ -148,14 +151,14 @@ def test_gradients_that_zero_grad_keeps_are_not_added_twice():
 
 
 @pytest.mark.parametrize("name", TOP_K_FAMILY)
-def test_gradients_of_micro_batches_add_up_and_overwrite_nothing(name: str):
+def test_gradients_of_micro_batches_are_summed(name: str):
     sparse, dense = pair(name)
     z, dead = rows("plain", 40, torch.float64, 3), torch.zeros(48, dtype=torch.bool)
     for i, part in enumerate(z.split(10)):
         for forward_pass in (sparse, dense):
             forward_pass.train(part, dead=dead, step=0, fresh_gradients=i == 0).loss.backward()
-    for (name, mine), (_, other) in zip(sparse.sae.named_parameters(), dense.sae.named_parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-9, atol=1e-12, msg=name)
+    for (name, sparse_parameter), (_, dense_parameter) in zip(sparse.sae.named_parameters(), dense.sae.named_parameters(), strict=True):
+        torch.testing.assert_close(sparse_parameter.grad, dense_parameter.grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -100,15 +100,17 @@ class Client:
     def writes(self) -> list[str]:
         """The writes of the last call: `commit`, or `object` and how the upload of the large object ended."""
         kinds = [(request.method, request.path.split("/")[-2], request.outcome) for request in self.hub.log]
-        return [f"object {outcome}" if method == "PUT" else what for method, what, outcome in kinds if method == "PUT" or what == "commit"]
+        return [
+            f"object {outcome}" if method == "PUT" else action for method, action, outcome in kinds if method == "PUT" or action == "commit"
+        ]
 
 
 @pytest.fixture(scope="module")
 def uploader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A client that does not wait between its own tries."""
-    place = tmp_path_factory.mktemp("writes")
-    with Hub(place / "hub", token=TOKEN) as hub:
-        client = Client(hub, place)
+    root = tmp_path_factory.mktemp("writes")
+    with Hub(root / "hub", token=TOKEN) as hub:
+        client = Client(hub, root)
         yield client
         assert client.process.stdin is not None and client.process.stdout is not None
         client.process.stdin.close()
@@ -142,24 +144,24 @@ def test_uploaded_files_download_bit_equal(uploader: Client, folder: Path):
     name = uploader.repository(private=True, exist_ok=True)
     assert uploader.succeed("create_repo", repo_id=name, private=True, exist_ok=True).endswith(name)
     assert uploader.fail("create_repo", repo_id=name).startswith("HfHubHTTPError: Client error '409 Conflict'")
-    done = uploader.upload(repo_id=name, folder_path=folder)
+    commit = uploader.upload(repo_id=name, folder_path=folder)
     assert uploader.writes() == ["object answered", "object answered", "commit"]
     assert (sorted(uploader.succeed("list_repo_files", repo_id=name)), has_files_of(uploader, name, folder)) == (ALL_FILES, True)
     info = uploader.succeed("model_info", repo_id=name)
-    assert (info["private"], info["sha"]) == (True, done)
+    assert (info["private"], info["sha"]) == (True, commit)
     assert [sibling["rfilename"] for sibling in info["siblings"]] == ALL_FILES
-    whole = Path(uploader.succeed("snapshot_download", repo_id=name))
-    assert all((whole / file).read_bytes() == (folder / file).read_bytes() for file in NAMES)
+    snapshot = Path(uploader.succeed("snapshot_download", repo_id=name))
+    assert all((snapshot / file).read_bytes() == (folder / file).read_bytes() for file in NAMES)
     (weights,) = uploader.succeed("get_paths_info", repo_id=name, paths=[NAMES[-1]])
     assert weights["lfs"]["size"] == (folder / NAMES[-1]).stat().st_size
 
 
-def test_files_that_the_repository_has_are_not_sent_again(uploader: Client, folder: Path, tmp_path: Path):
+def test_files_already_in_the_repository_are_not_uploaded_again(uploader: Client, folder: Path, tmp_path: Path):
     name = uploader.repository()
-    first = uploader.upload(repo_id=name, folder_path=folder)
+    first_commit = uploader.upload(repo_id=name, folder_path=folder)
     assert has_files_of(uploader, name, folder)
-    again = uploader.upload(repo_id=name, folder_path=folder)
-    assert (uploader.writes(), again) == ([], first)
+    second_commit = uploader.upload(repo_id=name, folder_path=folder)
+    assert (uploader.writes(), second_commit) == ([], first_commit)
     # At another path the file is new, but its object is already stored.
     uploader.succeed("upload_folder", repo_id=name, folder_path=folder, path_in_repo="copy")
     assert uploader.writes() == ["commit"]
@@ -207,11 +209,11 @@ def test_the_client_retries_a_failed_upload_by_itself(uploader: Client, folder: 
 def test_clients_without_the_token_are_refused(uploader: Client, folder: Path, tmp_path: Path):
     public, private = uploader.repository(), uploader.repository(private=True)
     before = uploader.state(private)
-    for token, line in [("hf_test_wrong", "HfHubHTTPError: Client error '401"), (False, "RepositoryNotFoundError: 401 ")]:
+    for token, message in [("hf_test_wrong", "HfHubHTTPError: Client error '401"), (False, "RepositoryNotFoundError: 401 ")]:
         assert "'401 Unauthorized'" in uploader.fail("create_repo", repo_id="org/other", token=token, exist_ok=True)
         for name in (public, private):
-            assert uploader.fail("upload_folder", repo_id=name, folder_path=folder, token=token).startswith(line)
-            assert uploader.fail("create_branch", repo_id=name, branch="trial", token=token).startswith(line)
+            assert uploader.fail("upload_folder", repo_id=name, folder_path=folder, token=token).startswith(message)
+            assert uploader.fail("create_branch", repo_id=name, branch="trial", token=token).startswith(message)
     assert uploader.fail("hf_hub_download", repo_id=private, filename=".gitattributes", token=False).startswith("RepositoryNotFoundError")
     assert (uploader.succeed("whoami")["name"], uploader.fail("whoami", token="hf_test_wrong")) == (
         USER,
@@ -232,21 +234,21 @@ def test_a_branch_and_main_do_not_change_each_other(uploader: Client, folder: Pa
     uploader.succeed("create_branch", repo_id=name, branch="trial")
     assert "409 Conflict" in uploader.fail("create_branch", repo_id=name, branch="trial")
     assert uploader.succeed("model_info", repo_id=name, revision="trial")["sha"] == uploader.state(name)[1]
-    done = uploader.upload(repo_id=name, folder_path=other, revision="trial")
+    commit = uploader.upload(repo_id=name, folder_path=other, revision="trial")
     assert has_files_of(uploader, name, folder)
-    assert has_files_of(uploader, name, other, revision="trial") and has_files_of(uploader, name, other, revision=done)
+    assert has_files_of(uploader, name, other, revision="trial") and has_files_of(uploader, name, other, revision=commit)
     assert sorted(uploader.succeed("list_repo_files", repo_id=name, revision="trial")) == uploader.state(name)[0] == ALL_FILES
-    assert {path.name for path in (uploader.hub.folder / "models" / name).iterdir()} == {Path(made).parts[0] for made in ALL_FILES}
+    assert {path.name for path in (uploader.hub.folder / "models" / name).iterdir()} == {Path(file).parts[0] for file in ALL_FILES}
 
 
-def test_a_card_is_checked_before_anything_is_sent(uploader: Client, folder: Path):
+def test_an_invalid_card_is_refused_before_any_upload(uploader: Client, folder: Path):
     name = uploader.repository()
     (folder / "README.md").write_text("---\ntags: [sae\n---\n")
     assert uploader.fail("upload_folder", repo_id=name, folder_path=folder).startswith("ValueError: Invalid metadata in README.md")
     assert uploader.writes() == []
 
 
-def test_one_refused_operation_refuses_the_whole_commit(uploader: Client):
+def test_a_commit_with_one_invalid_operation_changes_nothing(uploader: Client):
     name = uploader.repository()
     before = uploader.state(name)
     header, file = {"key": "header", "value": {"summary": ""}}, {"key": "file", "value": {"path": "a/b.txt", "content": "YQ=="}}
@@ -267,10 +269,10 @@ def test_one_refused_operation_refuses_the_whole_commit(uploader: Client):
 
     assert [status("POST", commit, header, file, line) for _, line in refused] == [expected for expected, _ in refused]
     # An object can be uploaded only after a batch request named it, and only with the content of its hash.
-    place = f"/{name}.git/info/lfs/objects/{'0' * 64}"
-    assert status("PUT", place, "other") == 403
+    object_path = f"/{name}.git/info/lfs/objects/{'0' * 64}"
+    assert status("PUT", object_path, "other") == 403
     assert status("POST", f"/{name}.git/info/lfs/objects/batch", {"objects": [{"oid": "0" * 64, "size": 7}]}) == 200
-    assert status("PUT", place, "other") == 400
+    assert status("PUT", object_path, "other") == 400
     assert uploader.state(name) == before
     assert status("POST", commit, header, file) == 200
     connection.close()
@@ -284,6 +286,6 @@ def test_saelens_loads_an_uploaded_sae(uploader: Client, tmp_path: Path):
     sae(3).save_model(tmp_path / "made")
     uploader.succeed("upload_folder", repo_id=name, folder_path=tmp_path / "made", path_in_repo="layer/width_x")
     uploader.succeed("from_pretrained", release=name, sae_id="layer/width_x", into=tmp_path / "loaded")
-    made, loaded = (load_file(tmp_path / place / "sae_weights.safetensors") for place in ("made", "loaded"))
-    assert made.keys() == loaded.keys()
-    assert all((made[weight] == loaded[weight]).all() for weight in made)
+    uploaded, loaded = (load_file(tmp_path / folder_name / "sae_weights.safetensors") for folder_name in ("made", "loaded"))
+    assert uploaded.keys() == loaded.keys()
+    assert all((uploaded[weight] == loaded[weight]).all() for weight in uploaded)

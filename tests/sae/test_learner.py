@@ -29,9 +29,9 @@ def with_half_dead(cfg: Any, warm: Tensor, **kw: Any) -> tuple[JointSAE, Tensor]
 
 
 @pytest.mark.parametrize("normalizer", ["none", "layer_norm"])
-def test_the_auxiliary_loss_reaches_dead_encoders(normalizer: str):
+def test_the_auxiliary_loss_gives_gradients_to_the_encoders_of_dead_latents(normalizer: str):
     cfg = config("batchtopk", normalize_activations=normalizer)
-    for coefficient, reached in ((1.0, True), (0.0, False)):
+    for coefficient, is_reached in ((1.0, True), (0.0, False)):
         module, dead = with_half_dead(
             dataclasses.replace(cfg, aux_loss_coefficient=coefficient), torch.cat([activations(i) for i in range(3)])
         )
@@ -40,7 +40,7 @@ def test_the_auxiliary_loss_reaches_dead_encoders(normalizer: str):
         gradient = module.primary.sae.W_enc.grad
         assert gradient is not None and gradient[:, ~dead].abs().sum() > 0
         assert (output.codes.firings()[dead] == 0).all()
-        assert ((gradient[:, dead].abs().sum(0) > 0).float().mean() > 0.3) == reached
+        assert ((gradient[:, dead].abs().sum(0) > 0).float().mean() > 0.3) == is_reached
 
 
 @pytest.mark.slow

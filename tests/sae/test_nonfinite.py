@@ -48,23 +48,23 @@ class Batches:
 class Poison(Callback):
     """Put a NaN into the activations, or into a gradient of the primary or meta SAE, on one rank at one batch."""
 
-    def __init__(self, at: int, what: str = "activations", rank: int = 0) -> None:
-        self.at, self.what, self.rank = at, what, rank
+    def __init__(self, at: int, target: str = "activations", rank: int = 0) -> None:
+        self.at, self.target, self.rank = at, target, rank
         self.now = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.now = batch_idx == self.at and trainer.global_rank == self.rank
-        if self.now and self.what == "activations":
+        if self.now and self.target == "activations":
             Batch.of(batch).activations[3] = torch.nan
 
     def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
-        learner = getattr(pl_module, self.what, None)
+        learner = getattr(pl_module, self.target, None)
         if self.now and learner is not None and learner.sae.b_enc.grad is not None:
             learner.sae.b_enc.grad[3] = torch.nan
 
 
-class Once(Penalty):
-    """A penalty that is infinite once: at the call with gradients that `at` others precede."""
+class InfiniteOnce(Penalty):
+    """A penalty that is infinite at one call with gradients: the one after `at` others."""
 
     def __init__(self, weight: float, at: int) -> None:
         super().__init__(weight)
@@ -75,7 +75,7 @@ class Once(Penalty):
         return W_dec.square().mean() / (0.0 if self.left == -1 and torch.is_grad_enabled() else 1.0)
 
 
-class Overflowing(Penalty):
+class SwitchedInfinite(Penalty):
     """A penalty that is infinite while `infinite` is set; its gradient is finite."""
 
     infinite = False
@@ -95,11 +95,11 @@ def joint(architecture: str = "batchtopk", **changes: Any) -> JointSAE:
     return JointSAE(primary, config("batchtopk", d_sae=8), **{"penalties": {"d": Decomposability(0.3)}, **rates, **sizes, **changes})
 
 
-def fitted(folder: Path, module: Any, batches: Any, *callbacks: Callback, **more: Any) -> Trainer:
+def fit_module(folder: Path, module: Any, batches: Any, *callbacks: Callback, **fit_args: Any) -> Trainer:
     saves = any(isinstance(callback, Checkpoints) for callback in callbacks)
     options = {"max_epochs": 1, "accelerator": "cpu", "default_root_dir": folder, "enable_checkpointing": saves, **QUIET}
     trainer = Trainer(**options, callbacks=list(callbacks))
-    trainer.fit(module, batches, **more)
+    trainer.fit(module, batches, **fit_args)
     return trainer
 
 
@@ -124,8 +124,8 @@ def training_state(module: torch.nn.Module, optimizers: Any, schedules: Any = ()
     return state
 
 
-def everything(module: torch.nn.Module, trainer: Trainer) -> dict[str, Tensor]:
-    """The training state under a trainer."""
+def fit_state(module: torch.nn.Module, trainer: Trainer) -> dict[str, Tensor]:
+    """The training state of a module, with the optimisers and schedules of its trainer."""
     return training_state(module, trainer.optimizers, trainer.lr_scheduler_configs)
 
 
@@ -149,38 +149,43 @@ def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
 @pytest.mark.filterwarnings("ignore:decoder_init_norm must be set")
 def test_a_run_with_a_skipped_batch_equals_a_run_without_that_batch(architecture: str, at: int, count: int, tmp_path: Path):
     skipping, shorter = joint(architecture), joint(architecture)
-    rest = [number for number in range(count + 1) if number != at]
-    trainer = fitted(tmp_path, skipping, Batches([*range(count + 1)], bad=(at,), value=[torch.nan, torch.inf][at % 2]), StopOnNaN())
-    without = fitted(tmp_path, shorter, Batches(rest))
-    assert not differing(everything(skipping, trainer), everything(shorter, without)) and first_nonfinite(skipping.state_dict()) is None
+    other_batches = [number for number in range(count + 1) if number != at]
+    trainer = fit_module(tmp_path, skipping, Batches([*range(count + 1)], bad=(at,), value=[torch.nan, torch.inf][at % 2]), StopOnNaN())
+    shorter_trainer = fit_module(tmp_path, shorter, Batches(other_batches))
+    assert (
+        not differing(fit_state(skipping, trainer), fit_state(shorter, shorter_trainer)) and first_nonfinite(skipping.state_dict()) is None
+    )
     assert skipping.rows_seen == shorter.rows_seen + 64 == 64 * (count + 1)
-    assert trainer.callback_metrics["train/skipped"] == 1 and without.callback_metrics["train/skipped"] == 0
+    assert trainer.callback_metrics["train/skipped"] == 1 and shorter_trainer.callback_metrics["train/skipped"] == 0
 
 
-# Control: one batch more changes what the test above compares.
+# Control: one more applied batch changes the state that the test above compares.
 def test_a_batch_that_is_not_skipped_changes_the_training_state(tmp_path: Path):
     skipping, shorter = joint(), joint()
-    trainer, without = fitted(tmp_path, skipping, Batches([*range(10)])), fitted(tmp_path, shorter, Batches([0, 1, 2, 3, 5, 6, 7, 8, 9]))
-    found = differing(everything(skipping, trainer), everything(shorter, without))
-    assert {"primary.sae.topk_threshold", "primary.steps", "primary.updates", "optimizer 0, 0, exp_avg", "schedule 0", "rate 0"} < {*found}
+    trainer, shorter_trainer = (
+        fit_module(tmp_path, skipping, Batches([*range(10)])),
+        fit_module(tmp_path, shorter, Batches([0, 1, 2, 3, 5, 6, 7, 8, 9])),
+    )
+    names = differing(fit_state(skipping, trainer), fit_state(shorter, shorter_trainer))
+    assert {"primary.sae.topk_threshold", "primary.steps", "primary.updates", "optimizer 0, 0, exp_avg", "schedule 0", "rate 0"} < {*names}
 
 
-@pytest.mark.parametrize("what", ["activations", "primary", "meta"])
-def test_a_run_that_stops_keeps_its_last_good_checkpoint(what: str, tmp_path: Path):
+@pytest.mark.parametrize("target", ["activations", "primary", "meta"])
+def test_a_run_that_stops_keeps_its_last_good_checkpoint(target: str, tmp_path: Path):
     with pytest.raises(
         InputError, match=f"not finite after 384 tokens; .* the last good checkpoint is {tmp_path}/checkpoints/tokens=320.ckpt"
     ):
-        fitted(tmp_path, joint(non_finite="stop"), Batches([*range(9)]), StopOnNaN(), Poison(5, what), Checkpoints(every_tokens=64))
+        fit_module(tmp_path, joint(non_finite="stop"), Batches([*range(9)]), StopOnNaN(), Poison(5, target), Checkpoints(every_tokens=64))
     good, damaged = newest_intact([tmp_path / "checkpoints"])
     assert good is not None and good.name == "tokens=320.ckpt" and not damaged
     assert first_nonfinite(torch.load(good, weights_only=False)["state_dict"]) is None
 
 
-def test_a_nan_in_one_gradient_is_enough_to_skip(tmp_path: Path):
+def test_a_nan_in_one_gradient_skips_the_step(tmp_path: Path):
     skipping, shorter = joint(), joint()
-    trainer = fitted(tmp_path, skipping, Batches([*range(9)]), Poison(4, "primary"), StopOnNaN())
-    without = fitted(tmp_path, shorter, Batches([0, 1, 2, 3, 5, 6, 7, 8]))
-    assert not differing(everything(skipping, trainer), everything(shorter, without))
+    trainer = fit_module(tmp_path, skipping, Batches([*range(9)]), Poison(4, "primary"), StopOnNaN())
+    shorter_trainer = fit_module(tmp_path, shorter, Batches([0, 1, 2, 3, 5, 6, 7, 8]))
+    assert not differing(fit_state(skipping, trainer), fit_state(shorter, shorter_trainer))
 
 
 class StateRecorder(Callback):
@@ -191,47 +196,47 @@ class StateRecorder(Callback):
         self.after: list[dict[str, Tensor]] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.before.append({name: value.clone() for name, value in everything(pl_module, trainer).items()})
+        self.before.append({name: value.clone() for name, value in fit_state(pl_module, trainer).items()})
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.after.append({name: value.clone() for name, value in everything(pl_module, trainer).items()})
+        self.after.append({name: value.clone() for name, value in fit_state(pl_module, trainer).items()})
 
 
 def test_a_skipped_meta_step_leaves_the_primary_step_applied(tmp_path: Path):
     recorder, expected = StateRecorder(), StateRecorder()
     skipping = joint(n_m=1)
-    trainer = fitted(tmp_path, skipping, Batches([*range(7)]), recorder, Poison(5, "meta"), StopOnNaN())
-    fitted(tmp_path, joint(n_m=1), Batches([*range(7)]), expected)
-    of_meta = {name for name in recorder.after[5] if name.startswith(("meta.", "optimizer 1", "rate 1", "schedule 1"))}
-    assert not of_meta & {*differing(recorder.before[5], recorder.after[5])} and of_meta & {
+    trainer = fit_module(tmp_path, skipping, Batches([*range(7)]), recorder, Poison(5, "meta"), StopOnNaN())
+    fit_module(tmp_path, joint(n_m=1), Batches([*range(7)]), expected)
+    meta_names = {name for name in recorder.after[5] if name.startswith(("meta.", "optimizer 1", "rate 1", "schedule 1"))}
+    assert not meta_names & {*differing(recorder.before[5], recorder.after[5])} and meta_names & {
         *differing(expected.before[5], expected.after[5])
     }
-    assert not {*differing(recorder.after[5], expected.after[5])} - of_meta  # the primary's step was applied
+    assert not {*differing(recorder.after[5], expected.after[5])} - meta_names  # the primary's step was applied
     assert trainer.callback_metrics["train/skipped"] == 1 and int(skipping.primary.steps) == 7 and int(skipping.meta.steps) == 2  # pyright: ignore
 
 
 def test_too_many_skips_in_a_row_end_the_run(tmp_path: Path):
-    fine = joint()
-    trainer = fitted(tmp_path, fine, Batches([*range(10)], bad=(1, 2, 4, 5)), StopOnNaN(skips=3))
-    assert int(fine.primary.steps) == 6 and trainer.callback_metrics["train/skipped"] == 4
-    says = "^the primary SAE's loss was not finite in the last of 3 steps that were left out in a row, after 448 tokens; no checkpoint"
+    not_stopped = joint()
+    trainer = fit_module(tmp_path, not_stopped, Batches([*range(10)], bad=(1, 2, 4, 5)), StopOnNaN(skips=3))
+    assert int(not_stopped.primary.steps) == 6 and trainer.callback_metrics["train/skipped"] == 4
+    message = "^the primary SAE's loss was not finite in the last of 3 steps that were left out in a row, after 448 tokens; no checkpoint"
     stopped = joint()
-    with pytest.raises(InputError, match=f"{says}.* the activations of this batch are not finite either"):
-        fitted(tmp_path, stopped, Batches([*range(10)], bad=(1, 2, 4, 5, 6)), StopOnNaN(skips=3))
+    with pytest.raises(InputError, match=f"{message}.* the activations of this batch are not finite either"):
+        fit_module(tmp_path, stopped, Batches([*range(10)], bad=(1, 2, 4, 5, 6)), StopOnNaN(skips=3))
     assert first_nonfinite(stopped.state_dict()) is None and int(stopped.primary.steps) == 2
     # The first is a penalty that is infinite at a step that is never applied. In the second every meta step is skipped, while primary
     # steps between them are applied.
     with pytest.raises(InputError, match=r"the penalties' sum was not finite in the last of 2 steps .* after 320 tokens"):
-        fitted(tmp_path, joint(penalties={"own": AtThree(0.1)}), Batches([*range(10)]), StopOnNaN(skips=2))
+        fit_module(tmp_path, joint(penalties={"own": InfiniteAtStep3(0.1)}), Batches([*range(10)]), StopOnNaN(skips=2))
     with pytest.raises(InputError, match=r"the gradient of meta\.sae\.b_enc was not finite in the last of 4 steps .* after 384 tokens"):
-        fitted(tmp_path, joint(), Batches([*range(10)]), *(Poison(at, "meta") for at in (2, 5, 8)), StopOnNaN(skips=4))
+        fit_module(tmp_path, joint(), Batches([*range(10)]), *(Poison(at, "meta") for at in (2, 5, 8)), StopOnNaN(skips=4))
     with pytest.raises(InputError, match="skips must be at least 1, got 0"):
         StopOnNaN(skips=0)
     with pytest.raises(InputError, match="non_finite must be stop or skip, got 'leap'"):
         check_choices(torch.nn.ModuleDict(), critic_supports="exact", non_finite="leap")
 
 
-class AtThree(Penalty):
+class InfiniteAtStep3(Penalty):
     """A penalty that is infinite at step 3, which therefore is never applied."""
 
     def forward(self, W_dec: Tensor, critic: Any, step: int) -> Tensor:
@@ -241,12 +246,12 @@ class AtThree(Penalty):
 def test_a_resumed_run_can_skip_the_batches_that_stopped_it(tmp_path: Path):
     bad = {"bad": (6, 7)}
     with pytest.raises(InputError, match="the primary's loss is not finite after 448 tokens"):
-        fitted(tmp_path, joint(non_finite="stop"), Data(**bad), StopOnNaN(), Checkpoints(every_tokens=128))
-    resumed, whole = joint(), joint()
-    trainer = fitted(tmp_path, resumed, Data(**bad), StopOnNaN(), ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+        fit_module(tmp_path, joint(non_finite="stop"), Data(**bad), StopOnNaN(), Checkpoints(every_tokens=128))
+    resumed, uninterrupted = joint(), joint()
+    trainer = fit_module(tmp_path, resumed, Data(**bad), StopOnNaN(), ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
     assert trainer.callback_metrics["train/skipped"] == 2
-    assert not differing(everything(resumed, trainer), everything(whole, fitted(tmp_path, whole, Data(**bad))))
-    assert resumed.rows_seen == whole.rows_seen == 640
+    assert not differing(fit_state(resumed, trainer), fit_state(uninterrupted, fit_module(tmp_path, uninterrupted, Data(**bad))))
+    assert resumed.rows_seen == uninterrupted.rows_seen == 640
 
 
 class Data(LightningDataModule):
@@ -275,53 +280,53 @@ class Data(LightningDataModule):
 
 
 def test_one_arm_skips_a_step_that_others_apply(tmp_path: Path):
-    arms = SideBySide({"bad": joint(penalties={"own": Once(0.1, 4)}), "good": joint()})
-    trainer = fitted(tmp_path, arms, Batches([*range(8)]), StopOnNaN(skips=2))
-    bad, good = joint(penalties={"own": Once(0.1, 99)}), joint()
-    fitted(tmp_path, bad, Batches([0, 1, 2, 3, 5, 6, 7]))
-    fitted(tmp_path, good, Batches([*range(8)]))
+    arms = SideBySide({"bad": joint(penalties={"own": InfiniteOnce(0.1, 4)}), "good": joint()})
+    trainer = fit_module(tmp_path, arms, Batches([*range(8)]), StopOnNaN(skips=2))
+    bad, good = joint(penalties={"own": InfiniteOnce(0.1, 99)}), joint()
+    fit_module(tmp_path, bad, Batches([0, 1, 2, 3, 5, 6, 7]))
+    fit_module(tmp_path, good, Batches([*range(8)]))
     for name, alone in (("bad", bad), ("good", good)):
         assert not differing(training_state(arms.arms[name], ()), training_state(alone, ()))
     assert trainer.callback_metrics["bad/train/skipped"] == 1 and trainer.callback_metrics["good/train/skipped"] == 0 and not arms.stopped
 
 
-def trained(
-    ranks: ProcessGroup, steps: list[int], cut: str, *, bad: int | None = None, what: str = "activations", mode: str = "skip"
+def train_on_ranks(
+    ranks: ProcessGroup, steps: list[int], cut: str, *, bad: int | None = None, target: str = "activations", mode: str = "skip"
 ) -> Any:
-    """The state after a run on this rank's rows, and the guards' counts; at step `bad`, `what` is not finite on the last rank."""
-    overflowing = Overflowing(0.1)
+    """The state after a run on this rank's rows, and the guards' counts; at step `bad`, `target` is not finite on the last rank."""
+    overflowing = SwitchedInfinite(0.1)
     module = joint(non_finite=mode, batch_cut=cut, n_p=2, penalties={"d": Decomposability(0.3), "own": overflowing}).double()
     module.join(ranks)
     primary, meta = optimizers(module)
     for step in steps:
         rows = activations(step).double()[ranks.even_slice(64)].clone()
         is_bad = step == bad and ranks.rank == ranks.world_size - 1
-        overflowing.infinite = is_bad and what == "loss"
-        if is_bad and what == "activations":
+        overflowing.infinite = is_bad and target == "loss"
+        if is_bad and target == "activations":
             rows[5] = torch.nan
-        handle = module.primary.sae.b_enc.register_hook(lambda gradient: gradient * torch.nan) if is_bad and what == "gradient" else None
+        handle = module.primary.sae.b_enc.register_hook(lambda gradient: gradient * torch.nan) if is_bad and target == "gradient" else None
         module.step(Batch(rows), primary, meta, last=step == steps[-1])
         if handle is not None:
             handle.remove()
     return training_state(module, (primary, meta)), {role: guard.state_dict() for role, guard in module.guards.items()}
 
 
-def on_rank(rank: int, folder: str) -> None:
-    found: dict[str, Any] = {}
+def run_all_cases(rank: int, folder: str) -> None:
+    results: dict[str, Any] = {}
     for cut in ("global", "local"):
-        found[f"{cut}, without"] = trained(ProcessGroup.default(), [0, 1, 2, 4, 5], cut)
-        for what in ("activations", "gradient", "loss"):
-            found[f"{cut}, {what}"] = trained(ProcessGroup.default(), [0, 1, 2, 3, 4, 5], cut, bad=3, what=what)
-    sent = {}
+        results[f"{cut}, without"] = train_on_ranks(ProcessGroup.default(), [0, 1, 2, 4, 5], cut)
+        for target in ("activations", "gradient", "loss"):
+            results[f"{cut}, {target}"] = train_on_ranks(ProcessGroup.default(), [0, 1, 2, 3, 4, 5], cut, bad=3, target=target)
+    bytes_sent = {}
     for mode in ("stop", "skip"):
-        counting = replace(ProcessGroup.default(), bytes_sent=[])
-        trained(counting, [0, 1, 2, 3], "global", mode=mode)
-        sent[mode] = counting.bytes_sent
-    under = {mode: under_a_trainer(rank, Path(folder) / mode, mode) for mode in ("stop", "skip")}
-    torch.save({**found, "sent": sent, "under": under}, f"{folder}/{rank}.pt")
+        group = replace(ProcessGroup.default(), bytes_sent=[])
+        train_on_ranks(group, [0, 1, 2, 3], "global", mode=mode)
+        bytes_sent[mode] = group.bytes_sent
+    trainer_results = {mode: fit_on_two_ranks(rank, Path(folder) / mode, mode) for mode in ("stop", "skip")}
+    torch.save({**results, "bytes_sent": bytes_sent, "trainer": trainer_results}, f"{folder}/{rank}.pt")
 
 
-def under_a_trainer(rank: int, folder: Path, mode: str) -> dict[str, Any]:
+def fit_on_two_ranks(rank: int, folder: Path, mode: str) -> dict[str, Any]:
     """A run of two ranks with a checkpoint after each step; rank 1 gets bad activations at one step, rank 0 a bad gradient at another."""
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     module, data = joint(non_finite=mode), Batches([*range(10 * rank, 10 * rank + 8)])
@@ -340,37 +345,44 @@ def under_a_trainer(rank: int, folder: Path, mode: str) -> dict[str, Any]:
     try:
         trainer.fit(module, data)
     except InputError as error:
-        return {"said": str(error)}
-    return {"state": everything(module, trainer), "skipped": trainer.callback_metrics["train/skipped"]}
+        return {"error": str(error)}
+    return {"state": fit_state(module, trainer), "skipped": trainer.callback_metrics["train/skipped"]}
 
 
-def test_all_ranks_skip_a_step_that_is_not_finite_on_one(tmp_path: Path):
-    in_process_group(2, on_rank, tmp_path)
-    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
-    for rank, found in enumerate((one["under"]["stop"], other["under"]["stop"])):
-        broken = "the primary's loss" if rank else r"(the primary's loss|primary\.sae\.\w+)"
+def test_all_ranks_skip_a_step_that_is_not_finite_on_one_rank(tmp_path: Path):
+    in_process_group(2, run_all_cases, tmp_path)
+    results_0, results_1 = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    for rank, result in enumerate((results_0["trainer"]["stop"], results_1["trainer"]["stop"])):
+        bad_tensor = "the primary's loss" if rank else r"(the primary's loss|primary\.sae\.\w+)"
         assert re.match(
-            f"{broken} is not finite after 640 tokens; no checkpoint .* is {tmp_path}/stop/checkpoints/tokens=512.ckpt", found["said"]
+            f"{bad_tensor} is not finite after 640 tokens; no checkpoint .* is {tmp_path}/stop/checkpoints/tokens=512.ckpt", result["error"]
         )
     good, damaged = newest_intact([tmp_path / "stop" / "checkpoints"])
     assert good is not None and good.name == "tokens=512.ckpt" and not damaged
-    last = torch.load(good, weights_only=False)["state_dict"]
-    assert first_nonfinite(last) is None and int(last["primary.steps"]) == 4
-    found, others = one["under"]["skip"], other["under"]["skip"]
-    assert not differing(found["state"], others["state"]) and first_nonfinite(found["state"]) is None
-    assert found["skipped"] == others["skipped"] == 2 and int(found["state"]["primary.steps"]) == 6
+    last_state = torch.load(good, weights_only=False)["state_dict"]
+    assert first_nonfinite(last_state) is None and int(last_state["primary.steps"]) == 4
+    result, other_result = results_0["trainer"]["skip"], results_1["trainer"]["skip"]
+    assert not differing(result["state"], other_result["state"]) and first_nonfinite(result["state"]) is None
+    assert result["skipped"] == other_result["skipped"] == 2 and int(result["state"]["primary.steps"]) == 6
     # Between the checkpoints around a skipped step, only the number of rows has changed.
     before, after = (torch.load(tmp_path / "skip" / "checkpoints" / f"tokens={tokens}.ckpt", weights_only=False) for tokens in (768, 896))
     assert differing(before["state_dict"], after["state_dict"]) == ["primary.rows_seen"]
     assert not differing(moments(before["optimizer_states"]), moments(after["optimizer_states"]))
     assert before["lr_schedulers"] == after["lr_schedulers"]
     for cut in ("global", "local"):
-        for what in ("activations", "gradient", "loss"):
-            (state, counts), (others, their_counts), (without, _) = one[f"{cut}, {what}"], other[f"{cut}, {what}"], one[f"{cut}, without"]
-            assert not differing(state, others) and not differing(state, without), (cut, what)
-            assert counts == their_counts == {"primary": {"total": 1, "in_a_row": 0}, "meta": {"total": 0, "in_a_row": 0}}
+        for target in ("activations", "gradient", "loss"):
+            (state, counts), (other_state, other_counts), (state_without, _) = (
+                results_0[f"{cut}, {target}"],
+                results_1[f"{cut}, {target}"],
+                results_0[f"{cut}, without"],
+            )
+            assert not differing(state, other_state) and not differing(state, state_without), (cut, target)
+            assert counts == other_counts == {"primary": {"total": 1, "in_a_row": 0}, "meta": {"total": 0, "in_a_row": 0}}
     # The guard sends eight bytes per step, for four primary and four meta steps, and nothing else.
-    assert len(one["sent"]["skip"]) == len(one["sent"]["stop"]) + 8 and sum(one["sent"]["skip"]) == sum(one["sent"]["stop"]) + 64
+    assert (
+        len(results_0["bytes_sent"]["skip"]) == len(results_0["bytes_sent"]["stop"]) + 8
+        and sum(results_0["bytes_sent"]["skip"]) == sum(results_0["bytes_sent"]["stop"]) + 64
+    )
 
 
 def test_a_guard_checks_every_tensor_and_restores_buffers():

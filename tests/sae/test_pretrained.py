@@ -34,7 +34,7 @@ TENSORS = {
 pytestmark = pytest.mark.filterwarnings("ignore:decoder_init_norm must be set")
 
 
-def trained(name: str, *, steps: int = 30, offset: float = 0.0, **kw: Any) -> JointSAE:
+def train_module(name: str, *, steps: int = 30, offset: float = 0.0, **kw: Any) -> JointSAE:
     module = JointSAE(config(name, **kw), decoder_rows="free", dead_after_tokens=128)
     optimizer, _ = optimizers(module, lr=3e-3)
     for i in range(steps):
@@ -42,7 +42,7 @@ def trained(name: str, *, steps: int = 30, offset: float = 0.0, **kw: Any) -> Jo
     return module
 
 
-def exported(module: JointSAE, folder: Path, **kw: Any) -> export.ExportRecord:
+def export_primary(module: JointSAE, folder: Path, **kw: Any) -> export.ExportRecord:
     learner = module.primary
     return export.export(learner.sae, folder, normalizer=learner.normalizer, updates=int(learner.updates), **kw)
 
@@ -52,11 +52,11 @@ def exported(module: JointSAE, folder: Path, **kw: Any) -> export.ExportRecord:
 def test_the_exported_sae_encodes_raw_activations_as_in_training(name: str, normalizer: str, tmp_path: Path):
     if (name, normalizer) == ("matching_pursuit", "covariance_whitening"):
         with pytest.raises(ValueError, match="not supported for MatchingPursuit"):  # a tied encoder cannot absorb the whitening
-            trained(name, normalize_activations=normalizer)
+            train_module(name, normalize_activations=normalizer)
         return
-    module = trained(name, normalize_activations=normalizer, offset=2.0)
+    module = train_module(name, normalize_activations=normalizer, offset=2.0)
     folder = tmp_path / "saes" / "primary"
-    exported(module, folder)
+    export_primary(module, folder)
     assert set(load_file(folder / "sae_weights.safetensors")) == TENSORS[name]
     loaded, x = SAE.load_from_disk(folder), activations(77, rows=256) + 2.0
     sae, norm = module.primary.sae, module.primary.normalizer
@@ -67,51 +67,51 @@ def test_the_exported_sae_encodes_raw_activations_as_in_training(name: str, norm
         _, hidden = sae.encode_with_hidden_pre(z)
         codes = hidden.relu() * (hidden > threshold)
     rebuilt = norm.restore(sae.decode(codes), undo)
-    ours, theirs = rebuilt.detach(), loaded.decode(loaded.encode(x)).detach()
-    same = ((codes != 0) == (loaded.encode(x) != 0)).all(-1)
-    assert same.float().mean() > 0.97  # in fp32 a pre-activation very near the threshold may fall on either side
-    torch.testing.assert_close(theirs[same], ours[same], rtol=1e-4, atol=1e-4)
+    training_reconstruction, loaded_reconstruction = rebuilt.detach(), loaded.decode(loaded.encode(x)).detach()
+    has_same_support = ((codes != 0) == (loaded.encode(x) != 0)).all(-1)
+    assert has_same_support.float().mean() > 0.97  # in fp32 a pre-activation very near the threshold may fall on either side
+    torch.testing.assert_close(loaded_reconstruction[has_same_support], training_reconstruction[has_same_support], rtol=1e-4, atol=1e-4)
 
 
 # SAELens passes an attention hook's heads as a separate dimension; training and our own readers flatten them.
 def test_an_sae_of_flattened_heads_accepts_separate_heads(tmp_path: Path):
-    module = trained("jumprelu")
-    exported(module, tmp_path / "x", metadata={"hook_name": "blocks.1.attn.hook_z"}, samples=[activations(3)])
-    loaded, ours, x = SAE.load_from_disk(tmp_path / "x"), pretrained.load_pretrained(tmp_path / "x"), activations(77)
+    module = train_module("jumprelu")
+    export_primary(module, tmp_path / "x", metadata={"hook_name": "blocks.1.attn.hook_z"}, samples=[activations(3)])
+    loaded, own_loaded, x = SAE.load_from_disk(tmp_path / "x"), pretrained.load_pretrained(tmp_path / "x"), activations(77)
     heads = x.view(len(x), 4, 4)
     assert loaded(heads).shape == heads.shape
-    torch.testing.assert_close(loaded(heads).flatten(1), ours(x))
+    torch.testing.assert_close(loaded(heads).flatten(1), own_loaded(x))
 
 
-def test_an_export_without_the_normaliser_fails_the_comparison(tmp_path: Path):
-    module = trained("batchtopk", normalize_activations="expected_average_only_in", offset=2.0)
+def test_an_export_without_the_normaliser_has_a_higher_fvu(tmp_path: Path):
+    module = train_module("batchtopk", normalize_activations="expected_average_only_in", offset=2.0)
     learner = module.primary
-    wrong = export.export(learner.sae, tmp_path / "x", normalizer=make_normalizer("none", D_IN), updates=int(learner.updates))
+    without_normalizer = export.export(learner.sae, tmp_path / "x", normalizer=make_normalizer("none", D_IN), updates=int(learner.updates))
     x = activations(77) + 2.0
-    loaded = SAE.load_from_disk(wrong.folder)
-    right = SAE.load_from_disk(exported(module, tmp_path / "y").folder)
-    assert functional.fvu(x, loaded(x)) > 1.2 * functional.fvu(x, right(x))
+    loaded = SAE.load_from_disk(without_normalizer.folder)
+    with_normalizer = SAE.load_from_disk(export_primary(module, tmp_path / "y").folder)
+    assert functional.fvu(x, loaded(x)) > 1.2 * functional.fvu(x, with_normalizer(x))
 
 
 @pytest.mark.parametrize("steps", [5, 50, 300])
 def test_exported_l0_is_the_training_l0_after_any_number_of_steps(steps: int, tmp_path: Path):
-    module = trained("batchtopk", steps=steps)
+    module = train_module("batchtopk", steps=steps)
     samples = [activations(10_000 + i, rows=512) for i in range(8)]
-    record = exported(module, tmp_path / "sae", samples=samples)
+    record = export_primary(module, tmp_path / "sae", samples=samples)
     fresh = torch.cat([activations(20_000 + i, rows=512) for i in range(8)])
     l0 = (SAE.load_from_disk(tmp_path / "sae").encode(fresh) > 0).sum(-1).float().mean().item()
     assert record.l0 == pytest.approx(4.0, rel=0.02)
     assert l0 == pytest.approx(4.0, rel=0.03)
     if steps < 300:  # control: the threshold that SAELens would save, a running mean that started at 0
         module.primary.sae.save_inference_model(tmp_path / "raw")
-        raw = (SAE.load_from_disk(tmp_path / "raw").encode(fresh) > 0).sum(-1).float().mean().item()
-        assert raw > 4.0 * 1.05
+        raw_l0 = (SAE.load_from_disk(tmp_path / "raw").encode(fresh) > 0).sum(-1).float().mean().item()
+        assert raw_l0 > 4.0 * 1.05
 
 
-def test_the_record_is_measured_on_the_saved_folder(tmp_path: Path):
-    module = trained("batchtopk")
+def test_the_record_has_the_measurements_of_the_saved_folder(tmp_path: Path):
+    module = train_module("batchtopk")
     samples = [activations(10_000 + i, rows=512) for i in range(4)]
-    record = exported(module, tmp_path / "sae", samples=samples, metadata={"model_name": "m", "hook_name": "blocks.1.hook_resid_pre"})
+    record = export_primary(module, tmp_path / "sae", samples=samples, metadata={"model_name": "m", "hook_name": "blocks.1.hook_resid_pre"})
     loaded, x = SAE.load_from_disk(tmp_path / "sae"), torch.cat(samples)
     assert record.fvu == pytest.approx(functional.fvu(x, loaded(x)).item(), rel=1e-5)
     assert record.tokens == 2048 and record.target_l0 == 4.0
@@ -120,57 +120,59 @@ def test_the_record_is_measured_on_the_saved_folder(tmp_path: Path):
     assert cfg["metadata"]["hook_name"] == "blocks.1.hook_resid_pre" and cfg["metadata"]["training_architecture"] == "batchtopk"
 
 
-def test_an_export_does_not_change_the_sae_in_training_and_replaces_the_whole_folder(tmp_path: Path):
-    module = trained("batchtopk", normalize_activations="covariance_whitening")
+def test_an_export_does_not_change_the_sae_in_training_and_replaces_an_older_folder(tmp_path: Path):
+    module = train_module("batchtopk", normalize_activations="covariance_whitening")
     before, state = {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state()
-    exported(module, tmp_path / "sae", samples=[activations(1)])
-    exported(module, tmp_path / "sae", samples=[activations(1)])
+    export_primary(module, tmp_path / "sae", samples=[activations(1)])
+    export_primary(module, tmp_path / "sae", samples=[activations(1)])
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert [path.name for path in tmp_path.iterdir()] == ["sae"]
 
 
 def test_a_failed_export_keeps_the_older_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    module = trained("batchtopk", steps=3)
-    exported(module, tmp_path / "sae")
-    kept = (tmp_path / "sae" / "sae_weights.safetensors").read_bytes()
+    module = train_module("batchtopk", steps=3)
+    export_primary(module, tmp_path / "sae")
+    weights_before = (tmp_path / "sae" / "sae_weights.safetensors").read_bytes()
 
-    def full(*_: Any, **__: Any) -> None:
+    def raise_no_space(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(module.primary.sae), "save_inference_model", full)
+    monkeypatch.setattr(type(module.primary.sae), "save_inference_model", raise_no_space)
     with pytest.raises(InputError, match=r"cannot write the SAE folder .*No space left"):
-        exported(module, tmp_path / "sae")
-    assert (tmp_path / "sae" / "sae_weights.safetensors").read_bytes() == kept
+        export_primary(module, tmp_path / "sae")
+    assert (tmp_path / "sae" / "sae_weights.safetensors").read_bytes() == weights_before
     assert [path.name for path in tmp_path.iterdir()] == ["sae"]
 
 
-def test_the_global_threshold_gives_exactly_the_target_l0_even_where_one_batch_has_most_of_it():
+def test_the_global_threshold_gives_the_target_l0_even_if_one_batch_has_most_of_the_firings():
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(100, 200, generator=generator) * scale for scale in (0.01, 0.01, 0.01, 5.0)]
     for target in (1.0, 3.5, 40.0):
         threshold, _ = global_threshold(lambda x: x, batches, target)
-        kept = sum(int((batch > threshold).sum()) for batch in batches)
-        assert kept == round(target * 400)
+        n_active = sum(int((batch > threshold).sum()) for batch in batches)
+        assert n_active == round(target * 400)
 
 
-def test_a_diverged_sae_is_refused_a_threshold():
+def test_setting_a_threshold_for_a_diverged_sae_is_refused():
     with pytest.raises(InputError, match="the SAE has diverged"):
         global_threshold(lambda x: x * float("inf"), [torch.ones(4, 8)], 1.0)
 
 
 def test_saelens_own_layer_norm_raises_with_the_auxiliary_loss():
     """Why normalisers are outside the SAE: SAELens's TopK refuses its auxiliary loss under layer_norm as soon as a latent is dead."""
-    module = trained("batchtopk", normalize_activations="layer_norm", d_sae=400)
+    module = train_module("batchtopk", normalize_activations="layer_norm", d_sae=400)
     assert module.primary.dead.any()
-    inside = get_sae_training_class("batchtopk")[0](config("batchtopk", normalize_activations="layer_norm"))
+    with_layer_norm = get_sae_training_class("batchtopk")[0](config("batchtopk", normalize_activations="layer_norm"))
     with pytest.raises(ValueError, match="does not support activation normalization"):
-        forward.forward_pass_for(inside, "dense").train(activations(0), dead=torch.ones(48, dtype=torch.bool), step=0, fresh_gradients=True)
+        forward.forward_pass_for(with_layer_norm, "dense").train(
+            activations(0), dead=torch.ones(48, dtype=torch.bool), step=0, fresh_gradients=True
+        )
 
 
 def test_an_export_emits_no_warning_of_saelens(tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        module = trained("batchtopk", steps=2)
-        record = exported(module, tmp_path / "sae", samples=[activations(0)])
+        module = train_module("batchtopk", steps=2)
+        record = export_primary(module, tmp_path / "sae", samples=[activations(0)])
     assert record.tokens == 64

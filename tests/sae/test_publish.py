@@ -3,8 +3,7 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from metasae_lightning.sae.publish import open_destination
 from metasae_lightning.sae.publish import publish as publish_folders
 from tests.helpers.hub import Fault, Hub
 from tests.helpers.judged import HOOK, run, sae
-from tests.helpers.python_server import PythonServer
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_testtokenwhichissecret"
@@ -30,25 +28,25 @@ FILES = {"cfg.json", "metasae.json", "sae_weights.safetensors", "sparsity.safete
 QUICK = ["--tokens", "256"]
 
 
-def finished(folder: Path, name: str = "one", *, seed: int = 0) -> Path:
+def write_finished_run(folder: Path, name: str = "one", *, seed: int = 0) -> Path:
     """A finished run with a meta SAE and a full recipe; the recipe and the metadata contain a token."""
     metadata = {"dataset_path": "some text", "training_architecture": "batchtopk", "exclude_special_tokens": True, "context_size": 16}
-    place = run(folder, name, seed=seed, model_from_pretrained_kwargs={"token": TOKEN}, **metadata)
-    sae(1, 8, 0.1).save_model(place / "saes" / "meta")
-    tree = yaml.safe_load((place / "config.yaml").read_text())
+    run_folder = run(folder, name, seed=seed, model_from_pretrained_kwargs={"token": TOKEN}, **metadata)
+    sae(1, 8, 0.1).save_model(run_folder / "saes" / "meta")
+    tree = yaml.safe_load((run_folder / "config.yaml").read_text())
     primary = {"class_path": "sae_lens.BatchTopKTrainingSAEConfig", "init_args": {"d_in": 32, "d_sae": 48, "k": 8}}
     meta = {"class_path": "sae_lens.BatchTopKTrainingSAEConfig", "init_args": {"d_in": 32, "d_sae": 8, "k": 2}}
     penalties = {"decomposability": {"class_path": "Decomposability", "init_args": {"weight": 0.3, "sigma_sq": 1.0}}}
     tree["model"] = {"class_path": "metasae_lightning.JointSAE", "init_args": {"primary": primary, "meta": meta, "penalties": penalties}}
     tree["data"]["init_args"]["language_model"]["init_args"]["model_kwargs"] = {"token": TOKEN}
-    (place / "config.yaml").write_text(yaml.safe_dump(tree))
-    return place
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return run_folder
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    return finished(tmp_path)
+    return write_finished_run(tmp_path)
 
 
 def publish(*args: str | Path, rc: int = 0) -> None:
@@ -73,11 +71,11 @@ def test_a_published_folder_has_both_saes_the_record_and_the_page(place: Path, t
     output = capsys.readouterr()
     names = {f"{HOOK}/{name}" for name in FILES} | {f"{HOOK}-meta/cfg.json", f"{HOOK}-meta/sae_weights.safetensors", "README.md"}
     assert set(tree(tmp_path / "out")) == names
-    theirs, ours = SAE.load_from_disk(tmp_path / "out" / HOOK), pretrained.load_pretrained(place / "saes" / "primary")
+    published, exported = SAE.load_from_disk(tmp_path / "out" / HOOK), pretrained.load_pretrained(place / "saes" / "primary")
     x = torch.randn(64, 32)
-    assert torch.equal(theirs.encode(x), ours.encode(x)) and torch.equal(theirs(x), ours(x))
+    assert torch.equal(published.encode(x), exported.encode(x)) and torch.equal(published(x), exported(x))
     assert load_file(tmp_path / "out" / f"{HOOK}-meta" / "sae_weights.safetensors").keys() >= {"W_dec", "threshold"}
-    metadata = theirs.cfg.metadata.to_dict()
+    metadata = published.cfg.metadata.to_dict()
     assert metadata["model_name"] == str(tmp_path / "model") and metadata["hook_name"] == HOOK and metadata["context_size"] == 16
     settings = metadata["metasae_lightning"]
     assert settings["penalties"] == {"decomposability": 0.3} and settings["meta"] == {"id": f"{HOOK}-meta", "d_sae": 8}
@@ -94,8 +92,8 @@ def test_a_published_folder_has_both_saes_the_record_and_the_page(place: Path, t
         "decomposability at weight 0.3" in page and "It was not evaluated on test documents" in page and f'load_from_disk("{HOOK}")' in page
     )
     assert "a local path: give its public name" in output.err
-    everything = b"".join(tree(tmp_path / "out").values()) + output.out.encode() + output.err.encode()
-    assert TOKEN.encode() not in everything and b"whichissecret" not in everything
+    all_bytes = b"".join(tree(tmp_path / "out").values()) + output.out.encode() + output.err.encode()
+    assert TOKEN.encode() not in all_bytes and b"whichissecret" not in all_bytes
 
 
 def test_the_page_has_the_evaluation_of_this_sae_on_the_runs_data(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -124,7 +122,7 @@ def test_the_page_has_the_evaluation_of_this_sae_on_the_runs_data(place: Path, t
 
 
 def test_several_saes_share_a_folder_and_its_page(place: Path, tmp_path: Path):
-    other = finished(tmp_path, "two", seed=5)
+    other = write_finished_run(tmp_path, "two", seed=5)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").write_text("---\nlicense: mit\n---\n# Ours\nWritten by hand.\n")
     publish(place, "out", "--id", "width_48/one")
@@ -150,7 +148,7 @@ def test_several_saes_share_a_folder_and_its_page(place: Path, tmp_path: Path):
 def test_another_sae_is_kept_unless_replaced_and_a_failed_replacement_is_undone(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    other = finished(tmp_path, "two", seed=5)
+    other = write_finished_run(tmp_path, "two", seed=5)
     publish(place, "out")
     before = tree(tmp_path / "out")
     assert f"holds another SAE under {HOOK}: choose another id, or replace it by --replace true" in publish_error(capsys, other, "out")
@@ -165,28 +163,30 @@ def test_another_sae_is_kept_unless_replaced_and_a_failed_replacement_is_undone(
     for failing_rename in range(1, 20):
         renamed = list[Path]()
 
-        def full(self: Path, target: Path, failing_rename: int = failing_rename, renamed: list[Path] = renamed) -> Path:
+        def fail_at_one_rename(self: Path, target: Path, failing_rename: int = failing_rename, renamed: list[Path] = renamed) -> Path:
             renamed.append(self)
             if len(renamed) == failing_rename:
                 raise OSError(28, "No space left on device", str(target))
             return rename(self, target)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Path, "rename", full)
-            done = main(["publish", str(other), "out", "--replace", "true", *QUICK])
-        if not done:
+            patched.setattr(Path, "rename", fail_at_one_rename)
+            status = main(["publish", str(other), "out", "--replace", "true", *QUICK])
+        if not status:
             break
         assert "No space left on device" in capsys.readouterr().err
         assert tree(tmp_path / "out") == before and not list((tmp_path / "out").glob(".publishing*"))
     assert failing_rename > 10
     publish(other, "out", "--replace", "true")
-    theirs, ours = (load_file(folder / "sae_weights.safetensors") for folder in (tmp_path / "out" / HOOK, other / "saes" / "primary"))
-    assert torch.equal(theirs["W_dec"], ours["W_dec"])
+    published, exported = (
+        load_file(folder / "sae_weights.safetensors") for folder in (tmp_path / "out" / HOOK, other / "saes" / "primary")
+    )
+    assert torch.equal(published["W_dec"], exported["W_dec"])
 
 
-def write_record(place: Path, **figures: float) -> None:
+def write_record(run_folder: Path, **figures: float) -> None:
     """Write a run's record of the export's measurement."""
-    (place / "evaluation.json").write_text(json.dumps({"validation": {"exported": {"primary": figures}}}))
+    (run_folder / "evaluation.json").write_text(json.dumps({"validation": {"exported": {"primary": figures}}}))
 
 
 def test_an_sae_that_measures_other_than_the_record_is_not_published(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -221,23 +221,15 @@ def test_wrong_arguments_are_refused_in_one_line(args: list[str], message: str, 
     assert message in publish_error(capsys, *(arg.replace("ONE", str(place)) for arg in args))
 
 
-# The waits between the client's own tries are shortened.
-PUBLISH = (
-    "import sys; from huggingface_hub.utils import _http; from metasae_lightning.cli import main; "
-    "_http.http_backoff.__kwdefaults__.update(base_wait_time=0.01, max_wait_time=0.01); sys.exit(main(['publish', *sys.argv[1:]]))"
-)
-
-
-@contextmanager
-def client(hub: Hub, folder: Path) -> Generator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """A function that runs code, by default `metasae publish`, in a new process of the hub's client."""
-    (folder / "home").mkdir()
-    with PythonServer(hub.environment(folder / "home")) as server:
-
-        def call(*args: str | Path, code: str = PUBLISH, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-            return server.run(code, *args, *(QUICK if code == PUBLISH else []), cwd=folder, HF_TOKEN=token)
-
-        yield call
+def client(hub: Hub, home: Path, *args: str | Path, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+    """`metasae publish` as a process of its own; only the waits between the client's own tries are shortened."""
+    code = (
+        "import sys; from huggingface_hub.utils import _http; from metasae_lightning.cli import main; "
+        "_http.http_backoff.__kwdefaults__.update(base_wait_time=0.01, max_wait_time=0.01); sys.exit(main(sys.argv[1:]))"
+    )
+    environment = hub.environment(home, HF_TOKEN=token, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-c", code, "publish", *map(str, args), *QUICK]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=home.parent, check=False)
 
 
 LOAD = (
@@ -248,51 +240,56 @@ LOAD = (
 
 
 def test_an_sae_published_to_the_hub_after_failures_loads_with_equal_weights(place: Path, tmp_path: Path):
-    with Hub(tmp_path / "hub", token=TOKEN) as hub, client(hub, tmp_path) as call:
-        repository = "hf://someone/saes"
+    with Hub(tmp_path / "hub", token=TOKEN) as hub:
+        home, repository = tmp_path / "home", "hf://someone/saes"
+        home.mkdir()
         # First the uploads of objects fail, at each of six tries; then the commit fails; the third time all succeeds.
         failures = [[Fault("drop", on="upload", after=1)], [Fault("error", on="commit", times=1)]]
         outputs: list[str] = []
         for faults in failures:
             hub.faults[:] = faults
-            failed = call(place, repository, "--private", "true", "--model_name", "someone/model")
+            failed = client(hub, home, place, repository, "--private", "true", "--model_name", "someone/model")
             outputs += [failed.stdout, failed.stderr]
             assert failed.returncode == 2 and "the Hub request failed; try again" in failed.stderr
             assert not list((hub.folder / "models" / "someone" / "saes").glob("**/cfg.json"))
         hub.faults[:] = []
-        done = call(place, repository, "--private", "true", "--model_name", "someone/model")
+        done = client(hub, home, place, repository, "--private", "true", "--model_name", "someone/model")
         assert done.returncode == 0, done.stderr
-        loaded = call("someone/saes", HOOK, tmp_path / "back", code=LOAD)
+        environment = hub.environment(home, HF_TOKEN=TOKEN, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+        command = [sys.executable, "-c", LOAD, "someone/saes", HOOK, str(tmp_path / "back")]
+        loaded = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
         assert loaded.returncode == 0 and loaded.stdout.strip() == "(48,)", loaded.stderr
         sent = len(hub.log)
-        again = call(place, repository, "--model_name", "someone/model")  # nothing new, nothing sent
+        again = client(hub, home, place, repository, "--model_name", "someone/model")  # nothing new, nothing sent
         assert again.returncode == 0 and "PUT" not in {entry.method for entry in hub.log[sent:]}
-        other = call(finished(tmp_path, "two", seed=5), repository, "--model_name", "someone/model")
+        other = client(hub, home, write_finished_run(tmp_path, "two", seed=5), repository, "--model_name", "someone/model")
         assert other.returncode == 2 and f"holds another SAE under {HOOK}" in other.stderr
-        refused = call(place, "hf://someone/else", token="hf_wrongtokenwhichisnone")
+        refused = client(hub, home, place, "hf://someone/else", token="hf_wrongtokenwhichisnone")
         assert refused.returncode == 2 and refused.stderr.count("metasae: error: ") == 1
         outputs += [part for process in (done, again, other, refused, loaded) for part in (process.stdout, process.stderr)]
     ours, theirs = (load_file(folder / "sae_weights.safetensors") for folder in (place / "saes" / "primary", tmp_path / "back"))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     page = (tmp_path / "hub" / "models" / "someone" / "saes" / "README.md").read_text()
     assert f'SAE.from_pretrained("someone/saes", "{HOOK}")' in page
-    shutil.rmtree(tmp_path / "home")  # the client's own folder may have the token
+    shutil.rmtree(home)  # the client's own folder may have the token
     published = b"".join(path.read_bytes() for path in (tmp_path / "hub").rglob("*") if path.is_file())
     for secret in (TOKEN, "hf_wrongtokenwhichisnone"):
         assert secret not in "".join(outputs) and secret.encode() not in published
 
 
 def test_a_new_branch_starts_from_main_and_leaves_main_unchanged(place: Path, tmp_path: Path):
-    with Hub(tmp_path / "hub", token=TOKEN) as hub, client(hub, tmp_path) as call:
-        first = call(place, "hf://someone/saes", "--private", "false", "--id", "a/b")
+    with Hub(tmp_path / "hub", token=TOKEN) as hub:
+        home = tmp_path / "home"
+        home.mkdir()
+        first = client(hub, home, place, "hf://someone/saes", "--private", "false", "--id", "a/b")
         assert first.returncode == 0, first.stderr
         main_branch = tree(hub.folder / "models" / "someone" / "saes")
-        other = finished(tmp_path, "two", seed=5)
-        conflict = call(other, "hf://someone/saes", "--revision", "trial", "--id", "a/b")
+        other = write_finished_run(tmp_path, "two", seed=5)
+        conflict = client(hub, home, other, "hf://someone/saes", "--revision", "trial", "--id", "a/b")
         assert conflict.returncode == 2 and "holds another SAE under a/b" in conflict.stderr
-        done = call(other, "hf://someone/saes", "--revision", "trial", "--id", "a/c")
+        done = client(hub, home, other, "hf://someone/saes", "--revision", "trial", "--id", "a/c")
         assert done.returncode == 0, done.stderr
-        public = call(other, "hf://someone/saes", "--private", "true", "--id", "a/d")
+        public = client(hub, home, other, "hf://someone/saes", "--private", "true", "--id", "a/d")
         assert public.returncode == 2 and "is public, and publishing does not change that" in public.stderr
     assert tree(hub.folder / "models" / "someone" / "saes") == main_branch
     (branch,) = (hub.folder / "beside").glob("**/trial")

@@ -1,4 +1,4 @@
-"""Each threshold rule keeps its promise on fresh tokens of a real language model, after few training steps and after many."""
+"""Each threshold rule gives its L0 on fresh tokens of a real language model, after few training steps and after many."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ K, STEPS = 32, (50, 300, 1000)
 
 
 class Snapshots(Callback):
-    """Export after each of these numbers of steps, into a folder per number."""
+    """Exports after each number of steps in STEPS, into a folder per number."""
 
     def __init__(self, folder: Path, samples: list[torch.Tensor]):
         self.folder, self.samples = folder, samples
@@ -31,8 +31,8 @@ class Snapshots(Callback):
         steps = int(pl_module.primary.steps)
         if steps in STEPS:
             learner = pl_module.primary
-            about = {"normalizer": learner.normalizer, "updates": int(learner.updates), "samples": self.samples}
-            export.export(learner.sae, self.folder / str(steps), **about)
+            export_args = {"normalizer": learner.normalizer, "updates": int(learner.updates), "samples": self.samples}
+            export.export(learner.sae, self.folder / str(steps), **export_args)
 
 
 def l0(sae: Any, batches: list[torch.Tensor]) -> float:
@@ -53,22 +53,22 @@ def test_each_rule_gives_its_l0_on_fresh_tokens_of_a_real_model(tmp_path: Path):
     )
     for steps in STEPS:
         sae = SAE.load_from_disk(tmp_path / str(steps))
-        known, found = l0(sae, samples), l0(sae, fresh)
-        print(f"global, {steps} steps: L0 {known:.3f} on the sample, {found:.2f} on {sum(map(len, fresh)):,} fresh tokens")
+        sample_l0, fresh_l0 = l0(sae, samples), l0(sae, fresh)
+        print(f"global, {steps} steps: L0 {sample_l0:.3f} on the sample, {fresh_l0:.2f} on {sum(map(len, fresh)):,} fresh tokens")
         # Other documents may differ more, since one threshold for all latents does not fix how often each latent fires.
-        assert known == pytest.approx(K, rel=0.01) and found == pytest.approx(K, rel=0.04)
-    one: Any = SAE.load_from_disk(tmp_path / str(STEPS[-1]))
-    scores = pretrained.pre_activations(one)
+        assert sample_l0 == pytest.approx(K, rel=0.01) and fresh_l0 == pytest.approx(K, rel=0.04)
+    sae: Any = SAE.load_from_disk(tmp_path / str(STEPS[-1]))
+    scores = pretrained.pre_activations(sae)
     assert scores is not None
-    found: dict[str, tuple[float, float]] = {}
+    l0_by_rule: dict[str, tuple[float, float]] = {}
     for rule in ("rate", "eer"):
         # Each half serves as the other's fresh tokens: differences between documents then cancel, and the rest is due to the rule.
-        both = [(samples, fresh), (fresh, samples)]
-        for known, other in both:
-            set_anew = calibrate(scores, known, K, rule)
-            one.threshold = torch.nn.Parameter(set_anew.threshold)
-            found[rule] = (*found.get(rule, ()), l0(one, other))  # pyright: ignore[reportArgumentType]
-            print(f"{rule}: L0 {found[rule][-1]:.2f} on fresh tokens, {set_anew.l0:.2f} on the sample, {set_anew.n_rare} rare latents")
-    assert found["rate"] == pytest.approx((K, K), rel=0.04)
-    assert sum(found["rate"]) / 2 == pytest.approx(K, rel=0.005)
-    assert sum(found["eer"]) / 2 > 1.02 * K
+        halves = [(samples, fresh), (fresh, samples)]
+        for calibration_batches, other_batches in halves:
+            result = calibrate(scores, calibration_batches, K, rule)
+            sae.threshold = torch.nn.Parameter(result.threshold)
+            l0_by_rule[rule] = (*l0_by_rule.get(rule, ()), l0(sae, other_batches))  # pyright: ignore[reportArgumentType]
+            print(f"{rule}: L0 {l0_by_rule[rule][-1]:.2f} on fresh tokens, {result.l0:.2f} on the sample, {result.n_rare} rare latents")
+    assert l0_by_rule["rate"] == pytest.approx((K, K), rel=0.04)
+    assert sum(l0_by_rule["rate"]) / 2 == pytest.approx(K, rel=0.005)
+    assert sum(l0_by_rule["eer"]) / 2 > 1.02 * K
