@@ -1,4 +1,4 @@
-"""The page: its numbers are those that were measured, it needs nothing from elsewhere, and whatever text is in it is text."""
+"""The report: its numbers equal the evaluation record, the page is self-contained, and hostile text is shown as text."""
 
 import base64
 import copy
@@ -45,7 +45,7 @@ PENALTY = {"class_path": "metasae_lightning.penalties.Decomposability", "init_ar
 
 
 def model(weight: float | None, seed: int) -> dict[str, Any]:
-    """An arm's part of a config: no penalty, or one."""
+    """The model config of an arm: with a penalty of this weight, or without penalty and meta SAE."""
     penalty = copy.deepcopy(PENALTY)
     penalty["init_args"]["weight"] = weight
     return {
@@ -57,58 +57,65 @@ def model(weight: float | None, seed: int) -> dict[str, Any]:
     }
 
 
-def arms_run(folder: Path, name: str, arms: dict[str, tuple[float | None, int]], **data: Any) -> Path:
-    """A run with several arms as one leaves it."""
-    place = folder / name
-    place.mkdir(parents=True)
-    models = {arm: model(*of) for arm, of in arms.items()}
-    (place / "config.yaml").write_text(
+def write_run_with_arms(folder: Path, name: str, arms: dict[str, tuple[float | None, int]], **data: Any) -> Path:
+    """Write the folder of a finished run with several arms: config, metrics and exported SAEs."""
+    run_folder = folder / name
+    run_folder.mkdir(parents=True)
+    models = {arm: model(*settings) for arm, settings in arms.items()}
+    (run_folder / "config.yaml").write_text(
         yaml.safe_dump({"data": recipe(folder, **data), "model": {"init_args": {"arms": models}}}, sort_keys=False)
     )
-    told = {"model_name": str(folder / "model"), "hook_name": HOOK, "training_architecture_details": {"k": 8.0}, "training_tokens": 2048}
+    metadata = {
+        "model_name": str(folder / "model"),
+        "hook_name": HOOK,
+        "training_architecture_details": {"k": 8.0},
+        "training_tokens": 2048,
+    }
     lines = [["step", "epoch", *(f"{arm}/{key}" for arm in arms for key in ("train/tokens", "train/fvu", "val/fvu"))]]
     for step in range(1, 5):
         lines.append([str(step), "0", *(str(x) for _ in arms for x in (64 * step, 0.9 / step, ""))])
     lines.append(["4", "0", *(x for _ in arms for x in ("", "", "0.3"))])
-    (place / "metrics.csv").write_text("".join(",".join(line) + "\n" for line in lines))
+    (run_folder / "metrics.csv").write_text("".join(",".join(line) + "\n" for line in lines))
     for number, (arm, (weight, _)) in enumerate(arms.items()):
-        sae(number, **told).save_model(place / "arms" / arm / "saes" / "primary")
+        sae(number, **metadata).save_model(run_folder / "arms" / arm / "saes" / "primary")
         if weight is not None:
-            sae(100 + number, 12, threshold=0.3).save_model(place / "arms" / arm / "saes" / "meta")
-    return place
+            sae(100 + number, 12, threshold=0.3).save_model(run_folder / "arms" / arm / "saes" / "meta")
+    return run_folder
 
 
-FOUR = {"solo-seed0": (None, 0), "solo-seed1": (None, 1), "joint-seed0": (0.3, 0), "joint-seed1": (0.3, 1)}
+FOUR_ARMS = {"solo-seed0": (None, 0), "solo-seed1": (None, 1), "joint-seed0": (0.3, 0), "joint-seed1": (0.3, 1)}
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Solo and joint with two seeds each, measured, on text that means harm."""
+def evaluated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with arms solo and joint, two seeds each, evaluated on text that has hostile documents."""
     folder = tmp_path_factory.mktemp("report")
     recipe(folder)
     texts = [json.loads(line)["text"] for line in (folder / "text.jsonl").read_text().splitlines()]
     hostile = [f"{text} {i}" for i in range(12) for text in HOSTILE]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, *hostile]))
-    place = arms_run(folder, "run <i>&amp;", FOUR)
-    assert main(["test", str(place), *(f"--{name}={value}" for name, value in QUICK.items())]) == 0
-    # Whole, whatever contexts and tokens cut it into.
-    latents = place / "arms" / "solo-seed0" / "latents.json.gz"
-    told = json.loads(gzip.decompress(latents.read_bytes()))
-    first = next(iter(told["contexts"]))
-    told["contexts"][first] = [{"document": 0, "at": 0, "tokens": [text, " end"], "values": [1.0, 0.5]} for text in HOSTILE]
-    latents.write_bytes(gzip.compress(json.dumps(told).encode()))
-    return place
+    run_folder = write_run_with_arms(folder, "run <i>&amp;", FOUR_ARMS)
+    assert main(["test", str(run_folder), *(f"--{name}={value}" for name, value in QUICK.items())]) == 0
+    # Hostile texts as single tokens, since contexts and the tokenizer cut them.
+    latents = run_folder / "arms" / "solo-seed0" / "latents.json.gz"
+    latents_record = json.loads(gzip.decompress(latents.read_bytes()))
+    first_latent = next(iter(latents_record["contexts"]))
+    latents_record["contexts"][first_latent] = [
+        {"document": 0, "at": 0, "tokens": [text, " end"], "values": [1.0, 0.5]} for text in HOSTILE
+    ]
+    latents.write_bytes(gzip.compress(json.dumps(latents_record).encode()))
+    return run_folder
 
 
 @pytest.fixture(scope="module")
-def page(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(evaluated_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out")
-    assert main(["report", str(measured), "--out", str(out)]) == 0
+    assert main(["report", str(evaluated_run), "--out", str(out)]) == 0
     return out
 
 
-class Read(HTMLParser):
-    """What a page is made of."""
+class PageParser(HTMLParser):
+    """Collects a page's tags, links, visible texts and table cells."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -134,64 +141,64 @@ class Read(HTMLParser):
             self.cells[-1] += data
 
 
-def latents_of(text: str) -> list[dict[str, Any]]:
-    found = re.search(r'<script type="text/plain" id="latents">([A-Za-z0-9+/=]*)</script>', text)
-    assert found
-    return json.loads(gzip.decompress(base64.b64decode(found[1])))
+def latents_in_page(text: str) -> list[dict[str, Any]]:
+    match = re.search(r'<script type="text/plain" id="latents">([A-Za-z0-9+/=]*)</script>', text)
+    assert match
+    return json.loads(gzip.decompress(base64.b64decode(match[1])))
 
 
-def test_the_numbers_are_those_that_were_measured(measured: Path, page: Path):
-    record = json.loads((measured / "evaluation.json").read_text())["arms"]
-    told = json.loads((page / "report" / "table.json").read_text())
+def test_the_tables_have_the_numbers_of_the_evaluation_record(evaluated_run: Path, page: Path):
+    record = json.loads((evaluated_run / "evaluation.json").read_text())["arms"]
+    table = json.loads((page / "report" / "table.json").read_text())
     with (page / "report" / "table.csv").open(newline="") as file:
         lines = {line["arm"]: line for line in csv.DictReader(file)}
-    assert [row["arm"] for row in told["arms"]] == list(FOUR) == list(lines)
-    for row in told["arms"]:
+    assert [row["arm"] for row in table["arms"]] == list(FOUR_ARMS) == list(lines)
+    for row in table["arms"]:
         figures = record[row["arm"]]["evaluation"]["figures"]
-        for kind, of in figures.items():
-            for name, value in of.items():
+        for kind, figures_of_kind in figures.items():
+            for name, value in figures_of_kind.items():
                 if isinstance(value, float):
                     assert row[f"{kind}/{name}"] == value and float(lines[row["arm"]][f"{kind}/{name}"]) == value
         assert row["fvu/low"] == record[row["arm"]]["evaluation"]["intervals"]["fvu"][0]
-    # In the page, the mean over seeds.
-    cells = Read((page / "report.html").read_text()).cells
+    # The page has the mean over seeds.
+    cells = PageParser((page / "report.html").read_text()).cells
     for kind, name, digits in (("phi", "excess", ".3e"), ("reconstruction", "fvu", ".4f"), ("critic", "fve", ".4f")):
         for group in ("solo", "joint"):
-            both = [record[f"{group}-seed{seed}"]["evaluation"]["figures"][kind][name] for seed in (0, 1)]
-            assert f"{sum(both) / 2:{digits}}".replace("-", "\u2212") in cells
+            by_seed = [record[f"{group}-seed{seed}"]["evaluation"]["figures"][kind][name] for seed in (0, 1)]
+            assert f"{sum(by_seed) / 2:{digits}}".replace("-", "\u2212") in cells
 
 
-def test_seeds_are_paired_and_the_interval_is_students(measured: Path):
-    groups = study([str(measured)]).groups
+def test_the_interval_of_a_difference_is_a_paired_t_test_over_shared_seeds_or_welchs(evaluated_run: Path):
+    groups = study([str(evaluated_run)]).groups
     assert [(group.name, len(group.arms)) for group in groups] == [("solo", 2), ("joint", 2)]
     solo, joint = groups
-    found = difference(joint, solo, "phi/excess")
-    assert found is not None and found.seeds == 2
+    result = difference(joint, solo, "phi/excess")
+    assert result is not None and result.seeds == 2
     paired = stats.ttest_rel(joint.values("phi/excess"), solo.values("phi/excess")).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((paired.low, paired.high), rel=1e-9)
-    assert found.value == pytest.approx((found.low + found.high) / 2)
-    # With seeds of their own there are no pairs.
+    assert (result.low, result.high) == pytest.approx((paired.low, paired.high), rel=1e-9)
+    assert result.value == pytest.approx((result.low + result.high) / 2)
+    # Groups with different seeds have no pairs.
     other = Group("joint", [Arm(arm.name, arm.place, {**arm.recipe, "seed": arm.seed + 10}, arm.record) for arm in joint.arms])
-    apart = difference(other, solo, "phi/excess")
+    unpaired = difference(other, solo, "phi/excess")
     welch = stats.ttest_ind(joint.values("phi/excess"), solo.values("phi/excess"), equal_var=False).confidence_interval(0.95)
-    assert apart is not None and (apart.low, apart.high) == pytest.approx((welch.low, welch.high), rel=1e-9)
+    assert unpaired is not None and (unpaired.low, unpaired.high) == pytest.approx((welch.low, welch.high), rel=1e-9)
 
 
-def test_of_one_seed_the_interval_is_of_documents(measured: Path):
-    found = study([str(measured / "arms" / "solo-seed0"), str(measured / "arms" / "joint-seed0")])
-    change = difference(found.groups[1], found.groups[0], "phi/excess", "phi_excess")
-    against = found.arms[1].entry["against"]["differences"]["phi_excess"]  # type: ignore[index]
+def test_with_one_seed_the_interval_is_the_evaluations_over_documents(evaluated_run: Path):
+    single_seed_study = study([str(evaluated_run / "arms" / "solo-seed0"), str(evaluated_run / "arms" / "joint-seed0")])
+    change = difference(single_seed_study.groups[1], single_seed_study.groups[0], "phi/excess", "phi_excess")
+    against = single_seed_study.arms[1].entry["against"]["differences"]["phi_excess"]  # type: ignore[index]
     assert change is not None and [change.low, change.high] == against["interval"] and change.value == pytest.approx(against["difference"])
-    assert any("says nothing of other seeds" in line for line in found.verdict.beside)
-    # An interval against another SAE than the baseline is not this one's.
-    found.groups[0].arms[0].record["evaluation"]["weights"] = "others"
-    other = difference(found.groups[1], found.groups[0], "phi/excess", "phi_excess")
+    assert any("says nothing of other seeds" in line for line in single_seed_study.verdict.beside)
+    # An interval against another SAE than the baseline is not used.
+    single_seed_study.groups[0].arms[0].record["evaluation"]["weights"] = "others"
+    other = difference(single_seed_study.groups[1], single_seed_study.groups[0], "phi/excess", "phi_excess")
     assert other is not None and other.low != other.low
 
 
-def entry(excess: float, fvu: float = 0.2, l0: float = 8.0, **more: Any) -> dict[str, Any]:
+def entry(excess: float, fvu: float = 0.2, l0: float = 8.0, **changes: Any) -> dict[str, Any]:
     figures = {"phi": {"excess": excess, "mean_abs": excess + 1e-4}, "reconstruction": {"fvu": fvu, "l0": l0}}
-    return {"evaluation": {"figures": figures, "tokens": 9, "data": {}, "rule": {"rule": "rate", "l0": 8}, "intervals": {}, **more}}
+    return {"evaluation": {"figures": figures, "tokens": 9, "data": {}, "rule": {"rule": "rate", "l0": 8}, "intervals": {}, **changes}}
 
 
 def arm(name: str, weight: float | None, seed: int, record: dict[str, Any]) -> Arm:
@@ -199,86 +206,86 @@ def arm(name: str, weight: float | None, seed: int, record: dict[str, Any]) -> A
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "sentence"),
     [
         ((-3e-5, -3.1e-5, -2.9e-5), "fire together less than solo's"),
         ((3e-5, 3.1e-5, 2.9e-5), "fire together more than solo's"),
         ((-3e-5, 4e-5, 1e-6), "neither less nor more"),
     ],
 )
-def test_the_verdict_says_which_way_and_only_if_it_is_sure(changes: tuple[float, ...], says: str):
-    arms = [arm(f"solo-seed{s}", None, s, entry(1e-4 + s * 1e-6)) for s in range(3)]
-    arms += [arm(f"joint-seed{s}", 0.3, s, entry(1e-4 + s * 1e-6 + change, 0.21)) for s, change in enumerate(changes)]
-    said = report.verdict(group_by_recipe(arms))
-    assert says in said.sentence and said.sure
-    assert any(line.startswith("Variance unexplained: +5.0 %") for line in said.beside)
-    assert any("over 3 seeds" in line for line in said.beside)
+def test_the_verdict_states_a_direction_only_if_the_interval_excludes_zero(changes: tuple[float, ...], sentence: str):
+    arms = [arm(f"solo-seed{seed}", None, seed, entry(1e-4 + seed * 1e-6)) for seed in range(3)]
+    arms += [arm(f"joint-seed{seed}", 0.3, seed, entry(1e-4 + seed * 1e-6 + change, 0.21)) for seed, change in enumerate(changes)]
+    verdict = report.verdict(group_by_recipe(arms))
+    assert sentence in verdict.sentence and verdict.sure
+    assert any(line.startswith("Variance unexplained: +5.0 %") for line in verdict.beside)
+    assert any("over 3 seeds" in line for line in verdict.beside)
 
 
-def test_what_was_measured_otherwise_is_not_compared():
-    one = arm("solo", None, 0, entry(1e-4))
-    for other, says in (
+def test_arms_evaluated_on_other_tokens_text_thresholds_or_l0_are_not_compared():
+    solo = arm("solo", None, 0, entry(1e-4))
+    for other, reason in (
         (entry(5e-5, tokens=10), "not on as many tokens"),
         (entry(5e-5, data={"corpus": "another"}), "not on the same text"),
         (entry(5e-5, rule={"rule": "rate", "l0": 9}), "by other thresholds"),
         (entry(5e-5, l0=8.6), "not at the same L0"),
     ):
-        said = report.verdict(group_by_recipe([one, arm("joint", 0.3, 0, other)]))
-        assert not said.sure and says in said.sentence and "metasae test" in said.beside[0]
-    assert report.verdict(group_by_recipe([one])).sentence.startswith("One SAE alone")
-    assert "nothing tells how sure" in report.verdict(group_by_recipe([one, arm("joint", 0.3, 0, entry(5e-5))])).sentence
+        verdict = report.verdict(group_by_recipe([solo, arm("joint", 0.3, 0, other)]))
+        assert not verdict.sure and reason in verdict.sentence and "metasae test" in verdict.beside[0]
+    assert report.verdict(group_by_recipe([solo])).sentence.startswith("One SAE alone")
+    assert "nothing tells how sure" in report.verdict(group_by_recipe([solo, arm("joint", 0.3, 0, entry(5e-5))])).sentence
 
 
-def test_arms_of_one_recipe_are_one_group_and_solo_is_what_others_are_held_against():
+def test_arms_of_one_recipe_are_one_group_and_solo_is_the_baseline():
     arms = [arm("joint", 0.3, 0, {}), arm("control", 0.0, 0, {}), arm("solo", None, 0, {}), arm("heavier", 1.0, 0, {})]
     groups = group_by_recipe(arms)
-    base = baseline(groups)
-    assert base is not None and base.name == "solo"
-    assert headline(groups, base) is groups[0]
+    baseline_group = baseline(groups)
+    assert baseline_group is not None and baseline_group.name == "solo"
+    assert headline(groups, baseline_group) is groups[0]
     assert [group.decomposability for group in groups] == [(0.3, 1.0), None, None, (1.0, 1.0)]
-    # Two runs of one recipe and seed are no two seeds.
+    # Two runs of one recipe and seed do not count as two seeds.
     assert [len(group.arms) for group in group_by_recipe([arm("a", 0.3, 0, {}), arm("b", 0.3, 0, {}), arm("c", 0.3, 1, {})])] == [2, 1]
 
 
-def test_the_papers_table_has_ours_beside_it():
+def test_the_papers_table_has_our_results_in_the_row_of_the_same_penalty():
     arms = [arm("solo", None, 0, entry(1e-4)), arm("joint", 0.3, 0, entry(0.9e-4, 0.22)), arm("other", 0.7, 0, entry(1e-4))]
     rows = report.compare_with_paper(group_by_recipe(arms))
     assert {(row.weight, row.sigma_sq) for row in rows} == set(PAPER_RESULTS)
-    (ours,) = [row for row in rows if row.ours is not None]
-    assert (ours.weight, ours.sigma_sq, ours.phi, ours.error, ours.loss) == (0.3, 1.0, -7.5, 9.3, 3.1)
-    assert ours.our_excess is not None and ours.our_excess.percent[0] == pytest.approx(-10)
-    assert ours.our_error is not None and ours.our_error.percent[0] == pytest.approx(10)
+    (matched_row,) = [row for row in rows if row.ours is not None]
+    assert (matched_row.weight, matched_row.sigma_sq, matched_row.phi, matched_row.error, matched_row.loss) == (0.3, 1.0, -7.5, 9.3, 3.1)
+    assert matched_row.our_excess is not None and matched_row.our_excess.percent[0] == pytest.approx(-10)
+    assert matched_row.our_error is not None and matched_row.our_error.percent[0] == pytest.approx(10)
     assert report.compare_with_paper(group_by_recipe([arm("solo", None, 0, entry(1e-4)), arm("other", 0.7, 0, entry(1e-4))])) == []
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_holds_text_as_text(measured: Path, page: Path):
+def test_the_page_is_self_contained_and_shows_hostile_text_as_text(evaluated_run: Path, page: Path):
     text = (page / "report.html").read_text()
-    read = Read(text)
+    parser = PageParser(text)
     assert len(text.encode()) < 5_000_000
-    assert not [link for link in read.links if not link.startswith("#")]
+    assert not [link for link in parser.links if not link.startswith("#")]
     assert "default-src 'none'" in text and not re.search(r"url\((?!#)|@import", text)
-    # What is a script is ours: one that holds letters, and one that is the page's.
-    assert read.tags.count("script") == 2 and read.tags.count("img") == 0 and read.tags.count("i") == 0
-    assert read.tags.count("svg") >= 5
-    assert any("run <i>&amp;" in part for part in read.texts)
+    # The page has two scripts, both ours: the latents as text, and the code.
+    assert parser.tags.count("script") == 2 and parser.tags.count("img") == 0 and parser.tags.count("i") == 0
+    assert parser.tags.count("svg") >= 5
+    assert any("run <i>&amp;" in part for part in parser.texts)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e\u200b\ufeff]", text)
-    shown = "".join("".join(context[1]) for arm in latents_of(text) for row in arm["rows"] for context in row[6])
+    shown = "".join("".join(context[1]) for arm in latents_in_page(text) for row in arm["rows"] for context in row[6])
     assert all(text in shown for text in HOSTILE)
 
 
-def test_the_latents_are_those_of_two_arms_with_what_lies_near(measured: Path, page: Path):
-    solo, joint = latents_of((page / "report.html").read_text())
+def test_latents_have_their_nearest_rows_matches_and_meta_latents(evaluated_run: Path, page: Path):
+    solo, joint = latents_in_page((page / "report.html").read_text())
     assert (solo["name"], joint["name"], solo["other"], joint["other"]) == ("solo-seed0", "joint-seed0", 1, 0)
     rows = {name: functional.unit_rows(sae(seed).W_dec.detach()) for seed, name in ((0, "solo"), (2, "joint"))}
     meta = sae(102, 12, threshold=0.3)
-    for number, firings, largest, near, match, metas, contexts in joint["rows"]:
+    for number, firings, largest, near, match, meta_latents, contexts in joint["rows"]:
         cosines = rows["joint"][number] @ rows["joint"].T
         cosines[number] = -1
         assert near[0] == [int(cosines.argmax()), pytest.approx(cosines.max().item(), abs=1e-3)]
         across = rows["solo"] @ rows["joint"][number]
         assert match == [int(across.argmax()), pytest.approx(across.max().item(), abs=1e-3)]
         parts = meta.encode(rows["joint"][number][None])[0].detach()
-        assert [place for place, _ in metas] == parts.topk(4).indices[parts.topk(4).values > 0].tolist()
+        assert [latent for latent, _ in meta_latents] == parts.topk(4).indices[parts.topk(4).values > 0].tolist()
         assert firings > 0 and largest > 0 and 1 <= len(contexts) <= 3
     shares = meta.encode(rows["joint"]).detach()
     largest = int(shares.amax(0).argmax())
@@ -286,29 +293,29 @@ def test_the_latents_are_those_of_two_arms_with_what_lies_near(measured: Path, p
     assert solo["metas"] == [] and all(row[5] == [] for row in solo["rows"])
 
 
-def test_a_page_that_would_be_too_large_shows_fewer_latents_from_rare_to_common(measured: Path, monkeypatch: pytest.MonkeyPatch):
-    found = study([str(measured)])
-    decoders = [read_decoder(arm) for arm in found.browsed]
+def test_a_page_over_the_size_limit_shows_fewer_latents_from_rare_to_common(evaluated_run: Path, monkeypatch: pytest.MonkeyPatch):
+    full_study = study([str(evaluated_run)])
+    decoders = [read_decoder(arm) for arm in full_study.browsed]
     matches = matches_of_arms(decoders)
-    whole, few = (browsed_latents(found.browsed, decoders, matches, limit) for limit in (1000, 5))
+    all_latents, five_latents = (browsed_latents(full_study.browsed, decoders, matches, limit) for limit in (1000, 5))
     monkeypatch.setattr(latent_browser, "ROWS", 7)
-    assert browsed_latents(found.browsed, decoders, matches_of_arms(decoders), 1000) == whole
-    firings = sorted(row[1] for row in whole[0]["rows"])
-    assert len(few[0]["rows"]) == 5 and few[0]["live"] == len(whole[0]["rows"])
-    assert {firings[0], firings[-1]} <= {row[1] for row in few[0]["rows"]}
+    assert browsed_latents(full_study.browsed, decoders, matches_of_arms(decoders), 1000) == all_latents
+    firings = sorted(row[1] for row in all_latents[0]["rows"])
+    assert len(five_latents[0]["rows"]) == 5 and five_latents[0]["live"] == len(all_latents[0]["rows"])
+    assert {firings[0], firings[-1]} <= {row[1] for row in five_latents[0]["rows"]}
     no_figures = Future[dict[str, str]]()
     no_figures.set_result({})
-    size = len(page_of_limited_size(found, no_figures).encode())
+    size = len(page_of_limited_size(full_study, no_figures).encode())
     monkeypatch.setattr(write, "MAX_PAGE_BYTES", size - 1000)
-    smaller = page_of_limited_size(found, no_figures)
+    smaller = page_of_limited_size(full_study, no_figures)
     assert len(smaller.encode()) <= size - 1000
-    kept = [len(one["rows"]) for one in latents_of(smaller)]
-    assert 0 < min(kept) < len(firings)
+    n_latents = [len(arm_latents["rows"]) for arm_latents in latents_in_page(smaller)]
+    assert 0 < min(n_latents) < len(firings)
 
 
-def test_what_is_missing_is_said_and_the_rest_is_drawn(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_missing_results_are_named_and_the_others_are_plotted(evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = tmp_path / "run"
-    shutil.copytree(measured, run)
+    shutil.copytree(evaluated_run, run)
     record = json.loads((run / "evaluation.json").read_text())
     del record["arms"]["solo-seed1"]
     record["arms"]["joint-seed1"] = {"validation": {"stopped": "loss is nan at step 7"}}
@@ -317,15 +324,19 @@ def test_what_is_missing_is_said_and_the_rest_is_drawn(measured: Path, tmp_path:
     shutil.rmtree(run / "arms" / "joint-seed1")
     (run / "metrics.csv").unlink()
     assert main(["report", str(run)]) == 0
-    out, text = capsys.readouterr().out, "".join(Read((run / "report.html").read_text()).texts)
-    lacking = {"joint-seed1": ("it stopped: loss is nan", "no SAE"), "solo-seed1": ("no evaluation",), "solo-seed0": ("nothing of single",)}
-    for name, parts in lacking.items():
+    out, text = capsys.readouterr().out, "".join(PageParser((run / "report.html").read_text()).texts)
+    missing_by_arm = {
+        "joint-seed1": ("it stopped: loss is nan", "no SAE"),
+        "solo-seed1": ("no evaluation",),
+        "solo-seed0": ("nothing of single",),
+    }
+    for name, parts in missing_by_arm.items():
         for words in (f"{name}: {part}" for part in parts):
             assert words in out and words in text
     assert "no metrics.csv" in text
     assert {path.stem for path in (run / "report").glob("*.svg")} == {"tradeoff", "phi", "decoder", "critic", "latents"}
-    assert [one["name"] for one in latents_of((run / "report.html").read_text())] == ["joint-seed0"]
-    # A run of which there is nothing but its config.
+    assert [arm_latents["name"] for arm_latents in latents_in_page((run / "report.html").read_text())] == ["joint-seed0"]
+    # A run that has only its config.
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(run / "config.yaml", bare)
@@ -333,92 +344,94 @@ def test_what_is_missing_is_said_and_the_rest_is_drawn(measured: Path, tmp_path:
     assert "no co-firing measured" in (bare / "report.html").read_text()
 
 
-def test_a_resumed_runs_curves_are_put_together(tmp_path: Path):
+def test_curves_of_a_resumed_run_are_joined(tmp_path: Path):
     head = "step,epoch,train/tokens,train/fvu,val/fvu\n"
     (tmp_path / "metrics.1.csv").write_text(head + "1,0,10,0.9,\n2,0,20,0.8,\n2,0,,,0.85\n3,0,30,0.71,\n")
     (tmp_path / "metrics.csv").write_text(head + "3,0,30,0.7,\n4,0,40,0.6,\n4,0,,,0.65\n5,0,50,0.")
-    found = training_curves(tmp_path)
-    assert found["train/fvu"] == [(10, 0.9), (20, 0.8), (30, 0.7), (40, 0.6), (50, 0.0)]
-    assert found["val/fvu"] == [(20, 0.85), (40, 0.65)]
+    curves = training_curves(tmp_path)
+    assert curves["train/fvu"] == [(10, 0.9), (20, 0.8), (30, 0.7), (40, 0.6), (50, 0.0)]
+    assert curves["val/fvu"] == [(20, 0.85), (40, 0.65)]
 
 
-def test_the_same_runs_make_the_same_page(measured: Path, page: Path, tmp_path: Path):
-    assert main(["report", str(measured), "--out", str(tmp_path)]) == 0
+def test_a_second_report_of_the_same_run_is_byte_equal(evaluated_run: Path, page: Path, tmp_path: Path):
+    assert main(["report", str(evaluated_run), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").read_bytes() == (page / "report.html").read_bytes()
     for path in (page / "report").glob("*.[cjs]*"):
         assert (tmp_path / "report" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_figures_are_files_too(page: Path):
-    names, drawn = {path.stem for path in (page / "report").glob("*.png")}, {path.stem for path in (page / "report").glob("*.svg")}
-    assert names == drawn == {"tradeoff", "phi", "decoder", "critic", "latents", "training"}
+def test_figures_are_also_written_as_png_and_svg_files(page: Path):
+    names, svg_names = {path.stem for path in (page / "report").glob("*.png")}, {path.stem for path in (page / "report").glob("*.svg")}
+    assert names == svg_names == {"tradeoff", "phi", "decoder", "critic", "latents", "training"}
     assert all((page / "report" / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in names)
     assert "currentColor" not in (page / "report" / "phi.svg").read_text()
 
 
-def test_the_terminal_has_the_table_and_the_answer(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+def test_the_command_prints_the_table_and_the_verdict(
+    evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+):
     monkeypatch.setenv("COLUMNS", "200")
-    assert main(["report", str(measured), "--out", str(tmp_path), "--title", "[red]Two seeds"]) == 0
+    assert main(["report", str(evaluated_run), "--out", str(tmp_path), "--title", "[red]Two seeds"]) == 0
     out = capsys.readouterr().out
     assert "[red]Two seeds" in out and "2 seeds" in out and "excess |phi|" in out
-    assert study([str(measured)]).verdict.sentence in " ".join(out.split())
+    assert study([str(evaluated_run)]).verdict.sentence in " ".join(out.split())
     assert "[red]Two seeds" in (tmp_path / "report.html").read_text()
 
 
-def test_mistakes_are_a_line_and_the_page_before_stays(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_errors_are_one_line_and_leave_the_older_page_unchanged(evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = tmp_path / "run"
-    shutil.copytree(measured, run)
+    shutil.copytree(evaluated_run, run)
     (run / "report.html").write_text("the page before")
 
-    def refused(*args: str) -> str:
+    def error_line_of(*args: str) -> str:
         assert main(["report", *args]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         return line
 
-    assert "there is no such run" in refused(str(tmp_path / "nowhere"))
-    assert "is no run" in refused(str(tmp_path))
+    assert "there is no such run" in error_line_of(str(tmp_path / "nowhere"))
+    assert "is no run" in error_line_of(str(tmp_path))
     latents = run / "arms" / "solo-seed0" / "latents.json.gz"
     latents.write_bytes(latents.read_bytes()[:100])
-    assert f"{latents} is damaged" in refused(str(run))
+    assert f"{latents} is damaged" in error_line_of(str(run))
     (run / "evaluation.json").write_text("{")
-    assert "evaluation.json cannot be read" in refused(str(run))
+    assert "evaluation.json cannot be read" in error_line_of(str(run))
     assert (run / "report.html").read_text() == "the page before" and not list(run.glob(".report*"))
     (tmp_path / "mine" / "report").mkdir(parents=True)
-    assert "no report of ours" in refused(str(measured), "--out", str(tmp_path / "mine"))
+    assert "no report of ours" in error_line_of(str(evaluated_run), "--out", str(tmp_path / "mine"))
     (tmp_path / "file").write_text("")
-    assert "cannot write" in refused(str(measured), "--out", str(tmp_path / "file"))
+    assert "cannot write" in error_line_of(str(evaluated_run), "--out", str(tmp_path / "file"))
 
 
-def test_a_report_of_finished_runs_imports_neither_torch_nor_sae_lens(measured: Path, tmp_path: Path):
-    words = ["report", str(measured), "--out", str(tmp_path)]
+def test_a_report_of_finished_runs_imports_neither_torch_nor_sae_lens(evaluated_run: Path, tmp_path: Path):
+    arguments = ["report", str(evaluated_run), "--out", str(tmp_path)]
     heavy = ("torch", "lightning", "sae_lens", "transformers", "scipy.stats", "matplotlib.pyplot")
     code = (
         "import json, sys; from metasae_lightning.cli import main; "
-        f"status = main({words!r}); print(); print(json.dumps([status, [name for name in {heavy!r} if name in sys.modules]]))"
+        f"status = main({arguments!r}); print(); print(json.dumps([status, [name for name in {heavy!r} if name in sys.modules]]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert json.loads(ran.stdout.splitlines()[-1]) == [0, []]
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert json.loads(process.stdout.splitlines()[-1]) == [0, []]
 
 
 @pytest.mark.parametrize("architecture", ["standard", "gated", "topk", "jumprelu", "batchtopk", "matryoshka_batchtopk"])
 @pytest.mark.parametrize("normalizer", ["none", "layer_norm"])
-def test_decoders_and_codes_read_without_torch_are_those_of_saelens(architecture: str, normalizer: str, tmp_path: Path):
-    trained = JointSAE(config(architecture, normalize_activations=normalizer), None).primary.sae
+def test_decoder_rows_and_codes_read_without_torch_equal_those_of_saelens(architecture: str, normalizer: str, tmp_path: Path):
+    training_sae = JointSAE(config(architecture, normalize_activations=normalizer), None).primary.sae
     with torch.no_grad():
-        trained.W_dec.mul_(torch.rand(len(trained.W_dec), 1) + 0.5)  # rows of unequal length: exports fold them
-    trained.save_inference_model(tmp_path / "sae")
+        training_sae.W_dec.mul_(torch.rand(len(training_sae.W_dec), 1) + 0.5)  # rows of unequal length: exports fold them
+    training_sae.save_inference_model(tmp_path / "sae")
     loaded = load_pretrained(tmp_path / "sae")
-    x = torch.randn(64, trained.cfg.d_in)
+    x = torch.randn(64, training_sae.cfg.d_in)
     assert latent_browser.decoder_rows(tmp_path / "sae") == pytest.approx(loaded.W_dec.detach().numpy(), abs=1e-6)
     with torch.no_grad():
         codes = loaded.encode(x).numpy()
     assert latent_browser.encode(tmp_path / "sae", x.numpy()) == pytest.approx(codes, abs=1e-5)
 
 
-def test_runs_of_their_own_are_told_apart(measured: Path, tmp_path: Path):
+def test_arms_of_several_runs_have_distinct_names(evaluated_run: Path, tmp_path: Path):
     other = tmp_path / "again"
-    shutil.copytree(measured, other)
-    names = [arm.name for arm in load_arms([str(measured), str(other)])]
-    assert len(set(names)) == 8 and names[0] == f"{measured}/solo-seed0"
-    assert torch.equal(torch.tensor([arm.seed for arm in load_arms([str(measured)])]), torch.tensor([0, 1, 0, 1]))
+    shutil.copytree(evaluated_run, other)
+    names = [arm.name for arm in load_arms([str(evaluated_run), str(other)])]
+    assert len(set(names)) == 8 and names[0] == f"{evaluated_run}/solo-seed0"
+    assert torch.equal(torch.tensor([arm.seed for arm in load_arms([str(evaluated_run)])]), torch.tensor([0, 1, 0, 1]))
