@@ -1,4 +1,4 @@
-"""Counted bytes are the bytes that a process holds: for a block, a language model's forward pass and a training step."""
+"""Measured bytes equal those that a process uses: for single operations, a language model's forward pass and a training step."""
 
 import os
 import subprocess
@@ -21,9 +21,9 @@ from tests.helpers.architectures import ARCHITECTURES, config
 from tests.helpers.models import save_model
 
 
-# 1000 float32 are 4000 bytes. x and y are one storage and z another; z dies last. Of the three, only z's successor of 400 bytes is small.
-def test_a_storage_counts_while_it_lives():
-    def act() -> None:
+# 1000 float32 are 4000 bytes. x and y share a storage, z has its own and is freed last. Only the 400 bytes of `z[0] + 1` are a small block.
+def test_a_storage_counts_from_allocation_to_release():
+    def allocate_and_free() -> None:
         x = torch.zeros(1000)
         y = x.view(10, 100)
         z = y * 2
@@ -32,8 +32,8 @@ def test_a_storage_counts_while_it_lives():
         del z
 
     tracker = AllocationTracker(large_block=500)
-    assert tracker.peak_of(act) == PeakMemory(8000, 400)
-    assert tracker.peak_of(act) == PeakMemory(8000, 400)
+    assert tracker.peak_of(allocate_and_free) == PeakMemory(8000, 400)
+    assert tracker.peak_of(allocate_and_free) == PeakMemory(8000, 400)
 
 
 def test_a_view_of_an_older_tensor_adds_no_bytes():
@@ -42,14 +42,14 @@ def test_a_view_of_an_older_tensor_adds_no_bytes():
     assert AllocationTracker().peak_of(lambda: weight.t().contiguous()) == PeakMemory(4000, 4000)
 
 
-# 16 bytes an entry of scratch, and afterwards what is returned: 8 values of 4 and 8 indices of 8 bytes, which are there at the same time.
-def test_a_sort_counts_the_copy_it_makes():
+# 16 bytes of scratch per entry, and at the same time the results: 8 values of 4 bytes and 8 indices of 8.
+def test_topk_counts_its_scratch_copy():
     x = torch.randn(1000)
     assert AllocationTracker().peak_of(lambda: x.topk(8)) == PeakMemory(16 * 1000 + 8 * 12, 16 * 1000 + 8 * 12)
 
 
-# 1000 entries of a byte become 4000 bytes beside the 4000 of the product.
-def test_arithmetic_on_two_types_counts_the_copy_it_makes():
+# The mask of 1000 bytes is converted to 4000 bytes, in addition to the 4000 of the product.
+def test_arithmetic_on_two_dtypes_counts_the_converted_copy():
     x = torch.randn(1000)
     mask = x > 0
     assert AllocationTracker().peak_of(lambda: x * mask) == PeakMemory(8000, 8000)
@@ -60,35 +60,37 @@ def loaded_bytes(model: LanguageModel) -> int:
     return measure.module_bytes(model._loaded_root())
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("separate_documents", [False, True])
 @pytest.mark.parametrize(
     ("backend", "architecture"),
     [(HuggingFaceLM, "gpt2"), (HuggingFaceLM, "llama"), (HuggingFaceLM, "gemma2"), (TransformerLensLM, "gpt2")],
 )
-def test_a_model_without_weights_is_measured_as_the_loaded_one(backend: Any, architecture: str, apart: bool, tmp_path: Path):
+def test_a_model_without_weights_has_the_measurements_of_the_loaded_one(
+    backend: Any, architecture: str, separate_documents: bool, tmp_path: Path
+):
     model = backend(str(save_model(tmp_path / "model", architecture)), "blocks.1.hook_resid_post")
-    planned = measure.measure_language_model(model, 32, 60, separate_documents=apart)
+    planned = measure.measure_language_model(model, 32, 60, separate_documents=separate_documents)
     assert model._root is None
     model.load()
     assert planned.weights == loaded_bytes(model)
-    visible = torch.ones(32, 60, 60, dtype=torch.bool) if apart and backend is HuggingFaceLM else None
-    real = AllocationTracker().peak_of(lambda: model.activations(torch.zeros(32, 60, dtype=torch.long), visible))
-    # The tokens themselves, and the scratch of the CPU's attention where it is given a mask.
-    assert planned.forward.bytes == pytest.approx(real.bytes, rel=0.05)
+    visible = torch.ones(32, 60, 60, dtype=torch.bool) if separate_documents and backend is HuggingFaceLM else None
+    measured = AllocationTracker().peak_of(lambda: model.activations(torch.zeros(32, 60, dtype=torch.long), visible))
+    # The tolerance covers the tokens and the scratch of the CPU's attention with a mask.
+    assert planned.forward.bytes == pytest.approx(measured.bytes, rel=0.05)
 
 
-# GPT-2's head is its embedding: 300 x 32 numbers once, 64 positions, and a layer of 12 * 32^2 weights and 13 * 32 biases and norms.
-# The final norm is there too.
+# GPT-2 has one matrix of 300 x 32 for embedding and head, 64 positions, and 12 * 32^2 weights and 13 * 32 biases and norms per layer.
+# The final norm counts too.
 @pytest.mark.parametrize(("hook", "layers"), [("blocks.0.hook_resid_post", 1), ("blocks.2.hook_resid_pre", 2), ("transformer.ln_f", 4)])
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
-def test_only_layers_up_to_the_hook_count(hook: str, layers: int, dtype: str, size: int, tmp_path: Path):
+def test_only_layers_up_to_the_hook_are_counted(hook: str, layers: int, dtype: str, size: int, tmp_path: Path):
     model = HuggingFaceLM(str(save_model(tmp_path / "model", "gpt2")), hook, dtype=dtype)
-    numbers = 300 * 32 + 64 * 32 + layers * (12 * 32**2 + 13 * 32) + 2 * 32
-    assert measure.measure_language_model(model, 2, 8).weights == numbers * size
+    n_parameters = 300 * 32 + 64 * 32 + layers * (12 * 32**2 + 13 * 32) + 2 * 32
+    assert measure.measure_language_model(model, 2, 8).weights == n_parameters * size
 
 
-# The longest context that could be tried on a meta device's own attention would hold 2 x 4 x 64 x 64 scores of 4 bytes, 8 times over.
-def test_attention_on_the_meta_device_holds_no_matrix_of_scores(tmp_path: Path):
+# A fused attention kernel never stores the matrix of 2048 x 2048 scores for each of the 4 heads.
+def test_attention_on_the_meta_device_counts_no_matrix_of_scores(tmp_path: Path):
     folder = str(save_model(tmp_path / "model", "llama"))
     wide = measure.measure_language_model(HuggingFaceLM(folder, "blocks.0.hook_resid_post"), 1, 2048).forward.bytes
     assert wide < 4 * 2048 * 2048 * 4
@@ -98,9 +100,9 @@ def test_attention_on_the_meta_device_holds_no_matrix_of_scores(tmp_path: Path):
 def test_an_unknown_model_gives_the_same_error_as_loading_it(backend: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     lines: list[str] = []
-    for act in (lambda model: measure.measure_language_model(model, 2, 8), lambda model: model.load()):
+    for measure_or_load in (lambda model: measure.measure_language_model(model, 2, 8), lambda model: model.load()):
         with pytest.raises(InputError) as caught:
-            act(backend("nobody/no-such-model", "blocks.0.hook_resid_post"))
+            measure_or_load(backend("nobody/no-such-model", "blocks.0.hook_resid_post"))
         lines.append(str(caught.value))
     assert lines[0] == lines[1]
     assert "nobody/no-such-model" in lines[0]
@@ -116,7 +118,7 @@ def joint(name: str = "batchtopk", d_in: int = 128, d_sae: int = 1024, *, meta: 
     return JointSAE(primary, critic if meta else None, {"p": penalty} if penalty else {}, **kw)
 
 
-# A dry run is smaller by a factor in every dimension; its bytes times the factor squared are the bytes at full size.
+# A dry run has every dimension divided by a factor; its bytes times the factor squared are the bytes at full size.
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_dry_run_predicts_the_full_size(name: str, monkeypatch: pytest.MonkeyPatch):
     model = joint(name)
@@ -129,8 +131,8 @@ def test_a_dry_run_predicts_the_full_size(name: str, monkeypatch: pytest.MonkeyP
         assert getattr(small, phase).bytes == pytest.approx(getattr(full, phase).bytes, rel=0.06), phase
 
 
-# A GPU makes the product of all rows and latents at once, 4 bytes each, and a byte that says what lies above the cut; a CPU makes an
-# eighth of these 32 M at a time. Beyond 2^28 numbers a GPU's are cut as well.
+# A GPU computes the pre-activations of all rows and latents at once, 4 bytes each, with a mask of a byte each; a CPU computes an eighth
+# of these 32 M at a time. Beyond 2^28 numbers a GPU works in blocks as well.
 def test_a_gpus_step_is_measured_on_the_gpus_code_path(monkeypatch: pytest.MonkeyPatch):
     model = joint(d_in=64, d_sae=8192, meta=False)
     on_cpu, on_gpu = (measure.measure_training(model, 4096, gpu=gpu).evaluation.bytes for gpu in (False, True))
@@ -139,19 +141,21 @@ def test_a_gpus_step_is_measured_on_the_gpus_code_path(monkeypatch: pytest.Monke
     assert measure.measure_training(model, 4096, gpu=True).evaluation.bytes == pytest.approx(on_cpu, rel=0.1)
 
 
-# Nearly all of a meta step is decoder rows x meta latents; what is not is its weights' gradients.
-def test_several_ranks_divide_a_meta_step():
-    whole, share = (measure.measure_training(joint(d_sae=8192, d_in=64), 256, gpu=True, ranks=ranks).meta.bytes for ranks in (1, 8))
-    assert whole / 8 < share < whole / 5
+# Nearly all memory of a meta step is decoder rows x meta latents, which ranks divide; the gradients of its weights are not divided.
+def test_several_ranks_divide_the_memory_of_a_meta_step():
+    one_rank, eight_ranks = (
+        measure.measure_training(joint(d_sae=8192, d_in=64), 256, gpu=True, ranks=ranks).meta.bytes for ranks in (1, 8)
+    )
+    assert one_rank / 8 < eight_ranks < one_rank / 5
 
 
-# Everything here is rows x d_sae, and of a micro-batch nothing of that is left when the next begins.
+# Nearly all memory here is rows x d_sae, and is freed before the next micro-batch begins.
 def test_two_micro_batches_take_half_the_memory():
-    whole, halves = (measure.measure_training(joint(d_sae=2048, d_in=32, micro_batches=n, meta=False), 2048).primary.bytes for n in (1, 2))
-    assert halves == pytest.approx(whole / 2, rel=0.1)
+    unsplit, split = (measure.measure_training(joint(d_sae=2048, d_in=32, micro_batches=n, meta=False), 2048).primary.bytes for n in (1, 2))
+    assert split == pytest.approx(unsplit / 2, rel=0.1)
 
 
-# A matrix of the first is 64 MiB, of the second 4, and 16 where it is sorted: those of the first go back to the system when freed.
+# A matrix of the first model is 64 MiB, which malloc returns to the system when freed; one of the second is 4 MiB, or 16 in a sort.
 def test_blocks_count_as_small_by_their_size_in_the_full_model():
     large, small = (
         measure.measure_training(joint(d_in=64, d_sae=4096, meta=False, kernels="dense"), rows).evaluation for rows in (4096, 256)
@@ -169,7 +173,7 @@ def test_an_optimisers_state_is_measured(optimizer: Any, states: int):
     assert measure.measure_training(model, 256).optimizer == pytest.approx(states, abs=0.01)
 
 
-# The cosines of a chunk of 512 are a matrix of their own size: at a quarter of it in each direction they must be 128 x 128.
+# The cosines of a chunk of 512 rows are a 512 x 512 matrix; in a dry run at a quarter of the size they must be 128 x 128.
 def test_a_penaltys_chunks_shrink_with_the_dry_run(monkeypatch: pytest.MonkeyPatch):
     model, peaks = joint(d_in=128, d_sae=2048, meta=False, penalty=Orthogonality(chunk_size=512)), dict[int, int]()
     for elements in (2**40, 2**14):
@@ -178,28 +182,28 @@ def test_a_penaltys_chunks_shrink_with_the_dry_run(monkeypatch: pytest.MonkeyPat
     assert peaks[2**14] == pytest.approx(peaks[2**40], rel=0.1)
 
 
-def test_a_dry_run_changes_neither_model_nor_random_state():
+def test_a_dry_run_changes_neither_the_model_nor_the_global_rng():
     model = joint()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    record, state = dict(model.primary.sae.cfg.metadata.items()), torch.random.get_rng_state()
+    metadata, rng_state = dict(model.primary.sae.cfg.metadata.items()), torch.random.get_rng_state()
     measure.measure_training(model, 512)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert dict(model.primary.sae.cfg.metadata.items()) == record
-    assert torch.equal(torch.random.get_rng_state(), state)
+    assert dict(model.primary.sae.cfg.metadata.items()) == metadata
+    assert torch.equal(torch.random.get_rng_state(), rng_state)
     assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(("precision", "times"), [("64-true", 2.0), ("bf16-mixed", 1.0)])
 def test_the_precision_changes_the_peak(precision: str, times: float):
-    plain, other = (measure.measure_training(joint(kernels="dense"), 512, precision=p) for p in ("32-true", precision))
-    assert other.optimizer == pytest.approx(plain.optimizer, rel=0.01)
+    float32, other_precision = (measure.measure_training(joint(kernels="dense"), 512, precision=p) for p in ("32-true", precision))
+    assert other_precision.optimizer == pytest.approx(float32.optimizer, rel=0.01)
     if precision == "64-true":
-        assert other.primary.bytes == pytest.approx(times * plain.primary.bytes, rel=0.15)
+        assert other_precision.primary.bytes == pytest.approx(times * float32.primary.bytes, rel=0.15)
     else:
-        assert other.primary.bytes != plain.primary.bytes
+        assert other_precision.primary.bytes != float32.primary.bytes
 
 
-# What the system says of a process in which nothing else happens: every matrix of this step is 64 MiB or nothing beside it.
+# The resident memory of a process that makes one step, whose matrices are 64 MiB each or negligible.
 RESIDENT = """
 import torch
 from torch.optim import Adam
@@ -218,7 +222,7 @@ print(resident()[1] - before)
 
 
 def resident(*, reset: bool = False) -> tuple[int, int]:
-    """Bytes that this process holds, and the most it held since the last reset (5: proc(5), clear_refs)."""
+    """Resident bytes of this process, and their peak since the last reset (writing 5 to clear_refs, proc(5))."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -226,14 +230,14 @@ def resident(*, reset: bool = False) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-# Top-k and its kin agree within 2 %; of JumpReLU's ten arrays one stays unseen, inside a kernel. Blocks of 64 KiB go back to the system
-# here: whether malloc uses one of 16 MiB again is up to chance, a seventh of batch top-k's step.
+# Top-k architectures agree within 2 %; one of JumpReLU's ten arrays is inside a kernel and not measured. malloc returns blocks from
+# 64 KiB on to the system here, since reuse of a block of 16 MiB would be up to chance: a seventh of batch top-k's step.
 @pytest.mark.parametrize(("name", "rel"), [("batchtopk", 0.05), ("topk", 0.05), ("jumprelu", 0.15)])
-def test_counted_bytes_are_the_systems_resident_bytes(name: str, rel: float, monkeypatch: pytest.MonkeyPatch):
+def test_measured_bytes_equal_the_systems_resident_bytes(name: str, rel: float, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(measure, "LARGE_BLOCK", 2**16)
-    counted = measure.measure_training(joint(name, d_in=16, d_sae=4096, meta=False), 4096).primary.bytes
+    measured = measure.measure_training(joint(name, d_in=16, d_sae=4096, meta=False), 4096).primary.bytes
     root = Path(__file__).parents[2]
     command = [sys.executable, "-W", "ignore", "-c", RESIDENT.format(name=name)]
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0"}
-    seen = int(subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True).stdout)
-    assert counted == pytest.approx(seen, rel=rel)
+    resident_bytes = int(subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True).stdout)
+    assert measured == pytest.approx(resident_bytes, rel=rel)

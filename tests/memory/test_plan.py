@@ -47,41 +47,41 @@ def by_name(plan: MemoryPlan) -> dict[str, MemoryItem]:
     return {item.name: item for item in plan.items}
 
 
-# Of a primary of 32 x 64: two matrices, 64 + 32 biases, all trained, in float32; as many gradients; twice as many moments.
-# Its buffers beside: 64 counts, three counters, and a threshold of 8 bytes each, and a flag. The buffer is 1024 rows of 32 float32.
-def test_the_plan_is_arithmetic(tmp_path: Path):
+# A primary of 32 x 64 has two matrices and 64 + 32 biases in float32, as many gradients, and twice as many moments of Adam.
+# Its buffers: 64 counts, three counters and a threshold of 8 bytes each, and a flag. The shuffle buffer is 1024 rows of 32 float32.
+def test_items_of_the_plan_have_the_bytes_of_their_tensors(tmp_path: Path):
     model = JointSAE(config("batchtopk", 64, d_in=32), config("batchtopk", 16, d_in=32), {"d": Decomposability(0.3)})
     plan = memory_plan(model, activations(tmp_path), trainer(tmp_path, callbacks=[Export(calibration_tokens=300)]))
-    items, trained = by_name(plan), {64: (2 * 32 * 64 + 96) * 4, 16: (2 * 32 * 16 + 48) * 4}
+    items, trainable_bytes = by_name(plan), {64: (2 * 32 * 64 + 96) * 4, 16: (2 * 32 * 16 + 48) * 4}
     assert plan.unplanned == ()
-    assert items["primary SAE"].bytes == trained[64] + 64 * 8 + 3 * 8 + 8 + 1
-    assert items["primary gradients"].bytes == trained[64]
-    assert items["meta gradients"].bytes == trained[16]
-    # fused Adam counts its steps in a float32 for each of the 8 parameters.
-    assert items["optimisers' state"].bytes == pytest.approx(2 * (trained[64] + trained[16]) + 8 * 4, abs=8)
+    assert items["primary SAE"].bytes == trainable_bytes[64] + 64 * 8 + 3 * 8 + 8 + 1
+    assert items["primary gradients"].bytes == trainable_bytes[64]
+    assert items["meta gradients"].bytes == trainable_bytes[16]
+    # Fused Adam has a step count in float32 for each of the 8 parameters.
+    assert items["optimisers' state"].bytes == pytest.approx(2 * (trainable_bytes[64] + trainable_bytes[16]) + 8 * 4, abs=8)
     assert items["shuffle buffer"].bytes == 1024 * 32 * 4
     # 300 tokens are two whole batches of 256.
     assert items["held-out rows"].bytes == 512 * 32 * 4
-    weights = trained[64] + trained[16] + items["optimisers' state"].bytes
-    assert items["a checkpoint"].bytes == pytest.approx(weights, rel=0.1)
+    checkpoint_bytes = trainable_bytes[64] + trainable_bytes[16] + items["optimisers' state"].bytes
+    assert items["a checkpoint"].bytes == pytest.approx(checkpoint_bytes, rel=0.1)
     assert {item.device for item in plan.items} == {"cpu"}
 
 
-def test_a_sharded_primary_is_planned_as_one_ranks_part(tmp_path: Path):
+def test_a_sharded_primary_is_planned_as_the_shard_of_one_rank(tmp_path: Path):
     model = JointSAE(config("batchtopk", 64, d_in=32), config("batchtopk", 16, d_in=32), {"d": Decomposability(0.3)})
     several_ranks = trainer(tmp_path, callbacks=[Export(calibration_tokens=300)])
     several_ranks.strategy.shards = 4
     plan = memory_plan(model, activations(tmp_path), several_ranks)
     items = by_name(plan)
     assert plan.unplanned == ()
-    # A quarter of two matrices and of a bias, the other bias, in float32; the meta SAE is whole.
+    # A quarter of two matrices and of one bias, and the other bias, in float32; the meta SAE is not sharded.
     assert items["primary gradients"].bytes == (2 * 32 * 16 + 16 + 32) * 4
     assert items["meta gradients"].bytes == (2 * 32 * 16 + 16 + 32) * 4
     assert (
         "1,024 rows" in items["a primary step"].explanation and "16 decoder rows" in items["a meta step"].explanation
-    )  # 256 of each of four
-    whole = (2 * 32 * 64 + 64 + 32) * 4
-    assert items["building them"].bytes > whole and items["an export"].bytes > 2 * whole
+    )  # 256 rows of each of four ranks
+    unsharded = (2 * 32 * 64 + 64 + 32) * 4
+    assert items["building them"].bytes > unsharded and items["an export"].bytes > 2 * unsharded
 
 
 @pytest.mark.parametrize(("setting", "bytes"), [({"buffer_dtype": "bfloat16"}, 1024 * 32 * 2), ({"buffer_size": 10**9}, 4096 * 32 * 4)])
@@ -95,7 +95,7 @@ def test_a_buffer_in_the_checkpoint_is_written_to_memory_first(tmp_path: Path):
     assert by_name(plan)["its checkpoint"].bytes == 2 * 1024 * 32 * 4
 
 
-# A cache is on the disk: neither a model nor a buffer of activations is in memory.
+# With cached activations, neither the model nor a shuffle buffer is in memory.
 def test_a_cache_needs_neither_model_nor_buffer(tmp_path: Path):
     data = activations(tmp_path, cache=str(tmp_path / "cache"))
     plan = memory_plan(JointSAE(config("topk", d_in=32)), data, trainer(tmp_path))
@@ -105,27 +105,27 @@ def test_a_cache_needs_neither_model_nor_buffer(tmp_path: Path):
 
 def test_a_plan_has_no_items_for_parts_that_the_run_does_not_have(tmp_path: Path):
     data = SimpleNamespace(batch_size=64, validation_tokens=64)
-    plain = JointSAE(config("topk"), primary_optimizer=lambda p: SGD(p, lr=1.0))
-    plan = memory_plan(plain, data, trainer(tmp_path, enable_checkpointing=False))
+    module = JointSAE(config("topk"), primary_optimizer=lambda p: SGD(p, lr=1.0))
+    plan = memory_plan(module, data, trainer(tmp_path, enable_checkpointing=False))
     steps = {"optimisers' state", "a primary step", "a held-out batch"}
     assert set(by_name(plan)) == {"this process", "primary SAE", "primary gradients"} | steps
     assert by_name(plan)["optimisers' state"].bytes == 0
 
 
-def on_gpus(*numbers: int, rank: int = 0, **more: Any) -> Any:
-    """A trainer whose SAEs lie there, as far as a plan looks at one."""
+def trainer_on_gpus(*numbers: int, rank: int = 0, **changes: Any) -> Any:
+    """A stand-in for a trainer whose SAEs are on these GPUs, with the attributes that a plan reads."""
     devices = [torch.device("cuda", number) for number in numbers]
     strategy = SimpleNamespace(root_device=devices[rank], parallel_devices=devices, local_rank=rank, checkpoint_io=None)
-    plain = {"precision": "32-true", "callbacks": [], "checkpoint_callbacks": [], "world_size": len(devices)}
-    return SimpleNamespace(strategy=strategy, **{**plain, **more})
+    attributes = {"precision": "32-true", "callbacks": [], "checkpoint_callbacks": [], "world_size": len(devices)}
+    return SimpleNamespace(strategy=strategy, **{**attributes, **changes})
 
 
-# On a GPU: the model passes through the host, batches are made beside the steps, and the buffer may stay behind.
+# On a GPU: the model is loaded through host memory, batches are made in parallel to steps, and the buffer can stay on the host.
 def test_every_item_is_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(device, "count_gpus", lambda: 1)
     data = activations(tmp_path, buffer_device="cpu")
     data.language_model.requested_device = "cuda:0"
-    plan = memory_plan(JointSAE(config("topk", d_in=32)), data, on_gpus(0, checkpoint_callbacks=[1]))
+    plan = memory_plan(JointSAE(config("topk", d_in=32)), data, trainer_on_gpus(0, checkpoint_callbacks=[1]))
     on_host = {item.name for item in plan.items if item.device == "cpu"}
     assert on_host == {"this process", "loading it", "shuffle buffer", "a checkpoint"}
     assert by_name(plan)["its forward pass"].phase == ""
@@ -133,21 +133,21 @@ def test_every_item_is_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {item.device for item in plan.items} == {"cpu", "cuda:0"}
 
 
-# What `cuda` and `auto` name is the SAE's: two names would be two devices, each with all of it free.
-@pytest.mark.parametrize("asked", ["cuda", "auto"])
-def test_cuda_and_auto_are_the_saes_device(asked: str, tmp_path: Path):
+# `cuda` and `auto` mean the SAE's device: under a second name its free memory would be counted twice.
+@pytest.mark.parametrize("requested", ["cuda", "auto"])
+def test_cuda_and_auto_are_the_saes_device(requested: str, tmp_path: Path):
     data = activations(tmp_path)
-    data.language_model.requested_device = asked
-    plan = memory_plan(JointSAE(config("topk", d_in=32)), data, on_gpus(0, 1, rank=1))
+    data.language_model.requested_device = requested
+    plan = memory_plan(JointSAE(config("topk", d_in=32)), data, trainer_on_gpus(0, 1, rank=1))
     assert {item.device for item in plan.items} == {"cpu", "cuda:1"}
 
 
-# Of four GPUs the second rank has numbers 1 and 3. Two batches of 256 rows of 32 float32 wait where the SAE is.
-def test_a_language_model_with_a_gpu_of_its_own_is_counted_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+# The second rank of two has GPUs 1 and 3 of four. Two finished batches of 256 rows of 32 float32 are on the SAE's GPU.
+def test_a_language_model_with_a_gpu_of_its_own_is_counted_on_that_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(device, "count_gpus", lambda: 4)
     data = activations(tmp_path)
     data.language_model.requested_device = "own"
-    plan = memory_plan(JointSAE(config("topk", d_in=32)), data, on_gpus(0, 1, rank=1))
+    plan = memory_plan(JointSAE(config("topk", d_in=32)), data, trainer_on_gpus(0, 1, rank=1))
     assert {item.name for item in plan.items if item.device == "cuda:3"} == {"language model", "its forward pass", "shuffle buffer"}
     assert by_name(plan)["batches made ahead"] == MemoryItem(
         "batches made ahead", "cuda:1", 2 * 256 * 32 * 4, "2 of 0 MiB, float32", "lower prefetch"
@@ -160,19 +160,19 @@ def test_a_language_model_with_a_gpu_of_its_own_is_counted_there(tmp_path: Path,
     assert "shuffle buffer" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def phases() -> MemoryPlan:
-    largest = MemoryItem("a big step", "cpu", 8 * 2**30, "", "lower batch_size", phase="batch")
-    buffer = MemoryItem("its buffer", "cpu", 2**30, "", "lower buffer_size")
+def plan_with_phases() -> MemoryPlan:
+    step = MemoryItem("a big step", "cpu", 8 * 2**30, "", "lower batch_size", phase="batch")
+    its_buffer = MemoryItem("its buffer", "cpu", 2**30, "", "lower buffer_size")
     return MemoryPlan(
-        (buffer, largest, MemoryItem("its like", "cpu", 6 * 2**30, "", "lower it", phase="decoder"), MemoryItem("d", "cuda:0", 1, ""))
+        (its_buffer, step, MemoryItem("another step", "cpu", 6 * 2**30, "", "lower it", phase="decoder"), MemoryItem("d", "cuda:0", 1, ""))
     )
 
 
 def test_the_peak_counts_the_largest_phase_once():
-    assert phases().peak("cpu") == 9 * 2**30
+    assert plan_with_phases().peak("cpu") == 9 * 2**30
 
 
-def test_small_blocks_add_up_over_kinds_of_phases():
+def test_the_peak_adds_small_blocks_of_all_phases():
     parts = [("x", 40, 30), ("x", 20, 20), ("y", 10, 10)]
     assert (
         MemoryPlan(tuple(MemoryItem("", "cpu", size, "", phase=kind, small_bytes=small) for kind, size, small in parts)).peak("cpu")
@@ -181,10 +181,10 @@ def test_small_blocks_add_up_over_kinds_of_phases():
 
 
 def test_the_error_names_the_largest_items_and_their_remedies():
-    phases().check({"cpu": 9 * 2**30, "cuda:0": 1})
+    plan_with_phases().check({"cpu": 9 * 2**30, "cuda:0": 1})
     with pytest.raises(InputError) as caught:
-        phases().check({"cpu": 9 * 2**30 - 1, "cuda:0": 1})
-    listed = "a big step 8.00 (lower batch_size); its like 6.00 (lower it); its buffer 1.00 (lower buffer_size)"
+        plan_with_phases().check({"cpu": 9 * 2**30 - 1, "cuda:0": 1})
+    listed = "a big step 8.00 (lower batch_size); another step 6.00 (lower it); its buffer 1.00 (lower buffer_size)"
     assert str(caught.value).startswith("memory: the run needs 9.00 GiB on cpu, and 9.00 are available")
     assert str(caught.value).endswith(listed)
     assert "\n" not in str(caught.value)
@@ -209,7 +209,7 @@ def test_no_model_is_loaded_for_a_plan(tmp_path: Path, monkeypatch: pytest.Monke
     assert "language model" in capsys.readouterr().err
 
 
-# A limit that is set by hand is believed: nobody has a million GiB.
+# A limit that the user sets is not checked against the machine, which has no million GiB.
 def test_memory_gib_replaces_the_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(planning, "available_bytes", lambda device, processes: 1)
     assert fit(tmp_path / "refused") == 2
@@ -219,19 +219,19 @@ def test_memory_gib_replaces_the_available_memory(tmp_path: Path, monkeypatch: p
     assert "memory_gib must be more than 0" in capsys.readouterr().err
 
 
-class Particular(Penalty):
-    """Works on rows of its own width only."""
+class FixedSizePenalty(Penalty):
+    """A penalty that raises in a dry run, since it accepts one decoder size only."""
 
     def forward(self, W_dec: torch.Tensor, critic: Any, step: int) -> torch.Tensor:
         if W_dec.shape != (4096, 512):
-            raise RuntimeError("only as it is")
+            raise RuntimeError("only at full size")
         return W_dec.square().sum()
 
 
 def test_an_item_that_cannot_be_planned_is_named_and_stops_no_run(tmp_path: Path):
-    model = JointSAE(config("topk", 4096, d_in=512), penalties={"particular": Particular(1.0)})
+    model = JointSAE(config("topk", 4096, d_in=512), penalties={"particular": FixedSizePenalty(1.0)})
     plan = memory_plan(model, SimpleNamespace(batch_size=64), trainer(tmp_path))
-    assert plan.unplanned == ("training (RuntimeError: only as it is)",)
+    assert plan.unplanned == ("training (RuntimeError: only at full size)",)
     assert "primary SAE" in by_name(plan)
 
 
@@ -258,23 +258,26 @@ def test_a_control_groups_limit_bounds_the_available_memory(tmp_path: Path, monk
     assert planning.available_bytes("cpu", 4) < 110 * 2**30 < planning.available_bytes("cpu")
     monkeypatch.setattr(planning, "CONTROL_GROUP_LIMITS", (str(tmp_path / "max"), str(tmp_path / "limit")))
     assert planning.available_bytes("cpu") == 123456
-    assert planning.available_bytes("cpu", 4) == 123456 // 4  # of so many ranks each has its share
+    assert planning.available_bytes("cpu", 4) == 123456 // 4  # each of four ranks has a quarter
 
 
-# A meta SAE is checked on some decoder rows at a time: 4096 x 2048 dense latents, in 4 and 16 bytes each; the primary on 16 rows.
-def test_an_export_of_a_meta_sae_holds_the_latents_of_some_decoder_rows(tmp_path: Path):
+# A meta SAE is measured on 4096 decoder rows at a time: 4096 x 2048 dense latents of 4 and 16 bytes; the primary on 16 rows.
+def test_an_export_of_a_meta_sae_is_planned_with_latents_of_4096_decoder_rows(tmp_path: Path):
     model = JointSAE(config("batchtopk", 8192, d_in=32), config("batchtopk", 2048, d_in=32), {"d": Decomposability(0.3)})
     plan = memory_plan(model, activations(tmp_path, batch_size=16), trainer(tmp_path, callbacks=[Export(calibration_tokens=300)]))
     several_ranks = trainer(tmp_path, callbacks=[Export(calibration_tokens=300)])
-    twins = 2 * by_name(plan)["primary SAE"].bytes
-    assert by_name(plan)["an export"].bytes == pytest.approx(twins + 20 * 4096 * 2048, rel=0.01)
-    several_ranks.strategy.num_processes = 4  # of which one exports
-    divided = by_name(memory_plan(model, activations(tmp_path, batch_size=16), several_ranks))["an export"]
-    assert divided.bytes == pytest.approx(by_name(plan)["an export"].bytes / 4, rel=0.01) and "on one of 4 ranks" in divided.explanation
+    two_copies = 2 * by_name(plan)["primary SAE"].bytes
+    assert by_name(plan)["an export"].bytes == pytest.approx(two_copies + 20 * 4096 * 2048, rel=0.01)
+    several_ranks.strategy.num_processes = 4  # one of them exports
+    on_four_ranks = by_name(memory_plan(model, activations(tmp_path, batch_size=16), several_ranks))["an export"]
+    assert (
+        on_four_ranks.bytes == pytest.approx(by_name(plan)["an export"].bytes / 4, rel=0.01)
+        and "on one of 4 ranks" in on_four_ranks.explanation
+    )
 
 
-# A run in a process of its own, which says at its end what the most was that it held: VmHWM of proc(5), in KiB. ru_maxrss would do,
-# but begins with what the parent held when it forked.
+# A run in a process of its own that prints its peak memory at its end: VmHWM of proc(5), in KiB. ru_maxrss would not do, since it
+# starts with the memory of the parent at the fork.
 RUN = """
 import sys
 from pathlib import Path
@@ -287,13 +290,13 @@ print("VmHWM", next(item.split()[1] for item in Path("/proc/self/status").read_t
 def planned_and_measured_peak(*arguments: str) -> tuple[float, float]:
     """Peak in MiB, as planned and as the system measured it."""
     command = [sys.executable, "-W", "ignore", "-c", RUN, "fit", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    planned = re.search(r"cpu, peak\W+([\d,]+)", done.stderr)
-    held = re.search(r"VmHWM (\d+)", done.stdout)
-    assert planned and held, done.stderr
-    print(f"planned {planned[1]} MiB, held {int(held[1]) // 1024:,} MiB")
-    return float(planned[1].replace(",", "")), int(held[1]) / 1024
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    planned = re.search(r"cpu, peak\W+([\d,]+)", process.stderr)
+    measured = re.search(r"VmHWM (\d+)", process.stdout)
+    assert planned and measured, process.stderr
+    print(f"planned {planned[1]} MiB, measured {int(measured[1]) // 1024:,} MiB")
+    return float(planned[1].replace(",", "")), int(measured[1]) / 1024
 
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -302,20 +305,20 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize(("buffer_size", "tokens"), [(4096, 8192), (32_768, 33_792)])
-def test_the_quickstarts_peak_is_as_planned(buffer_size: int, tokens: int, tmp_path: Path):
+def test_the_planned_peak_of_the_quickstart_equals_the_measured_one(buffer_size: int, tokens: int, tmp_path: Path):
     sizes = {"tokens": tokens, "buffer_size": buffer_size, "validation_tokens": 4096, "test_tokens": 4096}
     flags = [word for key, value in sizes.items() for word in (f"--data.init_args.{key}", str(value))]
-    planned, held = planned_and_measured_peak("-c", "quickstart", "--run", str(tmp_path / "run"), *flags)
-    assert planned == pytest.approx(held, rel=0.15)
+    planned, measured = planned_and_measured_peak("-c", "quickstart", "--run", str(tmp_path / "run"), *flags)
+    assert planned == pytest.approx(measured, rel=0.15)
 
 
-# Two batches of the recipe's own size. Latents are dead from the second batch on, as the plan has them.
+# Two batches of the recipe's own size. Latents are dead from the second batch on, as the plan assumes.
 @linux
 @pytest.mark.slow
-def test_gpt2_larges_peak_is_as_planned(tmp_path: Path):
+def test_the_planned_peak_of_gpt2_large_equals_the_measured_one(tmp_path: Path):
     try:
         sizes = {"n_embd": 1280, "n_head": 20, "vocab_size": 50257, "n_positions": 1024, "n_ctx": 1024}
-        # Layers after the hook are not loaded, so that they need not be on the disk either.
+        # Layers after the hook are not loaded, so they are not saved either.
         model = save_at_true_width(tmp_path / "model", GPT2LMHeadModel, GPT2Config(n_layer=21, bos_token_id=0, eos_token_id=1, **sizes))
         (tmp_path / "texts.txt").write_text("\n\n".join(documents(1000)))
         corpus = {"class_path": "metasae_lightning.corpora.TextFiles", "init_args": {"paths": str(tmp_path / "texts.txt")}}
@@ -333,7 +336,7 @@ def test_gpt2_larges_peak_is_as_planned(tmp_path: Path):
             "model.init_args.meta_dead_after_steps": "1",
         }
         words = [word for key, value in flags.items() for word in (f"--{key}", value)]
-        planned, held = planned_and_measured_peak("-c", "gpt2_large_l20", "--run", str(tmp_path / "run"), *words)
+        planned, measured = planned_and_measured_peak("-c", "gpt2_large_l20", "--run", str(tmp_path / "run"), *words)
     finally:
         shutil.rmtree(tmp_path)
-    assert planned == pytest.approx(held, rel=0.15)
+    assert planned == pytest.approx(measured, rel=0.15)

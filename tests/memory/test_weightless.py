@@ -17,9 +17,9 @@ from tests.helpers.architectures import ARCHITECTURES, config
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
 
-# A thousand million latents need terabytes: building the SAE, if only on the way to the plan, would be the allocator's error.
+# A thousand million latents need terabytes: building the SAE before the plan would be an error of the allocator.
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "item_and_remedy"),
     [
         (["--model.init_args.primary.init_args.d_sae", "999999999"], "primary SAE .* (lower primary.d_sae)"),
         (["--model.init_args.meta.init_args.d_sae", "999999999"], "meta SAE .* (lower meta.d_sae)"),
@@ -28,12 +28,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
     ids=["primary", "meta", "arm"],
 )
 def test_an_sae_larger_than_the_memory_is_refused_in_one_line(
-    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], item_and_remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["fit", "-c", "synthetic", "--run", str(tmp_path / "run"), *arguments]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert line.startswith("metasae: error: memory: the run needs at least ") and "GiB on cpu, and" in line
-    name, remedy = named.split(" .* ")
+    name, remedy = item_and_remedy.split(" .* ")
     assert f"Largest: {name} " in line and remedy in line
     assert not (tmp_path / "run").exists()
 
