@@ -27,7 +27,7 @@ def read(corpus: Corpus, **order) -> list:
     return list(corpus.documents(**order))
 
 
-def refusal(corpus: Corpus) -> str:
+def read_error(corpus: Corpus) -> str:
     """The one-line error that reading the corpus raises."""
     with pytest.raises(InputError) as caught:
         read(corpus)
@@ -70,14 +70,14 @@ def test_a_paragraph_of_a_text_file_is_one_document_with_its_line_breaks(tmp_pat
     assert sorted(read(TextFiles(str(tmp_path)))) == ["one\ntwo", "three"]
 
 
-def saved(tmp_path) -> str:
+def save_dataset(tmp_path) -> str:
     """A folder written by `save_to_disk`, with a text column and a column of token ids."""
     datasets.Dataset.from_dict({"text": TEXTS, "ids": [[i, i + 1] for i in range(50)]}).save_to_disk(tmp_path / "saved")
     return str(tmp_path / "saved")
 
 
-@pytest.mark.parametrize("make", [lambda p: TextFiles(str(p / "b.jsonl")), lambda p: SavedDataset(saved(p)), lambda _: PythonDocs()])
-def test_the_order_is_a_function_of_seed_and_epoch(folder, make):
+@pytest.mark.parametrize("make", [lambda p: TextFiles(str(p / "b.jsonl")), lambda p: SavedDataset(save_dataset(p)), lambda _: PythonDocs()])
+def test_the_order_of_documents_depends_on_seed_and_epoch(folder, make):
     def first(**order):
         return list(islice(make(folder).documents(**order), 40))
 
@@ -86,13 +86,13 @@ def test_the_order_is_a_function_of_seed_and_epoch(folder, make):
 
 
 def test_saved_datasets_have_splits_and_columns_of_text_or_tokens(tmp_path):
-    path = saved(tmp_path)
+    path = save_dataset(tmp_path)
     assert sorted(read(SavedDataset(path))) == sorted(TEXTS)
     assert sorted(read(SavedDataset(path, "ids"))) == [[i, i + 1] for i in range(50)]
-    both = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "other")})
-    both.save_to_disk(tmp_path / "both")
+    two_splits = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "other")})
+    two_splits.save_to_disk(tmp_path / "both")
     assert read(SavedDataset(str(tmp_path / "both"), split="other")) == ["other"]
-    assert "train, other" in refusal(SavedDataset(str(tmp_path / "both"), split="tset"))
+    assert "train, other" in read_error(SavedDataset(str(tmp_path / "both"), split="tset"))
 
 
 def test_a_torch_format_saved_with_a_dataset_does_not_turn_token_lists_into_tensors(tmp_path):
@@ -101,7 +101,7 @@ def test_a_torch_format_saved_with_a_dataset_does_not_turn_token_lists_into_tens
     assert sorted(read(SavedDataset(str(tmp_path / "formatted"), "ids"))) == [[1, 2], [3, 4]]
 
 
-def test_files_may_hold_token_ids(tmp_path):
+def test_text_files_can_have_a_column_of_token_ids(tmp_path):
     json_lines(tmp_path / "a.jsonl", [{"ids": [1, 2]}, {"ids": [3]}])
     pyarrow.parquet.write_table(pyarrow.table({"ids": [[1, 2], [3]]}), tmp_path / "b.parquet")
     for name in ("a.jsonl", "b.parquet"):
@@ -116,10 +116,10 @@ def test_a_hub_dataset_is_read_through_datasets(folder, streaming, tmp_path, mon
     corpus = HubText(str(tmp_path / "set"), streaming=streaming)
     assert sorted(read(corpus)) == sorted(TEXTS)
     assert read(corpus) == read(corpus) != read(corpus, epoch=1)
-    assert "has no 'txet', it has text" in refusal(HubText(str(tmp_path / "set"), column="txet", streaming=streaming))
+    assert "has no 'txet', it has text" in read_error(HubText(str(tmp_path / "set"), column="txet", streaming=streaming))
 
 
-def shards(folder: Path, kind: str) -> str:
+def write_shards(folder: Path, kind: str) -> str:
     """A dataset of five shards with 5, 6, 7, 8 and 9 documents; parquet files have row groups of 3."""
     folder.mkdir(parents=True)
     for shard in range(5):
@@ -132,25 +132,25 @@ def shards(folder: Path, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_streamed_windows_hold_every_document_once_in_shuffled_shards(tmp_path, kind):
-    path = shards(tmp_path / "set", kind)
+def test_streamed_windows_have_every_document_once_in_shuffled_shards(tmp_path, kind):
+    path = write_shards(tmp_path / "set", kind)
     # 35 documents in windows of 8: four full windows and one of 3.
     texts = read(HubText(path, shuffle_window=8), seed=1)
     assert len(texts) == len(set(texts)) == 35
     assert read(HubText(path, shuffle_window=8), seed=1) == texts != read(HubText(path, shuffle_window=8), seed=2)
     assert list(HubText(path, shuffle_window=8).reader(seed=1)) == texts
     # A window of one document shuffles nothing: shards stay in file order, and the epoch decides the order of shards.
-    plain = {epoch: read(HubText(path, shuffle_window=1), epoch=epoch) for epoch in (0, 1, 2)}
-    orders = {epoch: list(dict.fromkeys(text.split()[1] for text in plain[epoch])) for epoch in plain}
+    unshuffled = {epoch: read(HubText(path, shuffle_window=1), epoch=epoch) for epoch in (0, 1, 2)}
+    orders = {epoch: list(dict.fromkeys(text.split()[1] for text in unshuffled[epoch])) for epoch in unshuffled}
     for epoch, order in orders.items():
-        assert plain[epoch] == [f"shard {shard} text {i}" for shard in order for i in range(5 + int(shard))]
+        assert unshuffled[epoch] == [f"shard {shard} text {i}" for shard in order for i in range(5 + int(shard))]
     assert len(set(map(tuple, orders.values()))) > 1
     # Documents are shuffled inside a window only: each group of 8 has the same documents as without the shuffle.
-    plain = read(HubText(path, shuffle_window=1), seed=1)
-    assert texts != plain
-    assert [set(texts[i : i + 8]) for i in range(0, 35, 8)] == [set(plain[i : i + 8]) for i in range(0, 35, 8)]
+    unshuffled = read(HubText(path, shuffle_window=1), seed=1)
+    assert texts != unshuffled
+    assert [set(texts[i : i + 8]) for i in range(0, 35, 8)] == [set(unshuffled[i : i + 8]) for i in range(0, 35, 8)]
     # Each window has its own order.
-    assert len({tuple(plain.index(text) - i for text in texts[i : i + 8]) for i in range(0, 32, 8)}) == 4
+    assert len({tuple(unshuffled.index(text) - i for text in texts[i : i + 8]) for i in range(0, 32, 8)}) == 4
 
 
 class Numbers(Corpus):
@@ -164,11 +164,11 @@ class Numbers(Corpus):
 
 
 RESUMABLE = {
-    "streamed parquet": lambda p: HubText(shards(p / "set", "parquet"), shuffle_window=8),
-    "streamed jsonl": lambda p: HubText(shards(p / "set", "jsonl"), shuffle_window=8),
-    "downloaded": lambda p: HubText(shards(p / "set", "parquet"), streaming=False),
-    "files": lambda p: TextFiles(shards(p / "set", "jsonl"), shuffle_window=8),
-    "saved": lambda p: SavedDataset(saved(p)),
+    "streamed parquet": lambda p: HubText(write_shards(p / "set", "parquet"), shuffle_window=8),
+    "streamed jsonl": lambda p: HubText(write_shards(p / "set", "jsonl"), shuffle_window=8),
+    "downloaded": lambda p: HubText(write_shards(p / "set", "parquet"), streaming=False),
+    "files": lambda p: TextFiles(write_shards(p / "set", "jsonl"), shuffle_window=8),
+    "saved": lambda p: SavedDataset(save_dataset(p)),
     "written by a user": lambda _: Numbers(),
 }
 
@@ -192,7 +192,7 @@ def test_a_reader_resumes_from_its_state_with_the_next_document(tmp_path, make):
 
 
 def test_a_resumed_reader_can_be_saved_and_resumed_again(tmp_path):
-    corpus = HubText(shards(tmp_path / "set", "parquet"), shuffle_window=8)
+    corpus = HubText(write_shards(tmp_path / "set", "parquet"), shuffle_window=8)
     texts, state = [], None
     while len(texts) < 35:
         reader = corpus.reader(state=state)
@@ -202,7 +202,7 @@ def test_a_resumed_reader_can_be_saved_and_resumed_again(tmp_path):
 
 
 def test_resuming_on_a_changed_dataset_is_an_error(tmp_path):
-    path = Path(shards(tmp_path / "set", "jsonl"))
+    path = Path(write_shards(tmp_path / "set", "jsonl"))
     reader = HubText(str(path), shuffle_window=8).reader()
     assert len(list(islice(reader, 31))) == 31
     # First the number of shards changes. Then it is the old number, but each shard has one document: the window is too short.
@@ -225,7 +225,7 @@ def test_numbers_out_of_range_are_refused():
 def test_an_unreachable_hub_is_an_error_of_one_line(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "the dataset 'no-such/dataset' cannot be read" in refusal(HubText("no-such/dataset"))
+    assert "the dataset 'no-such/dataset' cannot be read" in read_error(HubText("no-such/dataset"))
 
 
 def test_python_docs_reads_docstrings_of_installed_packages_from_a_minimum_length_on():
@@ -254,66 +254,66 @@ def test_files_with_docstrings_are_parsed_without_warnings_and_never_imported(tm
 
 def test_an_environment_without_packages_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    assert "no package is installed" in refusal(PythonDocs())
+    assert "no package is installed" in read_error(PythonDocs())
 
 
 def test_unreadable_paths_and_files_are_errors_of_one_line(folder, tmp_path):
-    assert "does not exist" in refusal(TextFiles(str(folder / "z.txt")))
-    assert "a.txt" in refusal(TextFiles(str(folder / "aa.txt")))  # the most similar path is suggested
-    assert "does not exist" in refusal(TextFiles(str(folder / "*.nothing")))
-    assert "is none of .txt" in refusal(TextFiles(str(folder / "notes.md")))
+    assert "does not exist" in read_error(TextFiles(str(folder / "z.txt")))
+    assert "a.txt" in read_error(TextFiles(str(folder / "aa.txt")))  # the most similar path is suggested
+    assert "does not exist" in read_error(TextFiles(str(folder / "*.nothing")))
+    assert "is none of .txt" in read_error(TextFiles(str(folder / "notes.md")))
     (folder / "empty").mkdir()
-    assert "holds no .txt" in refusal(TextFiles(str(folder / "empty")))
+    assert "holds no .txt" in read_error(TextFiles(str(folder / "empty")))
     (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    assert "binary.txt' cannot be read" in refusal(TextFiles(str(folder / "binary.txt")))
+    assert "binary.txt' cannot be read" in read_error(TextFiles(str(folder / "binary.txt")))
     (folder / "broken.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}' * 1000)[:-20])
-    assert "broken.jsonl.gz' cannot be read" in refusal(TextFiles(str(folder / "broken.jsonl.gz")))
+    assert "broken.jsonl.gz' cannot be read" in read_error(TextFiles(str(folder / "broken.jsonl.gz")))
     (folder / "broken.parquet").write_bytes(b"PAR1 and no more")
-    assert "broken.parquet' is not a parquet file" in refusal(TextFiles(str(folder / "broken.parquet")))
-    assert "save_to_disk" in refusal(SavedDataset(str(folder)))
-    assert "save_to_disk" in refusal(SavedDataset(str(folder / "nowhere")))
+    assert "broken.parquet' is not a parquet file" in read_error(TextFiles(str(folder / "broken.parquet")))
+    assert "save_to_disk" in read_error(SavedDataset(str(folder)))
+    assert "save_to_disk" in read_error(SavedDataset(str(folder / "nowhere")))
 
 
 def test_the_error_about_a_broken_json_line_names_file_and_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": "b"\n{"text": "c"}')
-    line = refusal(TextFiles(str(tmp_path / "a.jsonl")))
+    line = read_error(TextFiles(str(tmp_path / "a.jsonl")))
     assert "a.jsonl' line 3 is not JSON" in line
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n["b"]')
-    assert "line 2 must be an object with 'text', it is list" in refusal(TextFiles(str(tmp_path / "b.jsonl")))
+    assert "line 2 must be an object with 'text', it is list" in read_error(TextFiles(str(tmp_path / "b.jsonl")))
 
 
 def test_the_error_about_a_missing_column_lists_the_columns_the_most_similar_first(tmp_path):
     json_lines(tmp_path / "a.jsonl", [{"id": 1, "content": "a", "url": "b"}])
-    assert "line 1 has no 'contents', it has content, id, url" in refusal(TextFiles(str(tmp_path / "a.jsonl"), column="contents"))
+    assert "line 1 has no 'contents', it has content, id, url" in read_error(TextFiles(str(tmp_path / "a.jsonl"), column="contents"))
     pyarrow.parquet.write_table(pyarrow.table({"id": [1], "content": ["a"]}), tmp_path / "a.parquet")
-    assert "has no 'contents', it has content, id" in refusal(TextFiles(str(tmp_path / "a.parquet"), column="contents"))
-    assert "has no 'txt', it has text, ids" in refusal(SavedDataset(saved(tmp_path), "txt"))
+    assert "has no 'contents', it has content, id" in read_error(TextFiles(str(tmp_path / "a.parquet"), column="contents"))
+    assert "has no 'txt', it has text, ids" in read_error(SavedDataset(save_dataset(tmp_path), "txt"))
 
 
 def test_a_column_of_neither_text_nor_token_lists_is_an_error(tmp_path):
     json_lines(tmp_path / "a.jsonl", [{"text": 3.5}])
-    assert "must be text or a list of token ids, it is float" in refusal(TextFiles(str(tmp_path / "a.jsonl")))
+    assert "must be text or a list of token ids, it is float" in read_error(TextFiles(str(tmp_path / "a.jsonl")))
     json_lines(tmp_path / "b.jsonl", [{"text": None}])
-    assert "it is NoneType" in refusal(TextFiles(str(tmp_path / "b.jsonl")))
+    assert "it is NoneType" in read_error(TextFiles(str(tmp_path / "b.jsonl")))
 
 
 def test_splits_are_stable_and_of_the_requested_sizes():
     # Pinned: another hash would move documents from the training split of existing runs to their test split.
     assert [split_of(f"text number {i}", 0.2) for i in range(8)] == PINNED
     assert split_of([1, 2, 3], 0.3) == split_of([1, 2, 3], 0.3)
-    shares = Counter(split_of(str(i), 0.02) for i in range(20_000))
+    counts = Counter(split_of(str(i), 0.02) for i in range(20_000))
     # Binomial(20000, 0.02): 400 with a standard deviation of 20.
-    assert abs(shares["validation"] - 400) < 80
-    assert abs(shares["test"] - 400) < 80
+    assert abs(counts["validation"] - 400) < 80
+    assert abs(counts["test"] - 400) < 80
 
 
-def test_a_larger_held_out_share_keeps_validation_documents_in_validation():
+def test_a_larger_held_out_fraction_keeps_validation_documents_in_validation():
     for text in TEXTS:
         if split_of(text, 0.1) == "validation":
             assert split_of(text, 0.2) == "validation"
 
 
-def test_documents_in_memory_are_each_read_once_in_an_order_of_seed_and_epoch():
+def test_in_memory_reads_each_document_once_in_an_order_set_by_seed_and_epoch():
     texts = [f"text {i}" for i in range(20)]
     corpus = InMemory(texts, "mine")
     first = list(corpus.documents(seed=1))

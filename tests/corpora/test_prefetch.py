@@ -10,7 +10,7 @@ from metasae_lightning.corpora.prefetch import Producer, heartbeat
 from metasae_lightning.errors import InputError
 
 
-def threads(name: str) -> list[threading.Thread]:
+def threads_named(name: str) -> list[threading.Thread]:
     """The running threads of that name."""
     return [thread for thread in threading.enumerate() if thread.name == name]
 
@@ -18,9 +18,9 @@ def threads(name: str) -> list[threading.Thread]:
 def has_ended(name: str, seconds: float = 3.0) -> bool:
     """Whether the thread of that name ends within some seconds."""
     deadline = time.monotonic() + seconds
-    while threads(name) and time.monotonic() < deadline:
+    while threads_named(name) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return not threads(name)
+    return not threads_named(name)
 
 
 def test_items_come_in_order_and_the_thread_ends_after_the_last():
@@ -28,18 +28,18 @@ def test_items_come_in_order_and_the_thread_ends_after_the_last():
     assert has_ended("fifty")
 
 
-def test_at_most_ahead_items_are_made_before_they_are_needed():
-    made: list[int] = []
-    producer = Producer((made.append(i) or i for i in range(50)), ahead=3, name="bounded")
+def test_at_most_ahead_items_are_produced_before_they_are_requested():
+    produced: list[int] = []
+    producer = Producer((produced.append(i) or i for i in range(50)), ahead=3, name="bounded")
     time.sleep(0.3)
-    assert made == [0, 1, 2]
+    assert produced == [0, 1, 2]
     assert next(producer) == 0
     time.sleep(0.3)
-    assert made == [0, 1, 2, 3]
+    assert produced == [0, 1, 2, 3]
     producer.close()
 
 
-def test_an_exception_is_raised_in_the_place_of_its_item_and_again_at_each_later_call():
+def test_an_exception_is_raised_in_place_of_its_item_and_again_at_each_later_call():
     def items():
         yield 1
         raise InputError("broken")
@@ -52,14 +52,14 @@ def test_an_exception_is_raised_in_the_place_of_its_item_and_again_at_each_later
     assert has_ended("failing")
 
 
-def test_a_stall_ends_with_an_error_that_has_the_name():
-    hangs = threading.Event()
-    producer = Producer((hangs.wait() for _ in range(2)), name="corpus of nowhere", stall_seconds=0.2)
-    began = time.monotonic()
+def test_a_stall_raises_an_error_that_names_the_producer():
+    release = threading.Event()
+    producer = Producer((release.wait() for _ in range(2)), name="corpus of nowhere", stall_seconds=0.2)
+    started_at = time.monotonic()
     with pytest.raises(InputError, match=r"corpus of nowhere: nothing came for 0.2 s"):
         next(producer)
-    assert time.monotonic() - began < 8
-    hangs.set()
+    assert time.monotonic() - started_at < 8
+    release.set()
     assert has_ended("corpus of nowhere")
 
 
