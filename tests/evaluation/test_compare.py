@@ -20,7 +20,7 @@ from metasae_lightning.metrics import Phi
 from metasae_lightning.metrics.cofiring import Firings
 from metasae_lightning.step import Codes
 from tests.evaluation.test_evaluate import QUICK
-from tests.helpers.judged import run
+from tests.helpers.judged import write_run
 
 N = 4000
 
@@ -137,7 +137,7 @@ def test_permutation_p_is_small_for_a_shift_and_uniform_under_the_null():
 
 
 def test_comparing_an_sae_with_a_copy_gives_zero_differences_and_perfect_matches(tmp_path: Path):
-    run_a, run_b = run(tmp_path, "one"), run(tmp_path, "two")
+    run_a, run_b = write_run(tmp_path, "one"), write_run(tmp_path, "two")
     a, b = evaluate([load_sae(str(run_a)), load_sae(str(run_b))], data_of(run_a / "config.yaml"), Settings(**QUICK))
     comparison = compare(a, b, Settings(**QUICK))
     for name in ("fvu", "l0", "cosine", "ce_sae", "kl"):
@@ -150,7 +150,7 @@ def test_comparing_an_sae_with_a_copy_gives_zero_differences_and_perfect_matches
 
 # The permutation test swaps the sums of single documents, so these sums must add up to the reported figures.
 def test_sums_by_document_add_up_to_the_reported_figures(tmp_path: Path):
-    (evaluation,) = evaluate([load_sae(str(run(tmp_path, "one")))], data_of(tmp_path / "one" / "config.yaml"), Settings(**QUICK))
+    (evaluation,) = evaluate([load_sae(str(write_run(tmp_path, "one")))], data_of(tmp_path / "one" / "config.yaml"), Settings(**QUICK))
     _, sums, total = evaluation.collected.by_document
     tokens, spread = sums[:, 0].sum(), sums[:, 1].sum() - total.sum(0).square().sum() / sums[:, 0].sum()
     figures = evaluation.entry["figures"]
@@ -168,7 +168,7 @@ def test_compare_command_writes_the_record_and_prints_differences_splits_and_con
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    run_a, run_b = run(tmp_path, "one"), run(tmp_path, "two", seed=1, d_sae=64)
+    run_a, run_b = write_run(tmp_path, "one"), write_run(tmp_path, "two", seed=1, d_sae=64)
     args = [f"--{name}={value}" for name, value in QUICK.items()]
     assert main(["compare", str(run_a), str(run_b), *args]) == 0
     out = capsys.readouterr().out

@@ -24,7 +24,7 @@ from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.lm import TransformerLensLM
 from metasae_lightning.metrics import Phi, PhiSample
 from metasae_lightning.step import Batch, Codes
-from tests.helpers.judged import D_IN, HOOK, recipe, run, sae
+from tests.helpers.judged import D_IN, HOOK, data_config, sae, write_run
 from tests.helpers.models import save_model
 
 QUICK: dict[str, Any] = {"critic_seeds": 1, "critic_steps": 5, "splice_tokens": 200, "resamples": 50, "calibration_tokens": 512}
@@ -90,7 +90,7 @@ def test_figures_equal_those_of_saelens_run_evals(tmp_path: Path):
 
 
 def test_figures_of_streamed_passages_equal_those_of_all_activations_at_once(tmp_path: Path):
-    run_folder = run(tmp_path, "one")
+    run_folder = write_run(tmp_path, "one")
     (evaluation,) = evaluate_runs(run_folder)
     data = data_of(run_folder / "config.yaml")
     data.setup()
@@ -126,7 +126,7 @@ def test_figures_of_streamed_passages_equal_those_of_all_activations_at_once(tmp
 
 # `passage.documents` numbers tokens by document: the tokens of one number decode to one text, and numbers count up from 0.
 def test_passages_number_tokens_by_document(tmp_path: Path):
-    run_folder = run(tmp_path, "one")
+    run_folder = write_run(tmp_path, "one")
     data = data_of(run_folder / "config.yaml")
     data.setup()
     texts: dict[int, list[int]] = {}
@@ -143,7 +143,7 @@ def test_passages_number_tokens_by_document(tmp_path: Path):
 
 
 def test_an_interrupted_evaluation_resumes_with_equal_results_and_encodes_no_passage_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    uninterrupted_run, interrupted_run = run(tmp_path, "whole"), run(tmp_path, "stopped")
+    uninterrupted_run, interrupted_run = write_run(tmp_path, "whole"), write_run(tmp_path, "stopped")
     encoded: list[int] = []
     encode_passage = collect.encode_passage
 
@@ -175,7 +175,7 @@ def test_an_interrupted_evaluation_resumes_with_equal_results_and_encodes_no_pas
 
 
 def test_several_saes_are_evaluated_at_a_common_l0_and_one_at_its_stored_thresholds(tmp_path: Path):
-    run_a, run_b = run(tmp_path, "one", k=6.0), run(tmp_path, "two", seed=1, k=9.0)
+    run_a, run_b = write_run(tmp_path, "one", k=6.0), write_run(tmp_path, "two", seed=1, k=9.0)
     evaluations = evaluate_runs(run_a, run_b, tokens=1500)
     for evaluation in evaluations:
         assert evaluation.entry["rule"]["rule"] == "rate" and evaluation.entry["rule"]["l0"] == 6.0
@@ -190,7 +190,7 @@ def test_several_saes_are_evaluated_at_a_common_l0_and_one_at_its_stored_thresho
 
 
 def test_bootstrap_of_fvu_has_the_standard_error_of_the_delta_method_over_documents(tmp_path: Path):
-    run_folder = run(tmp_path, "one")
+    run_folder = write_run(tmp_path, "one")
     (evaluation,) = evaluate_runs(run_folder, resamples=2000)
     ids, sums, total = evaluation.collected.by_document
     tokens, squares, error = sums[:, 0].sum(), sums[:, 1].sum(), sums[:, 2].sum()
@@ -209,7 +209,7 @@ def test_the_command_prints_a_table_and_writes_the_record_and_tensorboard_events
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("COLUMNS", "140")
-    run_folder = run(tmp_path, "one")
+    run_folder = write_run(tmp_path, "one")
     (run_folder / "evaluation.json").write_text('{"validation": {"fvu": 0.5}}')
     args = [f"--{name}={value}" for name, value in QUICK.items()]
     assert main(["test", str(run_folder), *args]) == 0
@@ -225,7 +225,7 @@ def test_the_command_prints_a_table_and_writes_the_record_and_tensorboard_events
 
 
 def test_a_saelens_folder_is_evaluated_on_the_model_and_dataset_in_its_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run_folder = run(tmp_path, "one")
+    run_folder = write_run(tmp_path, "one")
     folder = tmp_path / "published"
     metadata = {"dataset_path": str(tmp_path / "text.jsonl"), "context_size": 16, "hf_hook_name": "model.layers.1"}
     sae(model_name=str(tmp_path / "model"), hook_name=HOOK, **metadata).save_model(folder)
@@ -253,7 +253,7 @@ def test_settings_out_of_range_are_refused():
 
 
 def test_calibrate_writes_thresholds_that_give_the_training_l0(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run_folder = run(tmp_path, "one", k=5.0)
+    run_folder = write_run(tmp_path, "one", k=5.0)
     weights = (run_folder / "saes" / "primary" / "sae_weights.safetensors").read_bytes()
     assert main(["calibrate", str(run_folder), "--calibration_tokens", "512"]) == 0
     calibrated = SAE.load_from_disk(run_folder / "saes" / "primary")
@@ -271,7 +271,7 @@ def test_calibrate_writes_thresholds_that_give_the_training_l0(tmp_path: Path, c
 
 
 def test_excess_phi_over_all_document_groups_equals_that_of_the_sample(tmp_path: Path):
-    (evaluation,) = evaluate_runs(run(tmp_path, "one"))
+    (evaluation,) = evaluate_runs(write_run(tmp_path, "one"))
     counts, sample = phi_by_group(evaluation.collected), PhiSample(48, matchings=32)
     for codes, _ in evaluation.collected.codes():
         sample.update(codes)
@@ -284,23 +284,23 @@ def test_excess_phi_over_all_document_groups_equals_that_of_the_sample(tmp_path:
 
 # The text file is rewritten under the same name: cached results of the old text must not be used.
 def test_changed_text_invalidates_cached_results(tmp_path: Path):
-    run_folder = run(tmp_path, "one")
+    run_folder = write_run(tmp_path, "one")
     (before,) = evaluate_runs(run_folder, rule="global")
     text = tmp_path / "text.jsonl"
     text.write_text(
         "".join(json.dumps({"text": f"{line['text']} changed"}) + "\n" for line in map(json.loads, text.read_text().splitlines()))
     )
     (after,) = evaluate_runs(run_folder, rule="global")
-    fresh = run(tmp_path, "fresh")
+    fresh = write_run(tmp_path, "fresh")
     (expected,) = evaluate_runs(fresh, rule="global")
     assert after.entry["figures"] == expected.entry["figures"] and after.entry["rule"] == expected.entry["rule"]
     assert after.entry["figures"]["reconstruction"]["fvu"] != before.entry["figures"]["reconstruction"]["fvu"]
 
 
 def test_evaluation_leaves_out_first_positions_and_large_norms_as_training_did(tmp_path: Path):
-    run_folder = run(tmp_path, "one")
+    run_folder = write_run(tmp_path, "one")
     (unfiltered,) = evaluate_runs(run_folder)
-    tree = recipe(tmp_path, skip_positions=3, max_norm_ratio=1.2)
+    tree = data_config(tmp_path, skip_positions=3, max_norm_ratio=1.2)
     (run_folder / "config.yaml").write_text(yaml.safe_dump({"data": tree}))
     (filtered,) = evaluate_runs(run_folder)
     for passage in filtered.collected.entries():
@@ -313,7 +313,7 @@ def test_evaluation_leaves_out_first_positions_and_large_norms_as_training_did(t
 
 
 def test_bootstrap_over_a_single_document_gives_nan(tmp_path: Path):
-    run_folder = run(tmp_path, "one")
+    run_folder = write_run(tmp_path, "one")
     (evaluation,) = evaluate_runs(run_folder)
     evaluation.collected.by_document  # noqa: B018
     object.__setattr__(evaluation.collected, "by_document", tuple(part[:1] for part in evaluation.collected.by_document))

@@ -21,7 +21,7 @@ from metasae_lightning.evaluation.saes import EvaluatedSAE, corpus_of, language_
 from metasae_lightning.lm import HuggingFaceLM, TransformerLensLM
 from metasae_lightning.sae import pretrained
 from tests.helpers.hub import Hub
-from tests.helpers.judged import D_IN, HOOK, recipe, run, sae
+from tests.helpers.judged import D_IN, HOOK, data_config, sae, write_run
 
 QUICK = ["--critic_seeds=0", "--splice_tokens=0", "--resamples=10", "--calibration_tokens=512"]
 
@@ -83,7 +83,7 @@ def error_line_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def test_a_damaged_run_is_reported_in_one_line_and_left_unchanged(
     command: str, damage: Callable[[Path], None], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    run_folder, other_run = run(tmp_path, "one"), run(tmp_path, "two")
+    run_folder, other_run = write_run(tmp_path, "one"), write_run(tmp_path, "two")
     damage(run_folder)
     before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
     assert message in error_line_of(capsys, command, str(run_folder), *([str(other_run)] if command == "compare" else []))
@@ -91,13 +91,13 @@ def test_a_damaged_run_is_reported_in_one_line_and_left_unchanged(
 
 
 def test_saes_with_different_hooks_models_or_widths_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run_a, other_hook = run(tmp_path, "one"), run(tmp_path, "elsewhere", hook="blocks.0.hook_resid_post")
+    run_a, other_hook = write_run(tmp_path, "one"), write_run(tmp_path, "elsewhere", hook="blocks.0.hook_resid_post")
     for command in ("compare", "test"):
         line = error_line_of(capsys, command, str(run_a), str(other_hook))
         assert "do not read the same activations: hook blocks.1.hook_resid_post and blocks.0.hook_resid_post" in line
-    other_model = run(tmp_path, "other", model_name="another")
+    other_model = write_run(tmp_path, "other", model_name="another")
     assert "do not read the same activations: model" in error_line_of(capsys, "compare", str(run_a), str(other_model))
-    narrow = run(tmp_path, "narrow")
+    narrow = write_run(tmp_path, "narrow")
     torch.manual_seed(0)
     narrow_sae = type(sae())(type(sae().cfg)(d_in=D_IN // 2, d_sae=8, dtype="float32", device="cpu"))
     narrow_sae.cfg.metadata.hook_name = HOOK
@@ -108,7 +108,7 @@ def test_saes_with_different_hooks_models_or_widths_are_refused_in_one_line(tmp_
 
 
 def test_an_sae_without_model_hook_or_dataset_metadata_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run_folder = run(tmp_path, "one")
+    run_folder = write_run(tmp_path, "one")
     sae().save_model(tmp_path / "no_metadata")
     no_metadata = str(tmp_path / "no_metadata")
     assert "does not tell the model and the hook that it reads" in error_line_of(capsys, "test", "--sae", no_metadata)
@@ -140,7 +140,7 @@ def test_an_sae_without_model_hook_or_dataset_metadata_is_refused_in_one_line(tm
     ],
 )
 def test_wrong_arguments_are_reported_in_one_line(args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run_folder = run(tmp_path, "one")
+    run_folder = write_run(tmp_path, "one")
     (tmp_path / "empty").mkdir()
     assert message in error_line_of(capsys, *(word.format(run=run_folder, empty=tmp_path / "empty") for word in args))
 
@@ -148,7 +148,7 @@ def test_wrong_arguments_are_reported_in_one_line(args: list[str], message: str,
 def test_a_full_disk_during_calibrate_leaves_the_sae_unchanged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    run_folder = run(tmp_path, "one")
+    run_folder = write_run(tmp_path, "one")
     before = {path: path.read_bytes() for path in (run_folder / "saes").rglob("*") if path.is_file()}
 
     def raise_no_space(*_: Any, **__: Any) -> None:
@@ -160,7 +160,7 @@ def test_a_full_disk_during_calibrate_leaves_the_sae_unchanged(
 
 
 def test_a_damaged_cached_result_is_named_in_the_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run_folder = run(tmp_path, "one")
+    run_folder = write_run(tmp_path, "one")
     assert main(["test", str(run_folder), *QUICK]) == 0
     cached = next((run_folder / "evaluation").glob("passage-00001-*"))
     cached.write_bytes(cached.read_bytes()[:50])
@@ -221,14 +221,14 @@ def test_an_sae_loads_from_the_hub_by_repository_and_id(tmp_path: Path):
 
 
 def test_runs_trained_on_different_data_are_refused_unless_data_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run_a, run_b = run(tmp_path, "one"), run(tmp_path, "two")
-    (run_b / "config.yaml").write_text(yaml.safe_dump({"data": recipe(tmp_path, held_out=0.3)}))
+    run_a, run_b = write_run(tmp_path, "one"), write_run(tmp_path, "two")
+    (run_b / "config.yaml").write_text(yaml.safe_dump({"data": data_config(tmp_path, held_out=0.3)}))
     assert "were trained on different data (held_out is 0.2 and 0.3)" in error_line_of(capsys, "compare", str(run_a), str(run_b))
     assert main(["compare", str(run_a), str(run_b), "--data", str(run_a / "config.yaml"), "--out", str(tmp_path / "c.json"), *QUICK]) == 0
 
 
 def test_an_exported_folder_inside_a_run_is_recognised_as_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run_folder = run(tmp_path, "one")
+    run_folder = write_run(tmp_path, "one")
     assert load_sae(str(run_folder / "saes" / "primary")).run
     monkeypatch.chdir(run_folder / "saes" / "primary")
     assert main(["calibrate", ".", "--calibration_tokens=512"]) == 0

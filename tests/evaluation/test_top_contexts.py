@@ -18,13 +18,13 @@ from metasae_lightning.evaluation.saes import load_sae
 from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.evaluation.top_contexts import AFTER, BEFORE, Hits, Spelling, latents_record, top_contexts
 from tests.evaluation.test_evaluate import QUICK
-from tests.helpers.judged import run
+from tests.helpers.judged import write_run
 from tests.helpers.models import tokenizer
 
 
 @pytest.fixture(scope="module")
 def evaluation_and_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Any]:
-    run_folder = run(tmp_path_factory.mktemp("contexts"), "one")
+    run_folder = write_run(tmp_path_factory.mktemp("contexts"), "one")
     data = data_of(run_folder / "config.yaml")
     (evaluation,) = evaluate([load_sae(str(run_folder))], data, Settings(**QUICK))
     return evaluation, data.language_model.tokenizer
@@ -112,7 +112,7 @@ def test_latents_record_has_the_firings_and_maximum_of_a_full_search(evaluation_
 
 
 def test_the_test_command_writes_latents_json_gz(tmp_path: Path):
-    run_folder = run(tmp_path, "one")
+    run_folder = write_run(tmp_path, "one")
     args = [f"--{name}={value}" for name, value in {**QUICK, "critic_seeds": 0, "splice_tokens": 0}.items()]
     assert main(["test", str(run_folder), "--contexts", "1", *args]) == 0
     record = json.loads(gzip.decompress((run_folder / "latents.json.gz").read_bytes()))

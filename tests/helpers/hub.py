@@ -1,4 +1,4 @@
-"""A Hugging Face hub on 127.0.0.1 that serves a folder of repositories, logs its requests, and fails as its list of faults says.
+"""A Hugging Face hub on 127.0.0.1 that serves a folder of repositories, logs its requests, and fails by its list of faults.
 
 Clients with the token may write to models; tests/helpers/hub_writes.py applies the writes.
 
@@ -18,10 +18,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from tests.helpers.hub_writes import Refused, Repository, check_card, commit, entry, etag, is_large
 
 API = re.compile(
-    r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+)(?P<path>.*))?"
+    r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)(?:/(?P<action>revision|tree|paths-info)/(?P<revision>[^/]+)(?P<path>.*))?"
 )
 RESOLVE = re.compile(r"/(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
-WRITE = re.compile(r"/(?:api/models/)?(?P<repo>[^/]+/[^/]+?)(?:\.git/info)?/(?P<what>preupload|commit|branch|lfs/objects)/(?P<name>.+)")
+WRITE = re.compile(r"/(?:api/models/)?(?P<repo>[^/]+/[^/]+?)(?:\.git/info)?/(?P<action>preupload|commit|branch|lfs/objects)/(?P<name>.+)")
 USER = "someone"
 
 Reply = tuple[int, bytes, dict[str, str]]
@@ -54,7 +54,8 @@ class Request:
 class Hub(ThreadingHTTPServer):
     """Serves `folder/datasets/ORG/NAME` and `folder/models/ORG/NAME` until the `with` block ends.
 
-    A client with `token` may write and read private repositories; with `token=None` nobody may. `folder/beside` has branches and objects.
+    A client with `token` may write and read private repositories; with `token=None` nobody may. Branches and large objects are in
+    `folder/internal`.
     """
 
     daemon_threads = True
@@ -79,9 +80,9 @@ class Hub(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def environment(self, home: Path, **more: str) -> dict[str, str]:
+    def environment(self, home: Path, **changes: str) -> dict[str, str]:
         """Environment variables for a client of this hub, with a cache folder of its own and without an account."""
-        ours = {
+        own_variables = {
             "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
             "HF_HOME": str(home),
             "NO_PROXY": "*",
@@ -89,7 +90,10 @@ class Hub(ThreadingHTTPServer):
         }
         dropped = ("HF_", "HUGGING")
         return (
-            {name: value for name, value in os.environ.items() if not name.startswith(dropped)} | ours | {"HF_HUB_DISABLE_XET": "1"} | more
+            {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+            | own_variables
+            | {"HF_HUB_DISABLE_XET": "1"}
+            | changes
         )
 
     def fault(self, on: str) -> Fault | None:
@@ -137,7 +141,7 @@ class Answer(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path = unquote(url.path)
         file, write = RESOLVE.fullmatch(path), WRITE.fullmatch(path) if self.command in ("POST", "PUT") else None
-        part = "upload" if self.command == "PUT" else "commit" if write and write["what"] == "commit" else "api"
+        part = "upload" if self.command == "PUT" else "commit" if write and write["action"] == "commit" else "api"
         fault = self.server.fault("data" if file and self.command == "GET" else part)
         self.server.log.append(Request(self.command, path, fault.kind if fault else "answered"))
         self.cut = fault is not None and fault.kind == "drop"
@@ -187,7 +191,7 @@ class Answer(BaseHTTPRequestHandler):
 
     def repository(self, kind: str | None, name: str) -> Repository:
         kind = (kind or "models").strip("/")
-        return Repository(self.server.folder / kind / name, self.server.folder / "beside" / kind / name)
+        return Repository(self.server.folder / kind / name, self.server.folder / "internal" / kind / name)
 
     def existing(self, kind: str | None, name: str, write: bool = False) -> Repository:
         """The repository, if it exists and the client may see it."""
@@ -212,7 +216,7 @@ class Answer(BaseHTTPRequestHandler):
         return address
 
     def write(self, match: re.Match[str]) -> dict[str, Any]:
-        what, name = match["what"], match["name"]
+        action, name = match["action"], match["name"]
         if self.command == "PUT":
             # An upload has no token: like a signed address, its path was given out in the answer to an authorised request.
             if self.path not in self.server.signed_paths:
@@ -220,7 +224,7 @@ class Answer(BaseHTTPRequestHandler):
             self.repository("models", match["repo"]).store_object(name, self.body)
             return {}
         repository = self.existing("models", match["repo"], write=True)
-        if what == "commit":
+        if action == "commit":
             new_commit = repository.commit(name, [json.loads(line) for line in self.body.splitlines()])
             return {
                 "success": True,
@@ -228,10 +232,10 @@ class Answer(BaseHTTPRequestHandler):
                 "commitUrl": f"http://{self.headers['Host']}/{match['repo']}/commit/{new_commit}",
             }
         request = json.loads(self.body)
-        if what == "branch":
+        if action == "branch":
             repository.create_branch(name, request.get("startingPoint", "main"))
             return {}
-        if what == "preupload":
+        if action == "preupload":
             return {"files": repository.preupload(name, [file["path"] for file in request["files"]])}
         objects = [{"oid": item["oid"], "size": item["size"]} for item in request["objects"]]
         for item in (item for item in objects if not repository.object_path(item["oid"]).exists()):
@@ -243,13 +247,13 @@ class Answer(BaseHTTPRequestHandler):
     def api(self, match: re.Match[str], query: dict[str, list[str]]) -> Any:
         repository = self.existing(match["kind"], match["repo"])
         files = repository.at(match["revision"])
-        if match["what"] == "tree":
+        if match["action"] == "tree":
             start = files / match["path"].strip("/")
             if not start.is_dir():
                 raise Refused(404, "Entry not found", "EntryNotFound")
             inside = start.rglob("*") if query.get("recursive", ["false"])[0].lower() == "true" else start.glob("*")
             return [entry(files, path) for path in sorted(inside)]
-        if match["what"] == "paths-info":
+        if match["action"] == "paths-info":
             paths = parse_qs(self.body.decode()).get("paths") or json.loads(self.body)["paths"]
             return [entry(files, files / path) for path in paths if (files / path).exists()]
         siblings = [{"rfilename": str(path.relative_to(files))} for path in sorted(files.rglob("*")) if path.is_file()]
@@ -264,8 +268,8 @@ class Answer(BaseHTTPRequestHandler):
         if is_large(file):
             headers |= {"X-Linked-Etag": tag, "X-Linked-Size": str(len(content))}
         first, last, status = 0, len(content) - 1, 200
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last, status = int(asked[1]), min(last, int(asked[2] or last)), 206
+        if requested_range := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last, status = int(requested_range[1]), min(last, int(requested_range[2] or last)), 206
             if first > last:
                 return 416, b"", {}
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"

@@ -16,25 +16,25 @@ LARGE = ".safetensors"
 class Refused(Exception):
     """An error response: its status, and the body and headers that the client reads."""
 
-    def __init__(self, status: int, message: str, code: str = "", **more: Any):
+    def __init__(self, status: int, message: str, code: str = "", **fields: Any):
         super().__init__(message)
-        self.status, self.body = status, {"error": message, **more}
+        self.status, self.body = status, {"error": message, **fields}
         self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository: `main` has the files of the main branch; `beside` has the other branches, the large objects and the mark `private`."""
+    """A repository: `main` has the files of the main branch; `internal` has other branches, large objects and the mark `private`."""
 
     main: Path
-    beside: Path
+    internal: Path
 
     @property
     def private(self) -> bool:
-        return (self.beside / "private").exists()
+        return (self.internal / "private").exists()
 
     def branches(self) -> dict[str, Path]:
-        return {"main": self.main} | {folder.name: folder for folder in sorted((self.beside / "branches").glob("*"))}
+        return {"main": self.main} | {folder.name: folder for folder in sorted((self.internal / "branches").glob("*"))}
 
     def at(self, revision: str | None) -> Path:
         """The folder of a branch, by the branch's name or by its commit."""
@@ -47,9 +47,9 @@ class Repository:
         """Create the repository with a .gitattributes file, as the real hub does."""
         self.main.mkdir(parents=True)
         (self.main / ".gitattributes").write_text(f"*{LARGE} filter=lfs diff=lfs merge=lfs -text\n")
-        self.beside.mkdir(parents=True)
+        self.internal.mkdir(parents=True)
         if private:
-            (self.beside / "private").touch()
+            (self.internal / "private").touch()
 
     def create_branch(self, name: str, start: str) -> None:
         """Create a branch that starts as a copy of another."""
@@ -57,7 +57,7 @@ class Repository:
             raise Refused(400, f"the test server has no branches with a slash in their name: {name}")
         if name in self.branches():
             raise Refused(409, "Reference already exists")
-        shutil.copytree(self.at(start), self.beside / "branches" / name)
+        shutil.copytree(self.at(start), self.internal / "branches" / name)
 
     def preupload(self, revision: str, paths: list[str]) -> list[dict[str, Any]]:
         """For each file, the way to upload it (`lfs` or `regular`) and the hash of the file that is there now."""
@@ -68,7 +68,7 @@ class Repository:
 
     def object_path(self, oid: str) -> Path:
         """Where a large object is stored."""
-        return self.beside / "objects" / oid
+        return self.internal / "objects" / oid
 
     def store_object(self, oid: str, content: bytes) -> None:
         """Store a large object; its hash must be `oid`."""
@@ -81,8 +81,8 @@ class Repository:
         """Apply the operations to a copy of the branch, then replace the branch by it: if one is refused, nothing changes."""
         if (files := self.branches().get(revision)) is None:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        self.beside.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=self.beside) as temporary:
+        self.internal.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self.internal) as temporary:
             new = Path(temporary) / "new"
             shutil.copytree(files, new)
             for line in lines:

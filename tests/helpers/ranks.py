@@ -54,20 +54,20 @@ def module(kind: tuple[str, dict[str, Any], dict[str, Any]], d_sae: int, dtype: 
     return JointSAE(config(architecture, d_sae=d_sae, **config_args), **arguments).to(dtype)
 
 
-def assert_same_training(alone: dict[str, Any], ours: list[dict[str, Any]], tolerance: float, case: str) -> None:
-    """Assert that `ours`, the results of the ranks, equal the result of one process, `alone`, and have the same bits on all ranks.
+def assert_same_training(single_process: dict[str, Any], by_rank: list[dict[str, Any]], tolerance: float, case: str) -> None:
+    """Assert that the results of the ranks equal that of a single process, and have the same bits on all ranks.
 
     A result has the module's `state`, the `dead` latents, and the scalars of each step (`shown`).
     """
-    for name, expected in alone["state"].items():
-        for result in ours:
-            assert (result["state"][name] == ours[0]["state"][name]).all(), f"{case}: {name} differs among ranks"
-        error = (ours[0]["state"][name].double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    for name, expected in single_process["state"].items():
+        for result in by_rank:
+            assert (result["state"][name] == by_rank[0]["state"][name]).all(), f"{case}: {name} differs among ranks"
+        error = (by_rank[0]["state"][name].double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
         assert error <= tolerance, f"{case}: {name} is {error:.1e} off"
-    assert all((result["dead"] == alone["dead"]).all() for result in ours), case
+    assert all((result["dead"] == single_process["dead"]).all() for result in by_rank), case
     atol = 1e-7 if tolerance > 1e-9 else 1e-12
-    for expected, *others in zip(alone["shown"], *(result["shown"] for result in ours), strict=True):
-        for values in others:
+    for expected, *rank_values in zip(single_process["shown"], *(result["shown"] for result in by_rank), strict=True):
+        for values in rank_values:
             torch.testing.assert_close(torch.stack(values), torch.stack(expected), rtol=100 * tolerance, atol=atol)
 
 

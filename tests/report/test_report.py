@@ -32,7 +32,7 @@ from metasae_lightning.sae.pretrained import load_pretrained
 from metasae_lightning.training import JointSAE
 from tests.evaluation.test_evaluate import QUICK
 from tests.helpers.architectures import config
-from tests.helpers.judged import HOOK, recipe, sae
+from tests.helpers.judged import HOOK, data_config, sae
 
 HOSTILE = [
     "<script>alert('a')</script> & <img src=x onerror=alert(1)>",
@@ -63,7 +63,7 @@ def write_run_with_arms(folder: Path, name: str, arms: dict[str, tuple[float | N
     run_folder.mkdir(parents=True)
     models = {arm: model(*settings) for arm, settings in arms.items()}
     (run_folder / "config.yaml").write_text(
-        yaml.safe_dump({"data": recipe(folder, **data), "model": {"init_args": {"arms": models}}}, sort_keys=False)
+        yaml.safe_dump({"data": data_config(folder, **data), "model": {"init_args": {"arms": models}}}, sort_keys=False)
     )
     metadata = {
         "model_name": str(folder / "model"),
@@ -90,7 +90,7 @@ FOUR_ARMS = {"solo-seed0": (None, 0), "solo-seed1": (None, 1), "joint-seed0": (0
 def evaluated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with arms solo and joint, two seeds each, evaluated on text that has hostile documents."""
     folder = tmp_path_factory.mktemp("report")
-    recipe(folder)
+    data_config(folder)
     texts = [json.loads(line)["text"] for line in (folder / "text.jsonl").read_text().splitlines()]
     hostile = [f"{text} {i}" for i in range(12) for text in HOSTILE]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, *hostile]))

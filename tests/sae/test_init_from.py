@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from metasae_lightning.cli import main
 from metasae_lightning.sae.init_from import InitFrom, mismatches, official_model_name
-from tests.helpers.judged import D_IN, HOOK, recipe, sae
+from tests.helpers.judged import D_IN, HOOK, data_config, sae
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
@@ -36,7 +36,7 @@ def write_recipe(folder: Path, **model_args: Any) -> Path:
     }
     tree = {
         "model": {"class_path": "metasae_lightning.JointSAE", "init_args": model},
-        "data": recipe(folder),
+        "data": data_config(folder),
         "trainer": {"accelerator": "cpu", "callbacks": [*callbacks, save_checkpoints]},
     }
     path = folder / "recipe.yaml"

@@ -20,7 +20,7 @@ from metasae_lightning.sae import pretrained
 from metasae_lightning.sae.publish import open_destination
 from metasae_lightning.sae.publish import publish as publish_folders
 from tests.helpers.hub import Fault, Hub
-from tests.helpers.judged import HOOK, run, sae
+from tests.helpers.judged import HOOK, sae, write_run
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_testtokenwhichissecret"
@@ -31,7 +31,7 @@ QUICK = ["--tokens", "256"]
 def write_finished_run(folder: Path, name: str = "one", *, seed: int = 0) -> Path:
     """A finished run with a meta SAE and a full recipe; the recipe and the metadata contain a token."""
     metadata = {"dataset_path": "some text", "training_architecture": "batchtopk", "exclude_special_tokens": True, "context_size": 16}
-    run_folder = run(folder, name, seed=seed, model_from_pretrained_kwargs={"token": TOKEN}, **metadata)
+    run_folder = write_run(folder, name, seed=seed, model_from_pretrained_kwargs={"token": TOKEN}, **metadata)
     sae(1, 8, 0.1).save_model(run_folder / "saes" / "meta")
     tree = yaml.safe_load((run_folder / "config.yaml").read_text())
     primary = {"class_path": "sae_lens.BatchTopKTrainingSAEConfig", "init_args": {"d_in": 32, "d_sae": 48, "k": 8}}
@@ -292,7 +292,7 @@ def test_a_new_branch_starts_from_main_and_leaves_main_unchanged(place: Path, tm
         public = client(hub, home, other, "hf://someone/saes", "--private", "true", "--id", "a/d")
         assert public.returncode == 2 and "is public, and publishing does not change that" in public.stderr
     assert tree(hub.folder / "models" / "someone" / "saes") == main_branch
-    (branch,) = (hub.folder / "beside").glob("**/trial")
+    (branch,) = (hub.folder / "internal").glob("**/trial")
     page = (branch / "README.md").read_text()
     assert "\n## a/b\n" in page and "\n## a/c\n" in page
 
