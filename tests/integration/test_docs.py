@@ -1,4 +1,4 @@
-"""What the documents tell people to type works."""
+"""Commands, Python code, links and make targets in the documents work."""
 
 import re
 import shlex
@@ -18,44 +18,44 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 FIT = re.compile(r"^    (metasae (?:fit|cache) [^#\n]*)", re.MULTILINE)
-# What a launcher is given to run: the command line behind `cli.py` or `metasae`.
+# The command line that a launcher runs: the words behind `cli.py` or `metasae`.
 LAUNCHED = re.compile(r"^    (?:torchrun|srun) [^#\n]*?(?:cli\.py|metasae) (fit [^#\n]*)", re.MULTILINE)
 MEASURING = re.compile(r"^    (metasae (?:test|evaluate|calibrate|compare|report|publish) [^#\n]*)", re.MULTILINE)
 COMMANDS = [line.strip() for text in DOCUMENTS for line in FIT.findall(text.read_text().replace("\\\n", " ")) if "--help" not in line]
 COMMANDS += [f"metasae {line.strip()}" for text in DOCUMENTS for line in LAUNCHED.findall(text.read_text().replace("\\\n", " "))]
-# Overlays that a document shows, by the name that it gives them.
+# Overlays shown in a document, by file name.
 OVERLAYS = dict(re.findall(r"`(\w+\.yaml)`:\n\n```yaml\n(.*?)```", "\n".join(text.read_text() for text in DOCUMENTS), re.DOTALL))
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_there_is_something_to_type():
+def test_the_documents_have_commands_code_and_an_overlay():
     assert len(COMMANDS) >= 8 and len(BLOCKS) >= 2
-    assert len([command for command in COMMANDS if "-c nodes" in command]) == 2  # torchrun's and srun's
+    assert len([command for command in COMMANDS if "-c nodes" in command]) == 2  # with torchrun and with srun
     assert len(OVERLAYS) == len([command for command in COMMANDS if any(name in command for name in OVERLAYS)]) == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_documents_parses(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    seen: list[str] = []
-    monkeypatch.setattr(MetasaeCLI, "instantiate_classes", lambda self: seen.append(self.run_directory.as_posix()))
+def test_a_fit_command_in_the_documents_parses(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    run_directories: list[str] = []
+    monkeypatch.setattr(MetasaeCLI, "instantiate_classes", lambda self: run_directories.append(self.run_directory.as_posix()))
     monkeypatch.setattr(MetasaeCLI, "_run_subcommand", lambda self, subcommand: None)
-    (tmp_path / "there.ckpt").touch()
-    monkeypatch.setattr(lightning_cli, "last_checkpoint", lambda run: "there.ckpt")  # of a run that is gone on with
+    (tmp_path / "last.ckpt").touch()
+    monkeypatch.setattr(lightning_cli, "last_checkpoint", lambda run: "last.ckpt")  # for commands that resume a run
     monkeypatch.chdir(tmp_path)
     for name, overlay in OVERLAYS.items():
         Path(name).write_text(overlay)
     assert main(shlex.split(command)[1:]) == 0
-    assert seen[0].startswith("runs/")
+    assert run_directories[0].startswith("runs/")
 
 
 @pytest.mark.parametrize("command", [line.strip() for text in DOCUMENTS for line in MEASURING.findall(text.read_text())])
-def test_a_measuring_command_of_the_documents_parses(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def stop(places: list[str], out: str | None = None) -> None:
-        raise InputError(f"opens {len(places)}")
+def test_an_evaluation_command_in_the_documents_parses(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def raise_with_count(sources: list[str], out: str | None = None) -> None:
+        raise InputError(f"opens {len(sources)}")
 
-    monkeypatch.setattr(measure, "open_saes", stop)
-    monkeypatch.setattr(publish_command, "open_saes", stop)
-    monkeypatch.setattr(report, "study", stop)
+    monkeypatch.setattr(measure, "open_saes", raise_with_count)
+    monkeypatch.setattr(publish_command, "open_saes", raise_with_count)
+    monkeypatch.setattr(report, "study", raise_with_count)
     words = shlex.split(command)[1:]
     if "--ckpt_path" in words:
         assert is_lightning_test(words)
@@ -64,7 +64,7 @@ def test_a_measuring_command_of_the_documents_parses(command: str, monkeypatch: 
     assert re.search(r"metasae: error: opens [12]$", capsys.readouterr().err.strip())
 
 
-def test_the_readmes_own_activations_train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_readmes_example_with_own_activations_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (block,) = [block for block in BLOCKS if "JointSAE" in block]
     monkeypatch.chdir(tmp_path)
     quiet = "enable_progress_bar=False, enable_model_summary=False, logger=False, enable_checkpointing=False"
@@ -75,10 +75,10 @@ def test_the_readmes_own_activations_train(monkeypatch: pytest.MonkeyPatch, tmp_
     assert int(names["module"].meta.steps) == 25  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("text", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(text: Path):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text.read_text()):
-        assert (text.parent / target).exists(), target
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_in_the_documents_point_to_existing_files(document: Path):
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
+        assert (document.parent / link).exists(), link
 
 
 def test_make_targets_named_in_the_documents_exist():

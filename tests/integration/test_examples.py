@@ -1,4 +1,4 @@
-"""The examples run, and say what they promise."""
+"""The examples run and print the values that their docstrings describe."""
 
 import importlib
 import re
@@ -34,7 +34,7 @@ def test_the_latents_of_a_word_are_listed_with_the_meta_latents_of_the_strongest
     assert any(re.match(r"  meta-latent \d+: [\d.]+, shared with latents \[\d+", line) for line in lines)
 
 
-def test_a_word_that_the_text_does_not_have_is_named(run: Path):
+def test_a_word_that_is_not_in_the_text_is_named_in_the_error(run: Path):
     with pytest.raises(SystemExit, match="no token of the text is part of 'Rome'"):
         example("latents_of_a_word", run, "--word", "Rome")
 
@@ -48,17 +48,20 @@ def test_steering_changes_the_next_token_and_strength_zero_does_not(run: Path, c
     assert abs(divergences[1]) < 1e-4
 
 
-def test_own_activations_train_and_the_folder_rebuilds_new_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_own_activations_train_and_the_saved_sae_reconstructs_new_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     example("own_activations", "--out", tmp_path / "sae", "--rows", "50000")
     l0, unexplained = map(float, re.search(r"L0 ([\d.]+), variance unexplained ([\d.]+)", capsys.readouterr().out).groups())  # type: ignore[union-attr]
     assert l0 == pytest.approx(3, rel=0.1)  # k of the primary
     assert unexplained < 0.5
 
 
-def test_an_own_penalty_and_callback_are_named_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_users_penalty_and_callback_can_be_set_in_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.chdir(ROOT)
     flags = [f"--data.init_args.{name}={value}" for name, value in SMALL.items()]
     assert main(["fit", "-c", "quickstart", "-c", "examples/own_penalty.yaml", "--run", str(tmp_path / "run"), *flags]) == 0
     output = capsys.readouterr().out
-    assert re.findall(r"step (\d+): fvu [\d.]+, shared direction 0\.0*[1-9]", output) == ["0"]  # of 8 steps, every fiftieth
-    assert "penalty shared_direction" in output  # the closing table
+    # A line every 50 steps, of which the run has 8.
+    assert re.findall(r"step (\d+): fvu [\d.]+, shared direction 0\.0*[1-9]", output) == ["0"]
+    assert "penalty shared_direction" in output  # in the table at the end

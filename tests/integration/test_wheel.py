@@ -1,4 +1,4 @@
-"""The wheel holds the files of the tree, the two linked folders included, and the light command line works from it."""
+"""The wheel has the files of the source tree, including the two linked folders, and the command line works from it."""
 
 import os
 import shutil
@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OURS = "metasae_lightning"
+PACKAGE = "metasae_lightning"
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the tree, so that nothing is left behind in it, and without the network."""
+    """A wheel built without the network from a copy of the tree, so that no build files are left in the tree."""
     folder = tmp_path_factory.mktemp("wheel")
     tree = folder / "tree"
     tree.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "cli.py"):
         shutil.copy(ROOT / name, tree)
-    for name in (OURS, "callbacks", "configs", "tests"):
+    for name in (PACKAGE, "callbacks", "configs", "tests"):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(tree)]
     built = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
@@ -30,11 +30,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# No file is lost, as setuptools' `find` loses the linked folders, and none is added, such as tests or cli.py.
-def test_the_wheel_holds_the_package_as_the_tree_shows_it(wheel: Path):
+# setuptools' `find` would lose the linked folders; tests and cli.py must not be added.
+def test_the_wheel_has_exactly_the_files_of_the_package(wheel: Path):
     tree = {
         path.relative_to(ROOT).as_posix()
-        for folder in [ROOT / OURS, *(child for child in (ROOT / OURS).iterdir() if child.is_dir())]
+        for folder in [ROOT / PACKAGE, *(child for child in (ROOT / PACKAGE).iterdir() if child.is_dir())]
         for pattern in ("*.py", "*.yaml", "page.*")
         for path in folder.glob(pattern)
     }
@@ -42,12 +42,12 @@ def test_the_wheel_holds_the_package_as_the_tree_shows_it(wheel: Path):
     assert shipped == tree
 
 
-def test_the_command_ships_and_the_script_of_the_checkout_does_not(wheel: Path):
+def test_the_wheel_has_the_metasae_command_and_not_cli_py(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
     (entry,) = [name for name in names if name.endswith("entry_points.txt")]
     assert "metasae = metasae_lightning.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
     assert "cli.py" not in names
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {OURS}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {PACKAGE}
 
 
 def test_the_unpacked_wheel_imports_its_callbacks_and_finds_its_recipes(wheel: Path, tmp_path: Path):
@@ -60,8 +60,8 @@ def test_the_unpacked_wheel_imports_its_callbacks_and_finds_its_recipes(wheel: P
     command = [sys.executable, "-c", code]
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     assert ran.returncode == 0, ran.stderr
-    where, recipes = ran.stdout.splitlines()
-    assert Path(where) == tmp_path / OURS / "callbacks"
+    callbacks_folder, recipes = ran.stdout.splitlines()
+    assert Path(callbacks_folder) == tmp_path / PACKAGE / "callbacks"
     assert set(recipes.split()) == {path.name for path in (ROOT / "configs").glob("*.yaml")}
 
 
