@@ -1,4 +1,4 @@
-"""LightningCLI behind the light entry: its whole help, its options, and the names that it resolves."""
+"""LightningCLI behind the `metasae` command: its full help, its options, and the names that it resolves."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ LIGHTNING_COMMANDS = [command for command in COMMANDS.values() if command.is_lig
 
 # The short help is kept by hand: each of its options must be one of the real parser.
 @pytest.mark.parametrize("command", LIGHTNING_COMMANDS, ids=lambda command: command.name)
-def test_all_options_of_the_short_help_are_lightning_clis(command, capsys: pytest.CaptureFixture[str]):
+def test_all_options_of_the_short_help_are_options_of_lightning_cli(command, capsys: pytest.CaptureFixture[str]):
     assert main([command.name, "--help_all"]) == 0
     text = capsys.readouterr().out
     options = set(re.findall(r"--[a-z_]\w*(?:\.\w+)*|-c\b", text))
@@ -27,7 +27,7 @@ def test_all_options_of_the_short_help_are_lightning_clis(command, capsys: pytes
     assert {name for option, _, _ in command.options for name in option.split("/")} <= options
 
 
-def test_the_whole_help_of_test_is_lightnings_and_the_short_one_ours(capsys: pytest.CaptureFixture[str]):
+def test_help_all_of_test_is_lightnings_and_help_lists_our_options(capsys: pytest.CaptureFixture[str]):
     assert main(["test", "--help_all"]) == 0
     assert "--trainer.max_epochs" in capsys.readouterr().out
     assert main(["test", "--help"]) == 0
@@ -35,19 +35,19 @@ def test_the_whole_help_of_test_is_lightnings_and_the_short_one_ours(capsys: pyt
 
 
 @pytest.mark.parametrize("words", [["fit", "-c", "synthetic", "-c", "solo", "--print_config"], ["-c", "none.yaml", "fit"]])
-def test_the_parsers_own_options_reach_it(words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_print_config_and_options_before_the_command_reach_the_parser(words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path):
     if "none.yaml" in words:
         assert main(words) == 2 and "-c none.yaml: there is no such file or recipe" in capsys.readouterr().err
         return
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_error:
         main(words)
-    assert ended.value.code == 0
+    assert exit_error.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["run"] == "runs/synthetic" and config["model"]["init_args"]["meta"] is None
 
 
-# In a new process, where nobody else has imported the classes.
-def test_short_class_names_resolve_though_packages_are_lazy(tmp_path: Path):
+# In a new process, where no other test has imported the classes.
+def test_short_class_names_resolve_before_their_modules_are_imported(tmp_path: Path):
     recipe = yaml.safe_load((ROOT / "configs" / "synthetic.yaml").read_text())
     recipe["model"]["class_path"], recipe["data"]["class_path"] = "JointSAE", "SyntheticDataModule"
     recipe["trainer"]["callbacks"] = [{"class_path": "Summary"}, {"class_path": "metasae_lightning.callbacks.HeldOut"}]
@@ -56,7 +56,7 @@ def test_short_class_names_resolve_though_packages_are_lazy(tmp_path: Path):
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, stdin=subprocess.DEVNULL)
     assert ran.returncode == 0, ran.stderr
     config = yaml.safe_load(ran.stdout)
-    # Short paths, as in the config.yaml of earlier runs.
+    # Saved paths are short, as in the config.yaml of earlier runs.
     assert config["model"]["class_path"] == "metasae_lightning.JointSAE"
     assert config["data"]["class_path"] == "metasae_lightning.SyntheticDataModule"
     names = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
@@ -65,7 +65,7 @@ def test_short_class_names_resolve_though_packages_are_lazy(tmp_path: Path):
     assert {penalty["class_path"] for penalty in penalties} == {"metasae_lightning.penalties.Decomposability"}
 
 
-def test_error_lines_offer_every_class_and_argument_of_ours():
+def test_suggestions_in_errors_include_our_classes_and_arguments():
     load_plugins()
     assert {*callbacks.__all__, "TextFiles", "HuggingFaceLM", "Decomposability", "JointSAE", "SyntheticDataModule"} <= class_names()
     assert {"n_p", "weight", "batch_size", "hook"} <= argument_names()

@@ -1,4 +1,4 @@
-"""Every shipped YAML: it parses, it says what it should, and it runs."""
+"""Every shipped YAML parses, has its documented values, and runs."""
 
 import json
 import math
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 
 BATCHTOPK, ADAM = "sae_lens.BatchTopKTrainingSAEConfig", "torch.optim.Adam"
 DECOMPOSABILITY, ORTHOGONALITY = (f"metasae_lightning.penalties.{name}" for name in ("Decomposability", "Orthogonality"))
-# Where the paper speaks these are its numbers (docs/method.md), elsewhere those of its author's code.
+# Values from the paper (docs/method.md), or from its author's code where the paper has none.
 BOTH_PAPER_RUNS: dict[str, Any] = {
     **{f"model.{sae}.normalize_activations": "layer_norm" for sae in ("primary", "meta")},
     **{f"model.{sae}.decoder_init_norm": 1.0 for sae in ("primary", "meta")},
@@ -48,7 +48,7 @@ BOTH_PAPER_RUNS: dict[str, Any] = {
     "data.batch_size": 4096,
     "data.context_size": 128,
 }
-NUMBERS: dict[str, dict[str, Any]] = {
+RECIPE_VALUES: dict[str, dict[str, Any]] = {
     "gpt2_large_l20": BOTH_PAPER_RUNS
     | {
         "data.language_model.name": "gpt2-large",
@@ -77,10 +77,10 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "model.n_p": 10,
         "model.n_m": 5,
     },
-    # The SAE is as wide as the planted features are many, and reads what is planted.
+    # The SAE has as many latents as there are planted features, and the input size of the synthetic activations.
     "synthetic": {"model.primary.d_in": 64, "model.primary.d_sae": 256, "data.model.hidden_dim": 64, "data.model.num_features": 256},
 }
-# What an overlay makes of a recipe: its penalties by class and weight, whether a meta SAE is left, and n_p and n_m where it sets them.
+# Values that an overlay sets: penalties by class and weight, whether there is a meta SAE, and n_p and n_m if it sets them.
 OVERLAYS: dict[str, tuple[dict[str, tuple[str, float]], bool, tuple[int, int] | None]] = {
     "solo": ({}, False, None),
     "control": ({"decomposability": (DECOMPOSABILITY, 0.0)}, True, None),
@@ -89,7 +89,7 @@ OVERLAYS: dict[str, tuple[dict[str, tuple[str, float]], bool, tuple[int, int] | 
 }
 WEIGHTS, SIGMAS = (0.1, 0.3, 1.0), (0.3, 1.0, 3.0)
 PAPER_ARMS = {"solo", "control", "sequential"} | {f"weight{w}-sigma_sq{s}" for w in WEIGHTS for s in SIGMAS}
-# The arms that a grid makes of a recipe.
+# The recipe and the arms of each grid.
 GRIDS: dict[str, tuple[str, set[str]]] = {
     "paper_grid": ("gpt2_large_l20", PAPER_ARMS),
     "quickstart_grid": ("quickstart", {f"{name}-seed{seed}" for name in PAPER_ARMS for seed in range(3)}),
@@ -103,7 +103,7 @@ GRIDS: dict[str, tuple[str, set[str]]] = {
     ),
 }
 
-# Where a recipe runs: all that such an overlay changes.
+# Overlays that set where a recipe runs, with every value that they change.
 MACHINES: dict[str, dict[str, Any]] = {
     "two_devices": {"data.language_model.device": "own"},
     "one_node": {"trainer.devices": 8, "trainer.strategy": "ddp"},
@@ -111,19 +111,19 @@ MACHINES: dict[str, dict[str, Any]] = {
 }
 
 
-def parsed(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, Any]:
-    """The whole configuration that `metasae fit -c NAME...` comes to; nothing is built and nothing is run."""
-    seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(MetasaeCLI, "before_instantiate_classes", lambda self: seen.append(self.config["fit"].as_dict()))
+def parsed_config(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, Any]:
+    """The full configuration of `metasae fit -c NAME...`; no class is instantiated and no run is started."""
+    configs: list[dict[str, Any]] = []
+    monkeypatch.setattr(MetasaeCLI, "before_instantiate_classes", lambda self: configs.append(self.config["fit"].as_dict()))
     monkeypatch.setattr(MetasaeCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(MetasaeCLI, "_run_subcommand", lambda self, subcommand: None)
     with torch.random.fork_rng():
         assert main(["fit", *(word for name in names for word in ("-c", name))]) == 0
-    return seen[0]
+    return configs[0]
 
 
-def at(config: dict[str, Any], path: str) -> Any:
-    """A dotted path's value, `init_args` understood."""
+def value_at(config: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path without `init_args`."""
     node: Any = config
     for part in path.split("."):
         node = node[part]
@@ -131,127 +131,135 @@ def at(config: dict[str, Any], path: str) -> Any:
     return node
 
 
-def found(config: dict[str, Any], paths: Any) -> dict[str, Any]:
-    return {path: at(config, path) for path in paths}
+def values_at(config: dict[str, Any], paths: Any) -> dict[str, Any]:
+    return {path: value_at(config, path) for path in paths}
 
 
-def test_every_shipped_yaml_is_tested_here():
-    known = {"joint", *NUMBERS, *OVERLAYS, *GRIDS, *MACHINES}
+def test_every_shipped_yaml_is_in_one_of_the_tables_above():
+    known = {"joint", *RECIPE_VALUES, *OVERLAYS, *GRIDS, *MACHINES}
     assert {path.stem for path in RECIPES.iterdir() if path.suffix in (".yaml", ".yml")} == known
 
 
-@pytest.mark.parametrize("recipe", NUMBERS)
-def test_a_recipe_has_its_numbers(recipe: str, monkeypatch: pytest.MonkeyPatch):
-    config = parsed(monkeypatch, recipe, "joint")
-    assert found(config, NUMBERS[recipe]) == NUMBERS[recipe]
+@pytest.mark.parametrize("recipe", RECIPE_VALUES)
+def test_a_recipe_has_its_documented_values(recipe: str, monkeypatch: pytest.MonkeyPatch):
+    config = parsed_config(monkeypatch, recipe, "joint")
+    assert values_at(config, RECIPE_VALUES[recipe]) == RECIPE_VALUES[recipe]
     assert {config["model"]["init_args"][sae]["class_path"] for sae in ("primary", "meta")} == {BATCHTOPK}
     assert {config["model"]["init_args"][f"{sae}_optimizer"]["class_path"] for sae in ("primary", "meta")} == {ADAM}
     assert config["run"] == f"runs/{recipe}"
 
 
-# As many steps of the run as the budget holds come in whole validation intervals, so that the last one sees the finished SAE.
+# The number of steps is a multiple of the validation interval, so that the last validation measures the finished SAE.
 @pytest.mark.parametrize("recipe", ["gpt2_large_l20", "gemma2_9b_l23"])
-def test_the_last_validation_is_at_the_end(recipe: str, monkeypatch: pytest.MonkeyPatch):
-    config = parsed(monkeypatch, recipe)
-    batches = at(config, "data.tokens") // at(config, "data.batch_size")
+def test_the_last_validation_is_after_the_last_step(recipe: str, monkeypatch: pytest.MonkeyPatch):
+    config = parsed_config(monkeypatch, recipe)
+    batches = value_at(config, "data.tokens") // value_at(config, "data.batch_size")
     assert batches % int(batches * config["trainer"]["val_check_interval"]) == 0
 
 
 @pytest.mark.parametrize("recipe", ["gpt2_large_l20", "gemma2_9b_l23"])
 def test_every_number_of_the_paper_runs_names_its_source(recipe: str):
-    above, silent = "", []
+    comment_above, lines_without_source = "", []
     for line in (RECIPES / f"{recipe}.yaml").read_text().splitlines():
         value, _, comment = line.partition("#")
-        numbered = re.search(r"(?<![\w.-])\d[\d_.e+-]*(?![\w-])", value)
-        if numbered and not re.search(r"\b(paper|author|SAELens|ours|width|decoder rows)\b", comment or above):
-            silent.append(line)
-        above = comment if not value.strip() else ""
-    assert not silent
+        has_number = re.search(r"(?<![\w.-])\d[\d_.e+-]*(?![\w-])", value)
+        if has_number and not re.search(r"\b(paper|author|SAELens|ours|width|decoder rows)\b", comment or comment_above):
+            lines_without_source.append(line)
+        comment_above = comment if not value.strip() else ""
+    assert not lines_without_source
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-@pytest.mark.parametrize("recipe", NUMBERS)
-def test_an_overlay_does_what_it_says_to_every_recipe_and_nothing_else(recipe: str, overlay: str, monkeypatch: pytest.MonkeyPatch):
-    plain, laid = parsed(monkeypatch, recipe, "joint"), parsed(monkeypatch, recipe, overlay)
+@pytest.mark.parametrize("recipe", RECIPE_VALUES)
+def test_an_overlay_changes_its_values_in_every_recipe_and_no_others(recipe: str, overlay: str, monkeypatch: pytest.MonkeyPatch):
+    without_overlay, with_overlay = parsed_config(monkeypatch, recipe, "joint"), parsed_config(monkeypatch, recipe, overlay)
     penalties, has_meta, phases = OVERLAYS[overlay]
-    before, after = plain["model"]["init_args"], laid["model"]["init_args"]
-    # The second file replaces the dict: a penalty of the recipe that it does not name is gone.
-    assert {name: (p["class_path"], p["init_args"]["weight"]) for name, p in after["penalties"].items()} == penalties
+    before, after = without_overlay["model"]["init_args"], with_overlay["model"]["init_args"]
+    # The overlay's dict replaces the recipe's, so penalties that only the recipe names are removed.
+    assert {name: (penalty["class_path"], penalty["init_args"]["weight"]) for name, penalty in after["penalties"].items()} == penalties
     assert before["meta"] is not None
     assert after["meta"] == (before["meta"] if has_meta else None)
     assert (after["n_p"], after["n_m"]) == (phases or (before["n_p"], before["n_m"]))
-    touched = {"penalties", "meta", "n_p", "n_m"}
-    assert {k: v for k, v in after.items() if k not in touched} == {k: v for k, v in before.items() if k not in touched}
-    assert {k: v for k, v in laid.items() if k not in ("model", "config")} == {
-        k: v for k, v in plain.items() if k not in ("model", "config")
+    changed = {"penalties", "meta", "n_p", "n_m"}
+    assert {k: v for k, v in after.items() if k not in changed} == {k: v for k, v in before.items() if k not in changed}
+    assert {k: v for k, v in with_overlay.items() if k not in ("model", "config")} == {
+        k: v for k, v in without_overlay.items() if k not in ("model", "config")
     }
 
 
 @pytest.mark.parametrize("overlay", MACHINES)
-@pytest.mark.parametrize("recipe", NUMBERS)
-def test_where_a_recipe_runs_is_all_that_such_an_overlay_changes(recipe: str, overlay: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("recipe", RECIPE_VALUES)
+def test_an_overlay_for_machines_changes_its_values_and_no_others(recipe: str, overlay: str, monkeypatch: pytest.MonkeyPatch):
     changes = MACHINES[overlay]
-    if recipe == "synthetic" and "data.language_model.device" in changes:  # planted data have no model
+    if recipe == "synthetic" and "data.language_model.device" in changes:  # synthetic data have no language model
         return
-    plain, laid = flat(parsed(monkeypatch, recipe)), flat(parsed(monkeypatch, recipe, overlay))
-    assert {path: value for path, value in laid.items() if value != plain.get(path)} == changes
-    assert laid.keys() - plain.keys() <= {"data.language_model.device"}
+    without_overlay, with_overlay = (
+        values_by_path(parsed_config(monkeypatch, recipe)),
+        values_by_path(parsed_config(monkeypatch, recipe, overlay)),
+    )
+    assert {path: value for path, value in with_overlay.items() if value != without_overlay.get(path)} == changes
+    assert with_overlay.keys() - without_overlay.keys() <= {"data.language_model.device"}
 
 
-def flat(config: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """Every value under its dotted path, `init_args` left out; not which files it is from."""
-    found: dict[str, Any] = {}
+def values_by_path(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value by its dotted path without `init_args`; without the names of config files and metadata."""
+    value_by_path: dict[str, Any] = {}
     for key, value in config.items():
         if key == "init_args" and isinstance(value, dict):
-            found |= flat(value, before)
+            value_by_path |= values_by_path(value, prefix)
         elif isinstance(value, dict) and value:
-            found |= flat(value, f"{before}{key}.")
+            value_by_path |= values_by_path(value, f"{prefix}{key}.")
         elif key not in ("config", "metadata"):
-            found[before + key] = value
-    return found
+            value_by_path[prefix + key] = value
+    return value_by_path
 
 
-# What the quickstart trains side by side is what the overlays of the same names train alone.
-def test_the_quickstart_has_three_arms(monkeypatch: pytest.MonkeyPatch):
-    arms = parsed(monkeypatch, "quickstart")["model"]["init_args"]["arms"]
+# Each arm of the quickstart equals the overlay of the same name.
+def test_the_quickstarts_three_arms_equal_the_overlays_of_their_names(monkeypatch: pytest.MonkeyPatch):
+    arms = parsed_config(monkeypatch, "quickstart")["model"]["init_args"]["arms"]
     assert list(arms) == ["solo", "joint", "control"]
     for name, arm in arms.items():
-        assert told(arm["init_args"]) == told(parsed(monkeypatch, "quickstart", name)["model"]["init_args"])
+        assert without_metadata(arm["init_args"]) == without_metadata(parsed_config(monkeypatch, "quickstart", name)["model"]["init_args"])
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_a_grid_is_the_recipe_with_one_thing_changed_in_each_arm(grid: str, monkeypatch: pytest.MonkeyPatch):
+def test_arms_of_a_grid_differ_from_the_recipe_in_the_values_of_their_names_only(grid: str, monkeypatch: pytest.MonkeyPatch):
     recipe, names = GRIDS[grid]
-    plain = parsed(monkeypatch, recipe, "control")["model"]["init_args"]
-    laid = parsed(monkeypatch, recipe, grid)["model"]
-    assert laid["class_path"].endswith("SideBySide") and laid["init_args"]["arms"].keys() == names
-    for name, arm in laid["init_args"]["arms"].items():
-        own, of_penalty = arm["init_args"], arm["init_args"]["penalties"].get("decomposability", {}).get("init_args", {})
-        assert {k: v for k, v in told(own).items() if k not in TOUCHED} == {k: v for k, v in told(plain).items() if k not in TOUCHED}, name
-        assert own["seed"] == int(name.rpartition("seed")[2] if "seed" in name else 0)
+    control_args = parsed_config(monkeypatch, recipe, "control")["model"]["init_args"]
+    grid_model = parsed_config(monkeypatch, recipe, grid)["model"]
+    assert grid_model["class_path"].endswith("SideBySide") and grid_model["init_args"]["arms"].keys() == names
+    for name, arm in grid_model["init_args"]["arms"].items():
+        arm_args, penalty_args = arm["init_args"], arm["init_args"]["penalties"].get("decomposability", {}).get("init_args", {})
+        assert {k: v for k, v in without_metadata(arm_args).items() if k not in CHANGED_BY_ARMS} == {
+            k: v for k, v in without_metadata(control_args).items() if k not in CHANGED_BY_ARMS
+        }, name
+        assert arm_args["seed"] == int(name.rpartition("seed")[2] if "seed" in name else 0)
         for part in name.split("-"):
             key, value = re.fullmatch(r"([a-z_]+)([\d.]*)", part).groups()  # type: ignore[union-attr]
-            assert key in {*OVERLAYS, "joint"} or {**of_penalty, "seed": own["seed"]}[key] == float(value)
+            assert key in {*OVERLAYS, "joint"} or {**penalty_args, "seed": arm_args["seed"]}[key] == float(value)
 
 
-TOUCHED = {"penalties", "meta", "n_p", "n_m", "seed"}
+CHANGED_BY_ARMS = {"penalties", "meta", "n_p", "n_m", "seed"}
 
 
-def told(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A model's arguments without what SAELens writes into a config's record by itself."""
-    both = {role: arguments[role] for role in ("primary", "meta") if arguments[role] is not None}
-    return {**arguments, **{role: {**one, "init_args": {**one["init_args"], "metadata": None}} for role, one in both.items()}}
+def without_metadata(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A model's arguments without the metadata that SAELens adds to SAE configs."""
+    saes = {role: arguments[role] for role in ("primary", "meta") if arguments[role] is not None}
+    return {
+        **arguments,
+        **{role: {**sae_config, "init_args": {**sae_config["init_args"], "metadata": None}} for role, sae_config in saes.items()},
+    }
 
 
 def fit(run: Path, *names: str, **overrides: Any) -> dict[str, Any]:
-    """A real `metasae fit`; returns what the finished run's checkpoint holds. In a keyword, `__` stands for `.init_args.`."""
+    """Run `metasae fit` and return the state dict of its last checkpoint. In keywords, `__` stands for `.init_args.`."""
     configs = [word for name in names for word in ("-c", name)]
     flags = [word for key, value in overrides.items() for word in (f"--{key.replace('__', '.init_args.')}", str(value))]
     assert main(["fit", *configs, "--run", str(run), *flags]) == 0
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=False, mmap=True)["state_dict"]
 
 
-def short(batches: int, batch_size: int, *, validation: int) -> dict[str, Any]:
+def short_run(batches: int, batch_size: int, *, validation: int) -> dict[str, Any]:
     return {
         "data__tokens": batches * batch_size,
         "data__batch_size": batch_size,
@@ -266,31 +274,31 @@ def texts(tmp_path: Path) -> str:
     return json.dumps({"class_path": "metasae_lightning.corpora.TextFiles", "init_args": {"paths": str(tmp_path / "texts")}})
 
 
-# Solo and control differ in nothing but the meta SAE beside; sequential's primary is the same again, its meta SAE trained at the end
-# and only there; orthogonality is the control that must differ.
-def test_overlays_run(tmp_path: Path):
-    size = short(12, 512, validation=2048)
-    ends = {overlay: fit(tmp_path / overlay, "synthetic", overlay, **size) for overlay in OVERLAYS}
-    primaries = {overlay: {k: v for k, v in end.items() if k.startswith("primary.")} for overlay, end in ends.items()}
-    assert int(ends["solo"]["primary.steps"]) == 12
+# Solo, control and sequential have equal primaries; control also trains a meta SAE, sequential trains it at the end only. Orthogonality
+# must differ.
+def test_overlays_train_equal_primaries_and_their_meta_steps(tmp_path: Path):
+    size = short_run(12, 512, validation=2048)
+    state_by_overlay = {overlay: fit(tmp_path / overlay, "synthetic", overlay, **size) for overlay in OVERLAYS}
+    primaries = {overlay: {k: v for k, v in state.items() if k.startswith("primary.")} for overlay, state in state_by_overlay.items()}
+    assert int(state_by_overlay["solo"]["primary.steps"]) == 12
     for overlay in ("control", "sequential"):
         assert all(torch.equal(value, primaries["solo"][name]) for name, value in primaries[overlay].items())
     assert not torch.equal(primaries["orthogonality"]["primary.sae.W_dec"], primaries["solo"]["primary.sae.W_dec"])
     # 12 steps are one macro-step of 10 and a partial one, 5 meta steps each.
-    steps = {overlay: int(end["meta.steps"]) if "meta.steps" in end else None for overlay, end in ends.items()}
+    steps = {overlay: int(state["meta.steps"]) if "meta.steps" in state else None for overlay, state in state_by_overlay.items()}
     assert steps == {"solo": None, "control": 10, "sequential": 1500, "orthogonality": None}
 
 
-# The architecture of the recipe's model and the recipe's own hook, 32 wide.
+# The architecture of the recipe's model with the recipe's hook, at width 32.
 @pytest.mark.parametrize(
     ("recipe", "architecture", "layers"), [("gpt2_large_l20", "gpt2", 21), ("gemma2_9b_l23", "gemma2", 24), ("quickstart", "llama", 16)]
 )
 def test_recipes_run_on_tiny_models_of_their_architecture(recipe: str, architecture: str, layers: int, tmp_path: Path, texts: str):
-    end = fit(
+    state = fit(
         tmp_path / "run",
         recipe,
         "joint",
-        **short(12, 256, validation=256),
+        **short_run(12, 256, validation=256),
         model__primary__d_in=32,
         model__primary__d_sae=256,
         model__meta__d_in=32,
@@ -303,18 +311,18 @@ def test_recipes_run_on_tiny_models_of_their_architecture(recipe: str, architect
         data__held_out=0.1,
         **{"trainer.accelerator": "cpu"},
     )
-    assert (int(end["primary.steps"]), int(end["meta.steps"])) == (12, 10)
-    assert_finished(tmp_path / "run", end, d_in=32, d_sae=256, k=at_k(recipe), meta=40)
+    assert (int(state["primary.steps"]), int(state["meta.steps"])) == (12, 10)
+    assert_finished(tmp_path / "run", state, d_in=32, d_sae=256, k=recipe_k(recipe), meta=40)
 
 
-def at_k(recipe: str) -> int:
-    return NUMBERS[recipe]["model.primary.k"]
+def recipe_k(recipe: str) -> int:
+    return RECIPE_VALUES[recipe]["model.primary.k"]
 
 
-def assert_finished(run: Path, end: dict[str, Any], *, d_in: int, d_sae: int, k: int, meta: int) -> None:
-    """All numbers finite, rows unit, and both folders SAELens's to read, at the recipe's sparsity."""
-    assert all(torch.isfinite(value).all() for value in end.values() if value.is_floating_point())
-    assert (end["primary.sae.W_dec"].norm(dim=-1) - 1).abs().max() < 1e-6
+def assert_finished(run: Path, state: dict[str, Any], *, d_in: int, d_sae: int, k: int, meta: int) -> None:
+    """Assert finite values, decoder rows of unit norm, and exported SAEs that SAELens loads, with the recipe's L0."""
+    assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
+    assert (state["primary.sae.W_dec"].norm(dim=-1) - 1).abs().max() < 1e-6
     record = json.loads((run / "evaluation.json").read_text())["validation"]
     assert all(math.isfinite(value) for value in [*record["primary"].values(), *record["meta"].values(), *record["penalties"].values()])
     assert 0 < record["penalties"]["decomposability"] <= 1
@@ -326,7 +334,7 @@ def assert_finished(run: Path, end: dict[str, Any], *, d_in: int, d_sae: int, k:
 
 
 def save_at_true_width(folder: Path, kind: Any, config: PretrainedConfig) -> Path:
-    """Random weights in bfloat16, which are half the disk."""
+    """Save a model with random weights in bfloat16, which take half the disk space of float32."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -340,8 +348,8 @@ def save_at_true_width(folder: Path, kind: Any, config: PretrainedConfig) -> Pat
 
 
 @pytest.fixture
-def roomy(tmp_path: Path) -> Iterator[Path]:
-    """A folder for gigabytes, which pytest would keep for three more sessions."""
+def large_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder for gigabytes, removed after the test; pytest would keep it for three more sessions."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 
@@ -349,43 +357,43 @@ def roomy(tmp_path: Path) -> Iterator[Path]:
 ON_CPU: dict[str, Any] = {"trainer.accelerator": "cpu", "trainer.precision": "32-true", "data__language_model__dtype": "float32"}
 
 
-# The recipe as it is, but for where its model and text lie, how long it runs and that it runs on a CPU.
+# The recipe with another model folder, corpus and length, on a CPU.
 @pytest.mark.slow
-def test_gpt2_large_at_its_true_size(roomy: Path, texts: str):
+def test_the_gpt2_large_recipe_runs_at_full_size(large_folder: Path, texts: str):
     # The hub's config of gpt2-large.
     config = GPT2Config(n_embd=1280, n_layer=36, n_head=20, vocab_size=50257, n_positions=1024, n_ctx=1024, bos_token_id=0, eos_token_id=1)
-    end = fit(
-        roomy / "run",
+    state = fit(
+        large_folder / "run",
         "gpt2_large_l20",
-        **short(11, 256, validation=512),
+        **short_run(11, 256, validation=512),
         **ON_CPU,
-        data__language_model__name=save_at_true_width(roomy / "model", GPT2LMHeadModel, config),
+        data__language_model__name=save_at_true_width(large_folder / "model", GPT2LMHeadModel, config),
         data__corpus=texts,
         data__buffer_size=512,
         data__forward_batch=4,
         data__held_out=0.1,
         **{"trainer.val_check_interval": 1.0},
     )
-    assert (int(end["primary.steps"]), int(end["meta.steps"])) == (11, 10)
-    assert_finished(roomy / "run", end, d_in=1280, d_sae=20_480, k=64, meta=1800)
+    assert (int(state["primary.steps"]), int(state["meta.steps"])) == (11, 10)
+    assert_finished(large_folder / "run", state, d_in=1280, d_sae=20_480, k=64, meta=1800)
 
 
-# True widths, 3 of 42 layers. A CPU's memory and time allow a quarter of the recipe's primary and a narrow meta SAE: one evaluation of
-# the recipe's own critic is 4 * 65536 * 3584 * 5760 = 5e12 operations.
+# Full width, 3 of 42 layers. A CPU's memory and time permit a quarter of the recipe's primary and a narrow meta SAE: one forward pass of
+# the recipe's own critic takes 4 * 65536 * 3584 * 5760 = 5e12 operations.
 @pytest.mark.slow
-def test_gemma_2_at_its_true_width(roomy: Path, texts: str):
+def test_the_gemma_2_recipe_runs_at_full_width(large_folder: Path, texts: str):
     # The hub's config of google/gemma-2-9b.
     widths = {"hidden_size": 3584, "intermediate_size": 14336, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256}
-    rest = {"vocab_size": 256_000, "query_pre_attn_scalar": 256, "sliding_window": 4096, "max_position_embeddings": 8192}
-    config = Gemma2Config(num_hidden_layers=3, bos_token_id=0, eos_token_id=1, pad_token_id=0, **widths, **rest)
-    end = fit(
-        roomy / "run",
+    other_sizes = {"vocab_size": 256_000, "query_pre_attn_scalar": 256, "sliding_window": 4096, "max_position_embeddings": 8192}
+    config = Gemma2Config(num_hidden_layers=3, bos_token_id=0, eos_token_id=1, pad_token_id=0, **widths, **other_sizes)
+    state = fit(
+        large_folder / "run",
         "gemma2_9b_l23",
-        **short(11, 128, validation=256),
+        **short_run(11, 128, validation=256),
         **ON_CPU | {"data__language_model__dtype": "bfloat16"},
         model__primary__d_sae=16_384,
         model__meta__d_sae=256,
-        data__language_model__name=save_at_true_width(roomy / "model", Gemma2ForCausalLM, config),
+        data__language_model__name=save_at_true_width(large_folder / "model", Gemma2ForCausalLM, config),
         data__language_model__hook="blocks.2.hook_resid_pre",
         data__corpus=texts,
         data__buffer_size=512,
@@ -393,5 +401,5 @@ def test_gemma_2_at_its_true_width(roomy: Path, texts: str):
         data__held_out=0.1,
         **{"trainer.val_check_interval": 1.0},
     )
-    assert (int(end["primary.steps"]), int(end["meta.steps"])) == (11, 10)
-    assert_finished(roomy / "run", end, d_in=3584, d_sae=16_384, k=100, meta=256)
+    assert (int(state["primary.steps"]), int(state["meta.steps"])) == (11, 10)
+    assert_finished(large_folder / "run", state, d_in=3584, d_sae=16_384, k=100, meta=256)
