@@ -1,13 +1,10 @@
 """Activation caches: same batches as the model, interchange with SAELens, resumed writes, damaged caches, caches of other settings."""
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from metasae_lightning.data.batching import StreamSlice
 from metasae_lightning.data.cached_stream import CachedStream
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import HuggingFaceLM
+from tests.helpers.command_line import CommandLine
 from tests.helpers.models import save_model
 
 HOOK = "blocks.1.hook_resid_post"
@@ -260,8 +258,8 @@ def recipe(inputs: Path, folder: Path) -> Path:
 
 def test_a_killed_cache_command_resumes_behind_its_last_shard_and_writes_equal_files(inputs: Path, cache: Path, tmp_path: Path):
     config, folder = recipe(inputs, tmp_path / "killed"), tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "cli.py"), "cache", "-c", str(config), "--shard_gib", "2e-5"]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    words = ["cache", "-c", str(config), "--shard_gib", "2e-5"]
+    process = CommandLine(words, cwd=ROOT)
     deadline = time.monotonic() + 120
     while len(list(folder.glob("train/data-*.arrow"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -269,7 +267,7 @@ def test_a_killed_cache_command_resumes_behind_its_last_shard_and_writes_equal_f
     process.communicate()
     modified_at = {path.name: path.stat().st_mtime_ns for path in folder.glob("train/data-*.arrow")}
     assert modified_at and not (folder / "cache.json").exists()
-    assert main(command[2:]) == 0
+    assert main(words) == 0
     # The kill may fall between renaming a shard and recording it, so at most one shard is written again.
     rewritten = [name for name, time_ns in modified_at.items() if (folder / "train" / name).stat().st_mtime_ns != time_ns]
     assert len(rewritten) <= 1 and len(modified_at) >= 2

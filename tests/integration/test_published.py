@@ -2,7 +2,8 @@
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.hub import Hub
+from tests.helpers.python_server import PythonServer
 
-ROOT = Path(__file__).parents[2]
 GEMMA = "gemma-scope-2b-pt-res-canonical:layer_20/width_16k/canonical"
 TOPK = "sae_bench_gemma-2-2b_topk_width-2pow12_date-1109:blocks.12.hook_resid_post__trainer_0"
 # Runs in a process of its own, because the hub's client reads its endpoint when it is imported.
@@ -41,12 +42,16 @@ except InputError as error:
 """
 
 
-def initialize_in_new_process(hub: Hub, folder: Path, source: str, x: torch.Tensor, *targets: str) -> subprocess.CompletedProcess[str]:
-    save_file({"x": x}, folder / "x.safetensors")
-    (folder / "home").mkdir(exist_ok=True)
-    environment = hub.environment(folder / "home", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    command = [sys.executable, "-c", SCRIPT, source, str(folder / "x.safetensors"), str(folder / "found.safetensors"), *targets]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False, cwd=folder)
+@contextmanager
+def initializer(hub: Hub, folder: Path) -> Generator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """A function that initialises training SAEs from an SAE of the hub in a new process; results are in `found.safetensors`."""
+    with PythonServer(hub.environment(folder / "home")) as server:
+
+        def initialize(source: str, x: torch.Tensor, *targets: str) -> subprocess.CompletedProcess[str]:
+            save_file({"x": x}, folder / "x.safetensors")
+            return server.run(SCRIPT, source, folder / "x.safetensors", folder / "found.safetensors", *targets, cwd=folder)
+
+        yield initialize
 
 
 # DeepMind's parameters: codes are pre-activations above a threshold per latent, `b_dec` is not subtracted, decoder rows have unit norm.
@@ -64,8 +69,8 @@ def test_init_from_gemma_scope_computes_its_function(tmp_path: Path):
     folder.mkdir(parents=True)
     numpy.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in weights.items()})
     x = torch.randn(64, d_in, generator=generator) + weights["b_dec"]
-    with Hub(tmp_path / "hub") as hub:
-        process = initialize_in_new_process(hub, tmp_path, GEMMA, x, "jumprelu", "batchtopk")
+    with Hub(tmp_path / "hub") as hub, initializer(hub, tmp_path) as initialize:
+        process = initialize(GEMMA, x, "jumprelu", "batchtopk")
     assert process.returncode == 0, process.stderr
     results = load_file(tmp_path / "found.safetensors")
     hidden = x @ weights["W_enc"].float() + weights["b_enc"].float()
@@ -112,13 +117,13 @@ def test_init_from_saebench_loads_tensors_and_refuses_a_pickle_with_code(tmp_pat
     }
     torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "ae.pt")
     x = torch.randn(64, d_in, generator=generator)
-    with Hub(tmp_path / "hub") as hub:
-        process = initialize_in_new_process(hub, tmp_path, TOPK, x, "topk")
+    with Hub(tmp_path / "hub") as hub, initializer(hub, tmp_path) as initialize:
+        process = initialize(TOPK, x, "topk")
         assert process.returncode == 0, process.stderr
         hidden = (x - weights["b_dec"]) @ rows.T
         codes = torch.zeros_like(hidden).scatter(1, hidden.topk(4).indices, hidden.topk(4).values.relu())
         torch.testing.assert_close(load_file(tmp_path / "found.safetensors")["topk rebuilt"], codes @ rows + weights["b_dec"])
         torch.save({**weights, "threshold": MaliciousPickle()}, folder / "ae.pt")
-        refused = initialize_in_new_process(hub, tmp_path, TOPK, x, "topk")
+        refused = initialize(TOPK, x, "topk")
     assert refused.returncode == 1 and refused.stderr.strip().split("\n")[-1].startswith("metasae: error: ")
     assert not list(tmp_path.rglob("executed"))

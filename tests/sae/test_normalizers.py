@@ -1,7 +1,5 @@
 """An exported SAE that others load from the Hub gives the codes and reconstructions of the run, for every architecture and normaliser."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,11 @@ from torch import Tensor
 from metasae_lightning.sae.normalizers import ExpectedAverage
 from tests.helpers.architectures import ARCHITECTURES, activations
 from tests.helpers.hub import Hub
+from tests.helpers.python_server import PythonServer
 from tests.sae.test_pretrained import NORMALIZERS, TENSORS, export_primary, train_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:decoder_init_norm must be set")
-ROOT, TOKEN = Path(__file__).parents[2], "hf_testtoken"
+TOKEN = "hf_testtoken"
 CASES = [(name, norm) for name in ARCHITECTURES for norm in NORMALIZERS if (name, norm) != ("matching_pursuit", "covariance_whitening")]
 LOAD = """
 import sys
@@ -54,15 +53,13 @@ def test_an_sae_loaded_from_the_hub_encodes_as_in_the_run(tmp_path: Path):
         folders[case] = tmp_path / "saes" / case
         export_primary(module, folders[case])
         expected[case] = training_result(module, x)
-    with Hub(tmp_path / "hub", token=TOKEN) as hub:
-        (tmp_path / "home").mkdir()
-        environment = hub.environment(tmp_path / "home", HF_TOKEN=TOKEN, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-        send = "import sys; from pathlib import Path; from metasae_lightning.sae.publish import publish; root = Path(sys.argv[1]); "
-        send += "publish({name: root / name for name in sys.argv[2:]}, 'hf://someone/saes')"
-        save_file({"x": x}, tmp_path / "x.safetensors")
-        calls = [[send, str(tmp_path / "saes"), *folders], [LOAD, str(tmp_path / "x.safetensors"), str(tmp_path / "found"), *folders]]
+    send = "import sys; from pathlib import Path; from metasae_lightning.sae.publish import publish; root = Path(sys.argv[1]); "
+    send += "publish({name: root / name for name in sys.argv[2:]}, 'hf://someone/saes')"
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    calls = [[send, str(tmp_path / "saes"), *folders], [LOAD, str(tmp_path / "x.safetensors"), str(tmp_path / "found"), *folders]]
+    with Hub(tmp_path / "hub", token=TOKEN) as hub, PythonServer(hub.environment(tmp_path / "home", HF_TOKEN=TOKEN)) as server:
         for code, *args in calls:
-            process = subprocess.run([sys.executable, "-c", code, *args], env=environment, capture_output=True, text=True, check=False)
+            process = server.run(code, *args, cwd=tmp_path)
             assert process.returncode == 0, process.stderr
     loaded = load_file(tmp_path / "found")
     for case, (name, _) in zip(expected, CASES, strict=True):

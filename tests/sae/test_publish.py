@@ -3,7 +3,8 @@
 import json
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from metasae_lightning.sae.publish import open_destination
 from metasae_lightning.sae.publish import publish as publish_folders
 from tests.helpers.hub import Fault, Hub
 from tests.helpers.judged import HOOK, sae, write_run
+from tests.helpers.python_server import PythonServer
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_testtokenwhichissecret"
@@ -221,15 +223,23 @@ def test_wrong_arguments_are_refused_in_one_line(args: list[str], message: str, 
     assert message in publish_error(capsys, *(arg.replace("ONE", str(place)) for arg in args))
 
 
-def client(hub: Hub, home: Path, *args: str | Path, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-    """`metasae publish` as a process of its own; only the waits between the client's own tries are shortened."""
-    code = (
-        "import sys; from huggingface_hub.utils import _http; from metasae_lightning.cli import main; "
-        "_http.http_backoff.__kwdefaults__.update(base_wait_time=0.01, max_wait_time=0.01); sys.exit(main(sys.argv[1:]))"
-    )
-    environment = hub.environment(home, HF_TOKEN=token, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-c", code, "publish", *map(str, args), *QUICK]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=home.parent, check=False)
+# The waits between the client's own tries are shortened.
+PUBLISH = (
+    "import sys; from huggingface_hub.utils import _http; from metasae_lightning.cli import main; "
+    "_http.http_backoff.__kwdefaults__.update(base_wait_time=0.01, max_wait_time=0.01); sys.exit(main(['publish', *sys.argv[1:]]))"
+)
+
+
+@contextmanager
+def client(hub: Hub, folder: Path) -> Generator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """A function that runs code, by default `metasae publish`, in a new process of the hub's client."""
+    (folder / "home").mkdir()
+    with PythonServer(hub.environment(folder / "home")) as server:
+
+        def call(*args: str | Path, code: str = PUBLISH, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+            return server.run(code, *args, *(QUICK if code == PUBLISH else []), cwd=folder, HF_TOKEN=token)
+
+        yield call
 
 
 LOAD = (
@@ -240,56 +250,51 @@ LOAD = (
 
 
 def test_an_sae_published_to_the_hub_after_failures_loads_with_equal_weights(place: Path, tmp_path: Path):
-    with Hub(tmp_path / "hub", token=TOKEN) as hub:
-        home, repository = tmp_path / "home", "hf://someone/saes"
-        home.mkdir()
+    with Hub(tmp_path / "hub", token=TOKEN) as hub, client(hub, tmp_path) as call:
+        repository = "hf://someone/saes"
         # First the uploads of objects fail, at each of six tries; then the commit fails; the third time all succeeds.
         failures = [[Fault("drop", on="upload", after=1)], [Fault("error", on="commit", times=1)]]
         outputs: list[str] = []
         for faults in failures:
             hub.faults[:] = faults
-            failed = client(hub, home, place, repository, "--private", "true", "--model_name", "someone/model")
+            failed = call(place, repository, "--private", "true", "--model_name", "someone/model")
             outputs += [failed.stdout, failed.stderr]
             assert failed.returncode == 2 and "the Hub request failed; try again" in failed.stderr
             assert not list((hub.folder / "models" / "someone" / "saes").glob("**/cfg.json"))
         hub.faults[:] = []
-        done = client(hub, home, place, repository, "--private", "true", "--model_name", "someone/model")
+        done = call(place, repository, "--private", "true", "--model_name", "someone/model")
         assert done.returncode == 0, done.stderr
-        environment = hub.environment(home, HF_TOKEN=TOKEN, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-        command = [sys.executable, "-c", LOAD, "someone/saes", HOOK, str(tmp_path / "back")]
-        loaded = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        loaded = call("someone/saes", HOOK, tmp_path / "back", code=LOAD)
         assert loaded.returncode == 0 and loaded.stdout.strip() == "(48,)", loaded.stderr
         sent = len(hub.log)
-        again = client(hub, home, place, repository, "--model_name", "someone/model")  # nothing new, nothing sent
+        again = call(place, repository, "--model_name", "someone/model")  # nothing new, nothing sent
         assert again.returncode == 0 and "PUT" not in {entry.method for entry in hub.log[sent:]}
-        other = client(hub, home, write_finished_run(tmp_path, "two", seed=5), repository, "--model_name", "someone/model")
+        other = call(write_finished_run(tmp_path, "two", seed=5), repository, "--model_name", "someone/model")
         assert other.returncode == 2 and f"holds another SAE under {HOOK}" in other.stderr
-        refused = client(hub, home, place, "hf://someone/else", token="hf_wrongtokenwhichisnone")
+        refused = call(place, "hf://someone/else", token="hf_wrongtokenwhichisnone")
         assert refused.returncode == 2 and refused.stderr.count("metasae: error: ") == 1
         outputs += [part for process in (done, again, other, refused, loaded) for part in (process.stdout, process.stderr)]
     ours, theirs = (load_file(folder / "sae_weights.safetensors") for folder in (place / "saes" / "primary", tmp_path / "back"))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     page = (tmp_path / "hub" / "models" / "someone" / "saes" / "README.md").read_text()
     assert f'SAE.from_pretrained("someone/saes", "{HOOK}")' in page
-    shutil.rmtree(home)  # the client's own folder may have the token
+    shutil.rmtree(tmp_path / "home")  # the client's own folder may have the token
     published = b"".join(path.read_bytes() for path in (tmp_path / "hub").rglob("*") if path.is_file())
     for secret in (TOKEN, "hf_wrongtokenwhichisnone"):
         assert secret not in "".join(outputs) and secret.encode() not in published
 
 
 def test_a_new_branch_starts_from_main_and_leaves_main_unchanged(place: Path, tmp_path: Path):
-    with Hub(tmp_path / "hub", token=TOKEN) as hub:
-        home = tmp_path / "home"
-        home.mkdir()
-        first = client(hub, home, place, "hf://someone/saes", "--private", "false", "--id", "a/b")
+    with Hub(tmp_path / "hub", token=TOKEN) as hub, client(hub, tmp_path) as call:
+        first = call(place, "hf://someone/saes", "--private", "false", "--id", "a/b")
         assert first.returncode == 0, first.stderr
         main_branch = tree(hub.folder / "models" / "someone" / "saes")
         other = write_finished_run(tmp_path, "two", seed=5)
-        conflict = client(hub, home, other, "hf://someone/saes", "--revision", "trial", "--id", "a/b")
+        conflict = call(other, "hf://someone/saes", "--revision", "trial", "--id", "a/b")
         assert conflict.returncode == 2 and "holds another SAE under a/b" in conflict.stderr
-        done = client(hub, home, other, "hf://someone/saes", "--revision", "trial", "--id", "a/c")
+        done = call(other, "hf://someone/saes", "--revision", "trial", "--id", "a/c")
         assert done.returncode == 0, done.stderr
-        public = client(hub, home, other, "hf://someone/saes", "--private", "true", "--id", "a/d")
+        public = call(other, "hf://someone/saes", "--private", "true", "--id", "a/d")
         assert public.returncode == 2 and "is public, and publishing does not change that" in public.stderr
     assert tree(hub.folder / "models" / "someone" / "saes") == main_branch
     (branch,) = (hub.folder / "internal").glob("**/trial")
