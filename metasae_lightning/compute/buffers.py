@@ -19,7 +19,7 @@ class BufferPool:
     valid until then.
 
     Args:
-        per_shape: Keep one buffer for each pair of name and shape; False keeps one for each name, of the shape last asked for.
+        per_shape: Keep one buffer for each pair of name and shape; False keeps one for each name, of the shape that was last asked for.
     """
 
     def __init__(self, *, per_shape: bool = False) -> None:

@@ -65,9 +65,11 @@ def encode(
     the gradient of `W_enc`, the buffers `rows` take `x - origin`: earlier results in these buffers are overwritten.
     """
     extra_latents = torch.empty(0, dtype=torch.long, device=x.device) if extra_latents is None else extra_latents
-    found: list[Any] = []
-    kept = _Encode.apply(x, W_enc, b_enc, origin, extra_latents, scale, rule, gradients, rows, found)  # type: ignore[misc]
-    return Encoded(kept[0], Pattern(kept[1], kept[2], (x.shape[0], W_enc.shape[1])), kept[3], found[0])
+    threshold: list[float | None] = []
+    values, nonzero_rows, columns, extra_pre_acts = _Encode.apply(  # type: ignore[misc]
+        x, W_enc, b_enc, origin, extra_latents, scale, rule, gradients, rows, threshold
+    )
+    return Encoded(values, Pattern(nonzero_rows, columns, (x.shape[0], W_enc.shape[1])), extra_pre_acts, threshold[0])
 
 
 def decode(
@@ -81,8 +83,8 @@ def decode(
 
     The buffers `gradients` take the gradient of `W_dec`: an earlier result in them is overwritten.
 
-    >>> place = Pattern(torch.tensor([0, 1]), torch.tensor([1, 0]), (2, 2))
-    >>> decode(torch.tensor([2.0, 3.0]), place, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))[0].tolist()
+    >>> pattern = Pattern(torch.tensor([0, 1]), torch.tensor([1, 0]), (2, 2))
+    >>> decode(torch.tensor([2.0, 3.0]), pattern, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))[0].tolist()
     [[0.0, 2.0], [3.0, 0.0]]
     """
     extra_latents = torch.empty(0, dtype=torch.long, device=W_dec.device) if extra_latents is None else extra_latents
@@ -90,7 +92,10 @@ def decode(
 
 
 class _Encode(torch.autograd.Function):
-    """Top-k encoding. The selection has zero gradient, so gradients flow through the active latents only."""
+    """Top-k encoding. The selection has zero gradient, so gradients flow through the active latents only.
+
+    `threshold` receives the threshold, which is no tensor and so cannot be an output.
+    """
 
     @staticmethod
     def forward(
@@ -102,40 +107,41 @@ class _Encode(torch.autograd.Function):
         extra_latents: Tensor,
         scale: Tensor | None,
         rule: TopKRule,
-        memory: BufferPool | None,
-        row_memory: BufferPool | None,
-        found: list[Any],
+        gradient_buffers: BufferPool | None,
+        row_buffers: BufferPool | None,
+        threshold: list[float | None],
     ) -> tuple[Tensor, ...]:
-        x = x if origin is None else torch.sub(x, origin, out=buffer_or_new(row_memory, "x", x.shape, x))
+        x = x if origin is None else torch.sub(x, origin, out=buffer_or_new(row_buffers, "x", x.shape, x))
         encoder = BlockwiseEncoder(x, W_enc, b_enc, scale, extra_latents, rule.parallelism)
         if rule.incremental is not None and not rule.per_row and rule.incremental.supports(encoder):
-            kept = rule.incremental.keep(encoder, int(rule.k * len(x)))
+            selected = rule.incremental.top_k(encoder, int(rule.k * len(x)))
         else:
-            kept = encoder.keep(rule.k, per_row=rule.per_row, hint=rule.hint)
-        found.append(kept.threshold)
-        ctx.save_for_backward(x, W_enc, kept.rows, kept.columns, extra_latents)
-        ctx.centred, ctx.memory = origin is not None, memory
-        ctx.mark_non_differentiable(kept.rows, kept.columns)
-        return kept.values, kept.rows, kept.columns, encoder.extra_pre_acts
+            selected = encoder.top_k(rule.k, per_row=rule.per_row, hint=rule.hint)
+        threshold.append(selected.threshold)
+        ctx.save_for_backward(x, W_enc, selected.rows, selected.columns, extra_latents)
+        ctx.has_origin, ctx.gradient_buffers = origin is not None, gradient_buffers
+        ctx.mark_non_differentiable(selected.rows, selected.columns)
+        return selected.values, selected.rows, selected.columns, encoder.extra_pre_acts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, W_enc, rows, columns, extra_latents = ctx.saved_tensors
         pattern = Pattern(rows, columns, (x.shape[0], W_enc.shape[1]))
-        at, beside = gradients[0], gradients[3]
+        grad_values, grad_extra = gradients[0], gradients[3]
         with torch.autocast(x.device.type, enabled=False):
-            biases = at.new_zeros(W_enc.shape[1]).index_add_(0, columns, at)
-            weights = pattern.left_product(x, at, buffer_or_new(ctx.memory, "W_enc", W_enc.shape, at))
+            grad_b_enc = grad_values.new_zeros(W_enc.shape[1]).index_add_(0, columns, grad_values)
+            buffer = buffer_or_new(ctx.gradient_buffers, "W_enc", W_enc.shape, grad_values)
+            grad_W_enc = pattern.left_product(x, grad_values, buffer)
             if len(extra_latents):
-                biases.index_add_(0, extra_latents, beside.sum(0))
-                weights.index_add_(1, extra_latents, x.T @ beside)
-            inputs = None
+                grad_b_enc.index_add_(0, extra_latents, grad_extra.sum(0))
+                grad_W_enc.index_add_(1, extra_latents, x.T @ grad_extra)
+            grad_x = None
             if ctx.needs_input_grad[0]:
-                inputs = pattern.product(at, W_enc.T.contiguous()) + beside @ W_enc[:, extra_latents].T
-            origins = -(W_enc @ biases) if ctx.centred else None
+                grad_x = pattern.product(grad_values, W_enc.T.contiguous()) + grad_extra @ W_enc[:, extra_latents].T
+            grad_origin = -(W_enc @ grad_b_enc) if ctx.has_origin else None
         # A view is a new tensor object: autograd then stores it as the parameter's gradient without a copy.
-        return inputs, weights.view(W_enc.shape), biases, origins, *[None] * 6
+        return grad_x, grad_W_enc.view(W_enc.shape), grad_b_enc, grad_origin, *[None] * 6
 
 
 class _Decode(torch.autograd.Function):
@@ -143,10 +149,10 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, W_dec: Tensor, extra_latents: Tensor, pattern: Pattern, memory: BufferPool | None
+        ctx: Any, values: Tensor, W_dec: Tensor, extra_latents: Tensor, pattern: Pattern, gradient_buffers: BufferPool | None
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(values, W_dec, extra_latents)
-        ctx.pattern, ctx.memory = pattern, memory
+        ctx.pattern, ctx.gradient_buffers = pattern, gradient_buffers
         with torch.autocast(W_dec.device.type, enabled=False):
             return pattern.product(values, W_dec), W_dec[extra_latents]
 
@@ -154,15 +160,16 @@ class _Decode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, W_dec, extra_latents = ctx.saved_tensors
-        rebuilt, beside = gradients[0].contiguous(), gradients[1]
-        at = weights = None
+        grad_product, grad_extra_rows = gradients[0].contiguous(), gradients[1]
+        grad_values = grad_W_dec = None
         with torch.autocast(W_dec.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                at = ctx.pattern.sampled(rebuilt, W_dec)
+                grad_values = ctx.pattern.sampled(grad_product, W_dec)
             if ctx.needs_input_grad[1]:
-                into = buffer_or_new(ctx.memory, "W_dec", W_dec.shape, values)
-                weights = ctx.pattern.transposed_product(values, rebuilt, into).index_add_(0, extra_latents, beside).view(W_dec.shape)
-        return at, weights, None, None, None
+                buffer = buffer_or_new(ctx.gradient_buffers, "W_dec", W_dec.shape, values)
+                grad_W_dec = ctx.pattern.transposed_product(values, grad_product, buffer).index_add_(0, extra_latents, grad_extra_rows)
+                grad_W_dec = grad_W_dec.view(W_dec.shape)
+        return grad_values, grad_W_dec, None, None, None
 
 
 def squared_error(
@@ -174,17 +181,18 @@ def squared_error(
     extra_latents: Int[Tensor, " extra"] | None = None,
     gradients: BufferPool | None = None,
     rows: BufferPool | None = None,
-    beside: ProcessGroup = SINGLE,
+    tensor_group: ProcessGroup = SINGLE,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "row d_in"], Float[Tensor, "extra d_in"]]:
-    """The mean over rows of `||S W_dec + b_dec - x||^2`, of none 0, that difference without a gradient, and rows of `W_dec`.
+    """The squared error, the difference `S W_dec + b_dec - x` without a gradient, and the rows of `W_dec` of the extra latents.
 
-    Where other ranks have other latents `beside`, `S W_dec` is the sum of what all make.
+    The error is the mean over rows of the difference's squared norm; for no rows it is 0. The ranks of `tensor_group` have other latents of
+    the same rows, and `S W_dec` is summed over them.
 
-    The difference is the one matrix of the batch's size that is made, in the memory `rows` if that is given, and what the gradients are
-    made from; that of `W_dec` in the memory `gradients`. Nothing that was made there may still be wanted.
+    The difference is the only matrix of the batch's size that is computed, and the gradients are computed from it. The buffers `rows` take
+    the difference, the buffers `gradients` take the gradient of `W_dec`: earlier results in these buffers are overwritten.
     """
     extra_latents = torch.empty(0, dtype=torch.long, device=W_dec.device) if extra_latents is None else extra_latents
-    return _SquaredError.apply(values, W_dec, b_dec, x, extra_latents, pattern, gradients, rows, beside)  # type: ignore[misc]
+    return _SquaredError.apply(values, W_dec, b_dec, x, extra_latents, pattern, gradients, rows, tensor_group)  # type: ignore[misc]
 
 
 class _SquaredError(torch.autograd.Function):
@@ -199,19 +207,19 @@ class _SquaredError(torch.autograd.Function):
         x: Tensor,
         extra_latents: Tensor,
         pattern: Pattern,
-        memory: BufferPool | None,
-        row_memory: BufferPool | None,
-        beside: ProcessGroup,
+        gradient_buffers: BufferPool | None,
+        row_buffers: BufferPool | None,
+        tensor_group: ProcessGroup,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(W_dec.device.type, enabled=False):
-            difference = pattern.product(values, W_dec, buffer_or_new(row_memory, "difference", x.shape, values))
-            beside.all_reduce_sum_(difference)
+            difference = pattern.product(values, W_dec, buffer_or_new(row_buffers, "difference", x.shape, values))
+            tensor_group.all_reduce_sum_(difference)
             total = values.new_zeros(())
-            for some, rows in row_chunks(difference, x):
-                flat = some.add_(b_dec).sub_(rows).flatten()
+            for difference_rows, x_rows in row_chunks(difference, x):
+                flat = difference_rows.add_(b_dec).sub_(x_rows).flatten()
                 total += flat.dot(flat)
         ctx.save_for_backward(values, W_dec, difference, extra_latents)
-        ctx.pattern, ctx.memory = pattern, memory
+        ctx.pattern, ctx.gradient_buffers = pattern, gradient_buffers
         ctx.mark_non_differentiable(difference)
         return total / max(len(x), 1), difference, W_dec[extra_latents]
 
@@ -219,11 +227,11 @@ class _SquaredError(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, W_dec, difference, extra_latents = ctx.saved_tensors
-        scale, beside = 2 * gradients[0] / max(len(difference), 1), gradients[2]
+        scale, grad_extra_rows = 2 * gradients[0] / max(len(difference), 1), gradients[2]
         with torch.autocast(W_dec.device.type, enabled=False):
-            at = ctx.pattern.sampled(difference, W_dec) * scale
-            into = buffer_or_new(ctx.memory, "W_dec", W_dec.shape, values)
-            weights = ctx.pattern.transposed_product(values * scale, difference, into).index_add_(0, extra_latents, beside)
-            origins = difference.sum(0) * scale
-            inputs = difference * -scale if ctx.needs_input_grad[3] else None
-        return at, weights.view(W_dec.shape), origins, inputs, *[None] * 5
+            grad_values = ctx.pattern.sampled(difference, W_dec) * scale
+            buffer = buffer_or_new(ctx.gradient_buffers, "W_dec", W_dec.shape, values)
+            grad_W_dec = ctx.pattern.transposed_product(values * scale, difference, buffer).index_add_(0, extra_latents, grad_extra_rows)
+            grad_b_dec = difference.sum(0) * scale
+            grad_x = difference * -scale if ctx.needs_input_grad[3] else None
+        return grad_values, grad_W_dec.view(W_dec.shape), grad_b_dec, grad_x, *[None] * 5

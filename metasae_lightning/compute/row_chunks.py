@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 # Elements of a chunk: 2.5 MB of float32.
 CHUNK_ELEMENTS = 640 * 2**10
-OfRows = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+ValueAndSlope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,14 @@ def row_chunks(*matrices: Float[Tensor, "row _"]) -> Iterator[tuple[Tensor, ...]
 
 
 def mean_over_rows(
-    of_rows: OfRows, W: Float[Tensor, "row d"], others: Float[Tensor, "selected e"], indices: Int[Tensor, " selected"] | None = None
+    value_and_slope: ValueAndSlope,
+    W: Float[Tensor, "row d"],
+    others: Float[Tensor, "selected e"],
+    indices: Int[Tensor, " selected"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The mean over rows of `f(W_i, others_i)`. `of_rows(W, others)` returns the value of f and its gradient in W for some rows.
+    """The mean over rows of `f(W_i, others_i)`.
+
+    `value_and_slope(W, others)` returns the values of f and its gradients in W for a chunk of rows.
 
     `others` gets no gradient. `indices` limits the mean to some rows of W, each at most once; `others` has one row for each index. The
     mean over no rows is 0. The gradient of W is sparse if W has a gradient to add it to.
@@ -77,11 +82,11 @@ def mean_over_rows(
     >>> W.grad.tolist()
     [[1.0], [2.0]]
     """
-    return _MeanOverRows.apply(W, others, of_rows, indices)  # type: ignore[return-value]
+    return _MeanOverRows.apply(W, others, value_and_slope, indices)  # type: ignore[return-value]
 
 
 def step_permutation(rows: int, *, step: int, seed: int = 0) -> Int[Tensor, " row"]:
-    """A random permutation that is a function of the step and the seed: the same after a resume. It moves no random stream."""
+    """A random permutation that depends on the step and the seed only: the same after a resume. It leaves the global random state alone."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
 
 
@@ -89,16 +94,16 @@ class _MeanOverRows(torch.autograd.Function):
     """Computes values and gradient in one forward pass over chunks of rows."""
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, others: Tensor, of_rows: OfRows, indices: Tensor | None) -> Tensor:
+    def forward(ctx: Any, W: Tensor, others: Tensor, value_and_slope: ValueAndSlope, indices: Tensor | None) -> Tensor:
         needs_gradient, selected = ctx.needs_input_grad[0], W if indices is None else W.index_select(0, indices)
         gradient = torch.empty_like(selected) if needs_gradient else selected
         ctx.gradient, ctx.indices = gradient, indices
         ctx.save_for_backward(*([] if indices is None else [W]))
         total, count = W.new_zeros(()), max(len(selected), 1)
         for rows, other_rows, gradient_rows in row_chunks(selected, others, gradient):
-            values, slope = of_rows(rows, other_rows)
+            values, slopes = value_and_slope(rows, other_rows)
             if needs_gradient:
-                torch.div(slope, count, out=gradient_rows)
+                torch.div(slopes, count, out=gradient_rows)
             total += values.sum() / count
         return total
 

@@ -15,8 +15,8 @@ from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
 def shard_parameters(module: nn.Module, mesh: Any, dimensions: Mapping[str, int]) -> None:
     """Shard the named parameters of a module along their dimensions, and replicate its other parameters.
 
-    Every rank has the full values before, so nothing is sent, and only a rank's shard moves to its device. The dimensions must divide
-    evenly.
+    Every rank has the full values beforehand, so nothing is sent, and only a rank's shard moves to its device. The world size must divide
+    each sharded dimension evenly.
     """
     for name, parameter in list(module.named_parameters(recurse=False)):
         placement = Shard(dimensions[name]) if name in dimensions else Replicate()
@@ -31,7 +31,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard, as a view: gradients flow to it, and writes to it stay."""
+    """This rank's shard, as a view: gradients flow back to the sharded tensor, and writes change it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -46,7 +46,7 @@ def shard_offset(tensor: Tensor, group: ProcessGroup) -> int:
 
 
 def local_indices(indices: Int[Tensor, " row"], tensor: Tensor, group: ProcessGroup) -> Int[Tensor, " local"]:
-    """Those of some row indices of the full tensor that lie in this rank's shard, as indices into the shard."""
+    """The row indices of the full tensor that lie in this rank's shard, as indices into the shard."""
     if not isinstance(tensor, DTensor):
         return indices
     begin = shard_offset(tensor, group)
@@ -96,6 +96,8 @@ def replicated(tensor: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class _AllReduceSum(torch.autograd.Function):
+    """Forward: the sum over ranks. Backward: the identity."""
+
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
         return group.sum_tensor(tensor)
@@ -107,6 +109,8 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 class _Replicated(torch.autograd.Function):
+    """Forward: the identity. Backward: the sum over ranks."""
+
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from metasae_lightning.compute.row_chunks import is_blocked, scaled_size
 
-# Numbers that are turned over at a time.
+# Elements of `left_product` that are transposed at a time, while they are in the processor's cache.
 TRANSPOSED_ELEMENTS = 320 * 2**10
 
-with warnings.catch_warnings():  # torch says once in a process that its CSR layout is young
+with warnings.catch_warnings():  # torch warns once per process that its CSR layout is in beta
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.long), torch.tensor([]), (1, 1))
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Rows and columns of the nonzeros of a matrix, ordered by row."""
+    """Rows and columns of the nonzeros of a sparse matrix `S`, ordered by row."""
 
     rows: Int[Tensor, " nnz"]
     columns: Int[Tensor, " nnz"]
@@ -44,27 +44,31 @@ class Pattern:
     def left_product(
         self, dense: Float[Tensor, "row d"], values: Float[Tensor, " nnz"], into: Float[Tensor, "d column"] | None = None
     ) -> Float[Tensor, "d column"]:
-        """`dense^T S`: some columns at a time, turned over while they are near."""
+        """`dense^T S`, written to `into` or to a new tensor.
+
+        On a CPU a chunk of columns is computed as rows of `S^T dense` and transposed while it is in the processor's cache. On a GPU the
+        result is a new tensor.
+        """
         if not is_blocked(dense):
             return self.transposed_product(values, dense).T.contiguous()
         order, pointers, rows = self._by_column
         into = dense.new_empty(dense.shape[1], self.shape[1]) if into is None else into
         columns = max(1, scaled_size(TRANSPOSED_ELEMENTS) // dense.shape[1])
-        values, space = values[order], dense.new_empty(columns, dense.shape[1])
+        values, buffer = values[order], dense.new_empty(columns, dense.shape[1])
         for left in range(0, self.shape[1], columns):
-            at = pointers[left : left + columns + 1]
-            nonzeros, width = slice(int(at[0]), int(at[-1])), len(at) - 1
-            few = _csr(at - at[0], rows[nonzeros], values[nonzeros], (width, len(dense)))
-            into[:, left : left + width] = torch.addmm(space[:width], few, dense, beta=0, out=space[:width]).T
+            chunk_pointers = pointers[left : left + columns + 1]
+            nonzeros, width = slice(int(chunk_pointers[0]), int(chunk_pointers[-1])), len(chunk_pointers) - 1
+            chunk = _csr(chunk_pointers - chunk_pointers[0], rows[nonzeros], values[nonzeros], (width, len(dense)))
+            into[:, left : left + width] = torch.addmm(buffer[:width], chunk, dense, beta=0, out=buffer[:width]).T
         return into
 
     def sampled(self, a: Float[Tensor, "row d"], b: Float[Tensor, "column d"]) -> Float[Tensor, " nnz"]:
-        """The entries of `a b^T` at the nonzeros: the larger of the two is read once and in order, the smaller stays near."""
+        """The entries of `a b^T` at the nonzeros. The larger factor is read once and in order; the smaller one stays in cache."""
         if self.shape[0] > self.shape[1]:
             return _sampled(_csr(self._pointers, self._columns32, a.new_zeros(len(self.rows)), self.shape), a, b)
         order, pointers, rows = self._by_column
-        ordered = _sampled(_csr(pointers, rows, a.new_zeros(len(rows)), self.shape[::-1]), b, a)
-        return torch.empty_like(ordered).index_copy_(0, order, ordered)
+        entries_by_column = _sampled(_csr(pointers, rows, a.new_zeros(len(rows)), self.shape[::-1]), b, a)
+        return torch.empty_like(entries_by_column).index_copy_(0, order, entries_by_column)
 
     @cached_property
     def _pointers(self) -> Tensor:
@@ -76,13 +80,15 @@ class Pattern:
 
     @cached_property
     def _by_column(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The order of the nonzeros by column, the pointers to each column in that order, and the rows in that order."""
         columns, order = self.columns.sort(stable=True)
         return order, _pointers(columns, self.shape[1]), self.rows[order].int()
 
 
-# Sparse products take indices of 32 bits; of others they would make these at every call.
-def _pointers(ordered: Tensor, size: int) -> Tensor:
-    return torch.searchsorted(ordered, torch.arange(size + 1, device=ordered.device), out_int32=True)
+# Sparse products use 32-bit indices; they would convert 64-bit indices at every call.
+def _pointers(sorted_indices: Tensor, size: int) -> Tensor:
+    """CSR pointers: where each of the `size` rows begins among the sorted row indices of the nonzeros, and the end of the last row."""
+    return torch.searchsorted(sorted_indices, torch.arange(size + 1, device=sorted_indices.device), out_int32=True)
 
 
 def _csr(pointers: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -90,4 +96,5 @@ def _csr(pointers: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ..
 
 
 def _sampled(zeros: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The entries of `a b^T` at the nonzeros of a CSR matrix whose values are 0."""
     return torch.sparse.sampled_addmm(zeros, a, b.T, beta=0.0).values()

@@ -11,38 +11,43 @@ from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
 from metasae_lightning.compute.row_chunks import is_blocked, scaled_size
 from metasae_lightning.compute.topk_across_ranks import topk_across_ranks
 
-# Of so many values one is looked at to guess where the cut will be; of so many rows some, where there is nothing else to go by.
+# The sample from which a threshold is estimated: one value in STRIDE of a given vector; SAMPLED_ROWS rows of a batch without a hint.
 STRIDE, SAMPLED_ROWS = 31, 32
-# Pre-activations that are made at a time: they stay in a processor's cache until they have been looked through. Rows beyond so many
-# would only make the blocks narrower, and a product's speed is that of its shorter side.
+# Pre-activations per block on a CPU: a block stays in the processor's cache until it has been searched. Further rows would only make the
+# blocks narrower, and the speed of a product depends on its shorter side.
 BLOCK, BLOCK_ROWS = 4 * 2**20, 4096
-# On a GPU all of a batch's at the paper's sizes: 4,096 rows of 65,536 latents. A million latents would take more than there is.
+# Pre-activations per block on a GPU: the whole batch at the paper's sizes, 4,096 rows of 65,536 latents. The batch of an SAE with a million
+# latents would not fit the GPU's memory.
 GPU_BLOCK = 2**28
-# Where each row is ranked, blocks hold whole rows, and short blocks would have the encoder read again and again.
-WHOLE_ROWS = 4
-# A cut that was right for the batch before is lowered by so much for this one.
-NEAR = 0.93
-# Candidates beyond so many times what is wanted are thinned out before more come.
-SURPLUS = 3
-# A cut is compared with this much below its value: a number computed in another order may differ in its last bits.
+# How many times larger the blocks of a top-k per row are. They hold whole rows, and short blocks would read the encoder again and again.
+ROW_BLOCK_FACTOR = 4
+# The search starts at this fraction of the last batch's threshold.
+HINT_FACTOR = 0.93
+# The candidates are reduced to the `count` largest as soon as there are more than `MAX_SURPLUS * count` of them.
+MAX_SURPLUS = 3
+# Relative amount by which a threshold is lowered before a comparison: the same number, computed in another order, may differ in its last
+# bits.
 SLACK = 1e-5
 
+Selection = tuple[Tensor, Tensor, Tensor]
+"""Scaled activations, raw activations, and their flat indices `row * n_latents + latent`."""
 
-def largest_indices(values: Float[Tensor, " value"], count: int) -> Int[Tensor, " kept"]:
-    """Indices of the `count` largest values, in any order; of positive ones alone where fewer are positive. No value is negative.
 
-    A thirty-first of the values guesses a cut somewhat too low, and only what lies above it is ranked. A guess that was too high
-    is noticed, and everything is ranked then: the result is that of `topk` in either case, but for the choice among equals.
+def largest_indices(values: Float[Tensor, " value"], count: int) -> Int[Tensor, " selected"]:
+    """Indices of the `count` largest values, in any order; if fewer values are positive, of the positive ones only. No value is negative.
+
+    On a CPU a sample of the values gives an estimate of the threshold that is a little too low, and only the values above the estimate are
+    ranked. If the estimate was too high, all positive values are ranked. The result is that of `topk`, except for the choice among equals.
 
     >>> sorted(largest_indices(torch.tensor([0.0, 3.0, 1.0, 0.0, 2.0]), 2).tolist()), largest_indices(torch.zeros(3), 2).tolist()
     ([1, 4], [])
     """
-    if not is_blocked(values):  # a GPU ranks everything sooner than it could wait for a guess
+    if not is_blocked(values):  # a GPU ranks all values in less time than it waits for an estimate
         return values.topk(count).indices
-    above = (values > _guess(values[::STRIDE], count / STRIDE)).nonzero().flatten()
-    if len(above) < count:
-        above = values.nonzero().flatten()
-    return above if len(above) <= count else above[values[above].topk(count, sorted=False).indices]
+    candidates = (values > _threshold_estimate(values[::STRIDE], count / STRIDE)).nonzero().flatten()
+    if len(candidates) < count:
+        candidates = values.nonzero().flatten()
+    return candidates if len(candidates) <= count else candidates[values[candidates].topk(count, sorted=False).indices]
 
 
 class TopK(NamedTuple):
@@ -71,27 +76,28 @@ class BlockwiseEncoder:
     def __init__(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, extra_latents: Tensor, parallelism: Parallelism
     ) -> None:
-        kind = x.device.type
-        lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else b_enc.dtype
-        self.x, self.W_enc, self.b_enc, self.scale, self.extra_latents = x.to(lower), W_enc.to(lower), b_enc, scale, extra_latents
-        self.extra_pre_acts = b_enc.new_zeros(len(x), len(extra_latents))
-        self.rows, self.latents, self.ranks, self.beside = len(x), W_enc.shape[1], parallelism.world, parallelism.tensor_group
+        device = x.device.type
+        product_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else b_enc.dtype
+        self.x, self.W_enc, self.b_enc, self.scale = x.to(product_dtype), W_enc.to(product_dtype), b_enc, scale
+        self.extra_latents, self.extra_pre_acts = extra_latents, b_enc.new_zeros(len(x), len(extra_latents))
+        self.n_rows, self.n_latents = len(x), W_enc.shape[1]
+        self.world, self.tensor_group = parallelism.world, parallelism.tensor_group
 
-    def keep(self, k: float, *, per_row: bool, hint: float | None) -> TopK:
+    def top_k(self, k: float, *, per_row: bool, hint: float | None) -> TopK:
         """The `k` largest positive values of each row, or the `k * rows` largest positive values of the batch.
 
-        `near` is the edge of a batch like this one. It saves time where it is right, and changes nothing where it is not.
+        `hint` is the threshold of a similar batch. A good hint saves time; a bad one does not change the result.
         """
-        return self._each_row(int(k)) if per_row else self._whole(k, hint)
+        return self._top_k_per_row(int(k)) if per_row else self._top_k_of_batch(k, hint)
 
     def blocks(self, rows: int, latents: int) -> Iterator[tuple[int, int, Tensor]]:
         """First row, first latent and product with the encoder of each block, without bias or scale. Blocks share one buffer."""
-        space = self.x.new_empty(rows * latents)
-        for top in range(0, self.rows, max(rows, 1)):
+        buffer = self.x.new_empty(rows * latents)
+        for top in range(0, self.n_rows, max(rows, 1)):
             x = self.x[top : top + rows]
-            for left in range(0, self.latents, latents):
+            for left in range(0, self.n_latents, latents):
                 W_enc = self.W_enc[:, left : left + latents]
-                block = space[: len(x) * W_enc.shape[1]].view(len(x), -1)
+                block = buffer[: len(x) * W_enc.shape[1]].view(len(x), -1)
                 with torch.autocast(self.x.device.type, enabled=False):
                     torch.mm(x, W_enc, out=block)
                 self._copy_extra(block, top, left)
@@ -103,141 +109,156 @@ class BlockwiseEncoder:
             torch.addmm(self.b_enc[self.extra_latents], self.x, self.W_enc[:, self.extra_latents], out=self.extra_pre_acts)
 
     def _copy_extra(self, block: Tensor, top: int, left: int) -> None:
+        """Copy the pre-activations of those extra latents that the block contains."""
         first, last = torch.searchsorted(self.extra_latents, self.extra_latents.new_tensor([left, left + block.shape[1]])).tolist()
         if last > first:
-            at = self.extra_latents[first:last]
-            self.extra_pre_acts[top : top + len(block), first:last] = block.index_select(1, at - left) + self.b_enc[at]
+            latents = self.extra_latents[first:last]
+            self.extra_pre_acts[top : top + len(block), first:last] = block.index_select(1, latents - left) + self.b_enc[latents]
 
-    def _shape(self) -> tuple[int, int]:
+    def _block_shape(self) -> tuple[int, int]:
         """Rows and latents of a block."""
         block = scaled_size(BLOCK if is_blocked(self.x) else GPU_BLOCK)
-        rows = max(min(self.rows, BLOCK_ROWS), block // self.latents)
-        return min(rows, self.rows), min(max(block // rows, 1), self.latents)
+        rows = max(min(self.n_rows, BLOCK_ROWS), block // self.n_latents)
+        return min(rows, self.n_rows), min(max(block // rows, 1), self.n_latents)
 
-    def _each_row(self, k: int) -> TopK:
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        rows = max(1, min(self.rows, scaled_size(WHOLE_ROWS * BLOCK if is_blocked(self.x) else GPU_BLOCK) // self.latents))
-        for top, _, block in self.blocks(rows, self.latents):
+    def _top_k_per_row(self, k: int) -> TopK:
+        """The `k` largest positive values of each row; with sharded latents, this rank's part of them."""
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        rows = max(1, min(self.n_rows, scaled_size(ROW_BLOCK_FACTOR * BLOCK if is_blocked(self.x) else GPU_BLOCK) // self.n_latents))
+        for top, _, block in self.blocks(rows, self.n_latents):
             raw = block + self.b_enc
             scaled = raw if self.scale is None else raw * self.scale
-            columns = scaled.topk(min(k, self.latents), sorted=False).indices.sort().values
+            columns = scaled.topk(min(k, self.n_latents), sorted=False).indices.sort().values
             values = raw.gather(1, columns)
-            at, which = ((values > 0) & topk_mask(scaled.gather(1, columns), k, self.beside)).nonzero(as_tuple=True)
-            found.append((values[at, which], at + top, columns[at, which]))
-        return TopK(*map(torch.cat, zip(*found, strict=True)), threshold=None) if found else self._nothing()
+            is_selected = (values > 0) & topk_mask(scaled.gather(1, columns), k, self.tensor_group)
+            row, candidate = is_selected.nonzero(as_tuple=True)
+            parts.append((values[row, candidate], row + top, columns[row, candidate]))
+        return TopK(*map(torch.cat, zip(*parts, strict=True)), threshold=None) if parts else self._empty()
 
-    def _whole(self, k: float, hint: float | None) -> TopK:
-        if self.ranks.is_single:
-            scaled, raw, places = self.top(int(k * self.rows), hint)
-            edge = scaled.min().item() if len(scaled) else None
+    def _top_k_of_batch(self, k: float, hint: float | None) -> TopK:
+        """The `k * rows` largest positive values of the batch; with several ranks, this rank's part of those of all batches."""
+        if self.world.is_single:
+            scaled, raw, flat_indices = self.largest(int(k * self.n_rows), hint)
+            threshold = scaled.min().item() if len(scaled) else None
         else:
-            raw, places, edge = self._of_all(k, hint)
-        rows = places // self.latents
-        return TopK(raw, rows, places - rows * self.latents, edge)
+            raw, flat_indices, threshold = self._largest_across_ranks(k, hint)
+        rows = flat_indices // self.n_latents
+        return TopK(raw, rows, flat_indices - rows * self.n_latents, threshold)
 
-    def _of_all(self, k: float, hint: float | None) -> tuple[Tensor, Tensor, float | None]:
-        """This rank's part of what is kept of all ranks' batches. No more of a rank's own can be kept than are kept of all."""
-        count = int(k * self.ranks.sum_scalar(self.rows, self.b_enc) / self.beside.world_size)
-        begin = None if hint is None else NEAR * hint
+    def _largest_across_ranks(self, k: float, hint: float | None) -> tuple[Tensor, Tensor, float | None]:
+        """Raw activations and flat indices of this rank's part of the top-k over all ranks' batches, and the threshold.
+
+        A rank needs only its own `count` largest activations as candidates, where `count` is the number selected on all ranks together.
+        """
+        count = int(k * self.world.sum_scalar(self.n_rows, self.b_enc) / self.tensor_group.world_size)
+        start = None if hint is None else HINT_FACTOR * hint
         while True:
-            if begin is None:  # one for all: what one rank guessed from its few rows may be too high for another
-                own = self._guess(int(k * self.rows / self.beside.world_size)) if self.rows else torch.inf
-                begin = max(0.0, -self.ranks.max_scalar(-own, self.b_enc))
+            if start is None:  # the smallest estimate of all ranks: that of one rank, from its few rows, may be too high for another
+                count_here = int(k * self.n_rows / self.tensor_group.world_size)
+                estimate = self._estimate_threshold(count_here) if self.n_rows else torch.inf
+                start = max(0.0, -self.world.max_scalar(-estimate, self.b_enc))
                 hint = None
-            scaled, raw, places = self._above(begin, count) if self.rows else (*[self.b_enc.new_empty(0)] * 2, self._nothing().rows)
-            found = topk_across_ranks(scaled, count, self.ranks)
-            if begin == 0 or (found.is_complete and found.threshold is not None and found.threshold >= begin):
-                order = places[found.keep].argsort()
-                return raw[found.keep][order], places[found.keep][order], found.threshold
-            begin = None if hint is not None else 0.0
+            empty = self.b_enc.new_empty(0)
+            scaled, raw, flat_indices = self._largest_above(start, count) if self.n_rows else (empty, empty, self._empty().rows)
+            mask = topk_across_ranks(scaled, count, self.world)
+            if start == 0 or (mask.is_complete and mask.threshold is not None and mask.threshold >= start):
+                order = flat_indices[mask.keep].argsort()
+                return raw[mask.keep][order], flat_indices[mask.keep][order], mask.threshold
+            start = None if hint is not None else 0.0
 
-    def top(self, count: int, hint: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled and raw activations and the places of the `count` largest, of positive ones alone, in the order of their places."""
-        if count == 0 or self.rows == 0:
+    def largest(self, count: int, hint: float | None = None) -> Selection:
+        """The `count` largest positive activations of the batch, ordered by flat index."""
+        if count == 0 or self.n_rows == 0:
             self.compute_extra()
-            return self.b_enc.new_empty(0), *self._nothing()[:2]
-        found = None if hint is None else self._above_or_not(NEAR * hint, count)
-        found = found or self._above_or_not(self._guess(count), count) or self._above(0.0, count)
-        scaled, raw, places = found
-        places, order = places.sort()
-        return scaled[order], raw[order], places
+            return self.b_enc.new_empty(0), *self._empty()[:2]
+        selection = None if hint is None else self._all_largest_above(HINT_FACTOR * hint, count)
+        selection = selection or self._all_largest_above(self._estimate_threshold(count), count) or self._largest_above(0.0, count)
+        scaled, raw, flat_indices = selection
+        flat_indices, order = flat_indices.sort()
+        return scaled[order], raw[order], flat_indices
 
-    def _above_or_not(self, cut: float, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The same, where that many are above the cut."""
-        found = self._above(cut, count)
-        return found if len(found[0]) == count and found[0].min() >= cut else None
+    def _all_largest_above(self, threshold: float, count: int) -> Selection | None:
+        """The `count` largest activations, or None if the threshold excludes some of them."""
+        selection = self._largest_above(threshold, count)
+        return selection if len(selection[0]) == count and selection[0].min() >= threshold else None
 
-    def _above(self, cut: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled and raw values and the places of the `count` largest, of all where so few are above the cut."""
-        kept: list[tuple[Tensor, Tensor, Tensor]] = []
-        held = 0
-        for top, left, block in self.blocks(*self._shape()):
+    def _largest_above(self, threshold: float, count: int) -> Selection:
+        """The `count` largest positive activations above the threshold; all of them if there are fewer.
+
+        Activations slightly below the threshold may be among them, because of the allowance for rounding.
+        """
+        parts: list[Selection] = []
+        n_candidates = 0
+        for top, left, block in self.blocks(*self._block_shape()):
             columns = slice(left, left + block.shape[1])
-            places = _places(block > self._floor(cut, columns))
-            rows = places // block.shape[1]
-            latents = places - rows * block.shape[1] + left
-            raw = block.flatten()[places] + self.b_enc[latents]
+            block_indices = _true_indices(block > self._product_threshold(threshold, columns))
+            rows = block_indices // block.shape[1]
+            latents = block_indices - rows * block.shape[1] + left
+            raw = block.flatten()[block_indices] + self.b_enc[latents]
             scaled = raw if self.scale is None else raw * self.scale[latents]
-            kept.append((scaled, raw, (rows + top) * self.latents + latents))
-            held += len(raw)
-            if held > SURPLUS * count:
-                kept = [select_largest(kept, count)]
-                held, cut = count, max(cut, kept[0][0].min().item())
-        return select_largest(kept, count)
+            parts.append((scaled, raw, (rows + top) * self.n_latents + latents))
+            n_candidates += len(raw)
+            if n_candidates > MAX_SURPLUS * count:
+                parts = [select_largest(parts, count)]
+                n_candidates, threshold = count, max(threshold, parts[0][0].min().item())
+        return select_largest(parts, count)
 
-    def _floor(self, cut: float, columns: slice) -> Tensor:
-        """What a latent's product must exceed for its activation to exceed the cut; lower by what rounding may take from either."""
-        cut *= 1 - SLACK
-        bias, above = self.b_enc[columns], torch.finfo(self.b_enc.dtype).eps * 4 if cut > 0 else 0.0
-        return (cut if self.scale is None else cut / self.scale[columns]) - bias - above * bias.abs()
+    def _product_threshold(self, threshold: float, columns: slice) -> Tensor:
+        """Lower bound, per latent, on the product with the encoder of any activation above the threshold.
 
-    def _guess(self, count: int) -> float:
-        """A threshold estimated from a few rows."""
-        few = self.x[:: max(1, self.rows // SAMPLED_ROWS)]
+        It is lower than the exact bound by the rounding errors of the activation and of the sum with the bias.
+        """
+        threshold *= 1 - SLACK
+        bias, epsilon = self.b_enc[columns], torch.finfo(self.b_enc.dtype).eps * 4 if threshold > 0 else 0.0
+        return (threshold if self.scale is None else threshold / self.scale[columns]) - bias - epsilon * bias.abs()
+
+    def _estimate_threshold(self, count: int) -> float:
+        """An estimate of the threshold of the `count` largest activations, from a few rows."""
+        x = self.x[:: max(1, self.n_rows // SAMPLED_ROWS)]
         with torch.autocast(self.x.device.type, enabled=False):
-            acts = few @ self.W_enc + self.b_enc
+            acts = x @ self.W_enc + self.b_enc
         acts = acts if self.scale is None else acts * self.scale
-        return max(0.0, _guess(acts.flatten(), count * len(few) / self.rows).item())
+        return max(0.0, _threshold_estimate(acts.flatten(), count * len(x) / self.n_rows).item())
 
-    def _nothing(self) -> TopK:
-        empty = torch.empty(0, dtype=torch.long, device=self.x.device)
-        return TopK(self.b_enc.new_empty(0), empty, empty, None)
+    def _empty(self) -> TopK:
+        indices = torch.empty(0, dtype=torch.long, device=self.x.device)
+        return TopK(self.b_enc.new_empty(0), indices, indices, None)
 
 
 def topk_mask(candidates: Float[Tensor, "row candidate"], count: int, ranks: ProcessGroup) -> Bool[Tensor, "row candidate"]:
-    """Which of a rank's candidates are among the `count` largest of their row on all ranks; as many of each.
+    """Which of this rank's candidates are among the `count` largest of their row on all ranks. All ranks have equally many candidates.
 
     >>> topk_mask(torch.tensor([[1.0, 3.0, 2.0]]), 2, ProcessGroup())
     tensor([[False,  True,  True]])
     """
-    of_all = ranks.all_gather_columns(candidates)
-    if of_all.shape[1] <= count:
+    all_candidates = ranks.all_gather_columns(candidates)
+    if all_candidates.shape[1] <= count:
         return torch.ones_like(candidates, dtype=torch.bool)
-    kept = torch.zeros_like(of_all, dtype=torch.bool).scatter_(1, of_all.topk(count, sorted=False).indices, True)
-    return kept[:, ranks.rank * candidates.shape[1] :][:, : candidates.shape[1]]
+    mask = torch.zeros_like(all_candidates, dtype=torch.bool).scatter_(1, all_candidates.topk(count, sorted=False).indices, True)
+    return mask[:, ranks.rank * candidates.shape[1] :][:, : candidates.shape[1]]
 
 
-def _guess(few: Tensor, wanted: float) -> Tensor:
-    """A cut with somewhat more than so many above it."""
-    return few.topk(min(len(few), int(1.3 * wanted) + 32)).values[-1]
+def select_largest(parts: list[Selection], count: int) -> Selection:
+    """The `count` largest of the concatenated parts by scaled activation, in their order; positive ones only. Ties go to the first."""
+    scaled, raw, flat_indices = map(torch.cat, zip(*parts, strict=True))
+    keep = scaled > 0
+    if int(keep.sum()) > count:
+        threshold = scaled.kthvalue(len(scaled) - count + 1).values
+        keep = scaled > threshold
+        keep[(scaled == threshold).nonzero().flatten()[: count - int(keep.sum())]] = True
+    return scaled[keep], raw[keep], flat_indices[keep]
 
 
-def _places(mask: Tensor) -> Tensor:
-    """Flat indices of what is true: eight at a time first, since most are not."""
+def _threshold_estimate(sample: Tensor, expected_count: float) -> Tensor:
+    """The smallest of the sample's largest values, where somewhat more values are taken than the sample should have above the threshold."""
+    return sample.topk(min(len(sample), int(1.3 * expected_count) + 32)).values[-1]
+
+
+def _true_indices(mask: Tensor) -> Tensor:
+    """Flat indices of the true entries. On a CPU, eight entries are read as one word first, because most are false."""
     flat = mask.flatten()
     if not is_blocked(mask) or flat.numel() % 8:
         return flat.nonzero().flatten()
     words = flat.view(torch.int64).nonzero().flatten()
-    at, offset = flat.view(-1, 8)[words].nonzero(as_tuple=True)
-    return words[at] * 8 + offset
-
-
-def select_largest(found: list[tuple[Tensor, Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` largest by the first of the three, in order; of equals the first; of positive ones alone."""
-    scaled, raw, places = map(torch.cat, zip(*found, strict=True))
-    keep = scaled > 0
-    if int(keep.sum()) > count:
-        edge = scaled.kthvalue(len(scaled) - count + 1).values
-        keep = scaled > edge
-        keep[(scaled == edge).nonzero().flatten()[: count - int(keep.sum())]] = True
-    return scaled[keep], raw[keep], places[keep]
+    word, byte = flat.view(-1, 8)[words].nonzero(as_tuple=True)
+    return words[word] * 8 + byte
