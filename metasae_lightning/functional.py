@@ -12,12 +12,14 @@ from torch.nn.functional import normalize
 from metasae_lightning.compute.row_chunks import row_chunks
 
 Rows = Float[Tensor, "d_sae d_in"]
+Activations = Float[Tensor, "batch d_in"]
+Logits = Float[Tensor, "context position vocabulary"]
 Counts = Float[Tensor, "*shape"]
-Alike = Float[Tensor, "*#shape"]
+BroadcastCounts = Float[Tensor, "*#shape"]
 
 
 def unit_rows(W_dec: Rows, into: Rows | None = None) -> Rows:
-    """Decoder rows as directions, `W_i / ||W_i||`: differentiable, or written without a gradient into the tensor `into`.
+    """Decoder rows as directions, `W_i / ||W_i||`. The gradient flows through the normalisation; a result written `into` a buffer has none.
 
     >>> unit_rows(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])
@@ -30,10 +32,10 @@ def unit_rows(W_dec: Rows, into: Rows | None = None) -> Rows:
 
 
 def decomposability(W_dec: Rows, reconstruction: Rows, sigma_sq: float) -> Float[Tensor, " d_sae"]:
-    """How well a frozen critic rebuilds each decoder direction: `p_i = exp(-||W_i/||W_i|| - What_i||^2 / sigma_sq)`.
+    """How well a frozen critic reconstructs each decoder direction: `p_i = exp(-||W_i/||W_i|| - What_i||^2 / sigma_sq)`.
 
-    `reconstruction` is the critic's answer to `unit_rows(W_dec)` and takes no gradient. 1 is wholly decomposable; for a critic that
-    does no worse than predicting zero, `p` is at least `exp(-1 / sigma_sq)`.
+    `reconstruction` is the critic's reconstruction of `unit_rows(W_dec)` and gets no gradient. 1 is fully decomposable. If the critic does
+    no worse than predicting zero, `p` is at least `exp(-1 / sigma_sq)`.
 
     >>> row = torch.tensor([[0.0, 2.0]])
     >>> decomposability(row, torch.tensor([[0.0, 1.0]]), sigma_sq=1.0)
@@ -46,28 +48,28 @@ def decomposability(W_dec: Rows, reconstruction: Rows, sigma_sq: float) -> Float
 
 
 def decomposability_with_slope(W_dec: Rows, reconstruction: Rows, sigma_sq: float) -> tuple[Float[Tensor, " d_sae"], Rows]:
-    """The same, with each `p_i`'s gradient in `W_i`, from three products of rows instead of as many passes as there are operations.
+    """`decomposability`, and the gradient of each `p_i` in `W_i`, from three dot products per row instead of one pass per operation.
 
-    With `u = W_i / ||W_i||` and `r = What_i` the error is `u.u + r.r - 2 u.r`, and its gradient in u, less what lies along u and divided
-    by the length, is `2 ((1 - u.u + u.r) u - r) / ||W_i||`.
+    With `u = W_i / ||W_i||` and `r = What_i` the error is `u.u + r.r - 2 u.r`. Its gradient in `W_i` is its gradient in u, without the part
+    along u, divided by the norm: `2 ((1 - u.u + u.r) u - r) / ||W_i||`.
 
     >>> decomposability_with_slope(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.0]]), sigma_sq=2.0)
     (tensor([0.3679]), tensor([[0.1839, 0.0000]]))
     """
-    rebuilt = reconstruction.detach()
+    r = reconstruction.detach()
     norm = W_dec.norm(dim=-1)
-    length = norm.clamp(min=1e-12)
-    own, across = (norm / length).square(), torch.linalg.vecdot(W_dec, rebuilt) / length
-    p = torch.exp(-(own + torch.linalg.vecdot(rebuilt, rebuilt) - 2 * across) / sigma_sq)
-    scale = -2 * p / (sigma_sq * length)
-    along = scale * (1 - own + across) / length
-    return p, (W_dec * along[:, None]).addcmul_(rebuilt, -scale[:, None])
+    safe_norm = norm.clamp(min=1e-12)
+    uu, ur = (norm / safe_norm).square(), torch.linalg.vecdot(W_dec, r) / safe_norm
+    p = torch.exp(-(uu + torch.linalg.vecdot(r, r) - 2 * ur) / sigma_sq)
+    scale = -2 * p / (sigma_sq * safe_norm)
+    row_scale = scale * (1 - uu + ur) / safe_norm
+    return p, (W_dec * row_scale[:, None]).addcmul_(r, -scale[:, None])
 
 
-def orthogonality(W_dec: Float[Tensor, "d_sae d_in"], chunks: list[Tensor], own: list[slice] | None = None) -> Float[Tensor, " d_sae"]:
+def orthogonality(W_dec: Rows, chunks: list[Tensor], scored: list[slice] | None = None) -> Float[Tensor, " d_sae"]:
     """Squared cosine of each row to its nearest other row in its chunk, `(max_{j != i in chunk} cos(W_i, W_j))^2` (arXiv 2509.22033).
 
-    `chunks` partitions the row indices. A row alone in its chunk has no neighbour and scores 0, as do those outside their chunk's `own`.
+    `chunks` partitions the row indices. Rows outside the slice of their chunk in `scored`, and a row alone in its chunk, score 0.
 
     >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
     >>> orthogonality(rows, [torch.arange(3)])
@@ -75,18 +77,18 @@ def orthogonality(W_dec: Float[Tensor, "d_sae d_in"], chunks: list[Tensor], own:
     """
     rows = unit_rows(W_dec)
     scores = W_dec.new_zeros(W_dec.shape[0])
-    for chunk, part in zip(chunks, own or [slice(None)] * len(chunks), strict=True):
+    for chunk, part in zip(chunks, scored or [slice(None)] * len(chunks), strict=True):
         if len(chunk) > 1:
-            some = rows[chunk]  # the gradient is the nearest pair's alone; threads would add that of some[...] up in any order
-            near = torch.linalg.vecdot(some[part], some.index_select(0, nearest(some.detach(), part)))
-            scores = scores.index_put((chunk[part],), near.square().to(scores.dtype))
+            chunk_rows = rows[chunk]
+            # A row may be the neighbour of many rows; the backward pass of indexing would sum their gradients in any order of threads.
+            neighbours = chunk_rows.index_select(0, nearest_indices(chunk_rows.detach(), part))
+            cosines = torch.linalg.vecdot(chunk_rows[part], neighbours)
+            scores = scores.index_put((chunk[part],), cosines.square().to(scores.dtype))
     return scores
 
 
-def fvu(
-    x: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"], mean: Float[Tensor, " d_in"] | None = None
-) -> Float[Tensor, ""]:
-    """Fraction of variance unexplained, `sum ||x - xhat||^2 / sum ||x - mean||^2`, with the batch's own mean unless one is given.
+def fvu(x: Activations, reconstruction: Activations, mean: Float[Tensor, " d_in"] | None = None) -> Float[Tensor, ""]:
+    """Fraction of variance unexplained, `sum ||x - xhat||^2 / sum ||x - mean||^2`. The default mean is that of the batch.
 
     >>> x = torch.tensor([[0.0], [2.0]])
     >>> fvu(x, x).item(), fvu(x, torch.ones(2, 1)).item()
@@ -94,16 +96,16 @@ def fvu(
     """
     centre = x.mean(0) if mean is None else mean
     error, variance = x.new_zeros(()), x.new_zeros(())
-    for some, rebuilt in row_chunks(x, reconstruction):
-        error += (some - rebuilt).square().sum()
-        variance += (some - centre).square().sum()
+    for x_rows, reconstructed_rows in row_chunks(x, reconstruction):
+        error += (x_rows - reconstructed_rows).square().sum()
+        variance += (x_rows - centre).square().sum()
     return error / variance
 
 
-def phi(n11: Counts, n_i: Alike, n_j: Alike, n: Alike | float) -> Counts:
+def phi(n11: Counts, n_i: BroadcastCounts, n_j: BroadcastCounts, n: BroadcastCounts | float) -> Counts:
     """Correlation of two binary events from counts, `(n11 n - n_i n_j) / sqrt(n_i (n - n_i) n_j (n - n_j))`; broadcasts.
 
-    An event that always or never happens correlates with nothing: 0. Counts are float64, exact to 2^53.
+    An event that always or never happens has correlation 0 with every event. Counts are float64, exact to 2^53.
 
     >>> both = torch.tensor(2.0, dtype=torch.float64)
     >>> phi(both, both, both, 4.0).item()
@@ -113,36 +115,37 @@ def phi(n11: Counts, n_i: Alike, n_j: Alike, n: Alike | float) -> Counts:
     return torch.where(spread > 0, (n11 * n - n_i * n_j) / spread.clamp(min=1e-300), 0.0)
 
 
-def phi_by_chance(n_i: Alike, n_j: Alike, n: Alike | float) -> Counts:
-    """Expected `|phi|` of two independent events that happened `n_i` and `n_j` times in n: the floor that a mean of `|phi|` stands on.
+def phi_by_chance(n_i: BroadcastCounts, n_j: BroadcastCounts, n: BroadcastCounts | float) -> Counts:
+    """Expected `|phi|` of two independent events that happened `n_i` and `n_j` times in n: the chance level of a mean of `|phi|`.
 
     Given the counts, n11 is hypergeometric, and its mean absolute deviation has a closed form: with `m = n_i n_j / n` and v the least
     integer above m, `E|n11 - m| = 2/n v (n - n_i - n_j + v) P(n11 = v)`, since `x (n - n_i - n_j + x) P(x)` telescopes over x > m.
 
-    >>> one = torch.tensor(1.0, dtype=torch.float64)
-    >>> phi_by_chance(one, one, 2.0).item()  # phi is 1 or -1
+    >>> count = torch.tensor(1.0, dtype=torch.float64)
+    >>> phi_by_chance(count, count, 2.0).item()  # phi is 1 or -1
     1.0
     """
     v = torch.floor(n_i * n_j / n) + 1
     neither = n - n_i - n_j + v
     possible = (v <= torch.minimum(n_i, n_j)) & (neither >= 0) & (n_i < n) & (n_j < n)
     v, neither = torch.where(possible, v, n_i), torch.where(possible, neither, 0.0)
-    whole = torch.as_tensor(n, dtype=v.dtype, device=v.device)
+    n_tensor = torch.as_tensor(n, dtype=v.dtype, device=v.device)
 
-    def log_factorial(x: Tensor) -> Tensor:
+    def log_fact(x: Tensor) -> Tensor:
         return torch.lgamma(x + 1)
 
-    ways = log_factorial(n_i) + log_factorial(n - n_i) + log_factorial(n_j) + log_factorial(n - n_j) - log_factorial(whole)
-    log_p = ways - log_factorial(v) - log_factorial((n_i - v).clamp(min=0)) - log_factorial((n_j - v).clamp(min=0)) - log_factorial(neither)
+    log_margins = log_fact(n_i) + log_fact(n - n_i) + log_fact(n_j) + log_fact(n - n_j) - log_fact(n_tensor)
+    log_p = log_margins - log_fact(v) - log_fact((n_i - v).clamp(min=0)) - log_fact((n_j - v).clamp(min=0)) - log_fact(neither)
     deviation = 2 / n * v * neither * log_p.exp()
     spread = (n_i * (n - n_i)).sqrt() * (n_j * (n - n_j)).sqrt()
     return torch.where(possible, n * deviation / spread.clamp(min=1e-300), 0.0)
 
 
 def cofiring_bound(phi_sa: Float[Tensor, "*shape"], phi_sb: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The least phi that two events can have which correlate so with a third: correlations are positive semi-definite.
+    """The smallest phi of two events A and B, given the phi of each with a third event S.
 
-    `phi_AB >= phi_SA phi_SB - sqrt((1 - phi_SA^2)(1 - phi_SB^2))`: above 0, A and B are no disjoint senses of S.
+    `phi_AB >= phi_SA phi_SB - sqrt((1 - phi_SA^2)(1 - phi_SB^2))`, because a correlation matrix is positive semi-definite. If the bound is
+    above 0, A and B are not disjoint senses of S.
 
     >>> round(cofiring_bound(torch.tensor(0.71), torch.tensor(0.80)).item(), 2)
     0.15
@@ -150,25 +153,24 @@ def cofiring_bound(phi_sa: Float[Tensor, "*shape"], phi_sb: Float[Tensor, "*shap
     return phi_sa * phi_sb - ((1 - phi_sa.square()) * (1 - phi_sb.square())).clamp(min=0).sqrt()
 
 
-def geometric_median(x: Float[Tensor, "batch d_in"], *, iterations: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d_in"]:
-    """The point with the least summed distance to the rows, by Weiszfeld's iteration; outliers pull it less than the mean.
+def geometric_median(x: Activations, *, iterations: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d_in"]:
+    """The point with the smallest sum of distances to the rows, by Weiszfeld's iteration; outliers move it less than the mean.
 
     >>> geometric_median(torch.tensor([[0.0], [0.0], [9.0]])).abs().item() < 1e-3
     True
     """
     points = x.double()
-    guess = points.mean(0)
+    median = points.mean(0)
     for _ in range(iterations):
-        weights = 1 / (points - guess).norm(dim=-1, keepdim=True).clamp(min=1e-9)
-        moved = (weights * points).sum(0) / weights.sum()
-        if (moved - guess).norm() <= tolerance * moved.norm().clamp(min=1e-12):
-            return moved.to(x.dtype)
-        guess = moved
-    return guess.to(x.dtype)
+        weights = 1 / (points - median).norm(dim=-1, keepdim=True).clamp(min=1e-9)
+        last, median = median, (weights * points).sum(0) / weights.sum()
+        if (median - last).norm() <= tolerance * median.norm().clamp(min=1e-12):
+            break
+    return median.to(x.dtype)
 
 
-def without_radial(gradient: Float[Tensor, "d_sae d_in"], W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
-    """A gradient less its part along each row, which a renormalised row cannot follow: `g_i - (g_i . W_i) W_i / ||W_i||^2`.
+def without_radial(gradient: Rows, W_dec: Rows) -> Rows:
+    """A gradient without its part along each row, which renormalisation undoes: `g_i - (g_i . W_i) W_i / ||W_i||^2`.
 
     >>> without_radial(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 0.0]]))
     tensor([[0., 1.]])
@@ -181,14 +183,14 @@ ReconstructionSums = tuple[Tensor, Tensor, Tensor, Tensor]
 """Tokens, sum of x, sum of ||x||^2, sum of ||x - xhat||^2, in float64."""
 
 
-def reconstruction_sums(x: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"]) -> ReconstructionSums:
-    """What a batch adds to a global FVU."""
+def reconstruction_sums(x: Activations, reconstruction: Activations) -> ReconstructionSums:
+    """The contribution of a batch to a global FVU."""
     x, error = x.double(), (x.double() - reconstruction.double()).square().sum()
     return torch.tensor(float(len(x)), device=x.device, dtype=x.dtype), x.sum(0), x.square().sum(), error
 
 
 def fvu_of_sums(sums: ReconstructionSums) -> Float[Tensor, ""]:
-    """FVU over everything that was summed, `error / (sum ||x||^2 - ||sum x||^2 / n)`.
+    """The FVU of all batches in the sums, `error / (sum ||x||^2 - ||sum x||^2 / n)`.
 
     >>> fvu_of_sums(reconstruction_sums(torch.tensor([[0.0], [2.0]]), torch.ones(2, 1))).item()
     1.0
@@ -197,74 +199,75 @@ def fvu_of_sums(sums: ReconstructionSums) -> Float[Tensor, ""]:
     return error / (squares - total.square().sum() / n)
 
 
-def agreement_sums(x: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a batch adds to mean cosine, mean ratio of lengths and relative bias: sums of both, of `||xhat||^2` and of `x . xhat`.
+def agreement_sums(x: Activations, reconstruction: Activations) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums over tokens of the cosine, of `||xhat|| / ||x||`, and of `||xhat||^2` and `x . xhat`, which give the relative bias.
 
     >>> x = torch.tensor([[3.0, 4.0]])
     >>> [total.item() for total in agreement_sums(x, x / 2)]
     [1.0, 0.5, 6.25, 12.5]
     """
     x, reconstruction = x.double(), reconstruction.double()
-    along, length, longest = (x * reconstruction).sum(-1), reconstruction.norm(dim=-1), x.norm(dim=-1)
-    cosine = along / (length * longest).clamp(min=1e-300)
-    return cosine.sum(), (length / longest.clamp(min=1e-300)).sum(), length.square().sum(), along.sum()
+    dot_product, norm, x_norm = (x * reconstruction).sum(-1), reconstruction.norm(dim=-1), x.norm(dim=-1)
+    cosine = dot_product / (norm * x_norm).clamp(min=1e-300)
+    return cosine.sum(), (norm / x_norm.clamp(min=1e-300)).sum(), norm.square().sum(), dot_product.sum()
 
 
-def nearest_cosines(W_dec: Float[Tensor, "d_sae d_in"], *, rows: int = 1024) -> Float[Tensor, " d_sae"]:
-    """Each row's largest cosine with another row, some rows at a time.
+def nearest_cosines(W_dec: Rows, *, rows: int = 1024) -> Float[Tensor, " d_sae"]:
+    """The largest cosine of each row with another row, computed for `rows` rows at a time.
 
     >>> nearest_cosines(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]))
     tensor([0.6000, 0.8000, 0.8000])
     """
     directions = unit_rows(W_dec)
-    return torch.linalg.vecdot(directions, directions[nearest(directions, at_once=rows)])
+    return torch.linalg.vecdot(directions, directions[nearest_indices(directions, chunk_rows=rows)])
 
 
-def nearest(rows: Rows, which: slice = slice(None), *, at_once: int = 1024) -> Int[Tensor, " which"]:
-    """Of each of these rows, the other row that it has the largest product with."""
-    every = torch.arange(len(rows), device=rows.device)
-    return torch.cat([(rows[i] @ rows.T).masked_fill_(i[:, None] == every, -torch.inf).argmax(1) for i in every[which].split(at_once)])
+def nearest_indices(rows: Rows, part: slice = slice(None), *, chunk_rows: int = 1024) -> Int[Tensor, " part"]:
+    """For each row of a part of the matrix, the index of the other row with the largest dot product."""
+    indices = torch.arange(len(rows), device=rows.device)
+    chunks = indices[part].split(chunk_rows)
+    return torch.cat([(rows[i] @ rows.T).masked_fill_(i[:, None] == indices, -torch.inf).argmax(1) for i in chunks])
 
 
-def spectrum(W_dec: Float[Tensor, "d_sae d_in"], *, rows: int = 4096) -> Float[Tensor, " d_in"]:
+def spectrum(W_dec: Rows, *, rows: int = 4096) -> Float[Tensor, " d_in"]:
     """Singular values of the decoder's directions, largest first, scaled so that their squares sum to 1; float64.
 
-    They are the roots of the eigenvalues of the directions' d_in x d_in Gram matrix, which is summed up some rows at a time.
+    They are the square roots of the eigenvalues of the directions' d_in x d_in Gram matrix, to which `rows` rows at a time are added.
 
     >>> values = spectrum(torch.tensor([[1.0, 0.0], [0.0, 5.0], [0.0, -1.0], [0.0, 2.0]]))
     >>> [round(value, 6) for value in values.square().tolist()]
     [0.75, 0.25]
     """
     gram = torch.zeros(W_dec.shape[1], W_dec.shape[1], dtype=torch.float64, device=W_dec.device)
-    for some in W_dec.split(rows):
-        directions = unit_rows(some.double())
+    for chunk in W_dec.split(rows):
+        directions = unit_rows(chunk.double())
         gram += directions.T @ directions
     squares = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
     return (squares / squares.sum()).sqrt()
 
 
-def share_above(values: Float[Tensor, " value"], at: Float[Tensor, " point"]) -> Float[Tensor, " point"]:
-    """What share of the values lies above each point.
+def share_above(values: Float[Tensor, " value"], points: Float[Tensor, " point"]) -> Float[Tensor, " point"]:
+    """The fraction of the values above each point.
 
     >>> share_above(torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([0.0, 2.0, 3.0])).tolist()
     [1.0, 0.25, 0.0]
     """
-    below = torch.searchsorted(values.sort().values, at, right=True)
-    return 1 - below.to(at.dtype) / len(values)
+    not_above = torch.searchsorted(values.sort().values, points, right=True)
+    return 1 - not_above.to(points.dtype) / len(values)
 
 
 def equal_error_bin(hits: Float[Tensor, "latent bin"], others: Float[Tensor, "latent bin"]) -> Float[Tensor, " latent"]:
-    """The bin edge at which the share of `hits` below it is nearest to the share of `others` at or above it: equal error rates.
+    """The bin edge with equal error rates: the fraction of `hits` below it is nearest to the fraction of `others` at or above it.
 
     >>> equal_error_bin(torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([[9.0, 1.0, 0.0]]))
     tensor([1.])
     """
-    missed = hits.cumsum(1) / hits.sum(1, keepdim=True).clamp(min=1)
-    false = 1 - others.cumsum(1) / others.sum(1, keepdim=True).clamp(min=1)
-    # Edge b has bins 0 to b - 1 below it; edge 0 misses nothing.
-    missed = torch.cat([torch.zeros_like(missed[:, :1]), missed[:, :-1]], 1)
-    false = torch.cat([torch.ones_like(false[:, :1]), false[:, :-1]], 1)
-    return (missed - false).abs().argmin(1).to(hits.dtype)
+    miss_rate = hits.cumsum(1) / hits.sum(1, keepdim=True).clamp(min=1)
+    false_rate = 1 - others.cumsum(1) / others.sum(1, keepdim=True).clamp(min=1)
+    # Edge b has bins 0 to b - 1 below it; edge 0 misses no hit.
+    miss_rate = torch.cat([torch.zeros_like(miss_rate[:, :1]), miss_rate[:, :-1]], 1)
+    false_rate = torch.cat([torch.ones_like(false_rate[:, :1]), false_rate[:, :-1]], 1)
+    return (miss_rate - false_rate).abs().argmin(1).to(hits.dtype)
 
 
 def detection(both: Counts, fired: Counts, true: Counts) -> tuple[Counts, Counts, Counts]:
@@ -277,10 +280,8 @@ def detection(both: Counts, fired: Counts, true: Counts) -> tuple[Counts, Counts
     return both / fired.clamp(min=1), both / true.clamp(min=1), 2 * both / (fired + true).clamp(min=1)
 
 
-def cross_entropy(
-    logits: Float[Tensor, "context position vocabulary"], tokens: Int[Tensor, "context position"]
-) -> Float[Tensor, "context position"]:
-    """Each token's loss by the prediction of it.
+def cross_entropy(logits: Logits, tokens: Int[Tensor, "context position"]) -> Float[Tensor, "context position"]:
+    """The cross-entropy of each token under its predicted logits, `-log p(token)`, in nats.
 
     >>> cross_entropy(torch.zeros(1, 1, 4), torch.tensor([[2]])).exp()
     tensor([[4.]])
@@ -288,10 +289,8 @@ def cross_entropy(
     return logits.logsumexp(-1) - logits.gather(-1, tokens[..., None])[..., 0]
 
 
-def kl_divergence(
-    clean: Float[Tensor, "context position vocabulary"], other: Float[Tensor, "context position vocabulary"]
-) -> Float[Tensor, "context position"]:
-    """Of the other prediction from the clean one, `sum p_clean (log p_clean - log p_other)`, in nats.
+def kl_divergence(clean: Logits, other: Logits) -> Float[Tensor, "context position"]:
+    """The KL divergence of the other prediction from the clean one, `sum p_clean (log p_clean - log p_other)`, in nats.
 
     >>> kl_divergence(torch.zeros(1, 1, 2), torch.tensor([[[0.0, -torch.inf]]])).item()
     inf
