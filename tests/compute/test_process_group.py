@@ -1,4 +1,4 @@
-"""Several ranks make the step that one process makes of all their rows."""
+"""Training, top-k and slices on several ranks against one process that has all their rows."""
 
 import itertools
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from tests.helpers.architectures import activations, config, optimizers
 from tests.helpers.ranks import assert_same_training, in_process_group, module
 
 STEPS, D_SAE = 30, 48
-# Of each kind its primary's architecture, its config's arguments and the module's.
+# For each kind: the primary's architecture, arguments of its config, arguments of JointSAE.
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "batchtopk": ("batchtopk", {}, {}),
     "rescaled": ("batchtopk", {"rescale_acts_by_decoder_norm": True}, {"decoder_rows": "free"}),
@@ -37,87 +37,87 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def own(rows: int, ranks: ProcessGroup, dealt: str) -> slice:
-    """The rows that are this rank's."""
-    if dealt == "even":
+def rank_rows(rows: int, ranks: ProcessGroup, division: str) -> slice:
+    """This rank's rows of a batch."""
+    if division == "even":
         return ranks.even_slice(rows)
-    # The last has none; or the first has half of the rest's besides.
+    # Rank 0 has all rows; or every other rank has half of an even share, and rank 0 has the rest.
     others = ranks.world_size - 1
-    first = rows if dealt == "none for one" else rows - (rows // ranks.world_size // 2) * others
+    first = rows if division == "all on rank 0" else rows - (rows // ranks.world_size // 2) * others
     each = (rows - first) // max(others, 1)
     return slice(0, first) if ranks.rank == 0 else slice(first + each * (ranks.rank - 1), first + each * ranks.rank)
 
 
-def trained(kind: str, dtype: torch.dtype, ranks: ProcessGroup, dealt: str = "even") -> dict[str, Any]:
-    """Everything that training on this rank's part of each batch leaves, and what its steps showed."""
+def train(kind: str, dtype: torch.dtype, ranks: ProcessGroup, division: str = "even") -> dict[str, Any]:
+    """Train on this rank's part of each batch: the state dict, and the scalars and dead latents of each step."""
     joint = module(KINDS[kind], D_SAE, dtype)
     joint.join(ranks)
     primary, meta = optimizers(joint)
-    shown: list[list[Tensor]] = []
+    scalars: list[list[Tensor]] = []
     dead: list[Tensor] = []
     for step in range(STEPS):
         rows = activations(step).to(dtype)
-        out = joint.step(Batch(rows[own(len(rows), ranks, dealt)]), primary, meta, last=step == STEPS - 1)
+        output = joint.step(Batch(rows[rank_rows(len(rows), ranks, division)]), primary, meta, last=step == STEPS - 1)
         dead.append(joint.primary.dead)
-        shown.append([torch.as_tensor(value).double() for value in out.scalars().values()])
-    return {"state": joint.state_dict(), "shown": shown, "dead": torch.stack(dead)}
+        scalars.append([torch.as_tensor(value).double() for value in output.scalars().values()])
+    return {"state": joint.state_dict(), "shown": scalars, "dead": torch.stack(dead)}
 
 
 def cases(count: int) -> Iterator[tuple[str, torch.dtype, str]]:
-    """What is trained on so many ranks: on two everything."""
-    # SAELens makes its JumpReLU's threshold in float32 whatever the rest is.
+    """Kind, type and division of the rows of each training on `count` ranks; two ranks train every kind."""
+    # SAELens computes its JumpReLU's threshold in float32, whatever the type of the other tensors.
     exact = [kind for kind in KINDS if kind != "jumprelu"] if count == 2 else ["batchtopk", "matryoshka, clipped", "some rows"]
     yield from ((kind, torch.float64, "even") for kind in exact)
     yield from ((kind, torch.float32, "even") for kind in ("batchtopk", "jumprelu"))
-    yield "batchtopk", torch.float64, "unevenly"
+    yield "batchtopk", torch.float64, "uneven"
     if count == 2:
         for kind in ("batchtopk", "matryoshka, clipped", "topk, micro-batches", "gated"):
-            yield kind, torch.float64, "none for one"
+            yield kind, torch.float64, "all on rank 0"
 
 
-def on_rank(rank: int, folder: str) -> None:
+def train_on_rank(rank: int, folder: str) -> None:
     ranks = ProcessGroup.default()
-    torch.save([trained(kind, dtype, ranks, dealt) for kind, dtype, dealt in cases(ranks.world_size)], f"{folder}/{rank}.pt")
+    torch.save([train(kind, dtype, ranks, division) for kind, dtype, division in cases(ranks.world_size)], f"{folder}/{rank}.pt")
 
 
-def one_sided(ranks: ProcessGroup) -> Tensor:
-    """The decoder after steps in which the last rank's backward pass reaches nothing."""
+def train_without_last_gradient(ranks: ProcessGroup) -> Tensor:
+    """The decoder after steps in which the last of several ranks has no gradient."""
     learner = module(KINDS["batchtopk"], D_SAE, torch.float64).primary
     learner.join(Parallelism.of(ranks), "local")
     optimizer = Adam(learner.parameters(), lr=1e-3)
     for step in range(3):
-        silent = not ranks.is_single and ranks.rank == ranks.world_size - 1
-        learner.learn(activations(step).double(), optimizer, backward=(lambda loss: None) if silent else Tensor.backward)
+        skip_backward = not ranks.is_single and ranks.rank == ranks.world_size - 1
+        learner.learn(activations(step).double(), optimizer, backward=(lambda loss: None) if skip_backward else Tensor.backward)
     return learner.W_dec.detach()
 
 
-def one_sided_on_rank(rank: int, folder: str) -> None:
-    torch.save(one_sided(ProcessGroup.default()), f"{folder}/{rank}.pt")
+def train_without_last_gradient_on_rank(rank: int, folder: str) -> None:
+    torch.save(train_without_last_gradient(ProcessGroup.default()), f"{folder}/{rank}.pt")
 
 
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.filterwarnings("ignore:decoder_init_norm must be set")
-def test_ranks_train_what_one_process_trains_on_all_their_rows(count: int, tmp_path: Path):
-    in_process_group(count, on_rank, tmp_path)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
-    for number, (kind, dtype, dealt) in enumerate(cases(count)):
-        alone, told = trained(kind, dtype, SINGLE), f"{kind}, {dtype}, {dealt}"
+def test_data_parallel_training_equals_training_in_one_process(count: int, tmp_path: Path):
+    in_process_group(count, train_on_rank, tmp_path)
+    results_by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
+    for index, (kind, dtype, division) in enumerate(cases(count)):
+        single, case = train(kind, dtype, SINGLE), f"{kind}, {dtype}, {division}"
         tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-        ours = [one[number] for one in found]
-        assert_same_training(alone, ours, tolerance, told)
-        assert alone["dead"].any() or kind in ("gated", "jumprelu"), told
+        assert_same_training(single, [results[index] for results in results_by_rank], tolerance, case)
+        assert single["dead"].any() or kind in ("gated", "jumprelu"), case
 
 
-def test_a_rank_without_a_gradient_is_not_waited_for(tmp_path: Path):
-    in_process_group(2, one_sided_on_rank, tmp_path)
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    # The loss is weighted by half of the rows, which Adam makes nothing of but for its epsilon.
-    assert torch.equal(one, other) and (one - one_sided(SINGLE)).norm() / one.norm() < 1e-6
+def test_rank_without_a_gradient_contributes_zero(tmp_path: Path):
+    in_process_group(2, train_without_last_gradient_on_rank, tmp_path)
+    decoder, decoder_of_last = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    # The loss has half the weight, for half of the rows; Adam divides it out, up to its epsilon.
+    assert torch.equal(decoder, decoder_of_last)
+    assert (decoder - train_without_last_gradient(SINGLE)).norm() / decoder.norm() < 1e-6
 
 
-def test_ranks_that_do_not_talk_train_something_else(tmp_path: Path):
-    """The control: without sums over ranks the weights are others."""
-    expected = trained("batchtopk", torch.float64, SINGLE)["state"]["primary.sae.W_dec"]
+def test_training_on_half_of_the_rows_gives_other_weights(tmp_path: Path):
+    """The control: without sums over ranks the weights would differ."""
+    expected = train("batchtopk", torch.float64, SINGLE)["state"]["primary.sae.W_dec"]
     joint = module(KINDS["batchtopk"], D_SAE, torch.float64)
     primary, meta = optimizers(joint)
     for step in range(STEPS):
@@ -125,21 +125,24 @@ def test_ranks_that_do_not_talk_train_something_else(tmp_path: Path):
     assert (joint.primary.W_dec - expected).norm() / expected.norm() > 1e-2
 
 
-def values(rank: int, case: int) -> Tensor:
-    """Numbers of a rank: some equal, some negative, of some ranks none at all."""
+def rank_values(rank: int, case: int) -> Tensor:
+    """The values of a rank: random, with ties, float64, subnormal or large; in the first three cases one rank has no values."""
     generator = torch.Generator().manual_seed(1000 * case + rank)
-    found = torch.randn(0 if case % 5 == rank else 40 + 30 * rank, generator=generator)
-    return [found, found.mul(4).round() / 4, found.double(), found * 1e-42, found.abs() * 1e30][case % 5]
+    numbers = torch.randn(0 if case % 5 == rank else 40 + 30 * rank, generator=generator)
+    return [numbers, numbers.mul(4).round() / 4, numbers.double(), numbers * 1e-42, numbers.abs() * 1e30][case % 5]
 
 
-def trainer(batches: float, there: int | None = None) -> Any:
-    """One that has planned so many batches, of which so many are there."""
-    own = SimpleNamespace(root_device=torch.device("cpu"))
-    data = {"train_dataloader": range(int(min(batches, 9)) if there is None else there), "limit_train_batches": 1.0}
-    return SimpleNamespace(num_training_batches=batches, num_val_batches=[2], strategy=own, world_size=3, **data)
+def trainer(planned: float, available: int | None = None) -> Any:
+    """A stand-in for a trainer with `planned` training batches, and a data loader of `available` batches."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data = {"train_dataloader": range(int(min(planned, 9)) if available is None else available), "limit_train_batches": 1.0}
+    return SimpleNamespace(num_training_batches=planned, num_val_batches=[2], strategy=strategy, world_size=3, **data)
 
 
-def cut_on_rank(rank: int, folder: str) -> None:
+TOP_K_CASES = [(case, count) for case in range(10) for count in (1, 7, 60, 500)]
+
+
+def communicate_on_rank(rank: int, folder: str) -> None:
     ranks = ProcessGroup.default()
     check_batches(trainer(7), ranks, 640)
     endless = trainer(float("inf"))
@@ -147,50 +150,46 @@ def cut_on_rank(rank: int, folder: str) -> None:
     check_batches(endless, ranks, 640)
     with pytest.raises(InputError, match="the run was planned with 7 batches, and there are 5 now that the checkpoint is read"):
         check_batches(trainer(7, 5), ranks, 640)
-    number = torch.tensor([float(ranks.rank)])
-    ranks.broadcast_(number, None)
-    assert number.item() == 0
+    own_rank = torch.tensor([float(ranks.rank)])
+    ranks.broadcast_(own_rank, None)
+    assert own_rank.item() == 0
     with pytest.raises(InputError, match="data: ranks must have equally many training batches, and have 7, 7, 8"):
         check_batches(trainer(7 + (rank == 2)), ranks, 640)
     with pytest.raises(InputError, match="ranks resumed from different checkpoints, after 640, 640, 1280 tokens"):
         check_batches(trainer(7), ranks, 640 * (1 + (rank == 2)))
-    whole = ranks.all_gather_rows(torch.full((rank, 2), float(rank)))  # the first has none
-    assert whole.tolist() == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
-    torch.save(
-        [topk_across_ranks(values(rank, case), count, ranks) for case in range(10) for count in (1, 7, 60, 500)], f"{folder}/{rank}.pt"
-    )
+    rows = ranks.all_gather_rows(torch.full((rank, 2), float(rank)))  # rank 0 has no rows
+    assert rows.tolist() == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
+    torch.save([topk_across_ranks(rank_values(rank, case), count, ranks) for case, count in TOP_K_CASES], f"{folder}/{rank}.pt")
 
 
-def test_topk_across_ranks_selects_what_torch_topk_selects_of_all_values(tmp_path: Path):
-    in_process_group(3, cut_on_rank, tmp_path)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
-    cases = [(case, count) for case in range(10) for count in (1, 7, 60, 500)]
-    for number, (case, count) in enumerate(cases):
-        of_all = torch.cat([values(rank, case) for rank in range(3)])
-        # Of equals the first: a stable sort puts them so.
-        order = of_all.sort(descending=True, stable=True).indices[:count]
-        expected = torch.zeros(len(of_all), dtype=torch.bool)
+def test_topk_across_ranks_equals_a_sort_of_all_values_with_ties_by_index(tmp_path: Path):
+    in_process_group(3, communicate_on_rank, tmp_path)
+    masks_by_rank = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
+    for index, (case, count) in enumerate(TOP_K_CASES):
+        values = torch.cat([rank_values(rank, case) for rank in range(3)])
+        # A stable sort leaves ties ordered by index.
+        order = values.sort(descending=True, stable=True).indices[:count]
+        expected = torch.zeros(len(values), dtype=torch.bool)
         expected[order] = True
-        expected &= of_all > 0
-        kept = torch.cat([found[rank][number].keep for rank in range(3)])
-        assert (kept == expected).all(), (case, count)
-        edges = {found[rank][number].threshold for rank in range(3)}
-        assert edges == {of_all[expected].min().item() if expected.any() else None}
-        assert {found[rank][number].is_complete for rank in range(3)} == {int((of_all > 0).sum()) >= count}
+        expected &= values > 0
+        masks = [masks[index] for masks in masks_by_rank]
+        assert (torch.cat([mask.keep for mask in masks]) == expected).all(), (case, count)
+        assert {mask.threshold for mask in masks} == {values[expected].min().item() if expected.any() else None}
+        assert {mask.is_complete for mask in masks} == {int((values > 0).sum()) >= count}
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(7, 3), (2, 4), (0, 2), (8, 4)])
 def test_even_slices_cover_all_items_and_differ_by_at_most_one(count: int, ranks: int):
-    shares = [list(range(count))[ProcessGroup(rank, ranks).even_slice(count)] for rank in range(ranks)]
-    assert [*itertools.chain(*shares)] == list(range(count)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+    slices = [list(range(count))[ProcessGroup(rank, ranks).even_slice(count)] for rank in range(ranks)]
+    assert [*itertools.chain(*slices)] == list(range(count)) and max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
-def test_what_is_for_one_process_is_refused():
+def test_macro_step_supports_on_several_ranks_are_refused():
     with pytest.raises(InputError, match="critic_supports: macro_step is for one process, got 2 ranks"):
         JointSAE(config("batchtopk"), critic_supports="macro_step").join(ProcessGroup(0, 2))
 
 
-def test_saelens_own_code_does_not_cut_through_ranks():
+def test_dense_kernels_with_a_global_batch_cut_on_several_ranks_are_refused():
     joint = JointSAE(config("batchtopk"), kernels="dense")
     with pytest.raises(InputError, match="batch_cut: local"):
         joint.join(ProcessGroup(0, 2))

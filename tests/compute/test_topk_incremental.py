@@ -1,4 +1,4 @@
-"""Candidates from before keep what a search through everything keeps."""
+"""Incremental top-k against full searches: in calls of `encode`, and in joint training."""
 
 import pytest
 import torch
@@ -12,21 +12,21 @@ from tests.helpers.architectures import activations, config, optimizers
 
 
 def moving(steps: int, size: float, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Unit rows, an encoder and a bias that move a little from one to the next."""
+    """Unit rows, an encoder and a bias at each step of a random walk with steps of this size."""
     generator = torch.Generator().manual_seed(seed)
     rows, W_enc, b_enc = torch.randn(300, 64, generator=generator), torch.randn(64, 80, generator=generator), torch.zeros(80)
-    found = []
+    inputs = []
     for _ in range(steps):
-        found.append((functional.unit_rows(rows), W_enc.clone(), b_enc.clone()))
+        inputs.append((functional.unit_rows(rows), W_enc.clone(), b_enc.clone()))
         rows += size * torch.randn(rows.shape, generator=generator)
         W_enc += size * torch.randn(W_enc.shape, generator=generator) / 8
         b_enc += size * torch.randn(b_enc.shape, generator=generator) / 8
-    return found
+    return inputs
 
 
-# Rows moved by 0.001 need few searches; by 1, one at every step; and what is kept is right at any speed.
+# Steps of 1e-4 need one full search, steps of 1 need one at every step; the selection is exact in both cases.
 @pytest.mark.parametrize(("size", "searches"), [(1e-4, 1), (1.0, 12)])
-def test_what_is_kept_is_what_a_search_keeps(size: float, searches: int):
+def test_incremental_selection_equals_a_full_search(size: float, searches: int):
     incremental = compute.IncrementalTopK(300)
     for x, W_enc, b_enc in moving(12, size):
         fast = compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=incremental))
@@ -36,8 +36,8 @@ def test_what_is_kept_is_what_a_search_keeps(size: float, searches: int):
     assert incremental.searches == searches
 
 
-def test_candidates_alone_would_have_been_wrong():
-    """Control: without the bound, candidates of the first step miss what is kept later."""
+def test_old_candidates_without_the_bound_miss_selected_latents():
+    """The control: the candidates of the first step do not contain all latents that are selected later."""
     (x, W_enc, b_enc), *_, (x_late, W_late, b_late) = moving(12, 0.3)
     first = compute.encode(x, W_enc, b_enc, compute.TopKRule(4 * 4, False)).pattern
     late = compute.encode(x_late, W_late, b_late, compute.TopKRule(4, False)).pattern
@@ -45,18 +45,18 @@ def test_candidates_alone_would_have_been_wrong():
     assert set(zip(late.rows.tolist(), late.columns.tolist(), strict=True)) - candidates
 
 
-def test_one_row_that_jumps_is_seen():
+def test_jump_of_one_row_triggers_a_full_search():
     incremental, (x, W_enc, b_enc) = compute.IncrementalTopK(300), moving(1, 0)[0]
     compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=incremental))
     x = x.clone()
     x[17] = functional.unit_rows(W_enc.T[:1])[0]
-    fast, slow = (compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=s)) for s in (incremental, None))
+    fast, slow = (compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=topk)) for topk in (incremental, None))
     assert torch.equal(fast.pattern.columns, slow.pattern.columns) and incremental.searches == 2
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_latent_that_jumps_is_seen(bias: bool):
-    """The rows stay where they are; one latent's encoder or bias moves until it is every row's."""
+def test_jump_of_one_latent_triggers_a_full_search(bias: bool):
+    """The rows stay the same; the encoder or the bias of one latent changes so much that it becomes active."""
     incremental, (x, W_enc, b_enc) = compute.IncrementalTopK(300), moving(1, 0)[0]
     compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=incremental))
     W_enc, b_enc = W_enc.clone(), b_enc.clone()
@@ -64,47 +64,46 @@ def test_a_latent_that_jumps_is_seen(bias: bool):
         b_enc[31] = 5.0
     else:
         W_enc[:, 31] = 5 * x[17]
-    fast, slow = (compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=s)) for s in (incremental, None))
+    fast, slow = (compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=topk)) for topk in (incremental, None))
     assert torch.equal(fast.pattern.columns, slow.pattern.columns) and incremental.searches == 2
 
 
-def test_when_everything_was_searched_leaves_no_trace():
-    """A run that goes on from a checkpoint has no candidates from before."""
-    incremental, apart = compute.IncrementalTopK(300), torch.tensor([3, 40, 77])
-    found = [
-        compute.encode(x, W, b, compute.TopKRule(4, False, incremental=incremental), extra_latents=apart) for x, W, b in moving(6, 1e-3)
-    ]
-    anew = [
-        compute.encode(x, W, b, compute.TopKRule(4, False, incremental=compute.IncrementalTopK(300)), extra_latents=apart)
-        for x, W, b in moving(6, 1e-3)
-    ]
-    assert incremental.searches < 6
-    assert all(
-        torch.equal(a.values, b.values) and torch.equal(a.extra_pre_acts, b.extra_pre_acts) for a, b in zip(found, anew, strict=True)
+def test_values_have_the_same_bits_whenever_the_last_full_search_was():
+    """A run that resumes from a checkpoint has no earlier candidates."""
+    incremental, extra = compute.IncrementalTopK(300), torch.tensor([3, 40, 77])
+    incremental_results, full_results = (
+        [
+            compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=topk), extra_latents=extra)
+            for (x, W_enc, b_enc), topk in zip(moving(6, 1e-3), topks, strict=True)
+        ]
+        for topks in ([incremental] * 6, [compute.IncrementalTopK(300) for _ in range(6)])
     )
+    assert incremental.searches < 6
+    for a, b in zip(incremental_results, full_results, strict=True):
+        assert torch.equal(a.values, b.values) and torch.equal(a.extra_pre_acts, b.extra_pre_acts)
 
 
-def test_a_critic_that_was_asked_in_inference_mode_learns_on():
-    module, other = trained(), trained()
+def test_critic_used_in_inference_mode_trains_on_with_the_same_bits():
+    module, control = train_module(), train_module()
     with torch.inference_mode():  # as a callback may, while Lightning validates
         module.meta.reconstruct(functional.unit_rows(module.primary.W_dec))  # type: ignore[union-attr]
-    for one in (module, other):
-        both = optimizers(one)
+    for joint in (module, control):
+        both = optimizers(joint)
         for i in range(17, 21):
-            one.step(Batch(activations(i)), *both)
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in module.state_dict().items())
+            joint.step(Batch(activations(i)), *both)
+    assert all(torch.equal(value, control.state_dict()[name]) for name, value in module.state_dict().items())
 
 
-def test_few_positive_and_none_at_all():
-    incremental, x, W_enc = compute.IncrementalTopK(30), functional.unit_rows(torch.randn(30, 8)), torch.randn(8, 10)
-    none = compute.encode(x, W_enc, torch.full((10,), -1e3), compute.TopKRule(2, False, incremental=incremental))
-    few = compute.encode(
-        x, W_enc, -(x @ W_enc).flatten().topk(5).values[-1].expand(10), compute.TopKRule(2, False, incremental=incremental)
-    )
-    assert len(none.values) == 0 and len(few.values) in (4, 5)
+def test_incremental_selection_contains_positive_activations_only():
+    x, W_enc = functional.unit_rows(torch.randn(30, 8)), torch.randn(8, 10)
+    rule = compute.TopKRule(2, False, incremental=compute.IncrementalTopK(30))
+    without_positive = compute.encode(x, W_enc, torch.full((10,), -1e3), rule)
+    with_few_positive = compute.encode(x, W_enc, -(x @ W_enc).flatten().topk(5).values[-1].expand(10), rule)
+    assert len(without_positive.values) == 0 and len(with_few_positive.values) in (4, 5)
 
 
-def trained(**settings: object) -> JointSAE:
+def train_module(**settings: object) -> JointSAE:
+    """A joint SAE after 17 steps."""
     module = JointSAE(
         config("batchtopk", rescale_acts_by_decoder_norm=False),
         config("batchtopk", d_sae=12, rescale_acts_by_decoder_norm=False),
@@ -119,75 +118,72 @@ def trained(**settings: object) -> JointSAE:
     return module
 
 
-def test_a_run_with_screens_is_the_run_without():
-    fast, slow = trained(), trained(kernels="dense")
+def test_training_with_incremental_top_k_equals_training_with_dense_kernels():
+    fast, slow = train_module(), train_module(kernels="dense")
     assert fast.meta._forward_pass.incremental_topk.searches < 17 + 6  # type: ignore[union-attr]
     for name, tensor in slow.state_dict().items():
         torch.testing.assert_close(fast.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_held_supports_are_those_of_the_first_step_after_the_critic_learnt():
-    module = trained(critic_supports="macro_step")
-    held, both = module.meta.cached_support, optimizers(module)  # type: ignore[union-attr]
-    assert held is not None and int(module.primary.steps) == 17
+def test_macro_step_supports_are_reused_until_the_next_meta_phase():
+    module = train_module(critic_supports="macro_step")
+    support, both = module.meta.cached_support, optimizers(module)  # type: ignore[union-attr]
+    assert support is not None and int(module.primary.steps) == 17
     module.step(Batch(activations(17)), *both)
-    assert module.meta.cached_support[1].equal(held[1])  # type: ignore[union-attr,index]
-    for i in range(18, 20):  # the twentieth ends a macro-step: the critic learns and lets go
+    assert module.meta.cached_support[1].equal(support[1])  # type: ignore[union-attr,index]
+    for i in range(18, 20):  # step 20 ends a macro-step: the critic is trained, and its cached support is dropped
         module.step(Batch(activations(i)), *both)
     assert module.meta.cached_support is None  # type: ignore[union-attr]
-    exact = trained()
-    assert not torch.equal(exact.primary.W_dec, module.primary.W_dec)  # control: it is an approximation
+    exact = train_module()
+    assert not torch.equal(exact.primary.W_dec, module.primary.W_dec)  # control: reuse is an approximation
 
 
-def test_held_supports_go_through_a_checkpoint():
-    module, checkpoint = trained(critic_supports="macro_step"), dict[str, object]()
+def test_macro_step_supports_are_restored_from_a_checkpoint():
+    module, checkpoint = train_module(critic_supports="macro_step"), dict[str, object]()
     module.on_save_checkpoint(checkpoint)
-    other = trained(critic_supports="macro_step")
-    other.load_state_dict(module.state_dict())
-    other.meta.cached_support = None  # type: ignore[union-attr]
-    other.on_load_checkpoint(checkpoint)
-    for each in (module, other):
-        each.step(Batch(activations(17)), *optimizers(each))
-    assert torch.equal(other.primary.W_dec, module.primary.W_dec)
-    assert _saved(trained())["critic_supports"] is None
+    resumed = train_module(critic_supports="macro_step")
+    resumed.load_state_dict(module.state_dict())
+    resumed.meta.cached_support = None  # type: ignore[union-attr]
+    resumed.on_load_checkpoint(checkpoint)
+    for joint in (module, resumed):
+        joint.step(Batch(activations(17)), *optimizers(joint))
+    assert torch.equal(resumed.primary.W_dec, module.primary.W_dec)
+    checkpoint_of_exact = dict[str, object]()
+    train_module().on_save_checkpoint(checkpoint_of_exact)
+    assert checkpoint_of_exact["critic_supports"] is None
 
 
-def _saved(module: JointSAE) -> dict[str, object]:
-    checkpoint: dict[str, object] = {}
-    module.on_save_checkpoint(checkpoint)
-    return checkpoint
-
-
-def test_some_rows_give_the_mean_of_all_on_average():
-    module, values, gradients = trained(), [], []
+def test_penalty_on_random_rows_is_unbiased():
+    module, values, gradients = train_module(), [], []
     W_dec = module.primary.W_dec.detach()
-    critic = lambda rows: 0.5 * rows.roll(1, 1)  # noqa: E731 - a critic that judges each row alone
-    whole = W_dec.clone().requires_grad_()
-    exact = Decomposability(0.3)(whole, critic, 0)
+    critic = lambda rows: 0.5 * rows.roll(1, 1)  # noqa: E731 - a critic that reconstructs each row independently
+    all_rows = W_dec.clone().requires_grad_()
+    exact = Decomposability(0.3)(all_rows, critic, 0)
     exact.backward()
     for step in range(400):
-        some = W_dec.clone().requires_grad_()
-        value = Decomposability(0.3, rows=0.25)(some, critic, step)
+        leaf = W_dec.clone().requires_grad_()
+        value = Decomposability(0.3, rows=0.25)(leaf, critic, step)
         value.backward()
         values.append(value.detach())
-        gradients.append(some.grad)
-    # 12 of 48 rows: the mean of 400 draws has a standard error of at most std/sqrt(12 * 400) in each.
-    spread = torch.stack(values).std() / 20
-    assert abs(torch.stack(values).mean() - exact) < 4 * spread
-    torch.testing.assert_close(torch.stack(gradients).mean(0), whole.grad, rtol=0, atol=0.2 * whole.grad.abs().max().item())  # type: ignore[union-attr]
+        gradients.append(leaf.grad)
+    # The mean of 400 draws has a standard error of std / sqrt(400).
+    standard_error = torch.stack(values).std() / 20
+    assert abs(torch.stack(values).mean() - exact) < 4 * standard_error
+    atol = 0.2 * all_rows.grad.abs().max().item()  # type: ignore[union-attr]
+    torch.testing.assert_close(torch.stack(gradients).mean(0), all_rows.grad, rtol=0, atol=atol)
 
 
-def test_a_meta_step_may_read_some_rows():
-    module = trained(meta_rows=16)
+def test_meta_rows_limits_a_meta_step_to_reproducibly_drawn_rows():
+    module = train_module(meta_rows=16)
     assert int(module.meta.rows_seen) == 3 * 2 * 16  # type: ignore[union-attr]
-    assert not torch.equal(module.meta.W_dec, trained().meta.W_dec)  # type: ignore[union-attr]
-    again = trained(meta_rows=16)
-    assert torch.equal(again.meta.W_dec, module.meta.W_dec)  # type: ignore[union-attr]
+    assert not torch.equal(module.meta.W_dec, train_module().meta.W_dec)  # type: ignore[union-attr]
+    repeated = train_module(meta_rows=16)
+    assert torch.equal(repeated.meta.W_dec, module.meta.W_dec)  # type: ignore[union-attr]
 
 
-def test_a_draw_of_the_rows_is_searched_and_leaves_what_is_known_of_all():
+def test_batch_with_fewer_rows_leaves_the_candidates_of_all_rows():
     incremental, (x, W_enc, b_enc) = compute.IncrementalTopK(300), moving(1, 0)[0]
     for rows in (x, x[:40], x):
-        fast, slow = (compute.encode(rows, W_enc, b_enc, compute.TopKRule(4, False, incremental=s)) for s in (incremental, None))
+        fast, slow = (compute.encode(rows, W_enc, b_enc, compute.TopKRule(4, False, incremental=topk)) for topk in (incremental, None))
         assert torch.equal(fast.pattern.columns, slow.pattern.columns)
     assert incremental.searches == 1
