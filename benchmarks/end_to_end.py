@@ -3,9 +3,9 @@
     python benchmarks/end_to_end.py                      # d_sae 4608 and 18432, solo, a process each in turn
     python benchmarks/end_to_end.py --widths 4608 --runs 1 --tokens 40960
 
-Time is counted between two moments when the buffer has just been filled, the first after five steps and the last of the run: as many tokens
-went through the language model as were trained on, and nothing of what is loaded before or saved after counts. The parts are the language
-model's forward pass, which ends at the hook in both, and the SAE's step; the rest is text, shuffling and the loop.
+Time is measured between two moments at which the buffer has just been filled: the first after five steps, and the last of the run. Between
+them as many tokens go through the language model as are trained on, and neither loading nor saving is included. The parts are the language
+model's forward pass, which ends at the hook in both programs, and the SAE's step; the rest is text, shuffling and the loop.
 """
 
 import argparse
@@ -21,55 +21,54 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from machine import described, draw
+from machine import machine_description, save_bar_chart
 
 HOOK, LAYER, CONTEXT, BATCH, K, BUFFER = "blocks.15.hook_resid_post", 15, 128, 1024, 32, 16384
-FIRST = 5
+WARM_UP_STEPS = 5
 
 
-class Watch:
-    """When steps began and ended, and what the parts took between the first that counts and the last."""
+class CallTimer:
+    """Start and end of every step and of every forward pass of the language model."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[float, float]] = []
         self.model: list[tuple[float, float]] = []
 
-    def over(self, owner: Any, name: str, kept: list[tuple[float, float]]) -> None:
-        """Have a method's calls noted."""
-        plain = getattr(owner, name)
+    def record_calls(self, owner: Any, name: str, calls: list[tuple[float, float]]) -> None:
+        """Replace a method by one that appends the start and end of each call to `calls`."""
+        method = getattr(owner, name)
 
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            result = plain(*args, **kwargs)
-            kept.append((began, time.perf_counter()))
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = method(*args, **kwargs)
+            calls.append((start, time.perf_counter()))
             return result
 
-        setattr(owner, name, noted)
+        setattr(owner, name, timed)
 
     def figures(self, batch: int) -> dict[str, float]:
-        """Tokens per second and shares, between the first and the last moment at which a full buffer goes back to training."""
+        """Tokens per second, and fractions of the time, between the first and the last refill of the buffer that counts."""
         events = sorted([(end, "step") for _, end in self.steps] + [(end, "model") for _, end in self.model])
-        pairs = list(pairwise(events))[FIRST:]
-        filled = [
-            end for (end, kind), (_, following) in pairs if kind == "model" and following == "step" and end > self.steps[FIRST - 1][1]
-        ]
-        begin, end = filled[0], filled[-1]
+        pairs = list(pairwise(events))[WARM_UP_STEPS:]
+        warm = self.steps[WARM_UP_STEPS - 1][1]
+        refills = [time for (time, kind), (_, next_kind) in pairs if kind == "model" and next_kind == "step" and time > warm]
+        begin, end = refills[0], refills[-1]
         step, model = ([b - a for a, b in calls if a >= begin and b <= end] for calls in (self.steps, self.model))
-        whole = end - begin
-        return {"tokens_per_second": len(step) * batch / whole, "model": sum(model) / whole, "step": sum(step) / whole}
+        seconds = end - begin
+        return {"tokens_per_second": len(step) * batch / seconds, "model": sum(model) / seconds, "step": sum(step) / seconds}
 
 
-def ours(width: int, tokens: int, folder: str) -> Watch:
-    """`metasae fit` of the quickstart recipe, solo, without what is done before and after training."""
+def ours(width: int, tokens: int, folder: str) -> CallTimer:
+    """`metasae fit` of the quickstart recipe, solo, without the work before and after training."""
     from metasae_lightning.cli import main
     from metasae_lightning.lm import HuggingFaceLM
     from metasae_lightning.memory.malloc import keep_freed_blocks
     from metasae_lightning.training import JointSAE
 
-    keep_freed_blocks()  # as the command does for a process of its own
-    watch = Watch()
-    watch.over(JointSAE, "step", watch.steps)
-    watch.over(HuggingFaceLM, "activations", watch.model)
+    keep_freed_blocks()  # as the command does in its own process
+    timer = CallTimer()
+    timer.record_calls(JointSAE, "step", timer.steps)
+    timer.record_calls(HuggingFaceLM, "activations", timer.model)
     data = {"tokens": tokens, "batch_size": BATCH, "buffer_size": BUFFER, "validation_tokens": BATCH, "test_tokens": BATCH}
     settings = [f"--data.init_args.{name}={value}" for name, value in data.items()]
     settings += [
@@ -79,11 +78,11 @@ def ours(width: int, tokens: int, folder: str) -> Watch:
         "--data.init_args.max_norm_ratio=null",
     ]
     main(["fit", "-c", "quickstart", "-c", "solo", "--run", f"{folder}/run", *settings])
-    return watch
+    return timer
 
 
-def saelens(width: int, tokens: int, folder: str) -> Watch:
-    """SAELens's runner on the same model from the same files."""
+def saelens(width: int, tokens: int, folder: str) -> CallTimer:
+    """SAELens's training runner, on the same model from the same files."""
     import datasets
     import torch
     from sae_lens import BatchTopKTrainingSAEConfig, LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
@@ -94,9 +93,9 @@ def saelens(width: int, tokens: int, folder: str) -> Watch:
     from metasae_lightning.corpora import PythonDocs
     from metasae_lightning.lm.embedded_model import embedded_folder
 
-    watch = Watch()
-    watch.over(SAETrainer, "step", watch.steps)
-    watch.over(ActivationsStore, "get_raw_llm_batch", watch.model)
+    timer = CallTimer()
+    timer.record_calls(SAETrainer, "step", timer.steps)
+    timer.record_calls(ActivationsStore, "get_raw_llm_batch", timer.model)
     text = datasets.Dataset.from_dict({"text": list(islice(PythonDocs().documents(seed=0), tokens // 40))})
     cfg: Any = LanguageModelSAERunnerConfig(
         sae=BatchTopKTrainingSAEConfig(d_in=576, d_sae=width, k=K, decoder_init_norm=1.0, rescale_acts_by_decoder_norm=False),
@@ -108,56 +107,58 @@ def saelens(width: int, tokens: int, folder: str) -> Watch:
     )  # fmt: skip
     model = load_model("AutoModelForCausalLM", str(embedded_folder()), "cpu", {"dtype": torch.float32})
     LanguageModelSAETrainingRunner(cfg, override_dataset=text, override_model=model).run()
-    return watch
+    return timer
 
 
 ARMS = {"ours": ours, "saelens": saelens}
 
 
-def alone(arm: str, width: int, tokens: int) -> dict[str, float]:
-    """A run in a process of its own."""
+def run_in_subprocess(arm: str, width: int, tokens: int) -> dict[str, float]:
+    """The figures of a run in its own process."""
     command = [sys.executable, __file__, "--arm", arm, "--widths", str(width), "--tokens", str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.strip().split("\n")[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        sys.exit(process.stderr)
+    return json.loads(process.stdout.strip().split("\n")[-1])
 
 
 def main() -> None:
-    """Run, print and keep the table."""
+    """Run the benchmark, print the results and write them to a CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[4608, 18432])
     parser.add_argument("--tokens", type=int, default=40_960)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/end_to_end.csv"))
-    given = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
-    if given.arm:
+    if args.arm:
         with tempfile.TemporaryDirectory() as folder:
-            found = ARMS[given.arm](given.widths[0], given.tokens, folder).figures(BATCH)
-        print("\n" + json.dumps(found))
+            figures = ARMS[args.arm](args.widths[0], args.tokens, folder).figures(BATCH)
+        print("\n" + json.dumps(figures))
         return
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{described()}, fp32: {given.tokens:,} tokens a run, medians of {given.runs} runs of each in turn")
-    with given.out.open("w", newline="") as file:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{machine_description()}, fp32: {args.tokens:,} tokens a run, medians of {args.runs} runs of each in turn")
+    with args.out.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["d_sae", "arm", "tokens_per_second", "model", "step", "rest"])
         bars: dict[str, float] = {}
-        for width in given.widths:
-            runs = [{arm: alone(arm, width, given.tokens) for arm in ARMS} for _ in range(given.runs)]
+        for width in args.widths:
+            runs = [{arm: run_in_subprocess(arm, width, args.tokens) for arm in ARMS} for _ in range(args.runs)]
             for arm in ARMS:
-                middle = {part: statistics.median(run[arm][part] for run in runs) for part in runs[0][arm]}
-                bars[f"{width}, {arm}"] = middle["tokens_per_second"]
-                rest = 1 - middle["model"] - middle["step"]
+                medians = {part: statistics.median(run[arm][part] for run in runs) for part in runs[0][arm]}
+                bars[f"{width}, {arm}"] = medians["tokens_per_second"]
+                rest = 1 - medians["model"] - medians["step"]
                 table.writerow(
-                    [width, arm, round(middle["tokens_per_second"], 1), *(round(middle[p], 4) for p in ("model", "step")), round(rest, 4)]
+                    [width, arm, round(medians["tokens_per_second"], 1), *(round(medians[p], 4) for p in ("model", "step")), round(rest, 4)]
                 )
-                shares = f"model {middle['model']:.0%}, SAE {middle['step']:.0%}, rest {rest:.0%}"
-                print(f"d_sae {width:6}  {arm:8} {middle['tokens_per_second']:8,.0f} tokens/s  ({shares})", flush=True)
+                shares = f"model {medians['model']:.0%}, SAE {medians['step']:.0%}, rest {rest:.0%}"
+                print(f"d_sae {width:6}  {arm:8} {medians['tokens_per_second']:8,.0f} tokens/s  ({shares})", flush=True)
             ratios = [run["ours"]["tokens_per_second"] / run["saelens"]["tokens_per_second"] for run in runs]
             print(f"d_sae {width:6}  ours / saelens {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
-    draw(given.out.with_suffix(".svg"), f"end to end: {described()}", list(bars), list(bars.values()), "tokens per second")
+    save_bar_chart(
+        args.out.with_suffix(".svg"), f"end to end: {machine_description()}", list(bars), list(bars.values()), "tokens per second"
+    )
 
 
 if __name__ == "__main__":

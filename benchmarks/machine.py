@@ -1,4 +1,4 @@
-"""What the benchmarks say of the machine and of their own process."""
+"""Facts about the machine and the process, and the bar charts of the benchmarks."""
 
 import platform
 import resource
@@ -8,21 +8,21 @@ from pathlib import Path
 import torch
 
 
-def described() -> str:
-    """Date, machine kind, threads and torch."""
+def machine_description() -> str:
+    """Date, machine type, number of threads and version of torch."""
     return f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def peak_mib() -> float:
-    """The most that this process held. The figure that getrusage gives begins with what the parent held when it forked."""
+    """Peak resident size of this process in MiB. That of getrusage includes the parent's size at the fork, so /proc comes first."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def draw(path: Path, title: str, labels: list[str], values: list[float], unit: str) -> None:
-    """A bar for each, as a picture."""
+def save_bar_chart(path: Path, title: str, labels: list[str], values: list[float], unit: str) -> None:
+    """Write a chart with one bar for each value."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 0.5 + 0.32 * len(labels)), layout="constrained")

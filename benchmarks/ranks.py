@@ -1,10 +1,11 @@
-"""Ranks against speed, and what they tell each other: joint steps of one global batch, each rank a process with one thread.
+"""Speed and communication by number of ranks: joint steps of one global batch, where each rank is a process with one thread.
 
     python benchmarks/ranks.py                  # 1 and 2 ranks, the laptop's size
     python benchmarks/ranks.py --ranks 1 2 4
-    python benchmarks/ranks.py --strategy sharded  # latents divided, in place of all of them on every rank
+    python benchmarks/ranks.py --strategy sharded  # latents sharded among ranks, instead of all latents on every rank
 
-More ranks than cores cannot be faster: of two cores this shows that two ranks divide the work, and how many bytes that takes.
+More ranks than cores cannot be faster. On two cores the benchmark shows how well two ranks divide the work, and how many bytes they
+exchange.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import described
+from machine import machine_description
 from sae_lens import BatchTopKTrainingSAEConfig
 from step import MACRO, META, SIZES
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,15 +32,15 @@ from metasae_lightning.training import JointSAE
 from metasae_lightning.training.joint import adam
 
 
-def run(rank: int, count: int, size: str, steps: int, cut: Any, strategy: str, folder: str) -> None:
-    """Seconds of each step on this rank, and the bytes that it gave away in all of them."""
+def run_rank(rank: int, count: int, size: str, steps: int, cut: Any, strategy: str, folder: str) -> None:
+    """Train on one rank, and save the seconds of each step and the bytes that the rank sent in all steps."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
-    d_in, d_sae, tokens, k, m, meta_k = SIZES[size]
-    plain: Any = {"d_in": d_in, "decoder_init_norm": 1.0, "rescale_acts_by_decoder_norm": False}
-    primary = BatchTopKTrainingSAEConfig(d_sae=d_sae, k=k, **plain)
-    meta = BatchTopKTrainingSAEConfig(d_sae=m, k=meta_k, **plain)
+    d_in, d_sae, tokens, k, d_meta, meta_k = SIZES[size]
+    shared: Any = {"d_in": d_in, "decoder_init_norm": 1.0, "rescale_acts_by_decoder_norm": False}
+    primary = BatchTopKTrainingSAEConfig(d_sae=d_sae, k=k, **shared)
+    meta = BatchTopKTrainingSAEConfig(d_sae=d_meta, k=meta_k, **shared)
     module = JointSAE(primary, meta, {"d": Decomposability(0.3)}, n_p=MACRO, n_m=META, b_dec_init="mean", batch_cut=cut)
     ranks = replace(ProcessGroup.default(), bytes_sent=[])
     mesh = init_device_mesh("cpu", (1, count), mesh_dim_names=("data_parallel", "tensor_parallel")) if strategy == "sharded" else None
@@ -50,10 +51,10 @@ def run(rank: int, count: int, size: str, steps: int, cut: Any, strategy: str, f
     for step in range(-MACRO, steps):
         x = torch.randn(tokens, d_in, generator=generator)[ranks.even_slice(tokens)]
         torch.distributed.barrier()
-        began = time.perf_counter()
+        start = time.perf_counter()
         module.step(Batch(x), *optimizers)
         if step >= 0:
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start)
         else:
             ranks.bytes_sent.clear()
     torch.save({"seconds": seconds, "bytes": sum(ranks.bytes_sent)}, f"{folder}/{rank}.pt")
@@ -61,7 +62,7 @@ def run(rank: int, count: int, size: str, steps: int, cut: Any, strategy: str, f
 
 
 def main() -> None:
-    """Run, print and keep the table."""
+    """Run the benchmark, print the results and write them to a CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--size", choices=SIZES, default="laptop")
@@ -69,36 +70,35 @@ def main() -> None:
     parser.add_argument("--cut", choices=["global", "local"], default="global")
     parser.add_argument("--strategy", choices=["ddp", "sharded"], default="ddp")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/ranks.csv"))
-    given = parser.parse_args()
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     print(
-        f"{described()}, of which each rank has one, fp32, gloo, {given.strategy}: {given.steps} joint steps of "
-        f"{SIZES[given.size][2]:,} tokens, {given.size}"
+        f"{machine_description()}, one thread per rank, fp32, gloo, {args.strategy}: {args.steps} joint steps of "
+        f"{SIZES[args.size][2]:,} tokens, {args.size}"
     )
     context = multiprocessing.get_context("spawn")
-    with given.out.open("w", newline="") as file:
+    with args.out.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["ranks", "seconds", "of_one", "bytes_a_step"])
-        first = None
-        for count in given.ranks:
+        first_seconds = None
+        for count in args.ranks:
             with tempfile.TemporaryDirectory() as folder:
-                make = [
-                    context.Process(target=run, args=(rank, count, given.size, given.steps, given.cut, given.strategy, folder))
+                processes = [
+                    context.Process(target=run_rank, args=(rank, count, args.size, args.steps, args.cut, args.strategy, folder))
                     for rank in range(count)
                 ]
-                for process in make:
+                for process in processes:
                     process.start()
-                for process in make:
+                for process in processes:
                     process.join()
-                found = [torch.load(f"{folder}/{rank}.pt") for rank in range(count)]
-            # A macro-step's mean: meta steps come after every tenth.
-            means = [statistics.mean(found[0]["seconds"][at : at + MACRO]) for at in range(0, given.steps, MACRO)]
-            seconds, sent = statistics.median(means), max(one["bytes"] for one in found) / given.steps
-            first = first or seconds
-            table.writerow([count, round(seconds, 4), round(seconds / first, 3), round(sent)])
-            print(
-                f"{count} ranks: {seconds:.3f} s a step, {seconds / first:.2f} of the first; {sent / 1e6:.2f} MB into sums a rank and step"
-            )
+                results = [torch.load(f"{folder}/{rank}.pt") for rank in range(count)]
+            # Means over macro-steps, because meta steps follow every tenth step.
+            means = [statistics.mean(results[0]["seconds"][start : start + MACRO]) for start in range(0, args.steps, MACRO)]
+            seconds, bytes_sent = statistics.median(means), max(result["bytes"] for result in results) / args.steps
+            first_seconds = first_seconds or seconds
+            table.writerow([count, round(seconds, 4), round(seconds / first_seconds, 3), round(bytes_sent)])
+            relative = f"{seconds / first_seconds:.2f} of the first row's time"
+            print(f"{count} ranks: {seconds:.3f} s a step, {relative}; {bytes_sent / 1e6:.2f} MB sent per rank and step")
 
 
 if __name__ == "__main__":

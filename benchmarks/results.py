@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, from what `metasae report` wrote: between `<!-- NAME -->` and `<!-- end -->`.
+"""Write the tables of docs/results.md, between `<!-- NAME -->` and `<!-- end -->`, from the files of `metasae report`.
 
 python benchmarks/results.py planted=runs/planted seeds=runs/seeds
 """
@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def table(record: dict[str, Any]) -> str:
-    """Groups as columns, figures as lines: mean and spread over seeds, and the change against the baseline with its interval."""
+    """A column per group, a line per figure: mean and spread over seeds, and the change against the baseline with its interval."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for arm in record["arms"]:
         groups.setdefault(arm["group"], []).append(arm)
     lines = ["| | " + " | ".join(f"{name}, {len(arms)} seed{'s' * (len(arms) > 1)}" for name, arms in groups.items()) + " |"]
     lines.append("|---" * (1 + len(groups)) + "|")
-    for words, path, _, digits, _ in FIGURES:
+    for label, path, _, digits, _ in FIGURES:
         cells: list[str] = []
         for name, arms in groups.items():
             values = [arm[path] for arm in arms if isinstance(arm.get(path), int | float)]
@@ -30,30 +30,30 @@ def table(record: dict[str, Any]) -> str:
             spread = math.dist(values, [sum(values) / len(values)] * len(values)) / math.sqrt(len(values) - 1) if len(values) > 1 else None
             change = record["changes"].get(name, {}).get(path)
             percent = None if change is None or not change["base"] else change["percent"]
-            told = "" if percent is None else f"; {percent[0]:+.1f} %" + interval(percent)
-            cells.append(mean + (f" ± {spread:{digits}}" if spread is not None else "") + told)
+            change_text = "" if percent is None else f"; {percent[0]:+.1f} %" + interval(percent)
+            cells.append(mean + (f" ± {spread:{digits}}" if spread is not None else "") + change_text)
         if any(cells):
-            lines.append(f"| {words.strip().replace('|', chr(92) + '|')} | " + " | ".join(cells) + " |")
+            lines.append(f"| {label.strip().replace('|', chr(92) + '|')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def interval(percent: list[float | None]) -> str:
-    """Where a change lies with 95 %."""
+    """The 95 % interval of a change, in parentheses; empty if there is none."""
     low, high = percent[1:]
     return "" if low is None or high is None else f" ({low:+.1f} to {high:+.1f})"
 
 
 def main() -> None:
-    """Write each run's table into its place."""
-    place = ROOT / "docs" / "results.md"
-    text = place.read_text()
-    for name, run in (given.split("=", 1) for given in sys.argv[1:]):
+    """Replace the table of each run in the page."""
+    page = ROOT / "docs" / "results.md"
+    text = page.read_text()
+    for name, run in (argument.split("=", 1) for argument in sys.argv[1:]):
         record = json.loads((Path(run) / "report" / "table.json").read_text())
-        made = f"<!-- {name} -->\n\n{table(record)}\n\n{record['verdict']['sentence']}\n\n<!-- end -->"
+        section = f"<!-- {name} -->\n\n{table(record)}\n\n{record['verdict']['sentence']}\n\n<!-- end -->"
         if not re.search(f"<!-- {name} -->.*?<!-- end -->", text, re.DOTALL):
-            sys.exit(f"{place} has no place for {name}")
-        text = re.sub(f"<!-- {name} -->.*?<!-- end -->", lambda _, made=made: made, text, flags=re.DOTALL)
-    place.write_text(text)
+            sys.exit(f"{page} has no section <!-- {name} --> ... <!-- end -->")
+        text = re.sub(f"<!-- {name} -->.*?<!-- end -->", lambda _, section=section: section, text, flags=re.DOTALL)
+    page.write_text(text)
 
 
 if __name__ == "__main__":
