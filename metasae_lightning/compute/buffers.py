@@ -15,8 +15,8 @@ class BufferPool:
     On a CPU, allocating a large matrix costs more than the arithmetic on it, because the system maps it page by page. On a GPU, torch's
     allocator reuses memory itself, so the pool holds no buffers there.
 
-    A buffer contains whatever was last written to it. The next `get` of the same name returns the same memory, so a result in a buffer is
-    valid until then.
+    A buffer contains whatever was last written to it. A result in a buffer is valid until the next `get` of its name, which returns the
+    same memory if shape and data type are the same.
 
     Args:
         per_shape: Keep one buffer for each pair of name and shape; False keeps one for each name, of the shape that was last asked for.

@@ -91,7 +91,10 @@ class BlockwiseEncoder:
         return self._top_k_per_row(int(k)) if per_row else self._top_k_of_batch(k, hint)
 
     def blocks(self, rows: int, latents: int) -> Iterator[tuple[int, int, Tensor]]:
-        """First row, first latent and product with the encoder of each block, without bias or scale. Blocks share one buffer."""
+        """First row, first latent and product with the encoder of each block, without bias or scale.
+
+        Blocks share one buffer. On the way, the extra latents' pre-activations are stored in `extra_pre_acts`.
+        """
         buffer = self.x.new_empty(rows * latents)
         for top in range(0, self.n_rows, max(rows, 1)):
             x = self.x[top : top + rows]

@@ -66,7 +66,7 @@ class IncrementalTopK:
         return full_precision and encoder.scale is None and encoder.world.is_single and same_rows and writable
 
     def top_k(self, encoder: BlockwiseEncoder, count: int) -> TopK:
-        """The `count` largest positive activations of the batch."""
+        """The `count` largest positive activations of the batch; fewer where fewer are positive."""
         reference = self._reference
         if reference is not None and reference.x.shape == encoder.x.shape and reference.x.dtype == encoder.x.dtype:
             limit = MAX_THRESHOLD_GROWTH * self._threshold

@@ -14,6 +14,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from metasae_lightning import functional
+from metasae_lightning.compute.buffers import SHARED
 from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
 from metasae_lightning.compute.row_chunks import step_permutation
 from metasae_lightning.compute.sharding import full, local, local_rows
@@ -220,6 +221,10 @@ class JointSAE(LightningModule):
         for penalty in self.penalties.values():
             penalty.setup(self.trainer)  # pyright: ignore
 
+    def teardown(self, stage: str) -> None:
+        """Free the buffers that the process's SAEs share."""
+        SHARED.clear()
+
     def configure_model(self) -> None:
         """Do nothing: Lightning's strategies require this hook for sharding, and `setup` has sharded the primary already."""
 
@@ -245,22 +250,18 @@ class JointSAE(LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimiser for each SAE, and a learning rate schedule for each SAE that has one."""
         steps = self.trainer.estimated_stepping_batches
-        optimizers: list[Optimizer] = []
-        for name, learner in (("primary", self.primary), ("meta", self.meta)):
-            if learner is None:
-                continue
-            optimizer = self._optimizer_callables[name](learner.parameters())
-            optimizers.append(optimizer)
-            if (scheduler := self._scheduler_callables[name]) is not None:
-                sae_steps = steps if name == "primary" else meta_steps_in(steps, n_p=self.n_p, n_m=self.n_m)
-                self._schedules[name] = bind_schedule(scheduler(optimizer), sae_steps, name)
-        return optimizers, list(self._schedules.values())
+        learners = filter(None, (self.primary, self.meta))
+        optimizers = {learner.role: self._optimizer_callables[learner.role](learner.parameters()) for learner in learners}
+        for role, optimizer in optimizers.items():
+            if (scheduler := self._scheduler_callables[role]) is not None:
+                sae_steps = steps if role == "primary" else meta_steps_in(steps, n_p=self.n_p, n_m=self.n_m)
+                self._schedules[role] = bind_schedule(scheduler(optimizer), sae_steps, role)
+        return list(optimizers.values()), list(self._schedules.values())
 
     def advance(self, batch: Batch, optimizers: Any) -> StepOutput:
         """Take a step under a trainer, which knows whether this is the last step of the run."""
-        primary, meta = optimizers if self.meta is not None else (*optimizers, None)
         last = self.trainer.is_last_batch and self.trainer.current_epoch + 1 == self.trainer.max_epochs
-        return self.step(batch.select_hook(self.hook), primary, meta, last=last)
+        return self.step(batch.select_hook(self.hook), *optimizers, last=last)
 
     def training_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:
         """Take a step with Lightning's optimisers and log it; callbacks get the StepOutput under the key `output`."""

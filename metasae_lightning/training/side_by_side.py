@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from metasae_lightning.compute.buffers import SHARED
 from metasae_lightning.errors import InputError
 from metasae_lightning.step import Batch, StepOutput
 from metasae_lightning.training.arm_callbacks import copy_observers_per_arm
@@ -76,6 +77,10 @@ class SideBySide(LightningModule):
             arm.trainer = self.trainer
             with errors_name_arm(name):
                 arm.setup(stage)
+
+    def teardown(self, stage: str) -> None:
+        """Free the buffers that all arms share."""
+        SHARED.clear()
 
     def configure_model(self) -> None:
         """Do nothing: Lightning's strategies require this hook for sharding, and `setup` has sharded the arms already."""

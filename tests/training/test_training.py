@@ -18,6 +18,7 @@ from torch.optim import Adam
 from metasae_lightning import SyntheticDataModule, functional
 from metasae_lightning.callbacks import Export, HeldOut, Summary, TokenProgress
 from metasae_lightning.cli import main
+from metasae_lightning.compute import SHARED
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Decomposability
 from metasae_lightning.schedules import WarmupDecay
@@ -56,6 +57,12 @@ def test_a_run_has_the_documented_folder(run: Path):
     assert {"train/loss", "train/fvu", "train/l0", "train/dead", "train/tokens", "penalty/decomposability", "meta/fvu", "val/fvu"} <= set(
         columns
     )
+
+
+def test_the_shared_buffers_are_freed_at_the_end_of_a_run(tmp_path: Path):
+    assert SHARED.get("rebuilt", (4, 4), torch.zeros(1)) is not None
+    assert fit(tmp_path / "run", "--data.init_args.tokens", "2048") == 0
+    assert SHARED._buffers == {}
 
 
 def test_the_saved_config_reproduces_the_run(run: Path, tmp_path: Path):
