@@ -161,7 +161,7 @@ def held_out(evaluated: Any, n_tokens: int) -> tuple[Any, Tensor]:
 
     data = data_for(evaluated, argparse.Namespace(data=None, device="cpu"))
     if getattr(data, "language_model", None) is None:
-        raise SystemExit(f"{evaluated.place} reads planted activations: SAEBench's core evaluation needs a language model")
+        raise SystemExit(f"{evaluated.source} reads planted activations: SAEBench's core evaluation needs a language model")
     data.language_model.dtype = torch.float32
     select_hook(evaluated, data)
     data.setup("test")
@@ -175,7 +175,7 @@ def held_out(evaluated: Any, n_tokens: int) -> tuple[Any, Tensor]:
     tokens = torch.cat(contexts)
     batches = min(max(1, n_tokens // (PROMPTS * tokens.shape[1])), len(tokens) // PROMPTS)
     if not batches:
-        raise SystemExit(f"{evaluated.place}: the held-out text has {len(tokens)} contexts, and a batch is {PROMPTS}")
+        raise SystemExit(f"{evaluated.source}: the held-out text has {len(tokens)} contexts, and a batch is {PROMPTS}")
     return data.language_model, tokens[: batches * PROMPTS]
 
 
@@ -271,7 +271,7 @@ def main() -> None:
     from metasae_lightning.lm.embedded_model import EMBEDDED, embedded_folder
 
     evaluated = load_sae(args.sae)
-    folder = (Path(evaluated.place) / "saes" / "primary" if evaluated.run else Path(evaluated.place)).resolve()
+    folder = (Path(evaluated.source) / "saes" / "primary" if evaluated.run else Path(evaluated.source)).resolve()
     model, tokens = held_out(evaluated, args.tokens) if "core" in args.evals else (None, torch.zeros(0, 1))
     name = "" if model is None else str(embedded_folder()) if model.name == EMBEDDED else model.name
     print(f"{machine_description()}\n{folder}", flush=True)

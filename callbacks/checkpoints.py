@@ -88,9 +88,10 @@ class Checkpoints(Checkpoint):
         self._restore_handlers()
 
     def _request(self, tokens: int, like: Any) -> int:
-        """The largest request code of any rank, `2 * i + due`; 0 requests no checkpoint.
+        """The checkpoint request that all ranks agree on: the largest code of any rank, 0 for none.
 
-        `due` is 1 where an interval has ended, and `SIGNALS[i - 1]` is the signal that was received; without one, `i` is 0.
+        A code is `2 * i + due`. `i` is the number of the received signal in `SIGNALS`, counted from 1, or 0 without a signal. `due` is 1 if
+        an interval has ended.
         """
         due = self._counter.is_due(tokens)
         due |= self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes

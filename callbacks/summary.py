@@ -41,7 +41,7 @@ class Summary(Callback):
         self._tokens_before = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start the clock; a resumed run's speed is that of its own tokens."""
+        """Start the clock and note the token count: a resumed run's speed leaves out the tokens of earlier runs."""
         self._started_at, self._tokens_before = time.monotonic(), pl_module.rows_seen
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -13,8 +13,8 @@ from metasae_lightning.errors import InputError
 def meta_steps_after(step: int, *, n_p: int, n_m: int, last: bool = False, applied: bool = True) -> int:
     """Number of meta steps to take after primary step number `step` (from 1): `n_m` at the end of each macro-step, otherwise 0.
 
-    The `last` step of a run ends its macro-step early, with a full meta phase. A primary step that was not `applied` (skipped) does not
-    count: `step` is then the number of the step before it, whose meta phase, if it had one, is over.
+    The `last` step of a run ends its macro-step early, with a full meta phase. A skipped primary step (`applied` is false) has no number:
+    `step` is then that of the last applied step, whose meta phase is not repeated.
 
     >>> [meta_steps_after(step, n_p=3, n_m=2, last=step == 5) for step in (1, 2, 3, 4, 5)]
     [0, 0, 2, 0, 2]

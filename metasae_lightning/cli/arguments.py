@@ -28,7 +28,7 @@ def open_saes(places: Sequence[str], out: str | None) -> list[EvaluatedSAE]:
         raise InputError("out: the results of several SAEs go into the folder of each")
     subjects = [load_sae(place, out=out) for place in places]
     names = [sae.name for sae in subjects]
-    subjects = [sae if names.count(sae.name) == 1 else replace(sae, name=sae.place) for sae in subjects]
+    subjects = [sae if names.count(sae.name) == 1 else replace(sae, name=sae.source) for sae in subjects]
     check_same_activations(subjects)
     return subjects
 
@@ -65,7 +65,7 @@ def check_same_data(saes: Sequence[EvaluatedSAE], args: Namespace) -> None:
             if first.get(key) != other.get(key):
                 difference = f"{key} is {first.get(key)} and {other.get(key)}"
                 raise InputError(
-                    f"{runs[0].place} and {sae.place} were trained on different data ({difference}): name the data with --data RECIPE"
+                    f"{runs[0].source} and {sae.source} were trained on different data ({difference}): name the data with --data RECIPE"
                 )
 
 

@@ -1,4 +1,4 @@
-"""What the commands print beside their results: progress on stderr, and no advice of Lightning that does not apply."""
+"""What the commands print beside their results: log lines on stderr, without the tips and warnings of Lightning that do not apply."""
 
 import logging
 import sys

@@ -76,13 +76,13 @@ class MetasaeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the run folder, arms and the memory limit."""
         parser.add_argument("--run", type=str, default="runs/unnamed", help="Folder of the run: config, metrics, checkpoints and SAEs.")
-        what = "SAEs to train side by side on the same batches: a name and the changed model arguments of each."
-        parser.add_argument("--arms", type=dict[str, dict[str, Any] | None] | None, default=None, help=what)
-        what = "Lists of values by argument: one arm for each combination. `seed` repeats every arm with each seed."
-        parser.add_argument("--grid", type=dict[str, list[Any]] | None, default=None, help=what)
+        text = "SAEs to train side by side on the same batches: a name and the changed model arguments of each."
+        parser.add_argument("--arms", type=dict[str, dict[str, Any] | None] | None, default=None, help=text)
+        text = "Lists of values by argument: one arm for each combination. `seed` repeats every arm with each seed."
+        parser.add_argument("--grid", type=dict[str, list[Any]] | None, default=None, help=text)
         parser.add_argument("--only", type=list[str] | None, default=None, help="Names of the arms to train in this run; null trains all.")
-        what = "Memory limit of each device in GiB, null for all free memory. A run that needs more is refused before it loads anything."
-        parser.add_argument("--memory_gib", type=float | None, default=None, help=what)
+        text = "Memory limit of each device in GiB, null for all free memory. A run that needs more is refused before it loads anything."
+        parser.add_argument("--memory_gib", type=float | None, default=None, help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; a mistake is reported in one line."""

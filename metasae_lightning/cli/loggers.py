@@ -35,7 +35,7 @@ class TensorBoardByArm(TensorBoardLogger):
             super().log_metrics(rest, step)
 
     def finalize(self, status: str) -> None:
-        """Flush all loggers."""
+        """Flush and close the TensorBoard writers of the arms and of the folder itself."""
         for logger in self._loggers.values():
             logger.finalize(status)
         super().finalize(status)

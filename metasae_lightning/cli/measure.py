@@ -72,7 +72,7 @@ def compare_saes(args: Namespace) -> int:
 def calibrate_thresholds(args: Namespace) -> int:
     """The command `calibrate`: set the thresholds of an exported SAE from validation tokens."""
     (sae,) = open_saes([args.place], args.out)
-    folder = (run_folder.exported_sae(Path(sae.place)) if sae.run else Path(sae.place)).resolve()
+    folder = (run_folder.exported_sae(Path(sae.source)) if sae.run else Path(sae.source)).resolve()
     scores, settings = pretrained.pre_activations(sae.sae), settings_of(args)
     if not folder.is_dir():
         raise InputError(f"{args.place}: only a folder can be written to")

@@ -66,12 +66,12 @@ def publish_saes(args: Namespace) -> int:
     for key in ("model_name", "dataset_path"):
         if (value := sae.metadata.get(key)) and Path(str(value)).exists() and key not in overrides:
             log.warning("%s is %s, a local path: give its public name with --%s NAME", key, value, key)
-    place, record = publish_run(
+    destination, record = publish_run(
         sae, data_for(sae, args), dest, recipe_of(sae), name=args.id, tokens=args.tokens, replace=args.replace, overrides=overrides
     )
     measured = record["measured"]
     Console().print(f"{record['id']}: FVU {measured['fvu']:.4f}, L0 {measured['l0']:.2f} on {measured['tokens']:,} validation tokens")
-    Console().print(f"published: {place}", soft_wrap=True)
+    Console().print(f"published: {destination}", soft_wrap=True)
     return 0
 
 
@@ -99,7 +99,7 @@ def publish_run(
         metadata = {**(overrides or {}), "metasae_lightning": {key: record[key] for key in CONFIG_KEYS}}
         loaded = stage(sae.folder / "saes" / "primary", folders[name], metadata=metadata, density=density)
         if not torch.equal(loaded.encode(probe), sae.sae.cpu().encode(probe)):
-            raise InputError(f"{sae.place}: the folder loaded back does not encode as the run's SAE does")
+            raise InputError(f"{sae.source}: the folder loaded back does not encode as the run's SAE does")
         if record["meta"]:
             meta = folders[record["meta"]["id"]] = Path(temporary) / "meta"
             stage(sae.folder / "saes" / "meta", meta, metadata={"reads": f"unit decoder rows of {name}"})
@@ -135,7 +135,7 @@ def evaluation_for_page(sae: EvaluatedSAE, data: Any, run_record: Mapping[str, A
         return None
     own_data = json_values(stream_cache_key(split_stream(data, "test", 1)))
     if json.loads(json.dumps(own_data)) != entry["data"]:
-        log.warning("%s was evaluated on other data than its run's: the page does not show that evaluation", sae.place)
+        log.warning("%s was evaluated on other data than its run's: the page does not show that evaluation", sae.source)
         return None
     return {key: entry.get(key) for key in ("figures", "intervals", "tokens", "documents", "spliced_tokens", "seed")}
 
@@ -155,7 +155,7 @@ def measure_exported(sae: EvaluatedSAE, data: Any, tokens: int | None) -> dict[s
         new = functional.reconstruction_sums(x.float(), rebuilt)
         sums = new if sums is None else tuple(a + b for a, b in zip(sums, new, strict=True))
     if sums is None:
-        raise InputError(f"{sae.place}: its data have no validation tokens to measure on")
+        raise InputError(f"{sae.source}: its data have no validation tokens to measure on")
     count = sum(map(len, samples))
     fvu = functional.fvu_of_sums(sums).item()  # pyright: ignore[reportArgumentType]
     figures = {"tokens": count, "fvu": fvu, "l0": int(fired.sum()) / count, "dead": (fired == 0).float().mean().item()}
@@ -170,11 +170,11 @@ def check_measurement(sae: EvaluatedSAE, measured: Mapping[str, Any], run_record
         tolerance = SAME_TOKENS if abs(measured["tokens"] / (record.get("tokens") or 1) - 1) < 0.01 else OTHER_TOKENS
         if (value := record.get(name)) and abs(measured[name] / value - 1) > tolerance:
             raise InputError(
-                f"{sae.place} measures {name} {measured[name]:.4g} on {measured['tokens']:,} tokens, and the run recorded {value:.4g} on "
+                f"{sae.source} measures {name} {measured[name]:.4g} on {measured['tokens']:,} tokens, and the run recorded {value:.4g} on "
                 f"{record.get('tokens', 0):,}: the SAE, the model or the text is not what it was"
             )
     if not measured["fvu"] < 1 or measured["l0"] == 0:
-        raise InputError(f"{sae.place} explains nothing of its activations (FVU {measured['fvu']:.4g}, L0 {measured['l0']:.4g})")
+        raise InputError(f"{sae.source} explains nothing of its activations (FVU {measured['fvu']:.4g}, L0 {measured['l0']:.4g})")
 
 
 def publication_record(
@@ -223,7 +223,7 @@ def publication_record(
 
 
 def describe_thresholds(sae: EvaluatedSAE, run_record: Mapping[str, Any]) -> str | None:
-    """The origin of the thresholds, or None if training learned them or the SAE has none."""
+    """The origin of the thresholds; None if training learned them, the SAE has none, or the run's record has no export of it."""
     rule = sae.metadata.get("threshold_rule")
     if rule:
         return f"set for L0 {rule['target_l0']:g} by the rule `{rule['rule']}` on {rule['tokens']:,} validation tokens"

@@ -44,11 +44,11 @@ def is_recipe(path: Path) -> bool:
 
 
 def with_recipe_paths(words: Sequence[str], data_is_recipe: bool = False) -> list[str]:
-    """The words of a command line, with the path of a shipped recipe in place of its name after `-c` or `--config`.
+    """The words of a command line, with the path of a shipped recipe in place of its name after `-c`, `--config` or `--data`.
 
     Args:
         words: The command line.
-        data_is_recipe: Whether the value of `--data` must be a recipe or a file too; LightningCLI's `--data` also takes a class.
+        data_is_recipe: Whether `--data` takes recipes and files alone. Then other values are errors. LightningCLI's also takes a class.
     """
     return list(_resolved(words, data_is_recipe))
 
@@ -74,6 +74,6 @@ def recipe_path(word: str, flag: str = "-c") -> str:
         return word
     if shipped.parent == RECIPES and shipped.exists():
         return str(shipped)
-    near = difflib.get_close_matches(Path(word).stem, recipe_names(), n=1)
-    hint = f"did you mean {near[0]}?" if near else "`metasae recipes` lists the recipes"
+    closest = difflib.get_close_matches(Path(word).stem, recipe_names(), n=1)
+    hint = f"did you mean {closest[0]}?" if closest else "`metasae recipes` lists the recipes"
     raise InputError(f"{flag} {word}: there is no such file or recipe ({hint})")

@@ -242,7 +242,10 @@ def topk_mask(candidates: Float[Tensor, "row candidate"], count: int, ranks: Pro
 
 
 def select_largest(parts: list[Selection], count: int) -> Selection:
-    """The `count` largest of the concatenated parts by scaled activation, in their order; positive ones only. Ties go to the first."""
+    """The `count` largest positive entries of the concatenated parts by scaled activation; of equal entries the first.
+
+    They are not sorted: they keep the order of the parts.
+    """
     scaled, raw, flat_indices = map(torch.cat, zip(*parts, strict=True))
     keep = scaled > 0
     if int(keep.sum()) > count:

@@ -56,7 +56,7 @@ def _installed_sources() -> list[Path]:
 
 
 def _docstrings(file: Path) -> Iterator[str]:
-    """The docstrings of the module, classes and functions in one file; none if the file cannot be parsed."""
+    """The docstrings of the module, classes and functions in one file; none if it has no triple quotes or cannot be parsed."""
     try:
         source = file.read_bytes()
         if not any(quotes in source for quotes in TRIPLE_QUOTES):

@@ -60,7 +60,7 @@ class TokenizedDocuments:
     exhausted: Exhausted = "epoch"
 
     def chunks(self, position: dict[str, Any]) -> Iterator[Chunk]:
-        """The documents from a position on, epoch after epoch."""
+        """Tokenized documents from a position on: epoch after epoch, or to the end of the epoch where `exhausted` is `end`."""
         special = set(special_ids(self.tokenizer))
         for epoch in itertools.count(position["epoch"]):
             n_documents = position["met"]

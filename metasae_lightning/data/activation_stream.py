@@ -152,7 +152,10 @@ class ActivationStream(Stream):
         return RowReader(documents, self.language_model, batching, cursor=cursor, first_row=first_row, stall_seconds=self.stall_seconds)
 
     def _batches(self, position: dict[str, Any]) -> Generator[PreparedBatch, None, None]:
-        """Every batch after a position; the thread makes batches for a GPU on CUDA streams of its own."""
+        """Every batch after a position.
+
+        With prefetching, batches for GPUs are made on CUDA streams of their own, so that they do not wait for training steps.
+        """
         batches = self._make_batches(position)
         del position  # it may hold a saved buffer
         if not self._gpus or not self.prefetch:

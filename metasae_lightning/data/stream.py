@@ -161,7 +161,10 @@ class Stream(ABC):
         return first_block * block_size, batch_moves(block_size, total, first_block=first_block, batch_size=size, order=order)
 
     def _batch(self, rows: Float[Tensor, "row d_model"], hooks: dict[str, int]) -> Batch:
-        """A batch of these rows without attention sinks. It is shorter then: the rows of later batches do not depend on norms."""
+        """A batch of these rows, without attention sinks: rows whose norm is too large at any hook.
+
+        Dropped rows are not replaced, so the rows of later batches do not depend on norms.
+        """
         batch = Batch(rows.float(), hooks)
         if self.batching.max_norm_ratio is None:
             return batch

@@ -55,8 +55,8 @@ def sum_by_document(
     (tensor([2, 4]), tensor([[5.],
             [3.]]))
     """
-    ids, place = documents.unique(return_inverse=True)
-    return ids, torch.zeros(len(ids), sums.shape[1], dtype=sums.dtype).index_add_(0, place, sums)
+    ids, rows = documents.unique(return_inverse=True)
+    return ids, torch.zeros(len(ids), sums.shape[1], dtype=sums.dtype).index_add_(0, rows, sums)
 
 
 class PhiByGroup:
@@ -81,10 +81,10 @@ class PhiByGroup:
     def update(self, codes: Codes, group: Int[Tensor, " row"]) -> None:
         """Add a batch and the document group of each of its tokens."""
         groups, width = self.firings.shape
-        place = group[codes.rows] * width + codes.latents
+        cells = group[codes.rows] * width + codes.latents
         for hits, together in zip(fires_with_partner(codes, self.partner), self.together, strict=True):
-            together += torch.bincount(place[hits], minlength=groups * width).view(groups, width).int()
-        self.firings += torch.bincount(place, minlength=groups * width).view(groups, width).int()
+            together += torch.bincount(cells[hits], minlength=groups * width).view(groups, width).int()
+        self.firings += torch.bincount(cells, minlength=groups * width).view(groups, width).int()
         self.tokens += torch.bincount(group, minlength=groups)
 
     def excess(self, weights: Float[Tensor, "resample group"]) -> Float[Tensor, " resample"]:

@@ -41,7 +41,11 @@ def match_decoder_rows(
 
 
 def _match_nearest(a: Tensor, b: Tensor, nearest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best match among the nearest rows of each; a row whose nearest are all taken stays without a match."""
+    """The one-to-one match with the largest sum of cosines, where a row of `a` may match only its `nearest` rows of `b`.
+
+    As many rows as possible are matched. A row of `a` whose nearest rows are all taken has no match. Returns the rows of `a`, the rows of
+    `b` and their cosines.
+    """
     rows, columns, values = list[Tensor](), list[Tensor](), list[Tensor]()
     for begin in range(0, len(a), 1024):
         top = (a[begin : begin + 1024] @ b.T).topk(min(nearest, len(b)))
@@ -123,24 +127,24 @@ def check_same_rows(a: CollectedCodes, b: CollectedCodes) -> None:
     for entry_a, entry_b in zip(a.entries(), b.entries(), strict=True):
         if not all(torch.equal(entry_a[name], entry_b[name]) for name in ("tokens", "counted")):
             raise InputError(
-                f"{a.subject.place} and {b.subject.place} were not seen on the same tokens: remove {b.subject.result_cache.folder}"
+                f"{a.subject.source} and {b.subject.source} were not seen on the same tokens: remove {b.subject.result_cache.folder}"
             )
 
 
-def best_matches(one: Firings, two: Firings, memory_gib: float) -> tuple[Matches, Matches]:
+def best_matches(a: Firings, b: Firings, memory_gib: float) -> tuple[Matches, Matches]:
     """Each latent's best matches in the other SAE by phi, in both directions, from exact counts; computed in chunks of latents."""
-    n, n_i, n_j = float(one.tokens), one.counts, two.counts
+    n, n_i, n_j = float(a.tokens), a.counts, b.counts
     count = min(MATCHES, len(n_i), len(n_j))
     rows = max(1, int(memory_gib * 2**30 / PAIR_BYTES) // len(n_j))
     forth, back = list[tuple[Tensor, Tensor]](), (torch.full((count, len(n_j)), -torch.inf), torch.zeros(count, len(n_j), dtype=torch.long))
-    for start, together in one.cofirings(two, rows):
+    for start, together in a.cofirings(b, rows):
         phi = functional.phi(together, n_i[start : start + len(together), None], n_j[None], n).float()
         top = phi.topk(count)
         forth.append((top.values, top.indices))
-        values, places = phi.topk(min(count, len(phi)), dim=0)
-        values, places = torch.cat([back[0], values]), torch.cat([back[1], start + places])
+        values, latents = phi.topk(min(count, len(phi)), dim=0)
+        values, latents = torch.cat([back[0], values]), torch.cat([back[1], start + latents])
         best = values.topk(count, dim=0)
-        back = best.values, places.gather(0, best.indices)
+        back = best.values, latents.gather(0, best.indices)
     values, latents = (torch.cat(side) for side in zip(*forth, strict=True))
     live_i, live_j = ((counts > 0) & (counts < n) for counts in (n_i, n_j))
     return Matches(values, latents, live_i), Matches(back[0].T.contiguous(), back[1].T.contiguous(), live_j)
@@ -160,7 +164,7 @@ def splits(matches: Matches, other: Firings) -> list[dict[str, Any]]:
     columns, n = other.matrix.tocsc(), float(other.tokens)
     for latent in chosen:
         (left, right), into = matches.phi[latent, :2].double(), matches.latent[latent, :2].tolist()
-        x, y = (columns[:, [place]] for place in into)
+        x, y = (columns[:, [match]] for match in into)
         together = torch.tensor(float((x.multiply(y)).sum()), dtype=torch.float64)
         n_x, n_y = (torch.tensor(float(side.sum()), dtype=torch.float64) for side in (x, y))
         entries.append(

@@ -49,7 +49,10 @@ class Evaluation:
 
 
 def evaluate(subjects: Sequence[EvaluatedSAE], data: Any, settings: Settings) -> list[Evaluation]:
-    """Measure SAEs on the test split of a data module, several of them at matched L0. Cached results are reused."""
+    """Measure SAEs on the test split of a data module. Cached results are reused.
+
+    Without `settings.rule`, several SAEs are measured at one L0 (rule `rate`), and a single SAE with its stored thresholds.
+    """
     check_same_activations(subjects)
     hook = select_hook(subjects[0], data)
     for subject in subjects:
@@ -67,7 +70,7 @@ def evaluate(subjects: Sequence[EvaluatedSAE], data: Any, settings: Settings) ->
         losses = collect_spliced_losses(collected, stream, min(settings.splice_tokens, tokens), model.complete)
     provenance = {
         **{"hook": hook, "data": json_values(stream_cache_key(stream)), "split": "test", "seed": settings.seed, "versions": versions()},
-        **{"settings": asdict(settings), "together_with": [subject.place for subject in subjects]},
+        **{"settings": asdict(settings), "together_with": [subject.source for subject in subjects]},
     }
     evaluations = [
         Evaluation(codes, spliced, {**measure_all(codes, spliced, settings), **provenance})
@@ -91,7 +94,7 @@ def measure_all(collected: CollectedCodes, spliced: SplicedLosses | None, settin
     if spliced is not None:
         figures["splice"] = spliced.figures()
     return {
-        **{"sae": subject.place, "architecture": subject.sae.cfg.architecture(), "d_sae": len(subject.W_dec), **subject.decoder_cache_key},
+        **{"sae": subject.source, "architecture": subject.sae.cfg.architecture(), "d_sae": len(subject.W_dec), **subject.decoder_cache_key},
         **{
             "weights": subject.cache_key["sae"],
             "rule": subject.rule or {"rule": "stored"},
@@ -188,7 +191,7 @@ def resampled_reconstruction(collected: CollectedCodes, settings: Settings) -> d
 
 
 def excess_without_each(collected: CollectedCodes) -> Float[Tensor, " group"]:
-    """Excess |phi| without each group of documents."""
+    """Excess |phi| (the mean |phi| less its floor by chance) with each group of documents left out in turn, for the jackknife."""
     key = {**collected.cache_key, "all": collected.text_hashes, "groups": GROUPS}
     cache = collected.subject.result_cache
     return cache.get_or_compute("phi-groups", key, lambda: {"excess": phi_by_group(collected).without_each()})["excess"]

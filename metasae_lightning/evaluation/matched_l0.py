@@ -37,16 +37,16 @@ def target_l0(adjustable: Sequence[EvaluatedSAE], l0: float | None, fixed: Seque
     """The L0 for SAEs with thresholds: `l0` if given, else the training L0 of a `fixed` SAE, else the smallest training L0."""
     candidates = [l0] if l0 else training_l0(fixed) or training_l0(adjustable)
     if adjustable and not candidates:
-        raise InputError(f"l0: {adjustable[0].place} does not tell what L0 it was trained at: name one, --l0")
+        raise InputError(f"l0: {adjustable[0].source} does not tell what L0 it was trained at: name one, --l0")
     goal = min(candidates, default=0.0)
     for subject in adjustable:
         if goal > len(subject.W_dec):
-            raise InputError(f"l0: {subject.place} has {len(subject.W_dec)} latents, of which {goal:g} cannot be active")
+            raise InputError(f"l0: {subject.source} has {len(subject.W_dec)} latents, of which {goal:g} cannot be active")
     return goal
 
 
 def training_l0(subjects: Sequence[EvaluatedSAE]) -> list[float]:
-    """The training L0 of each SAE whose metadata has one."""
+    """The training L0 of each SAE whose architecture fixes one (`k`)."""
     return [l0 for subject in subjects if (l0 := subject.target_l0)]
 
 

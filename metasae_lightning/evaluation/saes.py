@@ -34,7 +34,7 @@ class EvaluatedSAE:
 
     name: str
     """Name in tables."""
-    place: str
+    source: str
     """The address that it was loaded from."""
     folder: Path
     """Folder of its results; for a run, the run's folder."""
@@ -111,27 +111,27 @@ class EvaluatedSAE:
             yield Codes.from_dense(acts), self.sae.decode(acts).float()
 
 
-def load_sae(place: str, *, out: str | Path | None = None, device: str | torch.device = "cpu") -> EvaluatedSAE:
+def load_sae(source: str, *, out: str | Path | None = None, device: str | torch.device = "cpu") -> EvaluatedSAE:
     """Load an SAE from a run's folder, a SAELens folder, or the Hub by `RELEASE:ID`."""
-    path = Path(place)
+    path = Path(source)
     above = path.resolve().parents
     if path.resolve().name == "primary" and above[0].name == "saes" and find_run(above[1]):
         return load_sae(str(above[1]), out=out, device=device)  # the exported SAE of a run: use the run's data
     if names := exported_arms(path):
-        raise InputError(f"{place} holds the arms {', '.join(names)}: name one, such as {arm_folder(path, names[0])}")
+        raise InputError(f"{source} holds the arms {', '.join(names)}: name one, such as {arm_folder(path, names[0])}")
     if find_run(path) or (path / "saes").exists():
         if not is_exported(path):
-            raise InputError(f"{place}: the run holds no SAE under saes/primary: it did not end, or it had no Export among its callbacks")
+            raise InputError(f"{source}: the run holds no SAE under saes/primary: it did not end, or it had no Export among its callbacks")
         sae = pretrained.load_pretrained(exported_sae(path), device=device)
         root = find_run(path) or path
         arm = "" if root == path else path.resolve().name
-        return EvaluatedSAE(path.resolve().name, place, Path(out) if out else path, sae, run=root, arm="" if out else arm)
+        return EvaluatedSAE(path.resolve().name, source, Path(out) if out else path, sae, run=root, arm="" if out else arm)
     if path.is_dir() and not (path / "cfg.json").exists():
-        raise InputError(f"{place} is neither a run, which has saes/primary, nor a SAELens folder, which has cfg.json")
-    sae = pretrained.load_pretrained(place, device=device)
-    name = path.resolve().name if path.is_dir() else place.replace("/", "-").replace(":", "-")
-    short = hash_settings({"place": str(path.resolve()) if path.is_dir() else place})[:6]
-    return EvaluatedSAE(name, place, Path(out) if out else Path("runs") / f"evaluation-{name}-{short}", sae)
+        raise InputError(f"{source} is neither a run, which has saes/primary, nor a SAELens folder, which has cfg.json")
+    sae = pretrained.load_pretrained(source, device=device)
+    name = path.resolve().name if path.is_dir() else source.replace("/", "-").replace(":", "-")
+    short = hash_settings({"place": str(path.resolve()) if path.is_dir() else source})[:6]
+    return EvaluatedSAE(name, source, Path(out) if out else Path("runs") / f"evaluation-{name}-{short}", sae)
 
 
 def check_same_activations(subjects: Sequence[EvaluatedSAE]) -> None:
@@ -141,10 +141,10 @@ def check_same_activations(subjects: Sequence[EvaluatedSAE]) -> None:
         for key, words in (("model_name", "model"), ("hook_name", "hook")):
             value, other_value = first.metadata.get(key), other.metadata.get(key)
             if value and other_value and value != other_value and not (key == "hook_name" and first.hook_names & other.hook_names):
-                raise InputError(f"{first.place} and {other.place} do not read the same activations: {words} {value} and {other_value}")
+                raise InputError(f"{first.source} and {other.source} do not read the same activations: {words} {value} and {other_value}")
         width, other_width = first.W_dec.shape[1], other.W_dec.shape[1]
         if width != other_width:
-            raise InputError(f"{first.place} and {other.place} do not read the same activations: d_in {width} and {other_width}")
+            raise InputError(f"{first.source} and {other.source} do not read the same activations: d_in {width} and {other_width}")
 
 
 def language_model_of(subject: EvaluatedSAE) -> LanguageModel:
@@ -152,7 +152,7 @@ def language_model_of(subject: EvaluatedSAE) -> LanguageModel:
     metadata = subject.metadata
     name, hook = metadata.get("model_name"), metadata.get("hook_name")
     if not name or not hook:
-        raise InputError(f"{subject.place} does not tell the model and the hook that it reads: name a recipe that does, --data RECIPE.yaml")
+        raise InputError(f"{subject.source} does not name the model and hook that it reads: name a recipe that does, --data RECIPE.yaml")
     kwargs = metadata.get("model_from_pretrained_kwargs") or {}
     if metadata.get("model_class_name") == "AutoModelForCausalLM" or metadata.get("hf_hook_name"):
         return HuggingFaceLM(name, metadata.get("hf_hook_name") or hook, model_kwargs=kwargs)
@@ -163,7 +163,7 @@ def corpus_of(subject: EvaluatedSAE) -> Corpus:
     """The training text named in an SAE's metadata."""
     path = subject.metadata.get("dataset_path")
     if not path:
-        raise InputError(f"{subject.place} tells no dataset_path: name a recipe with text to measure on, --data RECIPE.yaml")
+        raise InputError(f"{subject.source} tells no dataset_path: name a recipe with text to measure on, --data RECIPE.yaml")
     if str(path).startswith("docstrings of Python"):
         return PythonDocs()
     if Path(path).exists():
@@ -190,10 +190,10 @@ def select_hook(subject: EvaluatedSAE, data: Any) -> str:
     chosen = [hook for hook, known in names.items() if known & wanted] if wanted else model.hooks
     if len(chosen) != 1:
         reads = " or ".join(sorted(wanted)) or "no hook that it names"
-        raise InputError(f"{subject.place} reads {reads}, and the data give {', '.join(model.hooks)}")
+        raise InputError(f"{subject.source} reads {reads}, and the data give {', '.join(model.hooks)}")
     named = subject.metadata.get("model_name")
     if named and named != model.name:
-        log.warning("%s says that it reads %s, and the data are of %s", subject.place, named, model.name)
+        log.warning("%s says that it reads %s, and the data are of %s", subject.source, named, model.name)
     model.hooks = chosen
     model.load()
     data.batching = replace(data.batching, exhausted="end")  # read no document twice
@@ -204,7 +204,7 @@ def select_hook(subject: EvaluatedSAE, data: Any) -> str:
 def check_width(subject: EvaluatedSAE, d_in: int) -> None:
     """Check that the data have the SAE's input width."""
     if subject.W_dec.shape[1] != d_in:
-        raise InputError(f"{subject.place} reads activations {subject.W_dec.shape[1]} wide, and the data give {d_in}")
+        raise InputError(f"{subject.source} reads activations {subject.W_dec.shape[1]} wide, and the data give {d_in}")
 
 
 def device_of(data: Any) -> torch.device:

@@ -135,9 +135,9 @@ class Spelling:
         if not any(PART in text for text in alone):
             return alone
         texts = [self._text(tokens[:end]) for end in range(len(tokens) + 1)]
-        whole = [text.rstrip(PART) for text in texts]
+        complete = [text.rstrip(PART) for text in texts]
         # Each token adds the characters that it completes; the last one also shows what never became complete.
-        return [after[len(before) :] for before, after in zip(whole, [*whole[1:-1], texts[-1]], strict=False)]
+        return [after[len(before) :] for before, after in zip(complete, [*complete[1:-1], texts[-1]], strict=False)]
 
     def _single(self, token: int) -> str:
         if token not in self._known:

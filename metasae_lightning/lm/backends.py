@@ -84,7 +84,7 @@ class TransformerLensLM(LanguageModel):
     """
 
     def _prepare(self, folder: str) -> tuple[dict[str, Any], list[HookLocation], bool]:
-        """The arguments for TransformerLens, the hooks' locations, and whether the folder is a local one."""
+        """Arguments for TransformerLens, the locations of the hooks, and whether `folder` is a local folder and not a model's name."""
         known = (*inspect.signature(HookedTransformer.from_pretrained).parameters, *CONFIG_KWARGS, *LOADER_KWARGS)
         check_kwargs(self.model_kwargs, [k for k in known if k not in ("model_name", "device", "dtype", "from_pretrained_kwargs")])
         is_folder = is_lens_folder(folder)

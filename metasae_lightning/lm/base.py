@@ -105,13 +105,7 @@ class LanguageModel(ABC):
         *,
         edit: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "context position vocabulary"]:
-        """The logits of a model from `complete`, in float32.
-
-        Args:
-            tokens: The contexts.
-            visible: The attention mask, as in `activations`.
-            edit: A function whose output replaces the activations at the first hook.
-        """
+        """Logits in float32. Only the model that `complete` returns has them: others lack the layers after their last hook."""
         if not self._is_complete:
             raise RuntimeError(f"{self.name}: the layers after the hook are not loaded; use the model that complete() returns")
 
@@ -170,7 +164,7 @@ class LanguageModel(ABC):
 
     @contextlib.contextmanager
     def _hooked(self, callbacks: Sequence[Callable[[Any], Tensor | None]]) -> Generator[None, None, None]:
-        """Attach the callbacks to the first hooks for one forward pass, while other threads wait."""
+        """Attach the first callback to the first hook, and so on, for one forward pass under the lock that all forward passes take."""
         root = self._loaded_root()
         # Activations must not depend on a caller's autocast. The meta device has no autocast of its own to turn off.
         with FORWARD_LOCK, torch.no_grad(), torch.autocast(self.device.type.replace("meta", "cpu"), enabled=False):

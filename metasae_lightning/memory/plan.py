@@ -25,7 +25,10 @@ CONTROL_GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memo
 
 
 def print_and_check_plan(model: Any, data: Any, trainer: Any, limit_gib: float | None = None) -> None:
-    """Print the plan of a run to stderr, and refuse the run if it does not fit; a plan that fails stops no run."""
+    """Print the plan of a run to stderr, and refuse the run if it does not fit in memory.
+
+    If the plan cannot be made, the run goes on without one.
+    """
     if limit_gib is not None and limit_gib <= 0:
         raise InputError(f"memory_gib must be more than 0, or null for what is free, got {limit_gib}")
     try:
@@ -252,7 +255,10 @@ def _host_items(model: JointSAE, data: Any, trainer: Any, dtype_factor: int, sha
 
 
 def _export_item(model: JointSAE, batch_size: int, sae_bytes: list[int], decoder_rows: int | None, ranks: int) -> MemoryItem:
-    """Exporting an SAE, one after the other: a copy, the SAE that is read back, and finding its threshold."""
+    """The memory of an export: a copy of the SAE, the SAE that is read back, and the search for its threshold.
+
+    SAEs are exported one after the other, so the largest counts.
+    """
     d_sae = len(model.primary.W_dec)
     # `sae.thresholds.global_threshold` holds positive pre-activations of a batch or of some decoder rows; torch.topk takes 16 bytes each.
     latents = max(batch_size * d_sae, 0 if model.meta is None else min(decoder_rows or d_sae, d_sae) * len(model.meta.W_dec))

@@ -28,7 +28,7 @@ FIRING_BYTES = 24
 
 @dataclass(frozen=True)
 class Firings:
-    """A sparse matrix of firings: which latents are active on which tokens; 4 bytes per firing and 8 per token."""
+    """A sparse matrix of firings: which latents are active on which tokens. 8 bytes per firing and 4 per token below 2^31 firings."""
 
     matrix: Any
     """Ones in a SciPy CSR matrix, tokens by latents."""
@@ -60,7 +60,7 @@ class Firings:
 
 @dataclass(frozen=True)
 class PairSums:
-    """Sums over all pairs of latents."""
+    """Sums of phi over all pairs of live latents, which are active on some tokens but not on all."""
 
     total: float
     """Sum of |phi|."""

@@ -192,20 +192,20 @@ def decoder(groups: Sequence[Group]) -> Figure | None:
 
 def critic(groups: Sequence[Group]) -> Figure | None:
     """Variance that fresh critics explain of each decoder, of shuffled rows and of random rows."""
-    shown = [(index, group) for index, group in enumerate(groups) if group.values("critic/fve")]
-    if not shown:
+    measured = [(index, group) for index, group in enumerate(groups) if group.values("critic/fve")]
+    if not measured:
         return None
-    figure, (axes,) = new_figure(height=1.6 + 0.35 * len(shown))
+    figure, (axes,) = new_figure(height=1.6 + 0.35 * len(measured))
     kinds = {"fve": ("the decoder", "o", 1.0), "shuffled": ("shuffled rows", "|", 0.7), "random": ("random rows", "x", 0.7)}
-    for line, (index, group) in enumerate(shown):
+    for line, (index, group) in enumerate(measured):
         for name, (words, marker, alpha) in kinds.items():
             means, spread = group.values(f"critic/{name}"), group.values(f"critic/{name}_std")
             bars = {"xerr": spread if len(spread) == len(means) else None, "elinewidth": 1.0, "linestyle": "none", "alpha": alpha}
             label = words if not line else None
             axes.errorbar(means, [line] * len(means), marker=marker, markersize=7, color=group_style(index)["color"], label=label, **bars)
-    axes.set_yticks(range(len(shown)), [short_name(group.name) for _, group in shown])
+    axes.set_yticks(range(len(measured)), [short_name(group.name) for _, group in measured])
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set(xlabel="share of the rows' variance that a fresh critic explains", ylim=(len(shown) - 0.5, -0.5))
+    axes.set(xlabel="share of the rows' variance that a fresh critic explains", ylim=(len(measured) - 0.5, -0.5))
     add_legend(axes)
     return figure
 
@@ -230,14 +230,14 @@ def latents(groups: Sequence[Group]) -> Figure | None:
 def recovery(groups: Sequence[Group]) -> Figure | None:
     """Recovery of planted features: MCC, uniqueness and F1."""
     paths = {"recovery/mcc": "MCC", "recovery/uniqueness": "unique", "recovery/f1": "F1"}
-    shown = [(index, group) for index, group in enumerate(groups) if group.values("recovery/mcc")]
-    if not shown:
+    measured = [(index, group) for index, group in enumerate(groups) if group.values("recovery/mcc")]
+    if not measured:
         return None
     figure, (axes,) = new_figure()
-    for step, (index, group) in enumerate(shown):
+    for step, (index, group) in enumerate(measured):
         for line, path in enumerate(paths):
             values = group.values(path)
-            x = [line + 0.6 * (step + 0.5) / len(shown) - 0.3] * len(values)
+            x = [line + 0.6 * (step + 0.5) / len(measured) - 0.3] * len(values)
             axes.plot(
                 x,
                 values,
@@ -263,11 +263,11 @@ def training(groups: Sequence[Group]) -> Figure | None:
     penalties = sorted({name for group in groups for arm in group.arms for name in arm.curves if name.startswith("penalty/")})
     curves |= {name: f"penalty {short_name(name.removeprefix('penalty/'))}" for name in penalties}
     # A line needs two points.
-    shown = [name for name in curves if any(len(arm.curves.get(name, ())) > 1 for group in groups for arm in group.arms)]
-    if not shown:
+    curve_names = [name for name in curves if any(len(arm.curves.get(name, ())) > 1 for group in groups for arm in group.arms)]
+    if not curve_names:
         return None
-    figure, panels = new_figure(rows=len(shown), height=2.7)
-    for axes, name in zip(panels, shown, strict=True):
+    figure, panels = new_figure(rows=len(curve_names), height=2.7)
+    for axes, name in zip(panels, curve_names, strict=True):
         for index, group in enumerate(groups):
             for number, arm in enumerate(arm for arm in group.arms if name in arm.curves):
                 x, y = zip(*arm.curves[name], strict=True)

@@ -40,7 +40,7 @@ class Decoder:
 
 def read_decoder(arm: Arm) -> Decoder | None:
     """The decoder that an arm exported, or None if it exported none."""
-    folder = arm.place / "saes"
+    folder = arm.folder / "saes"
     if not (folder / "primary" / "cfg.json").exists():
         return None
     rows = unit_rows(decoder_rows(folder / "primary"))
@@ -107,9 +107,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 def browsed_latents(
     arms: Sequence[Arm], decoders: Sequence[Decoder | None], matches: Sequence[list[Pair]], limit: int
 ) -> list[dict[str, Any]]:
-    """Up to `limit` latents of each arm among those that fired, spread evenly over their firing rates.
+    """The browser's entry of each arm: its counts, and up to `limit` of its latents that fired, from the rarest to the commonest.
 
-    `matches` are those of `matches_of_arms`.
+    An arm without recorded latents, or without a decoder that fits them, has no entry. `matches` are those of `matches_of_arms`.
     """
     entries: list[dict[str, Any]] = []
     for index, (arm, decoder) in enumerate(zip(arms, decoders, strict=True)):

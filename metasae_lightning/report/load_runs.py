@@ -32,7 +32,7 @@ class Arm:
 
     name: str
     """Name on the page."""
-    place: Path
+    folder: Path
     """Folder that contains `saes/`."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """Arguments of its model in `config.yaml`."""
@@ -78,18 +78,18 @@ class Arm:
     @cached_property
     def latents(self) -> dict[str, Any] | None:
         """Firing rate, maximum and top contexts of each latent, from `latents.json.gz`; None if there is no such file."""
-        path = self.place / "latents.json.gz"
+        path = self.folder / "latents.json.gz"
         if not path.exists():
             return None
         try:
             return json.loads(gzip.decompress(path.read_bytes()))
         except (OSError, EOFError, ValueError) as error:
-            raise InputError(f"{path} is damaged: measure again, metasae test {self.place} ({error})") from error
+            raise InputError(f"{path} is damaged: measure again, metasae test {self.folder} ({error})") from error
 
 
-def load_arms(places: Sequence[str]) -> list[Arm]:
+def load_arms(folders: Sequence[str]) -> list[Arm]:
     """Every arm of some runs, in order. Names include the run where two arms would have the same name."""
-    runs = [Path(place) for place in places]
+    runs = [Path(folder) for folder in folders]
     for run in runs:
         if not run.is_dir():
             raise InputError(f"{run}: there is no such run")
@@ -121,22 +121,22 @@ def arms_of(path: Path, prefix: str = "") -> list[Arm]:
     return arms
 
 
-def load_arm(name: str, place: Path, recipe: dict[str, Any], record: dict[str, Any], curves: dict[str, Curve]) -> Arm:
+def load_arm(name: str, folder: Path, recipe: dict[str, Any], record: dict[str, Any], curves: dict[str, Curve]) -> Arm:
     """An arm with a list of its missing results."""
     missing: list[str] = []
     if reason := (record.get("validation") or {}).get("stopped"):
         missing.append(f"it stopped: {reason}")
-    if not is_exported(place):
+    if not is_exported(folder):
         missing.append("no SAE under saes/primary: training did not end, or nothing exported")
     if "evaluation" not in record:
-        missing.append(f"no evaluation: metasae test {place}")
-    elif not (place / "latents.json.gz").exists():
-        missing.append(f"nothing of single latents: metasae test {place}")
+        missing.append(f"no evaluation: metasae test {folder}")
+    elif not (folder / "latents.json.gz").exists():
+        missing.append(f"nothing of single latents: metasae test {folder}")
     if not recipe:
         missing.append("no config.yaml that tells what was trained")
     if not curves:
         missing.append("no metrics.csv with training curves")
-    return Arm(name, place, recipe, record, curves, missing)
+    return Arm(name, folder, recipe, record, curves, missing)
 
 
 def training_curves(run: Path) -> dict[str, Curve]:

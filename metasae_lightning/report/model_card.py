@@ -77,7 +77,7 @@ def section(record: Mapping[str, Any], repository: str | None) -> list[str]:
 
 
 def description(record: Mapping[str, Any]) -> list[str]:
-    """Architecture, training, penalties and normalizer of an SAE, a sentence each."""
+    """Sentences on an SAE's architecture, training, penalties, normaliser and initialisation, as far as they apply."""
     sentences = [
         f"A sparse autoencoder of {record['d_sae']:,} latents on `{record['hook']}` of `{record['model']}` ({record['d_in']} wide), "
         f"trained as `{record['trained_as']}` and saved as `{record['architecture']}`, on {record['training_tokens']:,} tokens of "

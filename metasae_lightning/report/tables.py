@@ -56,26 +56,26 @@ def evaluations(entries: Mapping[str, Mapping[str, Any]]) -> Table:
     """SAEs side by side; intervals are 95 % over documents, spreads standard deviations over critics."""
     first = next(iter(entries.values()))
     title = f"{first['tokens']:,} test tokens of {first['documents']:,} documents"
-    shown = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    shown.add_column("")
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("")
     for name in entries:
-        shown.add_column(escape(name), justify="right")
-    shown.add_row("thresholds", *(threshold_rule(entry) for entry in entries.values()))
+        table.add_column(escape(name), justify="right")
+    table.add_row("thresholds", *(threshold_rule(entry) for entry in entries.values()))
     for words, path, digits, beside in ROWS:
         cells = [cell(entry, path, digits, beside) for entry in entries.values()]
         if any(cells):
-            shown.add_row(words, *cells)
-    return shown
+            table.add_row(words, *cells)
+    return table
 
 
 def overview(study: "Study") -> Table:
     """A row for each group of arms: means over seeds, and changes against the baseline in percent with their intervals."""
     base = baseline(study.groups)
-    shown = Table(title=escape(study.title), title_justify="left", show_edge=False, pad_edge=False)
-    shown.add_column("")
+    table = Table(title=escape(study.title), title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("")
     columns = [figure for figure in FIGURES if figure[1] in COLUMNS and any(group.values(figure[1]) for group in study.groups)]
     for _, path, *_ in columns:
-        shown.add_column(COLUMNS[path], justify="right")
+        table.add_column(COLUMNS[path], justify="right")
     for group in study.groups:
         cells: list[str] = []
         for _, path, name, digits, _ in columns:
@@ -86,28 +86,28 @@ def overview(study: "Study") -> Table:
                 value, low, high = change.percent
                 lines += [f"{value:+.1f} %"] + ([] if math.isnan(low) else [f"{low:+.1f} to {high:+.1f}"])
             cells.append("\n".join(lines))
-        shown.add_row(escape(group.name) + (f"\n{len(group.arms)} seeds" if len(group.arms) > 1 else ""), *cells)
-    return shown
+        table.add_row(escape(group.name) + (f"\n{len(group.arms)} seeds" if len(group.arms) > 1 else ""), *cells)
+    return table
 
 
-def cell(entry: Mapping[str, Any], path: str, digits: str, beside: str) -> str:
+def cell(entry: Mapping[str, Any], path: str, digits: str, spread: str) -> str:
     """A figure with its interval or its spread; empty if it was not measured."""
     group, name = path.split("/")
     value = entry["figures"].get(group, {}).get(name)
     if value is None:
         return ""
-    if beside in entry["intervals"]:
-        low, high = entry["intervals"][beside]
+    if spread in entry["intervals"]:
+        low, high = entry["intervals"][spread]
         return f"{value:{digits}} ({low:{digits}} to {high:{digits}})"
-    if beside:
-        return f"{value:{digits}} ± {entry['figures'][group][beside.split('/')[1]]:{digits}}"
+    if spread:
+        return f"{value:{digits}} ± {entry['figures'][group][spread.split('/')[1]]:{digits}}"
     return f"{value:{digits}}"
 
 
 def differences(comparison: Mapping[str, Any], names: tuple[str, str]) -> Table:
     """Differences of the second SAE from the first, with intervals and p values."""
     title = f"{names[1]} less {names[0]}, intervals over {comparison['documents']['count']:,} documents"
-    shown = Table(title=escape(title), title_justify="left", show_edge=False, pad_edge=False)
+    table = Table(title=escape(title), title_justify="left", show_edge=False, pad_edge=False)
     for column, justify in (
         ("", "left"),
         (names[0], "right"),
@@ -116,28 +116,28 @@ def differences(comparison: Mapping[str, Any], names: tuple[str, str]) -> Table:
         ("95 %", "right"),
         ("p", "right"),
     ):
-        shown.add_column(escape(column), justify=justify)  # pyright: ignore[reportArgumentType]
+        table.add_column(escape(column), justify=justify)  # pyright: ignore[reportArgumentType]
     for name, digits in DIFFERENCES.items():
         if name in comparison:
             entry = comparison[name]
             low, high = entry["interval"]
             numbers = (entry["a"], entry["b"], entry["difference"])
             p = f"{entry['p']:.3g}" if "p" in entry else ""
-            shown.add_row(name, *(f"{number:{digits}}" for number in numbers), f"{low:{digits}} to {high:{digits}}", p)
-    return shown
+            table.add_row(name, *(f"{number:{digits}}" for number in numbers), f"{low:{digits}} to {high:{digits}}", p)
+    return table
 
 
 def cross(best_matches: Mapping[str, Mapping[str, float]], names: tuple[str, str]) -> Table:
     """Phi of each latent with its best match in the other SAE, against chance."""
-    shown = Table(title="best match by phi", title_justify="left", show_edge=False, pad_edge=False)
+    table = Table(title="best match by phi", title_justify="left", show_edge=False, pad_edge=False)
     for column in ("", "median", "10 %", "90 %", "above 0.3", "above 0.5", "above 0.7"):
-        shown.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="left" if not column else "right")
     labels = {"a_in_b": f"{names[0]} in {names[1]}", "b_in_a": f"{names[1]} in {names[0]}", "a_in_b_by_chance": "by chance"}
     for key, label in labels.items():
         figures = best_matches[key]
         shares = (f"{figures.get(f'above_{x:g}', 0):.1%}" for x in (0.3, 0.5, 0.7))
-        shown.add_row(escape(label), *(f"{figures.get(name, float('nan')):.3f}" for name in ("median", "q10", "q90")), *shares)
-    return shown
+        table.add_row(escape(label), *(f"{figures.get(name, float('nan')):.3f}" for name in ("median", "q10", "q90")), *shares)
+    return table
 
 
 def shared(splits: Sequence[Mapping[str, Any]], contexts: Mapping[str, Mapping[str, Any]], title: str, most: int = 5) -> Iterable[Table]:
@@ -146,8 +146,8 @@ def shared(splits: Sequence[Mapping[str, Any]], contexts: Mapping[str, Mapping[s
         (left, right), phi = split["into"], split["phi"]
         between = f"at least {split['bound']:.2f} between them, measured {split['phi_between']:.2f}"
         heading = f"{title} {split['latent']} -> {left}, {right}; phi {phi[0]:.2f} and {phi[1]:.2f}: {between}"
-        shown = Table(title=escape(heading), title_justify="left", show_edge=False, show_header=False)
+        table = Table(title=escape(heading), title_justify="left", show_edge=False, show_header=False)
         for side, latent in (("from", split["latent"]), ("into", left), ("into", right)):
             for hit in contexts[side].get(str(latent), []):
-                shown.add_row(str(latent), escape(hit["text"]))
-        yield shown
+                table.add_row(str(latent), escape(hit["text"]))
+        yield table

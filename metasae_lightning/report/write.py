@@ -57,7 +57,7 @@ class Study:
         rows: list[dict[str, Any]] = []
         for group in self.groups:
             for arm in group.arms:
-                row: dict[str, Any] = {"arm": arm.name, "group": group.name, "seed": arm.seed, "place": str(arm.place)}
+                row: dict[str, Any] = {"arm": arm.name, "group": group.name, "seed": arm.seed, "place": str(arm.folder)}
                 entry = arm.entry or {}
                 for kind, figures_of_kind in (entry.get("figures") or {}).items():
                     row |= {f"{kind}/{name}": value for name, value in figures_of_kind.items() if isinstance(value, int | float)}

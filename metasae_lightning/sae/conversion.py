@@ -71,23 +71,21 @@ def setting_differences(source: Any, target: Any, normalizer: Normalizer) -> Seq
     scale = normalizer.factor.item() if isinstance(normalizer, ExpectedAverage) else 1.0
     differences: list[str] = []
     for name in ("k", "residual_threshold", "max_iterations", "stop_on_duplicate_support"):
-        theirs, ours = (getattr(cfg, name, None) for cfg in (source, target))
-        if name == "residual_threshold" and theirs is not None:
-            theirs = theirs * scale
-        if hasattr(source, name) and hasattr(target, name) and theirs != ours:
-            numbers = f"{name} is {ours:g}, where the source has {theirs:g}" if theirs and ours else f"{name} is {ours}, not {theirs}"
+        old, new = (getattr(cfg, name, None) for cfg in (source, target))
+        if name == "residual_threshold" and old is not None:
+            old = old * scale
+        if hasattr(source, name) and hasattr(target, name) and old != new:
+            numbers = f"{name} is {new:g}, where the source has {old:g}" if old and new else f"{name} is {new}, not {old}"
             differences.append(numbers)
     return differences
 
 
 def check_normalizers(source: Any, normalizer: Normalizer) -> None:
     """Refuse to replace a per-token normaliser: it is not an affine map, so weights can neither fold it in nor unfold it."""
-    theirs, ours = str(source.cfg.normalize_activations), normalizer.per_token
-    if (theirs if theirs != "none" else None) != ours:
-        demand = f"normalize_activations: {theirs}" if theirs != "none" else "none, expected_average_only_in or covariance_whitening"
-        raise InputError(
-            f"init_from: the SAE takes activations normalised by {theirs!r}, which no other normaliser can replace: set {demand}"
-        )
+    old, new = str(source.cfg.normalize_activations), normalizer.per_token
+    if (old if old != "none" else None) != new:
+        demand = f"normalize_activations: {old}" if old != "none" else "none, expected_average_only_in or covariance_whitening"
+        raise InputError(f"init_from: the SAE takes activations normalised by {old!r}, which no other normaliser can replace: set {demand}")
 
 
 def encoder_biases(weights: Weights) -> dict[str, Tensor | float]:
@@ -126,8 +124,8 @@ def convert_architecture(
         ungate(weights)
     if target in TOP_K:
         weights.pop("threshold", None)
-        theirs = "ranks each token's" if source in TOP_K else "has thresholds"
-        return [f"{target!r} ranks {'each token' if target == 'topk' else 'a batch'}'s activations where {source!r} {theirs}"]
+        old_rule = "ranks each token's" if source in TOP_K else "has thresholds"
+        return [f"{target!r} ranks {'each token' if target == 'topk' else 'a batch'}'s activations where {source!r} {old_rule}"]
     if target == "standard":
         threshold = weights.pop("threshold", None)
         is_lost = source in TOP_K or (threshold is not None and threshold.any())
@@ -161,7 +159,10 @@ def pre_activations_of(weights: Weights, centred: bool) -> Callable[[Tensor], Te
 
 
 def to_unit_rows(weights: Weights, *, ranked: bool) -> Sequence[str]:
-    """Scale decoder rows to length 1 and activations by the old lengths, in place; returns a sentence where that changes a ranking."""
+    """Scale decoder rows to length 1 and the encoder by the old lengths, in place; returns a sentence for what that changes.
+
+    It changes the ranking of a top-k SAE with rows of different lengths, and the activations of a pursuit SAE, which has no encoder.
+    """
     norms = weights["W_dec"].norm(dim=-1)
     low, high = norms.aminmax()
     if low == 0:

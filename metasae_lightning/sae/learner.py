@@ -229,7 +229,7 @@ class Learner(nn.Module):
     def reconstruct(
         self, x: Float[Tensor, "rows d_in"], *, reuse_support: bool = False, reuse_output: bool = False
     ) -> Float[Tensor, "rows d_in"]:
-        """The reconstruction that `read` returns: the learner as the frozen critic of a penalty."""
+        """The reconstruction of rows by the frozen learner, as the critic of a penalty: `read` without the codes."""
         return self.read(x, reuse_support=reuse_support, reuse_output=reuse_output)[1]
 
     def _read_local(self, x: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
@@ -274,7 +274,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def _update_statistics(self, codes: Codes, rows: int) -> None:
-        """Count the step, its rows and each latent's silence; average thresholds over ranks that each rank their own batch."""
+        """Count the step, its rows and each latent's silence. With `batch_cut: local`, average the ranks' thresholds."""
         self.steps += 1
         self.rows_seen += rows
         fired = torch.zeros_like(self.silent_for, dtype=torch.uint8)

@@ -87,14 +87,14 @@ class Folder(Destination):
     @staticmethod
     def _rename_all(moves: Sequence[tuple[Path, Path]]) -> None:
         """Rename each first path to the second; after a failure the earlier renames are undone."""
-        done: list[tuple[Path, Path]] = []
+        renamed: list[tuple[Path, Path]] = []
         try:
             for start, end in moves:
                 end.parent.mkdir(parents=True, exist_ok=True)
                 start.rename(end)
-                done.append((start, end))
+                renamed.append((start, end))
         except OSError:
-            for start, end in reversed(done):
+            for start, end in reversed(renamed):
                 end.rename(start)
             raise
 

@@ -94,11 +94,11 @@ def check_batches(trainer: Any, ranks: ProcessGroup, rows_seen: int) -> None:
             f"data: the run was planned with {planned} batches, and there are {available} now that the checkpoint is read: where the text "
             f"ends before the budget (exhausted: end), a sharded SAE resumes on as many ranks as before, or under trainer.strategy: ddp"
         )
-    for what, counts in (("training", [trainer.num_training_batches]), ("validation", trainer.num_val_batches)):
+    for split, counts in (("training", [trainer.num_training_batches]), ("validation", trainer.num_val_batches)):
         if all(count != float("inf") for count in counts):
             per_rank = ranks.gather_int(int(sum(counts)), torch.zeros(0, device=trainer.strategy.root_device))
             if len(set(per_rank)) > 1:
-                raise InputError(f"data: ranks must have equally many {what} batches, and have {', '.join(map(str, per_rank))}")
+                raise InputError(f"data: ranks must have equally many {split} batches, and have {', '.join(map(str, per_rank))}")
 
 
 def check_trainer(trainer: Any) -> None:

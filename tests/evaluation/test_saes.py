@@ -111,7 +111,7 @@ def test_an_sae_without_model_hook_or_dataset_metadata_is_refused_in_one_line(tm
     run_folder = write_run(tmp_path, "one")
     sae().save_model(tmp_path / "no_metadata")
     no_metadata = str(tmp_path / "no_metadata")
-    assert "does not tell the model and the hook that it reads" in error_line_of(capsys, "test", "--sae", no_metadata)
+    assert "does not name the model and hook that it reads" in error_line_of(capsys, "test", "--sae", no_metadata)
     assert "does not tell what L0 it was trained at" in error_line_of(
         capsys, "calibrate", no_metadata, "--data", str(run_folder / "config.yaml")
     )

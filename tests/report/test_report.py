@@ -178,7 +178,7 @@ def test_the_interval_of_a_difference_is_a_paired_t_test_over_shared_seeds_or_we
     assert (result.low, result.high) == pytest.approx((paired.low, paired.high), rel=1e-9)
     assert result.value == pytest.approx((result.low + result.high) / 2)
     # Groups with different seeds have no pairs.
-    other = Group("joint", [Arm(arm.name, arm.place, {**arm.recipe, "seed": arm.seed + 10}, arm.record) for arm in joint.arms])
+    other = Group("joint", [Arm(arm.name, arm.folder, {**arm.recipe, "seed": arm.seed + 10}, arm.record) for arm in joint.arms])
     unpaired = difference(other, solo, "phi/excess")
     welch = stats.ttest_ind(joint.values("phi/excess"), solo.values("phi/excess"), equal_var=False).confidence_interval(0.95)
     assert unpaired is not None and (unpaired.low, unpaired.high) == pytest.approx((welch.low, welch.high), rel=1e-9)
