@@ -192,10 +192,11 @@ def check_sizes(path: Path, shards: Mapping[str, int]) -> None:
 
 
 def finish(path: Path, description: Mapping[str, Any], metadata: Mapping[str, Any], shards: Mapping[Split, Mapping[str, int]]) -> None:
-    """Write the record, which marks the cache as complete, and delete the progress files."""
+    """Write the record, which marks the cache as complete, and delete the progress files and what killed processes left of theirs."""
     write_bytes(path / RECORD, json.dumps({"identity": description, "about": metadata, "shards": shards}, indent=2).encode())
     for split in shards:
-        (path / split / PROGRESS).unlink(missing_ok=True)
+        for file in [path / split / PROGRESS, *(path / split).glob(f".{PROGRESS}.*")]:
+            file.unlink(missing_ok=True)
 
 
 def _json(path: Path) -> Any:

@@ -250,7 +250,7 @@ def _host_items(model: JointSAE, data: Any, trainer: Any, dtype_factor: int, sha
                 "held-out rows", "cpu", tokens * width * 4, f"{tokens:,}, to check exports on", "lower calibration_tokens"
             )
             yield replace(held_out, arms="once" if device_type == "cpu" else "")
-            decoder_rows, ranks = getattr(callback, "rows", None), processes_on_machine(trainer)
+            decoder_rows, ranks = getattr(callback, "rows_per_batch", None), processes_on_machine(trainer)
             yield _export_item(model, batch_size, _sae_bytes(model, dtype_factor), decoder_rows, ranks)
 
 
