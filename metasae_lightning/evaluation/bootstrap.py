@@ -10,7 +10,7 @@ from metasae_lightning.step import Codes
 
 
 def bootstrap_weights(documents: int, resamples: int, seed: int = 0) -> Float[Tensor, "resample document"]:
-    """Bootstrap weights: how often each document is drawn when all are redrawn with replacement.
+    """Bootstrap weights: how often each document is in each resample of `documents` documents, drawn with replacement.
 
     >>> bootstrap_weights(3, 5).sum(1).tolist()
     [3.0, 3.0, 3.0, 3.0, 3.0]
@@ -21,7 +21,7 @@ def bootstrap_weights(documents: int, resamples: int, seed: int = 0) -> Float[Te
 
 
 def interval(values: Float[Tensor, " resample"], level: float = 0.95) -> tuple[float, float]:
-    """The central `level` interval of resampled values; NaN where no value is finite.
+    """The central `level` interval of the finite values: quantiles `(1 - level) / 2` and `(1 + level) / 2`; NaN if none is finite.
 
     >>> interval(torch.arange(101.0), level=0.9)
     (5.0, 95.0)
@@ -34,9 +34,9 @@ def interval(values: Float[Tensor, " resample"], level: float = 0.95) -> tuple[f
 
 
 def jackknife_interval(point: float, without: Float[Tensor, " group"]) -> tuple[float, float]:
-    """95 % jackknife interval of a statistic, from its values without each group.
+    """95 % jackknife interval of a statistic around `point`, its value on all groups; NaN for fewer than two groups.
 
-    It reaches `1.96 sqrt((g - 1) / g sum (f_i - mean f)^2)` to each side.
+    It reaches `1.96 sqrt((g - 1) / g sum (f_i - mean f)^2)` to each side, where `f_i` (`without[i]`) is the statistic without group i of g.
 
     >>> jackknife_interval(2.0, torch.tensor([1.0, 3.0]))
     (0.04, 3.96)
@@ -49,7 +49,7 @@ def jackknife_interval(point: float, without: Float[Tensor, " group"]) -> tuple[
 def sum_by_document(
     documents: Int[Tensor, " entry"], sums: Float[Tensor, "entry figure"]
 ) -> tuple[Int[Tensor, " document"], Float[Tensor, "document figure"]]:
-    """Sums of the entries of each document.
+    """The ids of all documents, ascending, and the sum of the entries of each document.
 
     >>> sum_by_document(torch.tensor([4, 2, 4]), torch.tensor([[1.0], [5.0], [2.0]]))
     (tensor([2, 4]), tensor([[5.],
@@ -65,7 +65,7 @@ class PhiByGroup:
     Args:
         d_sae: Latents.
         groups: Number of document groups.
-        matchings: Random pairings of all latents; by default as many as fit into 256 MiB, at most 32.
+        matchings: Random pairings of all latents; by default as many as fit into 256 MiB, but at least 4 and at most 32.
     """
 
     def __init__(self, d_sae: int, groups: int, *, matchings: int | None = None):
@@ -88,7 +88,7 @@ class PhiByGroup:
         self.tokens += torch.bincount(group, minlength=groups)
 
     def excess(self, weights: Float[Tensor, "resample group"]) -> Float[Tensor, " resample"]:
-        """Mean of |phi| less its floor over pairs of live latents, with each group weighted."""
+        """Mean of |phi| less its floor (its mean by chance) over pairs of live latents; `weights` multiply the counts of each group."""
         n = (weights @ self.tokens)[:, None]
         fired = weights @ self.firings.double()
         total, pairs = torch.zeros(len(weights), dtype=torch.float64), torch.zeros(len(weights), dtype=torch.float64)
@@ -103,6 +103,6 @@ class PhiByGroup:
     def without_each(self) -> Float[Tensor, " group"]:
         """The excess without each group in turn.
 
-        A bootstrap over groups would be biased: a group that is drawn twice co-fires with itself.
+        A bootstrap over groups would be biased: a group that is drawn twice repeats its co-firings, which the floor does not expect.
         """
         return self.excess(1 - torch.eye(len(self.tokens), dtype=torch.float64))

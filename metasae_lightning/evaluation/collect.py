@@ -70,7 +70,10 @@ class CollectedCodes:
 
     @cached_property
     def by_document(self) -> tuple[Int[Tensor, " document"], Float[Tensor, "document figure"], Float[Tensor, "document d_in"]]:
-        """Document ids; per document the sums of tokens, squared norm, squared error, firings and cosine; and the sum of activations."""
+        """The ids of all documents, a table of their figures, and the sum of activations of each document.
+
+        The columns of the table are sums over the tokens of a document: tokens, squared norm, squared error, firings and cosine.
+        """
         by_passage = [(entry["documents"], entry["sums"], entry["total"]) for entry in self.entries()]
         documents, sums, total = (torch.cat(parts) for parts in zip(*by_passage, strict=True))
         ids, sums = sum_by_document(documents, sums)
@@ -78,7 +81,7 @@ class CollectedCodes:
 
     @property
     def mean(self) -> Float[Tensor, " d_in"]:
-        """Mean activation."""
+        """Mean activation over all tokens."""
         _, sums, total = self.by_document
         return total.sum(0) / sums[:, 0].sum()
 
@@ -93,7 +96,7 @@ class SplicedLosses:
     """Per document: number of predicted tokens, then the sums of their losses in the order of `loss_recovered.LOSS_KINDS`."""
 
     def figures(self) -> dict[str, float]:
-        """Mean losses and shares recovered, over all documents."""
+        """Mean losses per predicted token and the shares recovered (see `Splice`), over all documents."""
         count, *total = self.sums.sum(0)
         return {name: value.item() for name, value in with_recovered_shares(torch.stack(total) / count).items()}
 
@@ -104,7 +107,7 @@ def passage_name(number: int) -> str:
 
 
 def collect(subjects: Sequence[EvaluatedSAE], stream: Any, tokens: int) -> list[CollectedCodes]:
-    """Run every SAE over the passages of a split; passages in its result cache are not run again."""
+    """Run every SAE over the passages of a split, except those in its result cache. A split without a passage is an `InputError`."""
     stream_key = stream_cache_key(stream)
     collected = [CollectedCodes(subject, stream_key, []) for subject in subjects]
     with progress_bar("activations", tokens) as bar:
@@ -126,7 +129,7 @@ def collect(subjects: Sequence[EvaluatedSAE], stream: Any, tokens: int) -> list[
 
 
 def encode_passage(subject: EvaluatedSAE, passage: Passage, x: Float[Tensor, "row d_in"], counted: Tensor) -> Entry:
-    """The cache entry of one SAE on one passage: codes, sums by document, and the state of the reconstruction metric."""
+    """The cache entry of one SAE on one passage: text, codes, sums by document, and the state of the reconstruction metric."""
     codes, rebuilt = subject.encode_decode(x)
     x = x.to(rebuilt)
     metric = Reconstruction(x.shape[1]).to(x.device)
@@ -146,9 +149,10 @@ def encode_passage(subject: EvaluatedSAE, passage: Passage, x: Float[Tensor, "ro
 
 
 def collect_spliced_losses(collected: Sequence[CollectedCodes], stream: Any, tokens: int, complete: Any) -> list[SplicedLosses]:
-    """Losses of the complete language model on the first contexts, with each SAE's reconstruction spliced in.
+    """Losses of the complete language model with each SAE's reconstruction spliced in, on the first contexts.
 
-    `complete` loads the model; it is called only if an entry is missing from a result cache.
+    The first contexts are those that hold `tokens` predicted tokens. `complete` loads and returns the model; it is called only if an entry
+    is missing from a result cache.
     """
     entries: list[list[Entry]] = [[] for _ in collected]
     first, mean, model, remaining = collected[0], collected[0].mean, None, tokens
@@ -184,7 +188,7 @@ def collect_spliced_losses(collected: Sequence[CollectedCodes], stream: Any, tok
 
 
 def _spliced_entries(model: Any, passage: Passage, counted: Tensor, rebuild: dict[str, Any], mean: Tensor) -> dict[str, Entry]:
-    """The cache entry of each SAE: losses on a passage's first contexts, summed by document."""
+    """Cache entries by the names in `rebuild`: losses on a passage's first contexts, summed by document."""
     parts: dict[str, list[Tensor]] = {name: [] for name in rebuild}
     at_once = max(1, SPLICED_AT_ONCE // counted.shape[1])
     for begin in range(0, len(counted), at_once):
@@ -204,5 +208,5 @@ def _spliced_entries(model: Any, passage: Passage, counted: Tensor, rebuild: dic
 
 
 def progress_bar(words: str, total: int) -> Any:
-    """A progress bar on a terminal, a line every half minute elsewhere."""
+    """A progress bar of tokens with the label `words`; where there is no terminal, a line every half minute."""
     return tqdm(total=total, desc=words, unit="tok", unit_scale=True, leave=False, mininterval=0.5 if sys.stderr.isatty() else 30.0)

@@ -27,7 +27,10 @@ DENSE = 6000
 def match_decoder_rows(
     W_a: Float[Tensor, "d_a d_in"], W_b: Float[Tensor, "d_b d_in"], *, dense: int = DENSE, nearest: int = 32
 ) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Float[Tensor, " pair"]]:
-    """The one-to-one match of decoder rows with the largest sum of cosines (the Hungarian method), and its cosines.
+    """The one-to-one match of decoder rows with the largest sum of cosines (the Hungarian method).
+
+    Returns the rows of `W_a`, the rows of `W_b` and their cosines. If either decoder has more than `dense` rows, a row of `W_a` may match
+    only its `nearest` rows of `W_b`, and some rows may have no match.
 
     >>> match_decoder_rows(torch.eye(2), torch.tensor([[0.0, 3.0], [1.0, 1.0]]))
     (tensor([0, 1]), tensor([1, 0]), tensor([0.7071, 1.0000]))
@@ -41,10 +44,10 @@ def match_decoder_rows(
 
 
 def _match_nearest(a: Tensor, b: Tensor, nearest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The one-to-one match with the largest sum of cosines, where a row of `a` may match only its `nearest` rows of `b`.
+    """The one-to-one match of least cost, where a row of `a` may match only its `nearest` rows of `b`.
 
-    As many rows as possible are matched. A row of `a` whose nearest rows are all taken has no match. Returns the rows of `a`, the rows of
-    `b` and their cosines.
+    A match costs 2 less its cosine. A row of `a` whose nearest rows are all taken has no match and costs 10, so few rows have none.
+    Returns the rows of `a`, the rows of `b` and their cosines.
     """
     rows, columns, values = list[Tensor](), list[Tensor](), list[Tensor]()
     for begin in range(0, len(a), 1024):
@@ -84,7 +87,7 @@ class Matches:
     """Mask of latents that fired on some tokens but not on all."""
 
     def figures(self) -> dict[str, float]:
-        """Distribution of phi over the best matches of live latents."""
+        """Quantiles of the phi of live latents with their best matches, and shares above some phi; without live latents, a NaN median."""
         best = self.phi[self.live, 0].double()
         if not len(best):
             return {"median": float("nan")}
@@ -93,7 +96,7 @@ class Matches:
 
 
 def compare(a: Evaluation, b: Evaluation, settings: Settings) -> dict[str, Any]:
-    """Differences, matches, splits and merges of two SAEs that were evaluated together."""
+    """Differences (second SAE minus first), matches, splits and merges of two SAEs that were evaluated together."""
     firings_a, firings_b = (firings(evaluation.collected) for evaluation in (a, b))
     check_same_rows(a.collected, b.collected)
     forward, backward = best_matches(firings_a, firings_b, settings.memory_gib)
@@ -123,7 +126,7 @@ def firings(collected: CollectedCodes) -> Firings:
 
 
 def check_same_rows(a: CollectedCodes, b: CollectedCodes) -> None:
-    """Check that both SAEs were run on the same tokens: the tokenizer or the text may have changed in between."""
+    """Raise an `InputError` unless both SAEs were run on the same tokens: tokenizer or text may have changed between their runs."""
     for entry_a, entry_b in zip(a.entries(), b.entries(), strict=True):
         if not all(torch.equal(entry_a[name], entry_b[name]) for name in ("tokens", "counted")):
             raise InputError(
@@ -132,7 +135,7 @@ def check_same_rows(a: CollectedCodes, b: CollectedCodes) -> None:
 
 
 def best_matches(a: Firings, b: Firings, memory_gib: float) -> tuple[Matches, Matches]:
-    """Each latent's best matches in the other SAE by phi, in both directions, from exact counts; computed in chunks of latents."""
+    """The best matches by phi of a's latents in b, and of b's latents in a, from exact counts; computed in chunks of latents."""
     n, n_i, n_j = float(a.tokens), a.counts, b.counts
     count = min(MATCHES, len(n_i), len(n_j))
     rows = max(1, int(memory_gib * 2**30 / PAIR_BYTES) // len(n_j))
@@ -151,10 +154,10 @@ def best_matches(a: Firings, b: Firings, memory_gib: float) -> tuple[Matches, Ma
 
 
 def splits(matches: Matches, other: Firings) -> list[dict[str, Any]]:
-    """Latents that the other SAE splits: each of their two best matches has a phi of at least `RELATED`.
+    """Latents that the other SAE splits: each latent has a phi of at least `RELATED` with both of its two best matches.
 
-    At most `SPLITS` of them, in order of the second match's phi. Each entry has the phi of the latent with either match, the phi between
-    the two matches, and the lower bound on that phi which follows from the first two.
+    There are at most `SPLITS` entries, those with the largest phi of the second match first. An entry has the phi of the latent with
+    either match (`phi`), the phi between the matches (`phi_between`), and the lower bound of `phi_between` given `phi` (`bound`).
     """
     if matches.phi.shape[1] < 2:
         return []
@@ -177,7 +180,7 @@ def splits(matches: Matches, other: Firings) -> list[dict[str, Any]]:
 
 
 def matches_record(matches: Matches) -> dict[str, list[Any]]:
-    """Matches as JSON."""
+    """Matches as JSON values, with phi rounded to four places."""
     return {"latent": matches.latent.tolist(), "phi": [[round(value, 4) for value in row] for row in matches.phi.tolist()]}
 
 
@@ -185,7 +188,7 @@ def differences(a: Evaluation, b: Evaluation, settings: Settings) -> dict[str, d
     """Figures of the second SAE minus the first's, with intervals and p values.
 
     Reconstruction and splice figures have bootstrap intervals over documents, and permutation p values. `phi_excess` has a jackknife
-    interval over groups of documents, and no p value. `documents` is their count.
+    interval over groups of documents, and no p value. `documents` has the number of documents.
     """
     resampled_a, resampled_b = (resampled_reconstruction(evaluation.collected, settings) for evaluation in (a, b))
     ids, sums, _ = a.collected.by_document
@@ -204,7 +207,7 @@ def differences(a: Evaluation, b: Evaluation, settings: Settings) -> dict[str, d
 
 
 def excess_difference(a: Evaluation, b: Evaluation) -> dict[str, Any]:
-    """Difference of excess mean |phi| over all pairs; its interval is a jackknife over groups of documents on random pairs."""
+    """Excess mean |phi| of both SAEs over all pairs, b minus a, and the jackknife interval of this difference from random pairs."""
     without_a, without_b = (excess_without_each(evaluation.collected) for evaluation in (a, b))
     points = [evaluation.entry["figures"]["phi"]["excess"] for evaluation in (a, b)]
     point = points[1] - points[0]
@@ -218,7 +221,10 @@ def paired_differences(
     changes: Mapping[str, Float[Tensor, " document"]],
     settings: Settings,
 ) -> dict[str, dict[str, Any]]:
-    """Differences of figures that are sums over documents, each with its bootstrap interval and permutation p value."""
+    """Differences of figures, b minus a, each with its bootstrap interval and permutation p value.
+
+    `points` are the figures of a and of b. `changes` are the differences by document of the sums behind each figure, for the p value.
+    """
     by_figure: dict[str, dict[str, Any]] = {}
     for name, change in changes.items():
         low, high = interval(resampled_b[name] - resampled_a[name])
@@ -229,7 +235,7 @@ def paired_differences(
 
 
 def permutation_p(change: Float[Tensor, " document"], resamples: int, seed: int = 0) -> float:
-    """Permutation p value of a sum of differences by document: a random sign for each document swaps the two SAEs.
+    """Two-sided permutation p value of a sum of differences by document. A negative random sign swaps the SAEs on that document.
 
     >>> permutation_p(torch.ones(20), 999), permutation_p(torch.tensor([1.0, -1.0]), 999)
     (0.001, 1.0)

@@ -51,7 +51,8 @@ class Evaluation:
 def evaluate(subjects: Sequence[EvaluatedSAE], data: Any, settings: Settings) -> list[Evaluation]:
     """Measure SAEs on the test split of a data module. Cached results are reused.
 
-    Without `settings.rule`, several SAEs are measured at one L0 (rule `rate`), and a single SAE with its stored thresholds.
+    Without `settings.rule`, several SAEs are measured at one L0 (rule `rate`), and a single SAE with its stored thresholds. The SAEs move
+    to the device of the data and keep recalibrated thresholds; the data module changes as in `select_hook`.
     """
     check_same_activations(subjects)
     hook = select_hook(subjects[0], data)
@@ -83,7 +84,7 @@ def evaluate(subjects: Sequence[EvaluatedSAE], data: Any, settings: Settings) ->
 
 
 def measure_all(collected: CollectedCodes, spliced: SplicedLosses | None, settings: Settings) -> dict[str, Any]:
-    """All figures of one SAE, with intervals over documents."""
+    """The entry of one SAE: all figures except `recovery`, with intervals over documents, and what identifies the SAE."""
     subject = collected.subject
     log.info(f"{subject.name}: co-firing, decoder{', critics' if settings.critic_seeds else ''}")
     documents, sums, _ = collected.by_document
@@ -133,7 +134,7 @@ def latents(collected: CollectedCodes, settings: Settings) -> dict[str, Any]:
 
 
 def recovery(collected: CollectedCodes, features: Tensor, stream: Any) -> dict[str, float]:
-    """How well the decoder recovers known features."""
+    """How well the decoder recovers the directions of known features, and the latents their firings (see `FeatureRecovery`)."""
     metric = FeatureRecovery(features)
     for number, (codes, _) in enumerate(collected.codes()):
         metric.update(collected.subject.W_dec.cpu(), codes, stream.batch(number).features)
@@ -141,7 +142,7 @@ def recovery(collected: CollectedCodes, features: Tensor, stream: Any) -> dict[s
 
 
 def decoder(subject: EvaluatedSAE) -> dict[str, Any]:
-    """Cosines between decoder rows."""
+    """Cosines of decoder rows with their nearest rows, as mean, maximum and histogram, and lengths of decoder rows."""
     metric = DecoderGeometry()
     metric.update(subject.W_dec.cpu())
     rows = torch.histogram(metric.nearest[0].double().clamp(0, 1), COSINES).hist.int().tolist()
@@ -149,7 +150,7 @@ def decoder(subject: EvaluatedSAE) -> dict[str, Any]:
 
 
 def critic(subject: EvaluatedSAE, settings: Settings) -> dict[str, float]:
-    """Variance that fresh meta SAEs explain of the decoder and of its nulls, one meta SAE at a time."""
+    """Fractions of the variance of the decoder and of its nulls that fresh meta SAEs explain. Each meta SAE has a cache entry."""
     metric = Decomposition(seeds=settings.critic_seeds, steps=settings.critic_steps)
     metric.update(subject.W_dec)
 
@@ -182,7 +183,7 @@ def intervals(
 
 
 def resampled_reconstruction(collected: CollectedCodes, settings: Settings) -> dict[str, Float[Tensor, " resample"]]:
-    """Reconstruction figures on resampled documents; the same documents for every SAE with the same seed."""
+    """FVU, L0 and cosine on resampled documents; every SAE with the same seed gets the same documents."""
     _, sums, total = collected.by_document
     weights = document_weights(len(sums), settings)
     tokens, squares, error, active, cosine = (weights @ sums).T
@@ -198,13 +199,13 @@ def excess_without_each(collected: CollectedCodes) -> Float[Tensor, " group"]:
 
 
 def document_weights(documents: int, settings: Settings) -> Float[Tensor, "resample document"]:
-    """Bootstrap weights of documents; NaN for a single document, which has no spread."""
+    """Bootstrap weights of documents; all NaN if there is a single document, because it gives no interval."""
     weights = bootstrap_weights(documents, settings.resamples, settings.seed)
     return weights if documents > 1 else weights * torch.nan
 
 
 def resampled_losses(spliced: SplicedLosses, settings: Settings) -> dict[str, Float[Tensor, " resample"]]:
-    """Losses on resampled documents."""
+    """Mean losses and shares recovered on resampled documents, and `ce_added`: the loss that the SAE adds, `ce_sae - ce_clean`."""
     weights = document_weights(len(spliced.sums), settings)
     count, *total = (weights @ spliced.sums).T
     losses = with_recovered_shares(torch.stack(total) / count)
@@ -228,7 +229,7 @@ def floats(figures: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that measured."""
+    """Versions of Python and of the packages that compute the figures; `not installed` for a package without a version."""
     packages = ("metasae-lightning", "torch", "lightning", "sae-lens", "transformers", "torchmetrics")
     by_package = {"python": platform.python_version()}
     for name in packages:

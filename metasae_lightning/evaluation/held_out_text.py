@@ -38,12 +38,12 @@ class Passage:
 
     @property
     def text_hash(self) -> str:
-        """Hash of the text; a corpus may change under the same name."""
+        """Hash of token and document ids. It shows that a corpus has changed under the same name."""
         return hash_weights({"tokens": self.tokens, "documents": self.documents})
 
 
 def passages(stream: Any, tokens: int) -> Iterator[Passage]:
-    """Passages of a split until they hold `tokens` rows, or all there are."""
+    """Passages of a split until they hold `tokens` rows or the split ends; of a synthetic stream, all passages."""
     return _synthetic_passages(stream) if isinstance(stream, SyntheticStream) else _text_passages(stream, tokens)
 
 
@@ -56,12 +56,12 @@ def stream_cache_key(stream: Any) -> dict[str, Any]:
 
 
 def json_values(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON: every value that is no number, boolean or None becomes a string."""
+    """Settings with values that JSON can hold: every value that is no number, boolean or None becomes a string."""
     return {key: value if isinstance(value, int | float | bool | None) else str(value) for key, value in settings.items()}
 
 
 def split_stream(data: Any, split: str, tokens: int) -> Any:
-    """The stream of a split, with at least one batch."""
+    """The stream of `tokens` tokens of a split, or of one batch if a batch has more tokens."""
     return data.stream(split, max(tokens, getattr(data, "batching", data).batch_size))
 
 

@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def at_matched_l0(subjects: Sequence[EvaluatedSAE], data: Any, rule: Rule, l0: float | None, tokens: int) -> list[EvaluatedSAE]:
-    """Recalibrate thresholds to a common L0 on validation tokens.
+    """Recalibrate the thresholds of SAEs, in place, to a common L0 on validation tokens.
 
-    The common L0 is `l0` if given, else the L0 of an SAE without thresholds, else the smallest training L0. An SAE without thresholds keeps
-    its own L0, with a warning.
+    The common L0 is that of `target_l0`. An SAE without thresholds keeps its own L0, with a warning. Each recalibrated SAE is returned
+    with a record of the recalibration in its `rule`.
     """
     adjustable = [subject for subject in subjects if pretrained.pre_activations(subject.sae) is not None]
     for subject in subjects:
@@ -34,7 +34,11 @@ def at_matched_l0(subjects: Sequence[EvaluatedSAE], data: Any, rule: Rule, l0: f
 
 
 def target_l0(adjustable: Sequence[EvaluatedSAE], l0: float | None, fixed: Sequence[EvaluatedSAE] = ()) -> float:
-    """The L0 for SAEs with thresholds: `l0` if given, else the training L0 of a `fixed` SAE, else the smallest training L0."""
+    """The L0 for `adjustable` SAEs: `l0` if given, else the smallest training L0 of `fixed` SAEs, else that of `adjustable` SAEs.
+
+    Adjustable SAEs have thresholds, fixed SAEs have none. An L0 that is unknown, or larger than the width of an adjustable SAE, is an
+    `InputError`.
+    """
     candidates = [l0] if l0 else training_l0(fixed) or training_l0(adjustable)
     if adjustable and not candidates:
         raise InputError(f"l0: {adjustable[0].source} does not tell what L0 it was trained at: name one, --l0")
@@ -56,7 +60,10 @@ def validation_activations(subject: EvaluatedSAE, data: Any, tokens: int) -> lis
 
 
 def _with_thresholds(subject: EvaluatedSAE, l0: float, rule: Rule, data: Any, tokens: int, samples: list[Tensor]) -> EvaluatedSAE:
-    """The SAE with thresholds for an L0. `samples` is filled with validation activations the first time that they are needed."""
+    """The SAE with thresholds for an L0, which are changed in place.
+
+    `samples` is a list that all SAEs share. The first SAE whose thresholds are not cached fills it with validation activations.
+    """
     stream = split_stream(data, "validation", tokens)
     scores = pretrained.pre_activations(subject.sae)
     assert scores is not None

@@ -31,7 +31,7 @@ class ResultCache:
         return self.path(name, key).exists()
 
     def get(self, name: str, key: Mapping[str, Any]) -> Entry:
-        """The entry of this name and key, which must be cached (see `has`). A file that cannot be read is an error."""
+        """The entry of this name and key, which must be cached (see `has`). A file that cannot be read is an `InputError`."""
         path = self.path(name, key)
         try:
             return load_file(path)
@@ -64,7 +64,7 @@ def hash_settings(settings: Mapping[str, Any]) -> str:
 
 
 def hash_weights(tensors: Mapping[str, Tensor]) -> str:
-    """A short hash of named tensors."""
+    """A short hash of the names of tensors and their values in float32; shapes and dtypes have no part in it."""
     hasher = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
         hasher.update(name.encode())

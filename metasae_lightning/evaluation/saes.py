@@ -49,17 +49,17 @@ class EvaluatedSAE:
 
     @property
     def record(self) -> Path:
-        """File of its results; arms of a run share one."""
+        """File of the SAE's results; the arms of a run have a common file."""
         return record_file(self.run if self.arm and self.run else self.folder)
 
     @property
     def slug(self) -> str:
-        """Its name for use in file names; an arm's includes its run's."""
+        """The SAE's name for use in file names; for an arm, `RUN-ARM`."""
         return f"{self.run.resolve().name}-{self.arm}" if self.arm and self.run else Path(self.name).name
 
     @property
     def result_cache(self) -> ResultCache:
-        """Cache of its evaluation; arms of a run share one."""
+        """Cache of the SAE's evaluation; the arms of a run have a common cache."""
         return ResultCache(self.record.parent / "evaluation")
 
     @property
@@ -69,17 +69,17 @@ class EvaluatedSAE:
 
     @property
     def hook_names(self) -> set[str]:
-        """Its hook's name, in either dialect."""
+        """The names of the SAE's hook in its metadata: TransformerLens's and transformers', one of them, or none."""
         return {str(self.metadata[key]) for key in ("hook_name", "hf_hook_name") if self.metadata.get(key)}
 
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
-        """Its decoder."""
+        """The SAE's decoder, without gradient."""
         return self.sae.W_dec.detach()
 
     @property
     def target_l0(self) -> float | None:
-        """Training L0, if its architecture fixes one."""
+        """The training L0 (`k`) in the SAE's metadata or config; None if they name none."""
         k = (self.metadata.get("training_architecture_details") or {}).get("k", getattr(self.sae.cfg, "k", None))
         return None if k is None else float(k)
 
@@ -100,7 +100,7 @@ class EvaluatedSAE:
         return Codes.concatenate([codes for codes, _ in parts]), torch.cat([rebuilt for _, rebuilt in parts])
 
     def reconstruct(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
-        """The reconstruction alone."""
+        """Reconstruction of raw activations, without codes."""
         return torch.cat([rebuilt for _, rebuilt in self._parts(x)])
 
     @torch.no_grad()
@@ -112,7 +112,11 @@ class EvaluatedSAE:
 
 
 def load_sae(source: str, *, out: str | Path | None = None, device: str | torch.device = "cpu") -> EvaluatedSAE:
-    """Load an SAE from a run's folder, a SAELens folder, or the Hub by `RELEASE:ID`."""
+    """Load an SAE from a run's or an arm's folder, a SAELens folder, or the Hub by `RELEASE:ID`.
+
+    The folder of a run with several arms is an `InputError`. `out` is the folder for results, by default the run's or arm's folder, and
+    `runs/evaluation-NAME-HASH` for an SAE of no run.
+    """
     path = Path(source)
     above = path.resolve().parents
     if path.resolve().name == "primary" and above[0].name == "saes" and find_run(above[1]):
@@ -135,7 +139,7 @@ def load_sae(source: str, *, out: str | Path | None = None, device: str | torch.
 
 
 def check_same_activations(subjects: Sequence[EvaluatedSAE]) -> None:
-    """Check that all SAEs read the same activations: model, hook and width."""
+    """Check that all SAEs read the same activations: width, and model and hook where both SAEs name them."""
     first = subjects[0]
     for other in subjects[1:]:
         for key, words in (("model_name", "model"), ("hook_name", "hook")):
@@ -148,7 +152,7 @@ def check_same_activations(subjects: Sequence[EvaluatedSAE]) -> None:
 
 
 def language_model_of(subject: EvaluatedSAE) -> LanguageModel:
-    """The language model named in an SAE's metadata."""
+    """The language model named in an SAE's metadata, not loaded. Metadata without a model or a hook are an `InputError`."""
     metadata = subject.metadata
     name, hook = metadata.get("model_name"), metadata.get("hook_name")
     if not name or not hook:
@@ -160,7 +164,7 @@ def language_model_of(subject: EvaluatedSAE) -> LanguageModel:
 
 
 def corpus_of(subject: EvaluatedSAE) -> Corpus:
-    """The training text named in an SAE's metadata."""
+    """The training text named in an SAE's metadata. Metadata without a text are an `InputError`."""
     path = subject.metadata.get("dataset_path")
     if not path:
         raise InputError(f"{subject.source} tells no dataset_path: name a recipe with text to measure on, --data RECIPE.yaml")
@@ -176,7 +180,10 @@ def corpus_of(subject: EvaluatedSAE) -> Corpus:
 
 
 def select_hook(subject: EvaluatedSAE, data: Any) -> str:
-    """Restrict the data to the SAE's hook, load the model, and return the hook's name."""
+    """Restrict the data to the SAE's hook, load the model, and return the hook's name; `synthetic` for data without a model.
+
+    From then on the data module does not read its cache of activations, and reads no document twice.
+    """
     model = getattr(data, "language_model", None)
     if model is None:
         check_width(subject, data.d_in)

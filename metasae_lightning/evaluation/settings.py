@@ -14,16 +14,16 @@ class Settings:
         tokens: Held-out tokens to evaluate on. Default: `test_tokens` of the data's recipe.
         rule: Rule for thresholds: `stored` leaves them as they are; `global`, `rate` and `eer` recalibrate them on validation tokens.
             Default: `rate` for several SAEs, `stored` for one.
-        l0: Target number of active latents per token for recalibrated thresholds. Default: the L0 of an SAE without thresholds, else the
-            smallest training L0.
+        l0: Target number of active latents per token for recalibrated thresholds. Default: the training L0 of an SAE without
+            thresholds, else the smallest training L0.
         calibration_tokens: Validation tokens to recalibrate thresholds on.
         splice_tokens: Predicted tokens to measure the language model's loss on, with the reconstruction spliced in; 0 skips this.
-        critic_seeds: Fresh meta SAEs (critics) trained on the decoder and on each null; 0 skips this.
+        critic_seeds: Number of fresh meta SAEs (critics) trained on the decoder and on each null; 0 skips this.
         critic_steps: Training steps of each critic.
         contexts: Top documents to store for each latent; 0 stores none.
-        resamples: Bootstrap resamples of documents for intervals.
+        resamples: Bootstrap resamples of documents for intervals, and permutations of documents for p values.
         memory_gib: Memory for counting pairs of latents, in GiB, beside the firings.
-        seed: Seed of the bootstrap.
+        seed: Seed of the bootstrap and of the permutations.
     """
 
     tokens: int | None = None

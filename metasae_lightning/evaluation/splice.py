@@ -22,9 +22,10 @@ def losses(
     rebuild: Mapping[str, Rebuild],
     mean: Float[Tensor, " d_in"],
 ) -> dict[str, Float[Tensor, "kind context next"]]:
-    """Loss of each token after the first, for each of several reconstructions. The clean model and the ablations run once.
+    """Losses of each token after the first, by the names in `rebuild`, in the order of `loss_recovered.LOSS_KINDS` and in nats.
 
-    Positions that an SAE was not trained on (special tokens, the first few) keep their activations in every case.
+    The clean model and the ablations run once for all reconstructions. `where` marks the positions that are replaced. Positions that an SAE
+    was not trained on (special tokens, the first few) keep their activations in every case.
     """
     replaced, targets = where.to(model.device), tokens[:, 1:].to(model.device)
 

@@ -32,7 +32,7 @@ class Context:
 
     @property
     def marked(self) -> str:
-        """One line of text, the token between « and »."""
+        """One line of text, with the token that the latent fires on between « and »."""
         before, token, after = ("".join(part) for part in (self.tokens[: self.at], [self.tokens[self.at]], self.tokens[self.at + 1 :]))
         return " ".join(f"{before}«{token}»{after}".split())
 
@@ -47,7 +47,7 @@ class Hits:
     """Latent, document, passage, and position in the passage of each firing."""
 
     def best(self, count: int) -> "Hits":
-        """The strongest firing in each of the `count` best documents of each latent, sorted by latent, strongest first."""
+        """The strongest firing of each latent in each of its `count` best documents, sorted by latent, its strongest firing first."""
         latent, document = self.places[:, 0], self.places[:, 1]
         order = np.lexsort((-self.values, document, latent))
         latent, document = latent[order], document[order]
@@ -70,7 +70,7 @@ def rank_in_group(groups: Int[np.ndarray, " item"]) -> Int[np.ndarray, " item"]:
 
 
 def strongest_hits(collected: CollectedCodes, chosen: Bool[Tensor, " d_sae"], count: int) -> Hits:
-    """The strongest firings of the chosen latents, in `count` documents each."""
+    """The strongest firing of each chosen latent in each of its `count` best documents."""
     best = Hits(np.zeros(0, np.float32), np.zeros((0, 4), np.int64))
     threshold = torch.zeros(len(chosen))
     for number, (codes, entry) in enumerate(collected.codes()):
@@ -121,7 +121,7 @@ def top_contexts(
 
 
 class Spelling:
-    """Texts of tokens as they appear inside a text."""
+    """Texts of tokens inside a text: a space at the start of a token stays."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -130,7 +130,7 @@ class Spelling:
         self._known: dict[int, str] = {}
 
     def token_texts(self, tokens: list[int]) -> list[str]:
-        """The text of each of some consecutive tokens."""
+        """The text of each token of a sequence; a character that spans several tokens stands in the last of them."""
         alone = [self._single(token) for token in tokens]
         if not any(PART in text for text in alone):
             return alone
@@ -152,7 +152,7 @@ class Spelling:
 
 
 def latents_record(collected: CollectedCodes, tokenizer: Any | None, *, count: int = 3) -> dict[str, Any]:
-    """For every latent: number of firings, largest activation, and top contexts."""
+    """Number of firings and largest activation of every latent, and top contexts of live latents, if there is a tokenizer."""
     width = len(collected.subject.W_dec)
     firings, maximum = torch.zeros(width, dtype=torch.long), torch.zeros(width)
     for codes, _ in collected.codes():

@@ -73,7 +73,7 @@ class HuggingFaceLM(LanguageModel):
         return proxy.model, locations, proxy.tokenizer
 
     def _run(self, root: Any, tokens: Tokens, mask: Mask) -> Any:
-        """One forward pass; a mask replaces the model's own."""
+        """One forward pass; a mask replaces the model's own attention mask."""
         return root(tokens, **({} if mask is None else {"attention_mask": mask})).logits
 
 
@@ -96,7 +96,7 @@ class TransformerLensLM(LanguageModel):
 
     @property
     def _tokenizer_source(self) -> str:
-        """The model's name on the Hub: TransformerLens has short names of its own, such as `gpt2-small`."""
+        """The local folder or the model's name on the Hub: TransformerLens has short names of its own, such as `gpt2-small`."""
         with lens_errors(self.name):
             return self._folder if is_lens_folder(self._folder) else loading_from_pretrained.get_official_model_name(self._folder)
 

@@ -40,7 +40,8 @@ class LanguageModel(ABC):
     Args:
         name: A model's name on the Hub, or a local folder.
         hook: The hook at which activations are taken, or a list of hooks.
-        device: `auto` for the GPU of its SAE, `own` for a GPU without an SAE, or a name such as `cuda:1` or `cpu`.
+        device: `auto` for the GPU of its SAE, `own` for a GPU without an SAE, or a name such as `cuda:1` or `cpu`. If the SAE is on a
+            CPU, `auto` is the current GPU, or the CPU without any GPU.
         dtype: The dtype of the model's weights and computations.
         model_kwargs: Further arguments of the backend's `from_pretrained`.
     """
@@ -105,7 +106,10 @@ class LanguageModel(ABC):
         *,
         edit: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "context position vocabulary"]:
-        """Logits in float32. Only the model that `complete` returns has them: others lack the layers after their last hook."""
+        """Logits in float32. Only the model that `complete` returns has them: others lack the layers after their last hook.
+
+        `edit` receives the activations at the first hook, in float32, and returns those that replace them.
+        """
         if not self._is_complete:
             raise RuntimeError(f"{self.name}: the layers after the hook are not loaded; use the model that complete() returns")
 
@@ -164,7 +168,7 @@ class LanguageModel(ABC):
 
     @contextlib.contextmanager
     def _hooked(self, callbacks: Sequence[Callable[[Any], Tensor | None]]) -> Generator[None, None, None]:
-        """Attach the first callback to the first hook, and so on, for one forward pass under the lock that all forward passes take."""
+        """A block with callback i attached to hook i, for one forward pass. It holds the lock that all forward passes take."""
         root = self._loaded_root()
         # Activations must not depend on a caller's autocast. The meta device has no autocast of its own to turn off.
         with FORWARD_LOCK, torch.no_grad(), torch.autocast(self.device.type.replace("meta", "cpu"), enabled=False):
@@ -215,7 +219,7 @@ class LanguageModel(ABC):
         return self._separates_documents and (window is None or length <= window)
 
     def _try_separation(self) -> bool:
-        """Whether the mask works: of two contexts that differ in the first document, the activations of the second are equal."""
+        """Whether a mask works: in two contexts that differ in the first document only, the second has the same activations."""
         tokens = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 7, 8, 4, 5, 6]])
         visible = torch.ones(6, 6).tril().bool()
         visible[3:, 1:3] = False
@@ -228,7 +232,7 @@ class LanguageModel(ABC):
 
     @property
     def widths(self) -> dict[str, int]:
-        """The width of each hook's activations, in the order of their columns."""
+        """The width of each hook's activations, in the order of their columns; `load` measures it."""
         self._loaded_root()
         return self._widths
 
@@ -270,7 +274,7 @@ class LanguageModel(ABC):
         """The entries about this model in the metadata of an SAE, with SAELens's keys.
 
         `hook_name` is the hook's TransformerLens name if it has one, because tools that read SAELens folders expect it.
-        `hf_hook_name` is the module path of the transformers backend.
+        `hf_hook_name` is the module path of the transformers backend; TransformerLens's backend has none.
 
         Args:
             hook: The SAE's hook; by default the first.

@@ -1,4 +1,4 @@
-"""The device of a rank's language model: the device of its SAE, a named device, or a GPU without an SAE."""
+"""The device of a rank's language model: the GPU of its SAE, a named device, or a GPU without an SAE."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,8 @@ def assign_device(requested: str, strategy: Any) -> torch.device:
     """The device for the language model of this rank.
 
     Args:
-        requested: `auto` for the SAE's GPU, `own` for a GPU without an SAE, or a name such as `cuda:1`.
+        requested: `auto` for the SAE's GPU, `own` for a GPU without an SAE, or a name such as `cuda:1`. If the SAE is on a CPU, `auto`
+            is the current GPU, or the CPU without any GPU. With several ranks, a numbered GPU is an `InputError`.
         strategy: Lightning's strategy, which knows the devices of all SAEs on this machine.
     """
     sae_device: torch.device = strategy.root_device
@@ -40,7 +41,7 @@ def assign_device(requested: str, strategy: Any) -> torch.device:
 
 
 def spare_gpus(used: Sequence[int], *, ranks: int, n_gpus: int) -> list[int]:
-    """The GPU number for each rank's language model: the lowest numbers without an SAE.
+    """The GPU number for each rank's language model: the lowest numbers without an SAE. Too few such GPUs are an `InputError`.
 
     >>> spare_gpus([0, 1, 2, 3], ranks=4, n_gpus=8), spare_gpus([6, 7], ranks=2, n_gpus=8)
     ([4, 5, 6, 7], [0, 1])
@@ -56,7 +57,10 @@ def spare_gpus(used: Sequence[int], *, ranks: int, n_gpus: int) -> list[int]:
 
 
 def parse_device(requested: str) -> torch.device:
-    """The device of that name, a GPU always with its number. `auto` and `own` are the current GPU, or the CPU without any GPU."""
+    """The device of the name `requested`, a GPU always with its number. A device that the machine lacks is an `InputError`.
+
+    No SAE is known here: `auto` and `own` are the current GPU, or the CPU without any GPU.
+    """
     name = ("cuda" if count_gpus() else "cpu") if requested in (AUTO, OWN) else requested
     missing = f"device: {requested!r} is not there: there is {describe_devices(count_gpus())}"
     try:

@@ -36,6 +36,8 @@ class HookLocation:
 def lens_name(path: str, sublayers: dict[str, str]) -> str | None:
     """TransformerLens's name for a module path of transformers; None if it has none.
 
+    `sublayers` has TransformerLens's hook of each child module of a layer.
+
     >>> lens_name("model.layers.19", SUBLAYER_HOOKS), lens_name("transformer.h.3.mlp", SUBLAYER_HOOKS)
     ('blocks.19.hook_resid_post', 'blocks.3.hook_mlp_out')
     >>> print(lens_name("model.layers.3.mlp", POST_NORM_HOOKS))
@@ -130,7 +132,7 @@ def layer_stack_path(skeleton: Any) -> str:
 
 
 def layers_needed(locations: Iterable[HookLocation]) -> int | None:
-    """The number of layers that reach all hooks; None (all layers) if a hook is outside of the layers, perhaps after the last."""
+    """The number of layers that reach all hooks. None means all layers: a hook outside of the layers may be after the last layer."""
     counts = [location.n_layers for location in locations]
     return None if None in counts else max(filter(None, counts), default=0)
 
@@ -138,7 +140,8 @@ def layers_needed(locations: Iterable[HookLocation]) -> int | None:
 def truncate_config(config: Any, layers: int | None) -> range:
     """Shorten a model's config, in place, to its first layers; returns the numbers of the layers left out.
 
-    Lists in the config with one entry per layer are shortened too.
+    Lists in the config with one entry per layer are shortened too. Nothing is shortened if `layers` is None, or if the model's last layers
+    reuse the keys of earlier layers.
     """
     text = config.get_text_config()
     count = text.num_hidden_layers

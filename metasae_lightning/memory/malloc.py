@@ -10,10 +10,10 @@ GLIBC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
 def keep_freed_blocks() -> bool:
-    """Make glibc's malloc keep freed blocks of up to 32 MiB instead of returning their pages to the system; returns whether it does.
+    """Make glibc's malloc keep freed blocks of up to 32 MiB instead of returning their pages to the system.
 
-    Otherwise a language model's forward pass on a CPU may fault its matrices in again at every call. glibc's own environment variables
-    take precedence. Without glibc nothing happens.
+    Otherwise a language model's forward pass on a CPU may have page faults for its matrices at every call. Returns whether this call set
+    the limits: it does nothing without glibc, or if glibc's own environment variables are set, which take precedence.
     """
     if any(name in os.environ for name in GLIBC_VARIABLES):
         return False

@@ -1,4 +1,4 @@
-"""Measure peak memory by counting tensor storages, on a model that is scaled down."""
+"""Measure peak memory by counting tensor storages, of training on scaled-down SAEs and of a language model on the meta device."""
 
 import warnings
 import weakref
@@ -46,9 +46,10 @@ class PeakMemory:
 class AllocationTracker(TorchDispatchMode):
     """Counts the bytes of tensor storages that are allocated while it is active, for as long as each lives.
 
-    It does not see memory that a kernel allocates for itself. Two cases matter, and are added. On a CPU torch.topk copies its input into
-    pairs of value and index, 16 bytes an entry (aten/src/ATen/native/TopKImpl.h), and batch top-k ranks a whole batch. Arithmetic on two
-    types copies one operand to the wider type (TensorIterator.cpp), such as JumpReLU's product of activations and a mask.
+    It does not see memory that a kernel allocates for itself. Two kinds of kernels matter, and their memory is added. On a CPU
+    torch.topk copies its input into pairs of value and index, 16 bytes an entry (aten/src/ATen/native/TopKImpl.h), and batch top-k ranks a
+    whole batch. Arithmetic on two types copies one operand to the wider type (TensorIterator.cpp), such as JumpReLU's product of
+    activations and a mask.
 
     Args:
         large_block: Blocks of fewer bytes count as small.
@@ -105,7 +106,7 @@ class AllocationTracker(TorchDispatchMode):
 
 
 def _kernel_scratch(func: Any, args: tuple[Any, ...], out: Any) -> list[int]:
-    """Bytes that a kernel allocates for itself: the pairs that top-k sorts, and operands that arithmetic converts to the result's type."""
+    """Bytes that a kernel allocates for itself: pairs that top-k sorts, and operands that arithmetic converts to the result's type."""
     if func is aten.topk.default:
         return [16 * args[0].shape[-1]]
     if func not in ARITHMETIC:
@@ -122,7 +123,7 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention without a matrix of scores. On the meta device torch would choose a kernel that stores all scores; real devices do not."""
+    """Attention without a matrix of scores. On the meta device torch would store all scores, unlike on real devices."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Replace attention on the meta device by an empty result of the same shape."""
@@ -193,7 +194,7 @@ def trained_bytes(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Memory of joint training beside weights and gradients: the optimizer's state, what stays between steps, and the peak of each step."""
+    """Memory of joint training beside weights and gradients: optimiser state, other bytes kept between steps, and peaks of steps."""
 
     optimizer: float
     """Bytes of optimiser state per byte of parameters."""
@@ -210,9 +211,9 @@ class TrainingMemory:
 def measure_training(model: JointSAE, rows: int, *, precision: str = "32-true", gpu: bool = False, ranks: int = 1) -> TrainingMemory:
     """Memory of a step on `rows` rows, from steps of the same model scaled down in every dimension.
 
-    Every array of a step is a product of two of rows, d_in, d_sae and d_meta: a factor `f` on each makes all of them `f^2` smaller.
-    All latents are dead, which makes the auxiliary loss largest. With `gpu` the step takes the GPU's code path. Several `ranks` divide the
-    rows of a meta step.
+    The large arrays of a step have two of the sizes rows, d_in, d_sae and d_meta: sizes divided by `f` make all of them `f^2` smaller. All
+    latents are dead, which makes the auxiliary loss largest. With `gpu` the step takes the GPU's code path. Several `ranks` divide the rows
+    of a meta step. `precision` is Lightning's.
     """
     d_sae, d_in = model.primary.W_dec.shape
     widest = max(rows * d_sae, d_sae * d_in, 0 if model.meta is None else d_sae * model.meta.W_dec.shape[0])
@@ -252,7 +253,7 @@ def measure_training(model: JointSAE, rows: int, *, precision: str = "32-true", 
 
 
 def _set_to_late_training(learner: Learner) -> None:
-    """Set a learner to a step at which everything acts: warm-ups are over, statistics exist and every latent is dead."""
+    """Set a learner to a late step, at which every part of the loss acts: warm-ups are over, statistics exist, all latents are dead."""
     learner.initialized.fill_(True)
     learner.silent_for.fill_(learner.config.dead_after)
     learner.steps.fill_(2520 * 10**6)  # a multiple of every small number, for penalties with an interval

@@ -25,9 +25,10 @@ CONTROL_GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memo
 
 
 def print_and_check_plan(model: Any, data: Any, trainer: Any, limit_gib: float | None = None) -> None:
-    """Print the plan of a run to stderr, and refuse the run if it does not fit in memory.
+    """Print the plan of a run to stderr, and raise an `InputError` if the run does not fit in memory.
 
-    If the plan cannot be made, the run goes on without one.
+    `limit_gib` replaces the available memory of each device. If the plan fails with any other error than an `InputError`, the error is
+    printed and the run goes on without a plan.
     """
     if limit_gib is not None and limit_gib <= 0:
         raise InputError(f"memory_gib must be more than 0, or null for what is free, got {limit_gib}")
@@ -86,7 +87,10 @@ def weights_plan(model: JointSAE | SideBySide, trainer: Any) -> MemoryPlan:
 
 
 def memory_plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> MemoryPlan:
-    """The memory plan of a run. Nothing is loaded; items that cannot be planned are named."""
+    """The memory plan of a run. Nothing is loaded.
+
+    A part of the plan that fails is named in `unplanned`, with its error. Only an `InputError` about the language model is raised.
+    """
     device, dtype_factor = trainer.strategy.root_device, _dtype_factor(trainer)
     arms = [model] if isinstance(model, JointSAE) else list(model.arms.values())
     shards = getattr(trainer.strategy, "shards", 1)
@@ -134,12 +138,12 @@ def _combine_arms(arms: list[Iterator[MemoryItem]]) -> Iterator[MemoryItem]:
 
 
 def _data_argument(data: Any, name: str, default: Any = None) -> Any:
-    """An argument of the data module, which may be stored in its `batching`."""
+    """An argument of the data module or of its `batching`; `default` if neither has it."""
     return getattr(data, name, getattr(getattr(data, "batching", None), name, default))
 
 
 def _batches_ahead(data: Any, *devices: str) -> int:
-    """Number of batches made ahead; the default depends on the devices of model and SAEs."""
+    """Number of batches made ahead. If `prefetch` is None, it is 2 where any of the `devices` is a GPU, else 0."""
     prefetch = _data_argument(data, "prefetch", 0)
     return (2 if any(device.startswith("cuda") for device in devices) else 0) if prefetch is None else prefetch
 
@@ -203,7 +207,7 @@ def _sae_items(model: JointSAE, device: str, dtype_factor: int) -> Iterator[Memo
 
 
 def _training_items(model: JointSAE, data: Any, trainer: Any, dtype_factor: int, shards: int) -> Iterator[MemoryItem]:
-    """The optimisers' state and what steps, held-out batches and checkpoints add."""
+    """The optimisers' state, cached decoder rows, DDP's buckets, and the peaks of steps, held-out batches and checkpoints."""
     rows, device = _data_argument(data, "batch_size") * shards, str(trainer.strategy.root_device)
     device_type, ranks = trainer.strategy.root_device.type, max(1, trainer.world_size // shards)
     memory = measure.measure_training(model, rows, precision=str(trainer.precision), gpu=device_type == "cuda", ranks=ranks)
@@ -231,12 +235,12 @@ def _training_items(model: JointSAE, data: Any, trainer: Any, dtype_factor: int,
 
 
 def _sae_bytes(model: JointSAE, dtype_factor: int) -> list[int]:
-    """Bytes of each whole SAE."""
+    """Bytes of each SAE of a module in the dtype of training."""
     return [measure.module_bytes(learner) * dtype_factor for learner in measure.learners(model).values()]
 
 
 def _host_items(model: JointSAE, data: Any, trainer: Any, dtype_factor: int, shards: int) -> Iterator[MemoryItem]:
-    """Host memory of whole SAEs while they are built and exported."""
+    """Host memory of whole SAEs while they are built and exported, and of the held-out rows that exports are checked on."""
     batch_size, device_type = _data_argument(data, "batch_size"), trainer.strategy.root_device.type
     if shards > 1 or (device_type != "cpu" and model.primary.W_dec.is_meta):
         peak = measure.allocated_together([sum(_sae_bytes(model, dtype_factor))])
@@ -257,7 +261,8 @@ def _host_items(model: JointSAE, data: Any, trainer: Any, dtype_factor: int, sha
 def _export_item(model: JointSAE, batch_size: int, sae_bytes: list[int], decoder_rows: int | None, ranks: int) -> MemoryItem:
     """The memory of an export: a copy of the SAE, the SAE that is read back, and the search for its threshold.
 
-    SAEs are exported one after the other, so the largest counts.
+    SAEs are exported one after the other, so the largest counts. One rank exports: the item is its memory divided by `ranks`, since each
+    rank may use an equal share of the machine's memory.
     """
     d_sae = len(model.primary.W_dec)
     # `sae.thresholds.global_threshold` holds positive pre-activations of a batch or of some decoder rows; torch.topk takes 16 bytes each.
@@ -270,7 +275,7 @@ def _export_item(model: JointSAE, batch_size: int, sae_bytes: list[int], decoder
 
 
 def _output_items(other_arms: list[JointSAE], data: Any, device: str, dtype_factor: int) -> Iterator[MemoryItem]:
-    """Step outputs of the other arms, which callbacks see after the last arm's step."""
+    """Reconstructions in the step outputs of all arms but one. They stay until the last arm's step, after which callbacks run."""
     if other_arms:
         size = sum(_data_argument(data, "batch_size") * arm.primary.W_dec.shape[1] * 4 * dtype_factor for arm in other_arms)
         yield MemoryItem("step outputs", device, size, f"reconstructions by {len(other_arms)} other arms", "lower batch_size")

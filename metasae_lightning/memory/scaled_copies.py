@@ -37,7 +37,10 @@ def scaled_down(model: JointSAE, factor: float) -> JointSAE:
 
 
 def _copy_with_configs(model: JointSAE, primary_cfg: Any, meta_cfg: Any, meta_rows: int | None, penalties: Penalties) -> JointSAE:
-    """A JointSAE with other SAE configs and the same training settings."""
+    """A JointSAE with other SAE configs, which never begins a meta phase and whose `b_dec` starts at zero.
+
+    It has the model's optimisers, gradient clipping, micro-batches, critic supports, kernels and choice of unit or free decoder rows.
+    """
     primary, optimizer_callables = model.primary, model._optimizer_callables  # pyright: ignore[reportPrivateUsage]
     return JointSAE(
         primary_cfg,

@@ -60,10 +60,10 @@ class MemoryPlan:
         return list(dict.fromkeys(item.device for item in self.items))
 
     def peak(self, device: str) -> int:
-        """Peak bytes on a device: permanent items plus the largest phase.
+        """Peak bytes on a device: permanent items, the large blocks of one temporary item, and the small blocks of all phases.
 
-        Phases take turns, so the largest of their large blocks counts. Small blocks stay in the heap; only blocks of the same size reuse
-        their holes, so they add up over kinds of phases.
+        Temporary items take turns, so only the item with the most bytes in large blocks counts. Freed small blocks stay in the heap, where
+        only blocks of the same size, those of the same phase, take their place. So small blocks add up over phases.
 
         >>> phases = (MemoryItem("a", "cpu", 50, "", phase="x", small_bytes=10), MemoryItem("b", "cpu", 30, "", phase="y", small_bytes=30))
         >>> MemoryPlan((MemoryItem("weights", "cpu", 100, ""), *phases)).peak("cpu")
@@ -80,7 +80,7 @@ class MemoryPlan:
         return all(self.peak(device) <= available[device] for device in self.devices)
 
     def check(self, available: dict[str, int]) -> None:
-        """Refuse a run that does not fit, and name its largest items with the settings that make them smaller."""
+        """Raise an `InputError` if the run does not fit. It names the largest items with the settings that make them smaller."""
         for device in self.devices:
             if self.peak(device) <= available[device]:
                 continue

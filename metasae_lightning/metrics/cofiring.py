@@ -35,7 +35,7 @@ class Firings:
 
     @classmethod
     def of(cls, latents: Int[Tensor, " nnz"], lengths: Int[Tensor, " token"], d_sae: int) -> "Firings":
-        """Build the matrix from the active latents of each token, in token order."""
+        """Build the matrix from the active latents of all tokens, in token order, and the number of active latents of each token."""
         pointers = np.concatenate([[0], np.cumsum(lengths.numpy(), dtype=np.int64)])
         # A count is at most the number of tokens, so 32 bits suffice for 2 billion tokens.
         ones = np.ones(len(latents), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
@@ -52,7 +52,7 @@ class Firings:
         return torch.from_numpy(np.bincount(self.matrix.indices, minlength=self.matrix.shape[1])).double()
 
     def cofirings(self, other: "Firings", rows: int) -> Iterator[tuple[int, Float[Tensor, "row other"]]]:
-        """Yield co-firing counts with the other's latents, `rows` latents at a time."""
+        """Yield, for `rows` latents at a time, the index of the first and their co-firing counts with the latents of `other`."""
         by_latent = self.matrix.T.tocsr()
         for start in range(0, self.matrix.shape[1], rows):
             yield start, torch.from_numpy((by_latent[start : start + rows] @ other.matrix).toarray()).double()
@@ -70,7 +70,7 @@ class PairSums:
     """Histogram of |phi|; bins are equal steps of its square root from 0 to 1."""
 
     def by_decade(self, edges: Float[Tensor, " edge"]) -> Float[Tensor, " bin"]:
-        """Number of pairs between edges of log10 |phi|; pairs below the first edge count in the first bin."""
+        """Number of pairs between edges of log10 |phi|; pairs beyond the first or last edge count in the first or last bin."""
         middles = ((torch.arange(len(self.bins), dtype=torch.float64) + 0.5) / len(self.bins)).square().log10()
         edge_bins = (torch.bucketize(middles, edges) - 1).clamp(0, len(edges) - 2)
         return torch.zeros(len(edges) - 1, dtype=torch.float64).index_add(0, edge_bins, self.bins)
@@ -129,7 +129,7 @@ class Phi(Metric):
         lengths.append(torch.bincount(codes.rows, minlength=codes.shape[0]).to(torch.int32))
 
     def firings(self) -> tuple[Firings, Firings]:
-        """Firings of the SAE and of the SAE it is compared with, which may be itself."""
+        """Firings of the SAE and of the second SAE; within one SAE, its firings twice. An `InputError` before any update."""
         if not len(self.latents):  # a tensor after ranks were gathered
             raise InputError("Phi: nothing was seen yet")
         firings = Firings.of(dim_zero_cat(self.latents).cpu(), dim_zero_cat(self.lengths).cpu(), self.d_sae)
@@ -152,7 +152,7 @@ class Phi(Metric):
         )
 
     def tiles(self) -> Iterator[tuple[int, Float[Tensor, "row other"]]]:
-        """Yield phi of a tile of latents with all others, and the index of the tile's first latent."""
+        """Yield the index of a tile's first latent, and phi of the tile's latents with all latents of the second (or same) SAE."""
         firings, other = self.firings()
         yield from self._tiles(firings, other, firings.counts, other.counts)
 
@@ -161,7 +161,7 @@ class Phi(Metric):
             yield start, functional.phi(n11, n_i[start : start + len(n11), None], n_j[None], float(firings.tokens))
 
     def compute(self) -> dict[str, Tensor]:
-        """See the class."""
+        """The figures named in the class, and the numbers of `live` latents (of the first SAE), `pairs` and `tokens`."""
         return self.results(self.count())
 
     def count(self) -> "PairSums":
@@ -239,7 +239,7 @@ class PhiSample(Metric):
         self.tokens += codes.shape[0]
 
     def compute(self) -> dict[str, Tensor]:
-        """Mean of |phi| over live pairs, its floor, the excess, and the standard error of the excess."""
+        """Mean of |phi| over live pairs, its floor by chance, the excess over the floor with its standard error, and `pairs`."""
         n = float(self.tokens)
         matching, low = (self.partner >= 0).nonzero(as_tuple=True)
         n11, n_i, n_j = (x.double() for x in (self.together[matching, low], self.firings[low], self.firings[self.partner[matching, low]]))
@@ -268,8 +268,9 @@ def fires_with_partner(codes: Codes, partners: Int[Tensor, "matching d_sae"]) ->
 
 
 def mean_phi_by_chance(n_i: Float[Tensor, " live"], n_j: Float[Tensor, " other"], n: float, *, within: bool) -> tuple[float, float]:
-    """Mean of |phi| over all pairs of independent latents with these counts, and its standard deviation.
+    """Expected mean of |phi| over all pairs of independent latents with these counts, and the standard deviation of this mean.
 
+    `within` is for one SAE, whose counts are given twice: each pair counts once, and no latent is paired with itself.
     Given the counts, two pairs that share a latent are as independent as two that do not, so variances add: `E phi^2 = 1 / (n - 1)`.
 
     >>> counts = torch.tensor([1.0, 1.0], dtype=torch.float64)
@@ -293,6 +294,6 @@ def mean_phi_by_chance(n_i: Float[Tensor, " live"], n_j: Float[Tensor, " other"]
 
 
 def histogram_quantile(upper: Float[Tensor, " bin"], share: float) -> float:
-    """Quantile of |phi| from the histogram: the middle of the bin that reaches the share."""
+    """Quantile of |phi|: the middle of the first bin at which the cumulative share of pairs (`upper`) reaches `share`."""
     index = min(int(torch.searchsorted(upper, share)), BINS - 1)
     return ((index + 0.5) / BINS) ** 2

@@ -11,7 +11,7 @@ from metasae_lightning.step import Codes
 
 
 class DeadLatents(Metric):
-    """Share of dead latents, and firing rates of all latents (tokens it fired on / all tokens). All values are shares from 0 to 1.
+    """Share of dead latents, and firing rate of each latent (tokens it fired on / all tokens). All values are shares from 0 to 1.
 
     `dead` is the share of latents that did not fire in the last `window` tokens (in all tokens, if `window` is None). `below_1e-05` and
     `below_1e-06` are the shares of latents with a lower firing rate than that.

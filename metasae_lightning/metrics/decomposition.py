@@ -58,7 +58,7 @@ class Decomposition(Metric):
         self.rows = [functional.unit_rows(W_dec.detach().float())]
 
     def compute(self) -> dict[str, Tensor]:
-        """Variance explained of the rows and of both nulls, with spreads over seeds."""
+        """Train all meta SAEs; returns the variance explained of the rows and of both nulls, with standard deviations over seeds."""
         seeds, rows_by_name = range(self.seeds), self.decoder_and_nulls()
         return means_and_deviations({name: [self.variance_explained(rows, seed) for seed in seeds] for name, rows in rows_by_name.items()})
 
@@ -96,7 +96,7 @@ class Decomposition(Metric):
 
 
 def means_and_deviations(values_by_name: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
-    """Means and standard deviations over meta SAEs.
+    """Means and standard deviations over meta SAEs; the standard deviation of a single value is 0.
 
     >>> {name: value.item() for name, value in means_and_deviations({"fve": [1.0, 3.0]}).items()}
     {'fve': 2.0, 'fve_std': 1.4142135623730951}

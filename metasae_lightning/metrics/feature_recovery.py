@@ -56,7 +56,10 @@ class FeatureRecovery(Metric):
             self.add_state(name, torch.zeros(size, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, W_dec: Float[Tensor, "d_sae d_in"], codes: Codes | None = None, features: Codes | None = None) -> None:
-        """Set the decoder, and add a batch of codes with the true firings. A new decoder resets the counts."""
+        """Set the decoder and add a batch: the codes, and the true `features` on the same tokens.
+
+        A new decoder resets the counts. Without codes or features, only the decoder is set.
+        """
         if not torch.equal(W_dec, self.decoder):
             self.decoder = W_dec.detach().clone()
             cosines = self._cosines()
@@ -85,7 +88,8 @@ class FeatureRecovery(Metric):
     def _foreign_features(self, nearest: Tensor) -> Tensor:
         """A matrix of rows by features: 1 where a row contains a feature other than its nearest.
 
-        It does where its cosine to the feature exceeds the cosine of the two features by `FOREIGN_COSINE` or more.
+        A row contains a feature if the row's cosine with it exceeds the cosine of the row's nearest feature with it by `FOREIGN_COSINE` or
+        more. A row that points away from its nearest feature is turned around first.
         """
         signed = functional.unit_rows(self.decoder.float()) @ self.features.T
         signed = signed * signed.gather(1, nearest[:, None]).sign()
@@ -103,7 +107,7 @@ class FeatureRecovery(Metric):
         return (functional.unit_rows(self.decoder.float()) @ self.features.T).abs()
 
     def compute(self) -> dict[str, Tensor]:
-        """Recovery of directions and, with firings, of firings."""
+        """`mcc` and `uniqueness`; after updates with codes and features, also `precision`, `recall`, `f1` and `absorbed`."""
         cosines = self._cosines()
         assignment = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
         rows, columns = (torch.as_tensor(index, device=cosines.device) for index in assignment)

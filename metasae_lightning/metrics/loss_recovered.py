@@ -36,7 +36,7 @@ class Splice(Metric):
         self.add_state("sums", torch.zeros(len(LOSS_KINDS), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, losses: Float[Tensor, "kind context next"], counted: Bool[Tensor, "context next"]) -> None:
-        """Add contexts: losses of each predicted token, and the mask of tokens that count."""
+        """Add contexts: losses of each predicted token in the order of `LOSS_KINDS`, and the mask of tokens that count."""
         self.sums += losses.double().masked_fill(~counted, 0).sum((1, 2))
         self.tokens += counted.sum()
 
@@ -46,7 +46,7 @@ class Splice(Metric):
 
 
 def with_recovered_shares(means: Float[Tensor, "kind *resample"]) -> dict[str, Tensor]:
-    """Mean losses by name, with the shares that the reconstruction recovers."""
+    """Mean losses by name, from `means` in the order of `LOSS_KINDS`, with the shares that the reconstruction recovers."""
     clean, sae, zero, mean, _ = means
     return {
         **dict(zip(LOSS_KINDS, means, strict=True)),

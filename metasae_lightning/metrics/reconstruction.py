@@ -17,10 +17,10 @@ OCTAVES, PARTS = (-20, 40), 16
 class Reconstruction(Metric):
     """Quality of reconstructions, from sums over all tokens and not from a mean of batch ratios.
 
-    `fvu = sum ||x - xhat||^2 / sum ||x - mean||^2` is the fraction of variance unexplained, `cosine` the mean cosine, `l2_ratio` mean of
-    `||xhat|| / ||x||`, and `gamma = sum ||xhat||^2 / sum <xhat, x>` the relative reconstruction bias (below 1, reconstructions are too
-    short). `l0` is the mean number of active latents per token. `l1` is the mean sum of their absolute values, in the activations' unit.
-    `error_q1` to `error_q4` are `sum ||x - xhat||^2 / sum ||x||^2` over the tokens in each quarter by norm, the shortest first.
+    `fvu = sum ||x - xhat||^2 / sum ||x - mean||^2` is the fraction of variance unexplained, `cosine` the mean cosine, `l2_ratio` the mean
+    of `||xhat|| / ||x||`, and `gamma = sum ||xhat||^2 / sum <xhat, x>` the relative reconstruction bias (below 1, reconstructions are
+    too short). `l0` is the mean number of active latents per token. `l1` is the mean sum of their absolute values, in the activations'
+    unit. `error_q1` to `error_q4` are `sum ||x - xhat||^2 / sum ||x||^2` over each quarter of the tokens by `||x||`, the shortest first.
 
     >>> metric = Reconstruction(d_in=1)
     >>> x = torch.tensor([[0.0], [2.0]])
