@@ -1,4 +1,4 @@
-"""Matrix computations: across processes, sharded, in row chunks, sparse. Imports torch only."""
+"""Matrix computations: across processes, sharded, in row chunks, sparse. Imports no library but torch and jaxtyping."""
 
 from typing import TYPE_CHECKING
 

@@ -30,7 +30,7 @@ class BufferPool:
         return {"_buffers": {}, "_per_shape": self._per_shape}
 
     def get(self, name: str, shape: Iterable[int], like: Tensor) -> Tensor | None:
-        """The buffer of that name and shape, with the data type of `like`; None where reuse saves no time or is impossible."""
+        """The buffer of that name and shape, with the data type of `like`; None on a GPU and in inference mode."""
         # A tensor that is allocated in inference mode cannot be written to outside it.
         if not is_blocked(like) or torch.is_inference_mode_enabled():
             return None
@@ -51,6 +51,6 @@ SHARED = BufferPool(per_shape=True)
 
 
 def buffer_or_new(pool: BufferPool | None, name: str, shape: Iterable[int], like: Tensor) -> Tensor:
-    """A matrix to write to: a buffer of the pool, or a new tensor if there is no pool or it has no buffer."""
+    """An uninitialised matrix to write to: a buffer of the pool, or a new tensor if there is no pool or the pool gives none."""
     buffer = None if pool is None else pool.get(name, shape, like)
     return like.new_empty(tuple(shape)) if buffer is None else buffer

@@ -30,12 +30,12 @@ class Encoded(NamedTuple):
     extra_pre_acts: Float[Tensor, "row extra"]
     """Pre-activations of `extra_latents` on every row, before any scale."""
     threshold: float | None
-    """The smallest active value of the batch; None if top-k runs per row."""
+    """The smallest active value, with its scale, over all ranks; None if top-k runs per row or nothing is active."""
 
 
 @dataclass
 class TopKRule:
-    """Which latents of a batch are active: the `k` largest positive of each row, or the `k * rows` largest positive of the batch."""
+    """Which latents are active: with `per_row` the `k` largest positive of each row, else the `k * rows` largest of the batch."""
 
     k: float
     per_row: bool
@@ -44,7 +44,7 @@ class TopKRule:
     incremental: IncrementalTopK | None = None
     """Incremental search, for rows that move little from one batch to the next."""
     parallelism: Parallelism = field(default_factory=Parallelism)
-    """The ranks whose batches share one threshold, and the ranks with other latents of the same rows."""
+    """Its `world`: the ranks whose batches share one threshold. Its `tensor_group`: the ranks with other latents of the same rows."""
 
 
 def encode(
@@ -59,10 +59,11 @@ def encode(
     gradients: BufferPool | None = None,
     rows: BufferPool | None = None,
 ) -> Encoded:
-    """The top-k latents of `((x - origin) W_enc + b_enc) * scale`. `scale` affects the ranking only, and gets no gradient.
+    """The top-k latents of `((x - origin) W_enc + b_enc) * scale`, and the pre-activations of `extra_latents`, which must be sorted.
 
-    Under autocast the product with `W_enc` uses the lower precision, everything else that of the weights. The buffers `gradients` take
-    the gradient of `W_enc`, the buffers `rows` take `x - origin`: earlier results in these buffers are overwritten.
+    `scale` affects the ranking and the threshold, not the returned activations, and gets no gradient. Under autocast the product with
+    `W_enc` uses the lower precision, and everything else uses the precision of the weights. The pool `gradients` holds the gradient of
+    `W_enc`, and the pool `rows` holds `x - origin`; earlier results of these names in the pools are overwritten.
     """
     extra_latents = torch.empty(0, dtype=torch.long, device=x.device) if extra_latents is None else extra_latents
     threshold: list[float | None] = []
@@ -79,9 +80,9 @@ def decode(
     extra_latents: Int[Tensor, " extra"] | None = None,
     gradients: BufferPool | None = None,
 ) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, "extra d_in"]]:
-    """`S W_dec` for the sparse matrix `S` of activations, and the rows of `W_dec` of the extra latents.
+    """`S W_dec` for the sparse matrix `S` of activations, and the rows of `W_dec` of `extra_latents`.
 
-    The buffers `gradients` take the gradient of `W_dec`: an earlier result in them is overwritten.
+    The pool `gradients` holds the gradient of `W_dec`; an earlier gradient of `W_dec` in the pool is overwritten.
 
     >>> pattern = Pattern(torch.tensor([0, 1]), torch.tensor([1, 0]), (2, 2))
     >>> decode(torch.tensor([2.0, 3.0]), pattern, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))[0].tolist()
@@ -94,7 +95,7 @@ def decode(
 class _Encode(torch.autograd.Function):
     """Top-k encoding. The selection has zero gradient, so gradients flow through the active latents only.
 
-    `threshold` receives the threshold, which is no tensor and so cannot be an output.
+    The forward pass appends the threshold, a float or None, to the list `threshold`.
     """
 
     @staticmethod
@@ -183,13 +184,13 @@ def squared_error(
     rows: BufferPool | None = None,
     tensor_group: ProcessGroup = SINGLE,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "row d_in"], Float[Tensor, "extra d_in"]]:
-    """The squared error, the difference `S W_dec + b_dec - x` without a gradient, and the rows of `W_dec` of the extra latents.
+    """The squared error, the difference `S W_dec + b_dec - x` without a gradient, and the rows of `W_dec` of `extra_latents`.
 
-    The error is the mean over rows of the difference's squared norm; for no rows it is 0. The ranks of `tensor_group` have other latents of
-    the same rows, and `S W_dec` is summed over them.
+    `S` is the sparse matrix of activations. The error is the mean over rows of the difference's squared norm; for no rows it is 0. The
+    ranks of `tensor_group` have other latents of the same rows, and `S W_dec` is summed over these ranks.
 
-    The difference is the only matrix of the batch's size that is computed, and the gradients are computed from it. The buffers `rows` take
-    the difference, the buffers `gradients` take the gradient of `W_dec`: earlier results in these buffers are overwritten.
+    The difference is the only matrix of the batch's size that is computed, and the gradients are computed from it. The pool `rows` holds
+    the difference, and the pool `gradients` holds the gradient of `W_dec`; earlier results of these names in the pools are overwritten.
     """
     extra_latents = torch.empty(0, dtype=torch.long, device=W_dec.device) if extra_latents is None else extra_latents
     return _SquaredError.apply(values, W_dec, b_dec, x, extra_latents, pattern, gradients, rows, tensor_group)  # type: ignore[misc]

@@ -30,7 +30,7 @@ class ProcessGroup:
         return cls(dist.get_rank(), dist.get_world_size()) if initialized else SINGLE
 
     def subgroup(self, group: Any) -> "ProcessGroup":
-        """The processes of one of torch's process groups; messages are counted in the same list."""
+        """The processes of one of torch's process groups. The sizes of their messages go into the same list `bytes_sent`."""
         return ProcessGroup(dist.get_rank(group), dist.get_world_size(group), self.bytes_sent, group)
 
     @property
@@ -49,7 +49,7 @@ class ProcessGroup:
         return slice(begin, begin + size + (self.rank < remainder))
 
     def all_reduce_sum_(self, *tensors: Tensor | None) -> None:
-        """Replace each tensor by its sum over ranks, in place. All ranks get the same bits."""
+        """Replace each tensor by its sum over ranks, in place; None is skipped. All ranks get the same bits."""
         self._all_reduce(tensors, dist.ReduceOp.SUM)
 
     def all_reduce_max_(self, *tensors: Tensor) -> None:
@@ -57,14 +57,14 @@ class ProcessGroup:
         self._all_reduce(tensors, dist.ReduceOp.MAX)
 
     def broadcast_(self, *tensors: Tensor | None) -> None:
-        """Replace each tensor by rank 0's, in place."""
+        """Replace each tensor by rank 0's, in place; None is skipped."""
         for tensor in tensors if not self.is_single else ():
             if tensor is not None:
                 dist.broadcast(tensor, group=self.group, group_src=0)
                 self._count_bytes(tensor if self.rank == 0 else tensor[:0])
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
-        """A new tensor: the sum over ranks."""
+        """The sum over ranks as a new tensor, through which no gradient flows."""
         total = tensor.detach().clone()
         self.all_reduce_sum_(total)
         return total
@@ -87,7 +87,7 @@ class ProcessGroup:
         return values.tolist()
 
     def rank_slice(self, count: int, like: Tensor) -> slice:
-        """This rank's slice of the concatenation over ranks, where this rank has `count` items."""
+        """The slice of this rank's `count` items in the concatenation of all ranks' items; messages use the device of `like`."""
         begin = sum(self.gather_int(count, like)[: self.rank])
         return slice(begin, begin + count)
 
@@ -149,7 +149,7 @@ class Parallelism:
 
     @classmethod
     def of(cls, world: ProcessGroup, mesh: Any = None) -> "Parallelism":
-        """Data parallelism over all ranks or, with a device mesh of Lightning's, the groups of that mesh."""
+        """Data parallelism over all ranks; with Lightning's device mesh, its groups `data_parallel` and `tensor_parallel`."""
         if mesh is None:
             return cls(world, world)
         return cls(world, world.subgroup(mesh.get_group("data_parallel")), world.subgroup(mesh.get_group("tensor_parallel")))

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements of a chunk: 2.5 MB of float32.
+# Elements of a chunk: 2.5 MiB of float32.
 CHUNK_ELEMENTS = 640 * 2**10
 ValueAndSlope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -32,7 +32,7 @@ _POLICY: ContextVar[ChunkPolicy] = ContextVar("chunk_policy", default=DEFAULT_PO
 
 
 def scaled_size(size: int) -> int:
-    """A number of elements; in a dry run, divided by `factor`^2."""
+    """A number of elements; in a dry run divided by the run's `factor`^2 and rounded, at least 1."""
     return max(1, round(size / _POLICY.get().factor ** 2))
 
 
@@ -75,7 +75,8 @@ def mean_over_rows(
     `value_and_slope(W, others)` returns the values of f and its gradients in W for a chunk of rows.
 
     `others` gets no gradient. `indices` limits the mean to some rows of W, each at most once; `others` has one row for each index. The
-    mean over no rows is 0. The gradient of W is sparse if W has a gradient to add it to.
+    mean over no rows is 0. With `indices`, the gradient of W is sparse if W is a leaf that already has a gradient; otherwise the gradient
+    is dense. Backward can run only once.
 
     >>> W = torch.tensor([[1.0], [3.0]], requires_grad=True)
     >>> mean_over_rows(lambda rows, others: ((rows * others).sum(1), others), W, torch.tensor([[2.0], [4.0]])).backward()

@@ -13,10 +13,10 @@ from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
 
 
 def shard_parameters(module: nn.Module, mesh: Any, dimensions: Mapping[str, int]) -> None:
-    """Shard the named parameters of a module along their dimensions, and replicate its other parameters.
+    """Shard each of a module's own parameters that `dimensions` names along its dimension, and replicate the others.
 
-    Every rank has the full values beforehand, so nothing is sent, and only a rank's shard moves to its device. The world size must divide
-    each sharded dimension evenly.
+    The module gets new parameters; those of its submodules are left alone. Every rank has the full values beforehand, so nothing is sent,
+    and only a rank's shard moves to its device. The size of the mesh must divide each sharded dimension evenly.
     """
     for name, parameter in list(module.named_parameters(recurse=False)):
         placement = Shard(dimensions[name]) if name in dimensions else Replicate()
@@ -31,7 +31,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard, as a view: gradients flow back to the sharded tensor, and writes change it."""
+    """This rank's shard, as a view: gradients flow back to `tensor`, and writes change it. A plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -41,7 +41,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def shard_offset(tensor: Tensor, group: ProcessGroup) -> int:
-    """Index in the full tensor of the first row of this rank's shard."""
+    """Index in the full tensor of the first row of this rank's shard; 0 for a tensor that is no DTensor."""
     return group.rank * len(local(tensor)) if isinstance(tensor, DTensor) else 0
 
 
@@ -63,7 +63,7 @@ def copy_into(tensor: Tensor, values: Tensor) -> None:
 
 @torch.no_grad()
 def full_state_dict(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """All tensors in full, on the CPU, on the ranks with `keep`; an empty dict on others. All ranks must call it."""
+    """All tensors in full, on the CPU, on ranks that pass `keep=True`; an empty dict on other ranks. All ranks must call it."""
     full_tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         full_tensor = full(tensor.detach())
@@ -73,7 +73,7 @@ def full_state_dict(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Ten
 
 
 def local_rows(decoder: Tensor, indices: Int[Tensor, " row"] | None, parallelism: Parallelism) -> Int[Tensor, " local"] | None:
-    """Indices, into this rank's shard, of the rows that it should process; None means every row of the shard.
+    """Indices, into this rank's shard, of the rows that this rank should process; None means every row of the shard.
 
     `indices` limits the work to some rows of the full decoder. Ranks of a data-parallel group divide the rows among them.
     """

@@ -20,7 +20,7 @@ with warnings.catch_warnings():  # torch warns once per process that its CSR lay
 
 @dataclass(frozen=True)
 class Pattern:
-    """Rows and columns of the nonzeros of a sparse matrix `S`, ordered by row."""
+    """Rows and columns of the nonzeros of a sparse matrix `S`, ordered by row. A method's `values` are the values of these nonzeros."""
 
     rows: Int[Tensor, " nnz"]
     columns: Int[Tensor, " nnz"]
@@ -44,10 +44,9 @@ class Pattern:
     def left_product(
         self, dense: Float[Tensor, "row d"], values: Float[Tensor, " nnz"], into: Float[Tensor, "d column"] | None = None
     ) -> Float[Tensor, "d column"]:
-        """`dense^T S`, written to `into` or to a new tensor.
+        """`dense^T S`, written to `into` or to a new tensor; on a GPU always a new tensor, and `into` is ignored.
 
-        On a CPU a chunk of columns is computed as rows of `S^T dense` and transposed while it is in the processor's cache. On a GPU the
-        result is a new tensor.
+        On a CPU a chunk of columns is computed as rows of `S^T dense` and transposed while it is in the processor's cache.
         """
         if not is_blocked(dense):
             return self.transposed_product(values, dense).T.contiguous()

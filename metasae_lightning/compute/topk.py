@@ -34,7 +34,9 @@ Selection = tuple[Tensor, Tensor, Tensor]
 
 
 def largest_indices(values: Float[Tensor, " value"], count: int) -> Int[Tensor, " selected"]:
-    """Indices of the `count` largest values, in any order; if fewer values are positive, of the positive ones only. No value is negative.
+    """Indices of the `count` largest values, in any order. No value may be negative.
+
+    If fewer than `count` values are positive, the result on a CPU has the positive ones only; on a GPU zeros fill it up.
 
     On a CPU a sample of the values gives an estimate of the threshold that is a little too low, and only the values above the estimate are
     ranked. If the estimate was too high, all positive values are ranked. The result is that of `topk`, except for the choice among equals.
@@ -67,10 +69,11 @@ class BlockwiseEncoder:
     Args:
         x: The batch.
         W_enc: The encoder.
-        b_enc: Its bias, whose type is that of everything but the product.
-        scale: Factors that affect the ranking, and not the returned values.
-        extra_latents: Latents, sorted, whose pre-activations are returned on every row.
-        parallelism: The ranks whose batches share one threshold, and the ranks with other latents of the same rows.
+        b_enc: The encoder's bias. All results have its data type, except the product `x W_enc`.
+        scale: Factors that affect the ranking and the threshold, and not the returned values; None is 1.
+        extra_latents: Sorted latents. The search stores their pre-activations on every row in `extra_pre_acts`.
+        parallelism: Its `world` are the ranks whose batches share one threshold, its `tensor_group` those with other latents of the same
+            rows.
     """
 
     def __init__(
@@ -84,16 +87,18 @@ class BlockwiseEncoder:
         self.world, self.tensor_group = parallelism.world, parallelism.tensor_group
 
     def top_k(self, k: float, *, per_row: bool, hint: float | None) -> TopK:
-        """The `k` largest positive values of each row, or the `k * rows` largest positive values of the batch.
+        """With `per_row` the `k` largest positive values of each row, else the `k * rows` largest positive values of the batch.
 
-        `hint` is the threshold of a similar batch. A good hint saves time; a bad one does not change the result.
+        With several ranks the result is this rank's part of the top-k over all of them. `hint` is the threshold of a similar batch, and is
+        not used with `per_row`. A good hint saves time; a bad one does not change the result.
         """
         return self._top_k_per_row(int(k)) if per_row else self._top_k_of_batch(k, hint)
 
     def blocks(self, rows: int, latents: int) -> Iterator[tuple[int, int, Tensor]]:
         """First row, first latent and product with the encoder of each block, without bias or scale.
 
-        Blocks share one buffer. On the way, the extra latents' pre-activations are stored in `extra_pre_acts`.
+        Blocks share one buffer, so a block is valid until the next one. On the way, the extra latents' pre-activations are stored in
+        `extra_pre_acts`.
         """
         buffer = self.x.new_empty(rows * latents)
         for top in range(0, self.n_rows, max(rows, 1)):
@@ -181,7 +186,7 @@ class BlockwiseEncoder:
         return scaled[order], raw[order], flat_indices
 
     def _all_largest_above(self, threshold: float, count: int) -> Selection | None:
-        """The `count` largest activations, or None if the threshold excludes some of them."""
+        """The `count` largest activations, or None if fewer than `count` reach the threshold."""
         selection = self._largest_above(threshold, count)
         return selection if len(selection[0]) == count and selection[0].min() >= threshold else None
 
@@ -256,7 +261,7 @@ def select_largest(parts: list[Selection], count: int) -> Selection:
 
 
 def _threshold_estimate(sample: Tensor, expected_count: float) -> Tensor:
-    """The smallest of the sample's largest values, where somewhat more values are taken than the sample should have above the threshold."""
+    """The sample's value of rank 32 + 1.3 `expected_count`: probably a little below the threshold that `expected_count` values exceed."""
     return sample.topk(min(len(sample), int(1.3 * expected_count) + 32)).values[-1]
 
 

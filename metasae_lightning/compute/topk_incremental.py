@@ -33,7 +33,7 @@ class Reference:
 
 
 class IncrementalTopK:
-    """Exact top-k that re-ranks the candidates of the last full search, and searches in full once the bound allows a newcomer.
+    """Exact top-k that re-ranks the last full search's candidates, and searches in full once others could be among the largest.
 
     A pre-activation `r . e + b` changes by at most `|r - r0| |e| + |r0| |e - e0| + |b - b0|`. As long as the smallest selected activation
     is larger than this bound allows for any pre-activation that was not a candidate, the selection is that of a full search. Otherwise a
@@ -41,7 +41,8 @@ class IncrementalTopK:
     full search was.
 
     Args:
-        rows: Number of rows of the inputs that recur. Batches with another number of rows, such as a random subset, are not supported.
+        rows: Number of rows of the batches, which hold the same inputs again and again, such as a decoder's rows. Batches with another
+            number of rows, such as a random subset, are not supported.
     """
 
     def __init__(self, rows: int) -> None:
@@ -55,10 +56,10 @@ class IncrementalTopK:
         return {**self.__dict__, "_reference": None, "_threshold": 0.0}
 
     def supports(self, encoder: BlockwiseEncoder) -> bool:
-        """Whether the search of this encoder can be incremental: on a CPU, in full precision, without a scale and in one process.
+        """Whether this encoder's search can be incremental.
 
-        Elsewhere a full search takes little of the time, or is divided among ranks. In inference mode the reference could not be written to
-        later.
+        It can be on a CPU, with `rows` rows, in full precision, without a scale, in one process and outside inference mode. Elsewhere a
+        full search takes little of the time, or is divided among ranks. A reference made in inference mode could not be written to later.
         """
         full_precision = encoder.x.dtype == encoder.b_enc.dtype
         same_rows = encoder.n_rows == self.rows

@@ -38,9 +38,10 @@ class Corpus(ABC):
         """All documents of one epoch, each exactly once."""
 
     def reader(self, *, seed: int = 0, epoch: int = 0, state: dict[str, Any] | None = None) -> Reader:
-        """An iterator over the same documents in the same order, which can be saved and resumed.
+        """An iterator over `documents(seed=seed, epoch=epoch)` in the same order, whose position can be saved.
 
-        Without `state` it begins with the first document. With `state`, from an earlier reader's `state()`, it continues from there.
+        Without `state` the reader begins with the first document. With `state`, from an earlier reader's `state()`, it continues from
+        there. `Corpus` itself reads the earlier documents again and drops them; a subclass may go directly to the position.
         """
         already_read = state["documents"] if state else 0
         documents = self.documents(seed=seed, epoch=epoch)
@@ -61,7 +62,10 @@ class Corpus(ABC):
 
 
 def check_held_out(corpus: Corpus, held_out: float, *, seed: int, ranks: int, stall_seconds: float) -> None:
-    """Raise an error before training if the corpus has fewer validation documents than ranks."""
+    """Raise an error before training if the corpus has fewer validation documents than ranks.
+
+    Documents are read in the order of `seed` until there are enough. After `stall_seconds` seconds without a document, an error is raised.
+    """
     missing = ranks
     with closing(Producer(corpus.documents(seed=seed), name=f"corpus {corpus.description()}", stall_seconds=stall_seconds)) as documents:
         for document in documents:
@@ -75,7 +79,7 @@ def check_held_out(corpus: Corpus, held_out: float, *, seed: int, ranks: int, st
 
 
 def shuffle_in_window(documents: Iterable[Document], size: int, order: random.Random) -> Iterator[Document]:
-    """Shuffle a stream of documents with at most `size` + 1 of them in memory: each yielded document is a random one of those."""
+    """Shuffle a stream of documents: each yielded document is drawn at random from the at most `size` + 1 documents in memory."""
     window: list[Document] = []
     for document in documents:
         window.append(document)

@@ -54,7 +54,7 @@ def order_seed(*numbers: int) -> int:
 
 
 def check_column(column: str, existing: Iterable[str], where: str) -> None:
-    """Raise an error if there is no such column. The message lists the existing columns, those with a similar name first."""
+    """Raise an error if `column` is not among the `existing` ones. The message lists these, those with a similar name first."""
     names = list(existing)
     if column not in names:
         similar_first = sorted(names, key=lambda name: did_you_mean(column, [name]) == "")
@@ -62,7 +62,7 @@ def check_column(column: str, existing: Iterable[str], where: str) -> None:
 
 
 def document_from_row(row: Any, column: str, where: str) -> Document:
-    """The document in one column of a row. `where` names the row's source in error messages."""
+    """The document in one column of a row, or an error if there is none. `where` names the row's source in error messages."""
     check_column(column, row, where)
     return check_document(row[column], column, where)
 

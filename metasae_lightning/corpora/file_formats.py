@@ -14,7 +14,10 @@ SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
 def expand_path(pattern: str) -> Iterator[Path]:
-    """The text files that a path stands for: the file itself, all text files in a folder, or all matches of a glob pattern."""
+    """The text files that a path stands for: the file itself, those in a folder and its subfolders, or those that match a glob pattern.
+
+    A text file's name ends in one of `SUFFIXES`. An error is raised if there is no text file.
+    """
     path = Path(pattern).expanduser()
     if path.is_file():
         if not path.name.endswith(SUFFIXES):

@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 def transient_error(error: BaseException) -> BaseException | None:
     """The error, or the one among its causes, that a retry may cure; None if a retry is of no use.
 
-    Transient are failed connections, time-outs and faults of the server. An answer such as 404 is not.
+    Failed connections, time-outs and the HTTP answers 408, 429 and 500 or above are transient. Other answers, such as 404, are not, and in
+    offline mode a failed connection is not either.
 
     >>> transient_error(TimeoutError("read timed out")), transient_error(FileNotFoundError("no such dataset"))
     (TimeoutError('read timed out'), None)
@@ -79,7 +80,8 @@ class HubDataset:
     def rows(self, seed: int, position: Position | None = None, *, already_read: int = 0) -> Iterator[tuple[Document, Position]]:
         """The documents from `position` on, each with the position after it.
 
-        `already_read` is the number of documents before `position`; only messages use it.
+        `already_read` is the number of documents before `position`; only messages use it. An error that retries do not cure is raised as
+        an InputError.
         """
         data, failures, n_read = None, 0, already_read
         read = self._read_shards if self.streaming else self._read_downloaded
@@ -166,7 +168,7 @@ class WindowReader(Reader):
     Args:
         rows: Yields documents from a position on, each with the position after it.
         size: The number of documents in a window.
-        order: The run's seed and the epoch.
+        order: The run's seed and the epoch, from which the seeds of the windows follow.
         state: An earlier reader's `state()`, to continue from there.
     """
 
@@ -192,7 +194,7 @@ class WindowReader(Reader):
         return document
 
     def _fill(self, index: int) -> None:
-        """Read and shuffle the window that holds the document at `index`."""
+        """Read and shuffle the next window, to be continued at its document `index`; raise StopIteration if no document is left."""
         window: list[Document] = []
         for document, next_position in islice(self._rows, self._size):
             window.append(document)

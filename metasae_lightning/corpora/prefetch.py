@@ -91,7 +91,7 @@ class Producer(Iterator[T], Generic[T]):
 
     @contextmanager
     def paused(self) -> Generator[list[T], None, None]:
-        """Pause the thread between two items, and yield the list of finished items. They stay in the queue."""
+        """Wait for the current item, pause the thread, and yield the list of finished items. The items stay in the queue."""
         with self._producing:
             entries: list[Any] = []
             while not self._ready.empty():

@@ -21,10 +21,12 @@ STATEMENT_FIELDS = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
 class PythonDocs(Corpus):
-    """The docstrings of the installed Python packages, in a shuffled order of files. Files are parsed, never imported.
+    """The docstrings of the installed Python packages, in a shuffled order of files.
+
+    Files are parsed, never imported. A file without triple quotes is skipped.
 
     Args:
-        min_characters: Shorter docstrings are left out.
+        min_characters: The minimum length of a docstring in characters; shorter docstrings are left out.
     """
 
     def __init__(self, min_characters: int = 200):
@@ -40,7 +42,7 @@ class PythonDocs(Corpus):
             yield from (text for text in _docstrings(file) if len(text) >= self.min_characters)
 
     def description(self) -> str:
-        """The words "docstrings of ... installed packages" with the Python version."""
+        """A text such as "docstrings of Python 3.12's installed packages", with the version of the running Python."""
         return f"docstrings of Python {sys.version_info.major}.{sys.version_info.minor}'s installed packages"
 
     def settings(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ class HubText(Corpus):
     """A text column of a dataset on the Hugging Face Hub.
 
     A streamed dataset is read in a shuffled order of shards, and documents are shuffled in windows of `shuffle_window`. A downloaded
-    dataset is shuffled as a whole. A resumed run reads the current window of a streamed dataset again and drops the documents already
-    given; it goes on at the next row of a downloaded one. This is exact only if the files on the Hub are still the same: set `revision`
-    to be sure.
+    dataset is shuffled as a whole. A resumed run reads the current window of a streamed dataset again, and drops the documents that the
+    earlier run has read. In a downloaded dataset it continues at the next row. The documents are those of a run that never stopped only
+    if the files on the Hub are still the same: set `revision` to be sure.
 
     Args:
         path: The dataset's name on the Hub.
@@ -58,9 +58,10 @@ class HubText(Corpus):
         return self.reader(seed=seed, epoch=epoch)
 
     def reader(self, *, seed: int = 0, epoch: int = 0, state: dict[str, Any] | None = None) -> Reader:
-        """A reader that goes on from `state`.
+        """A reader that continues from `state`, or begins with the first document.
 
-        Streamed, it reads the current shuffle window again and drops the documents that it has given; downloaded, it reads nothing again.
+        In a streamed dataset, the reader reads the current shuffle window again and drops the documents that the earlier reader gave. In a
+        downloaded dataset, it reads no document again.
         """
         rows = partial(self.dataset.rows, order_seed(seed, epoch))
         if self.dataset.streaming:
@@ -121,9 +122,9 @@ class SavedDataset(Corpus):
 class TextFiles(Corpus):
     """Local text files, read in a shuffled order; their documents are shuffled in a window.
 
-    A `.txt` file has one document per paragraph (lines up to a blank line): a book or a dump is one file, and a split by document
-    needs smaller documents than that. `.jsonl` and `.parquet` files have one document per row, in `column`. `.txt` and `.jsonl` files
-    may be compressed (`.gz`).
+    A `.txt` file has one document per paragraph (lines up to a blank line). A whole file may be a book or a dump, too large a document
+    for the split into train, validation and test. `.jsonl` and `.parquet` files have one document per row, in `column`. `.txt` and
+    `.jsonl` files may be compressed (`.gz`).
 
     Args:
         paths: Files, folders and glob patterns, one or a list.

@@ -60,7 +60,10 @@ class TokenizedDocuments:
     exhausted: Exhausted = "epoch"
 
     def chunks(self, position: dict[str, Any]) -> Iterator[Chunk]:
-        """Tokenized documents from a position on: epoch after epoch, or to the end of the epoch where `exhausted` is `end`."""
+        """Tokenized documents from a position on: epoch after epoch, or to the end of the epoch where `exhausted` is `end`.
+
+        After an epoch without any text for this rank, an InputError is raised.
+        """
         special = set(special_ids(self.tokenizer))
         for epoch in itertools.count(position["epoch"]):
             n_documents = position["met"]
@@ -116,12 +119,13 @@ class TokenizedDocuments:
 class PackedTokens:
     """Contexts of exactly `context_size` tokens, packed from documents that a thread reads and tokenizes ahead.
 
-    Documents follow one another, each with an EOS token after it. A document that does not fit continues in the next context.
+    Documents follow one another, each with an EOS token after it if the tokenizer has one. A document that does not fit continues in the
+    next context.
 
     Args:
         documents: The documents to pack.
         context_size: The number of tokens in a context, BOS included.
-        prepend_bos: Whether each context begins with a BOS token.
+        prepend_bos: Whether each context begins with a BOS token, or with EOS if the tokenizer has no BOS.
         stall_seconds: Reading ends with an error after this time without a document; None waits forever.
         name: The language model's name, for messages.
         state: An earlier object's `state()`, to continue from there.
@@ -167,7 +171,7 @@ class PackedTokens:
 
     @property
     def read_position(self) -> dict[str, Any]:
-        """A corpus position after all documents used so far."""
+        """The corpus position after the current chunk, which contains the last document used."""
         return self._chunk.next_position if self._chunk else self._start.get("after", self._start["place"])
 
     def close(self) -> None:
@@ -193,7 +197,8 @@ class PackedTokens:
 def boundary_tokens(tokenizer: Any, prepend_bos: bool, name: str = "") -> tuple[list[int], list[int]]:
     """The tokens before each context, and the tokens after each document; each list has one token or none.
 
-    A tokenizer without BOS has its EOS before each context, because such models are trained with EOS between documents.
+    Without `prepend_bos` no token is before a context. A tokenizer without BOS has its EOS before each context, because such models are
+    trained with EOS between documents. An InputError is raised if `prepend_bos` is set and the tokenizer has neither.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     first = bos if bos is not None else eos

@@ -26,9 +26,10 @@ log = logging.getLogger(__name__)
 class ActivationStream(Stream):
     """Shuffled batches of a language model's activations on a corpus.
 
-    Each document of the split goes to one rank, which tokenises its documents, separates them by EOS and packs them into contexts. Each
-    context begins with BOS. The model sees the special tokens; the batches leave them out. The activations of one forward pass at a time
-    enter a buffer, and leave it in the order of `shuffle.batch_moves`. The buffer can be recomputed from the tokens of two buffers.
+    Each document of the split goes to one rank, which tokenises its documents, separates them by EOS and packs them into contexts. With
+    `prepend_bos`, each context begins with BOS. The model sees the special tokens; the batches leave them out. The activations of one
+    forward pass at a time enter a buffer, and leave it in the order of `shuffle.batch_moves`. To recompute the buffer, a resumed run runs
+    the model again on the tokens of at most two buffers.
 
     Args:
         corpus: The text.
@@ -38,7 +39,7 @@ class ActivationStream(Stream):
             where a thread would compete with the training for cores.
         buffer_device: `model` has the buffer on the model's device; `cpu` has it in main memory, pinned where there is a GPU.
         checkpoint_buffer: `tokens` saves the position from which the buffer's tokens are run again; `activations` saves the buffer.
-        stall_seconds: Longest time to wait for the corpus.
+        stall_seconds: Longest time to wait for the corpus, in seconds; None waits forever.
         home: The device of the batches; None is the model's. The thread copies each batch there once, in the buffer's dtype.
     """
 
@@ -77,7 +78,7 @@ class ActivationStream(Stream):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and the description; with `checkpoint_buffer: activations` also the buffer and the prepared batches."""
+        """Position, description and number of batches; with `checkpoint_buffer: activations` also the buffer and the prepared batches."""
         if not self.saves_activations:
             return super().state_dict()
         if not isinstance(self._source, Producer):
@@ -99,10 +100,10 @@ class ActivationStream(Stream):
         return {"shelf": {"waiting": waiting, "made": n_made, "buffer": buffer[slots.to(buffer.device)].cpu(), "rows": reader.state()}}
 
     def load_other_world_size(self, states: list[dict[str, Any]]) -> None:
-        """Continue at the positions of another number of ranks, after the last document that any of them has read.
+        """Continue from the states of a run with another number of ranks, after the last document that any of its ranks has read.
 
-        No document is read twice. Rows that were in the buffers and in no batch are left out, and the batches differ from those of a run
-        that never stopped.
+        No document is read twice. Earlier documents that another rank has not read, and rows that were in the buffers and in no batch, are
+        left out. The batches differ from those of a run that never stopped.
         """
         for state in states:
             self._check_description(state, ignored=("rank", "world_size"))
@@ -121,9 +122,10 @@ class ActivationStream(Stream):
         self._length = None
 
     def _available(self, base: dict[str, Any] | None) -> int:
-        """Number of rows up to the budget, the smallest of any rank.
+        """Number of rows from `base` to the end of the split, at most the budget of tokens; the smallest number of any rank.
 
-        Tokenises the whole split once before the run: schedules need the length of the run, and all ranks must end at the same step.
+        Before the run, this process reads the split once for each rank and tokenises the documents of that rank, up to the budget:
+        schedules need the length of the run, and all ranks must end at the same step.
         """
         log.warning("counting the tokens of the %s split, which may end before the budget", self.part.split)
         counts: list[int] = []
@@ -171,7 +173,7 @@ class ActivationStream(Stream):
                 yield replace(prepared, ready=cuda_streams[self.home].record_event() if self.home in cuda_streams else None)
 
     def _make_batches(self, position: dict[str, Any]) -> Generator[PreparedBatch, None, None]:
-        """Fill the buffer and yield its batches, from a position with or without a saved buffer (`shelf`)."""
+        """Fill the buffer and yield its batches, from a position that may have a saved buffer and prepared batches as `shelf`."""
         saved: dict[str, Any] | None = position.get("shelf")
         position = {key: value for key, value in position.items() if key != "shelf"}
         start = saved["made"] if saved else position["batches"] - position["origin"]
@@ -206,7 +208,7 @@ class ActivationStream(Stream):
             reader.close()
 
     def _position_after(self, position: dict[str, Any], number: int, reader: RowReader) -> dict[str, Any]:
-        """The position after `number` batches since the origin."""
+        """The position after `number` batches since the origin. The reader forgets the blocks before that position."""
         block = number * self.batching.batch_size // self.batching.block_size
         reader.forget_before(block)
         return {**position, "batches": position["origin"] + number, "cursor": reader.cursor(block), "reached": reader.reached}

@@ -54,7 +54,7 @@ class Batching:
 
     @property
     def block_size(self) -> int:
-        """Number of rows that are shuffled among each other: the most whole batches that fit in the buffer."""
+        """Number of rows that are shuffled among each other: the largest multiple of `batch_size` that fits in the buffer."""
         return self.buffer_size // self.batch_size * self.batch_size
 
 

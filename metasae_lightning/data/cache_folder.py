@@ -61,7 +61,7 @@ class Folder:
         return None if self._tokens is None else torch.from_numpy(np.concatenate(self._tokens)).long()
 
     def rows(self, indices: Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
-        """Activations at these row indices, `context * context_size + position` each, the hooks concatenated."""
+        """Float32 activations at row indices, `context * context_size + position` each, with the hooks concatenated."""
         contexts, positions = np.divmod(indices.numpy(), self.context_size)
         parts = np.searchsorted(self._begins, contexts, side="right") - 1
         out = np.empty((len(indices), sum(self.widths.values())), dtype=np.float32)
@@ -73,7 +73,7 @@ class Folder:
 
 
 class ActivationCache:
-    """An activation cache: one of ours, with a folder for each split and a record of its settings, or one folder of SAELens."""
+    """An activation cache: that of `metasae cache`, with a folder for each split and a record of its settings, or a folder of SAELens."""
 
     def __init__(self, path: str):
         self.path = Path(path).expanduser()
@@ -84,11 +84,15 @@ class ActivationCache:
 
     @property
     def ours(self) -> bool:
-        """Whether `metasae cache` wrote it: it then has a record and a folder for each split."""
+        """Whether `metasae cache` wrote the cache, which then has a record and a folder for each split. Known after `open`."""
         return bool(self.record)
 
     def open(self, description: Mapping[str, Any], hooks: list[str], tokenizer: str | None = None) -> None:
-        """Open the folders, and refuse a cache of another model, text or tokenizer than `description` and `tokenizer` say."""
+        """Open the cache; refuse an unfinished one, and one of another model, text or tokenizer than the arguments say.
+
+        `tokenizer` is a fingerprint; None is not checked. A folder of SAELens has no record of settings: only its hooks and context size
+        are checked. Once the cache is open, a further call does nothing.
+        """
         if self._folders:
             return
         if not self.path.is_dir():
@@ -124,8 +128,8 @@ class ActivationCache:
 class ShardWriter:
     """Writes one split's folder shard by shard.
 
-    A shard is either absent or whole. After each, the progress file holds the state from which the next shard is read, so that a stopped
-    call can be resumed.
+    A shard is either absent or whole. After each shard, the progress file holds the state from which the next shard is read. A new writer
+    of the same folder continues from that state, or raises an InputError if the folder was begun with another description.
     """
 
     def __init__(self, path: Path, widths: Mapping[str, int], context_size: int, *, dtype: str, description: Mapping[str, Any]):
@@ -144,7 +148,7 @@ class ShardWriter:
             check_sizes(path, self.shards)
 
     def write(self, passes: Iterator[tuple[Tensor, Tensor]], reader_state: Callable[[], Any]) -> int:
-        """Write one shard of these (tokens, activations) and the reader's state after them; returns the number of contexts."""
+        """Write one shard of all `passes` (tokens, activations) and the reader's state; return the number of contexts (0: no shard)."""
         name = f"data-{len(self.shards):05d}.arrow"
         draft, contexts = self.path / f".{name}", 0
         try:
@@ -192,7 +196,7 @@ def check_sizes(path: Path, shards: Mapping[str, int]) -> None:
 
 
 def finish(path: Path, description: Mapping[str, Any], metadata: Mapping[str, Any], shards: Mapping[Split, Mapping[str, int]]) -> None:
-    """Write the record, which marks the cache as complete, and delete the progress files and what killed processes left of theirs."""
+    """Write the record, which marks the cache as complete, and delete the progress files and their drafts that killed processes left."""
     write_bytes(path / RECORD, json.dumps({"identity": description, "about": metadata, "shards": shards}, indent=2).encode())
     for split in shards:
         for file in [path / split / PROGRESS, *(path / split).glob(f".{PROGRESS}.*")]:

@@ -29,9 +29,10 @@ log = logging.getLogger(__name__)
 class CachedStream(Stream):
     """Shuffled batches of the activations in a cache.
 
-    Rows are numbered and shuffled as in `ActivationStream`, so a run from its own cache sees the same batches as a run of the model.
-    The shuffle is one of row indices into memory-mapped files. Each context goes to one rank. A folder of SAELens has no documents: there
-    the split of a context is chosen by a hash of its tokens. Every later epoch reads the contexts in another order.
+    Rows are numbered and shuffled as in `ActivationStream`. A run on one rank from a float32 cache of `metasae cache` therefore sees in its
+    first epoch the same batches as a run of the model. Row indices into memory-mapped files are shuffled. Each context goes to one rank.
+    Every later epoch reads the contexts in another order. A folder of SAELens has no documents: there the split of a context is chosen by
+    a hash of its tokens, or of its index if the folder has no tokens.
 
     Args:
         cache: The opened cache.
@@ -50,7 +51,7 @@ class CachedStream(Stream):
         return {"cache": self.cache.record.get("identity", str(self.cache.path)), **asdict(self.batching), **self.part.settings}
 
     def load_other_world_size(self, states: list[dict[str, Any]]) -> None:
-        """Continue at the positions of another number of ranks, after the last context that any of them has read."""
+        """Continue from the states of a run with another number of ranks, after the last context that any of its ranks has read."""
         for state in states:
             self._check_description(state, ignored=("rank", "world_size"))
         n_batches = states[0]["batches"] * len(states) // self.part.world_size
@@ -110,7 +111,7 @@ class CachedStream(Stream):
                 yield PreparedBatch(batch, {**position, "batches": position["origin"] + move.number + 1, "reached": reached})
 
     def _row_indices(self, base: Any, first_row: int) -> Iterator[tuple[Int[Tensor, " row"], tuple[int, int]]]:
-        """Indices of the rows in the order of their numbers, in pieces, each with the epoch and the context that follow it."""
+        """Row indices in the order of the rows' numbers, from row `first_row` on, in pieces, each with the epoch and context after it."""
         split_contexts, mask = self._contents()
         context_size, number = mask.shape[1], 0
         rank, world_size = self.part.rank, self.part.world_size
@@ -162,7 +163,8 @@ def write(
 ) -> None:  # fmt: skip
     """Write a cache of each stream's activations, in one folder for each split.
 
-    A folder is written in shards of `shard_contexts` contexts. A call that was stopped is resumed after its last whole shard.
+    A shard has `shard_contexts` contexts, rounded up to whole forward passes. After a stopped call, the next call continues after the last
+    whole shard. An InputError is raised if `path` has a complete cache, or if a split does not fill one context.
     """
     if (path / RECORD).exists():
         raise InputError(f"cache: {path} is there and whole: name another folder, or train from it")

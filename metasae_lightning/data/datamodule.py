@@ -47,8 +47,8 @@ class ActivationsDataModule(LightningDataModule):
         held_out: Fraction of the documents held out for validation; the same fraction again is held out for the test.
         validation_tokens: Tokens in a validation, over all ranks.
         test_tokens: Tokens in a test, over all ranks.
-        prepend_bos: Whether each context begins with BOS.
-        skip_positions: Number of positions at the start of each context, BOS included, that are not trained on. Attention sinks are there:
+        prepend_bos: Whether each context begins with BOS, or with EOS if the tokenizer has no BOS.
+        skip_positions: Number of positions at the start of each context, BOS included, that are not trained on. They hold attention sinks:
             a few tokens with a hundred times the median norm, which would be most of the variance.
         max_norm_ratio: Leave out of a batch each row whose norm exceeds the batch's median norm times this number; none keeps all rows.
         forward_batch: Contexts in one forward pass of the model.
@@ -125,7 +125,7 @@ class ActivationsDataModule(LightningDataModule):
         check_numbers(self.batching, tokens, prefetch, stall_seconds)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the language model up to its last hook, or open the cache."""
+        """Open the cache, or load the model up to its last hook; to fit, then refuse a corpus with too few validation documents."""
         if self.cache is not None and self.reading_cache:
             try:
                 tokenizer = fingerprint(self.language_model.load_tokenizer())
@@ -188,7 +188,7 @@ class ActivationsDataModule(LightningDataModule):
         return self.stream("validation", self.validation_tokens) if self.batching.held_out else []
 
     def test_dataloader(self) -> Stream:
-        """Batches of the test split."""
+        """Batches of the test split; an InputError where no document is held out."""
         if not self.batching.held_out:
             raise InputError("held_out: 0 leaves no document to test on")
         return self.stream("test", self.test_tokens)
@@ -204,13 +204,13 @@ class ActivationsDataModule(LightningDataModule):
 
     @property
     def widths(self) -> dict[str, int]:
-        """The width of the activations at each hook."""
+        """The width of the activations at each hook. Loads the language model, or opens the cache."""
         self.setup()
         return self.cache.widths if self.cache is not None and self.reading_cache else self.language_model.widths
 
     @property
     def d_in(self) -> int | None:
-        """The width of the activations where there is one hook, else None."""
+        """The width of the activations where there is one hook, else None. Loads the language model, or opens the cache."""
         return next(iter(self.widths.values())) if len(self.widths) == 1 else None
 
     @property
@@ -224,7 +224,7 @@ class ActivationsDataModule(LightningDataModule):
         return {"corpus": self.corpus.description(), **self.corpus.settings(), **self.language_model.description(), **contexts}
 
     def metadata(self, hook: str | None = None) -> dict[str, Any]:
-        """Metadata for a published SAE of a hook: its model, data and context settings, under SAELens's names."""
+        """Metadata for a published SAE of a hook, by default the first: model, data and contexts, under SAELens's names if they exist."""
         batching, hook = self.batching, hook or self.language_model.hooks[0]
         if self.cache is not None and self.reading_cache:  # the model may not be on this machine
             metadata = {"model_name": self.language_model.name, "hook_name": hook, "dataset_path": str(self.cache.path)}
@@ -241,7 +241,7 @@ class ActivationsDataModule(LightningDataModule):
         return self.language_model.metadata(hook) | data | {"exclude_special_tokens": True, "sequence_separator_token": "eos"}
 
     def write_cache(self, *, shard_gib: float = 1.0, dtype: Literal["float32", "float16"] = "float32") -> None:
-        """Run the model on the tokens of every split and write the activations to `cache`, as `dtype`, in files of `shard_gib` GiB."""
+        """Run the model on every split's tokens and write the activations to `cache`, as `dtype`, in files of about `shard_gib` GiB."""
         if self.cache is None:
             raise InputError("cache: name the folder to write, --data.init_args.cache FOLDER")
         self.reading_cache = False
@@ -273,7 +273,7 @@ class ActivationsDataModule(LightningDataModule):
         return self.cache.record["about"]["special"] if self.cache.ours else special_ids(self.language_model.load_tokenizer())
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every rank's stream: a checkpoint is one file for all ranks, and they read different documents."""
+        """All ranks' stream states, gathered: a checkpoint is one file, and ranks read different documents; empty before training."""
         if self._train_stream is None:
             return {}
         state = self._train_stream.state_dict()
@@ -290,7 +290,7 @@ class ActivationsDataModule(LightningDataModule):
             self._restore()
 
     def _restore(self) -> None:
-        """Load the saved states into the training stream, once there are both."""
+        """Load the saved states into the training stream, if both exist, and drop the saved states."""
         if self._saved_states and self._train_stream is not None:
             if len(self._saved_states) == self._train_stream.part.world_size:
                 self._train_stream.load_state_dict(self._saved_states[self._train_stream.part.rank])

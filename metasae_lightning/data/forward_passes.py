@@ -20,16 +20,16 @@ log = logging.getLogger(__name__)
 class RowReader:
     """Reads the activations of trainable tokens in the order of the corpus, and writes them into a buffer.
 
-    A row is the activation of one trainable token. For each block of rows that was begun and not forgotten, the reader stores the position
-    in the corpus before the forward pass that contains the first row of the block.
+    A row is the activation of one trainable token. For each block of rows that was begun, the reader stores the position in the corpus
+    before the forward pass that contains the first row of the block, until `forget_before` deletes it.
 
     Args:
         documents: The tokenised documents.
         language_model: The model that runs on them.
         batching: Sizes and masks.
         cursor: Where to begin: what `cursor` or `state` of another reader returned; None is the beginning.
-        first_row: Number of the first row to write. Forward passes with earlier rows alone are counted and not run.
-        stall_seconds: Longest time to wait for the corpus.
+        first_row: Number of the first row to write. Forward passes with only earlier rows are counted and not run.
+        stall_seconds: Longest time to wait for the corpus, in seconds; None waits forever.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class RowReader:
         )
 
     def fill(self, buffer: Float[Tensor, "slot d_model"], slots: Int[Tensor, " free"]) -> None:
-        """Write the next rows into these slots, and run forward passes as needed."""
+        """Write the next rows into these slots, and run forward passes as needed; an InputError if the corpus ends first."""
         while len(slots):
             if self._leftover is None or not len(self._leftover):
                 self._leftover = self._run_next_pass()
@@ -77,7 +77,10 @@ class RowReader:
             slots, self._leftover = slots[count:], self._leftover[count:]
 
     def next_pass(self) -> tuple[Int[Tensor, "context position"], Tensor] | None:
-        """The contexts of the next forward pass and the mask of their trainable tokens; None at the end. Runs no model."""
+        """The contexts of the next forward pass and the mask of their trainable tokens; None at the end.
+
+        Advances the reader, and runs no model. An InputError is raised if the tokens are not those that an earlier reader saw.
+        """
         position = self._tokens.state()
         tokens = self._tokens.next_contexts(self.batching.forward_batch)
         if not len(tokens):
@@ -95,7 +98,10 @@ class RowReader:
         return tokens, mask
 
     def count_rows(self, limit: int) -> int:
-        """Number of rows up to the end of the corpus, at most `limit`. Reads and tokenises the corpus, and runs no model."""
+        """Number of rows up to the end of the corpus, at most `limit`.
+
+        The reader advances past these rows. It reads and tokenises the corpus, and runs no model.
+        """
         while self.number < limit and self.next_pass() is not None:
             self.forget_before(self.number // self.batching.block_size)
         return min(self.number, limit)
@@ -109,13 +115,13 @@ class RowReader:
     def cursor(self, block: int) -> dict[str, Any] | None:
         """The position from which to read a block's rows again; None for a block that was not begun, or was forgotten.
 
-        It has the hashes of all passes since, by which a later run notices that the corpus has changed.
+        It has the hashes of all passes that were read since, by which a later run notices that the corpus has changed.
         """
         start = self._block_starts.get(block)
         return start and {**start, "digests": [*start["digests"]]}
 
     def forget_before(self, block: int) -> None:
-        """Delete the positions of the blocks before this one."""
+        """Delete the stored positions of the blocks before `block`."""
         self._block_starts = {number: start for number, start in self._block_starts.items() if number >= block}
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BatchMove:
-    """The slots of the buffer that one batch is read from, and those that are filled again."""
+    """The slots of the buffer that one batch is read from, and those of them that are refilled with rows of the next block."""
 
     number: int
     """Number of the batch."""
@@ -32,9 +32,10 @@ def batch_moves(
 ) -> Iterator[BatchMove]:
     """The moves of all batches, in order.
 
-    Rows are numbered in the order in which they are read. Block k holds the rows `k * block_size` to `(k + 1) * block_size - 1`, and its
-    rows leave the buffer in the order `order(k, length)`. Each slot that a batch leaves is filled with a row of the next block, so the
-    buffer never holds more than `block_size` rows. The first move is of block `first_block`, whose rows are in the buffer in order.
+    The `total` rows are numbered in the order in which they are read. Block k holds the rows `k * block_size` to
+    `(k + 1) * block_size - 1`, and its `length` rows leave the buffer in the order of the permutation `order(k, length)`. Each slot that a
+    batch leaves is filled with a row of the next block, so the buffer never holds more than `block_size` rows. The first move belongs to
+    block `first_block`, whose rows are in the buffer in order.
 
     >>> moves = batch_moves(4, 6, batch_size=2, order=lambda block, length: torch.arange(length).flip(0))
     >>> [(move.batch_slots.tolist(), move.refill_slots.tolist()) for move in moves]

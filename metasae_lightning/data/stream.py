@@ -33,7 +33,7 @@ class PreparedBatch:
 
 
 class Stream(ABC):
-    """An iterator over one rank's batches, which its arguments determine, and its position among them.
+    """An iterator over one rank's batches, whose position can be saved. The stream's arguments determine the batches.
 
     The position is a dictionary that checkpoints hold:
 
@@ -43,7 +43,8 @@ class Stream(ABC):
     - `cursor`: position in the data from which the rows of the next batches are read again.
     - `reached`: position in the data after everything that was read.
 
-    Batches that were prepared and not received are not part of the position: a restored stream prepares them again.
+    Batches that were prepared and not received are not part of the position: a restored stream prepares them again, unless the state
+    contains them as `shelf` (see `ActivationStream`).
 
     Args:
         batching: Settings of the batches.
@@ -74,7 +75,10 @@ class Stream(ABC):
         """Number of rows from `base` to the end of the data, at most the budget of tokens; the smallest number of any rank."""
 
     def __len__(self) -> int:
-        """Number of whole batches in the budget of tokens, or in the data where they end first and `exhausted` is `end`."""
+        """Number of whole batches in the budget of tokens, or in the data if `exhausted` is `end` and the data end first.
+
+        With `exhausted` of `end`, the first call counts the rows, which may read the corpus.
+        """
         if self._length is None:
             self._length = self.part.tokens // self.batching.batch_size
             if self.batching.exhausted == "end":
@@ -115,7 +119,10 @@ class Stream(ABC):
         return {**self._position, "stream": self.description(), "length": len(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the position of a stream that had the same description."""
+        """Continue at the position of a stream that had the same description.
+
+        Another description is refused, and another length where rows would come twice.
+        """
         self._check_description(state)
         self._position = {key: value for key, value in state.items() if key not in ("stream", "length")}
         self._length = None
@@ -123,7 +130,7 @@ class Stream(ABC):
 
     @abstractmethod
     def load_other_world_size(self, states: list[dict[str, Any]]) -> None:
-        """Continue at the positions of another number of ranks, after all data that any of them has read; warns that batches differ."""
+        """Continue from states of a run with another number of ranks, after all data that any rank has read; warn that batches differ."""
 
     def _check_description(self, state: dict[str, Any], ignored: tuple[str, ...] = ()) -> None:
         """Refuse a state of a stream whose description differs, except in the `ignored` keys."""
@@ -135,7 +142,8 @@ class Stream(ABC):
     def _check_length(self, state: dict[str, Any]) -> None:
         """Refuse another budget where the state is in the last block and that block is not full.
 
-        Its rows are shuffled among each other. With another budget, the block would have other rows, and some rows would come twice.
+        The rows of that block are shuffled among each other. With another budget, the block would have other rows, and some rows would come
+        twice.
         """
         size, block, length = self.batching.batch_size, self.batching.block_size, state["length"]
         total, done = (length - state["origin"]) * size, (state["batches"] - state["origin"]) * size
@@ -161,9 +169,10 @@ class Stream(ABC):
         return first_block * block_size, batch_moves(block_size, total, first_block=first_block, batch_size=size, order=order)
 
     def _batch(self, rows: Float[Tensor, "row d_model"], hooks: dict[str, int]) -> Batch:
-        """A batch of these rows, without attention sinks: rows whose norm is too large at any hook.
+        """A float32 batch of these rows, without attention sinks: rows whose norm is too large at any hook.
 
-        Dropped rows are not replaced, so the rows of later batches do not depend on norms.
+        The limit is `max_norm_ratio` times the median norm at that hook; None keeps all rows. Dropped rows are not replaced, so
+        the rows of later batches do not depend on norms.
         """
         batch = Batch(rows.float(), hooks)
         if self.batching.max_norm_ratio is None:

@@ -25,9 +25,9 @@ def plant(config: SyntheticModelConfig, *, shared_subspaces: int = 0, sharing: f
     """SAELens's synthetic model, with features that overlap by construction where `shared_subspaces = s > 0`.
 
     The direction of feature j is then `f_j = unit(own_j + sharing * common_a(j))`. `own_j` is SAELens's direction. `common_1 .. common_s`
-    are random unit directions; each belongs to equally many features. These common parts are what a decomposability penalty should
-    find. For independent directions in many dimensions, two features with the same common direction have cosine
-    `sharing^2 / (1 + sharing^2)`. `seed` is the model's seed where its config has none.
+    are random unit directions, and `common_a(j)` is the one assigned to feature j. Each is assigned to equally many features, or to one
+    more. These common parts are what a decomposability penalty should find. For independent directions in many dimensions, two features
+    with the same common direction have cosine `sharing^2 / (1 + sharing^2)`. `seed` is the model's seed where its config has none.
     """
     if shared_subspaces < 0:
         raise InputError(f"shared_subspaces must be 0 or more, got {shared_subspaces}")
