@@ -1,4 +1,4 @@
-"""Lightning callbacks. Each reads the results of steps and changes nothing in training, so YAML may leave out any of them."""
+"""Lightning callbacks. They read the results of steps and may end a run, but do not change how an SAE learns. YAML may leave out any."""
 
 from typing import TYPE_CHECKING
 

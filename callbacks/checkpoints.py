@@ -24,16 +24,18 @@ SIGNALS = [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT] if hasattr(signal, "SI
 class Checkpoints(Checkpoint):
     """Write checkpoints, from which a run can be resumed, into `checkpoints/`: at intervals, at the end of training, and on a signal.
 
-    The signals are SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, a batch system's warning, where Lightning handles it. After a signal the current
-    step is finished; then all ranks write one checkpoint together, and the run ends. A signal during a validation waits until the first
-    step after it. A second Ctrl-C ends the run at once. A signal during the last step changes nothing: the run ends as usual.
+    The signals are SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, a batch system's warning; each is caught only where Lightning or Python handles
+    it. After a signal the current step is finished, and all ranks write one checkpoint together. Then SIGTERM and SIGINT end the run.
+    After SIGUSR1 Lightning asks the batch system to start the run again, and the batch system ends this process. A signal during a
+    validation waits until the first step after it. A second Ctrl-C ends the run at once. A signal during the last step changes nothing:
+    the run ends as usual.
 
     Where a validation follows a step, the checkpoint of that step is written after the validation. A run that is resumed from it then
     does not skip the validation.
 
     Args:
-        every_tokens: Number of training tokens between two checkpoints, over all ranks; none writes none by tokens.
-        every_minutes: Minutes between two checkpoints; none writes none by time.
+        every_tokens: Number of training tokens between two checkpoints, over all ranks; null sets no interval in tokens.
+        every_minutes: Minutes between two checkpoints; null sets no interval in time.
         keep: Number of checkpoints that stay on disk; older ones are deleted.
     """
 
@@ -99,13 +101,13 @@ class Checkpoints(Checkpoint):
         return int(ProcessGroup.default().max_scalar(2 * self._received + due, like))
 
     def _answer(self, trainer: Trainer, tokens: int, request: int) -> None:
-        """Write a checkpoint and then, where the request came from a signal, end the run as that signal asks."""
+        """Write a checkpoint and then, where the request came from a signal, do what `_obey` does for that signal."""
         self._save(trainer, tokens)
         if request > 1:
             self._obey(trainer, SIGNALS[request // 2 - 1])
 
     def _save(self, trainer: Trainer, tokens: int) -> None:
-        """Write `tokens=N.ckpt` and delete the checkpoints beyond `keep`; a `fast_dev_run` writes none."""
+        """Write `tokens=N.ckpt`, link `last.ckpt` to it, delete all but the newest `keep` checkpoints. A `fast_dev_run` writes none."""
         assert self.dirpath is not None
         if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
@@ -126,7 +128,7 @@ class Checkpoints(Checkpoint):
         self._received = max(self._received, SIGNALS.index(signal.Signals(number)) + 1)
 
     def _obey(self, trainer: Any, number: signal.Signals) -> None:
-        """End the run as a signal asks, once its checkpoint is written."""
+        """After the checkpoint: KeyboardInterrupt for SIGINT, the stop flag of Lightning's loop for SIGTERM, its handler for SIGUSR1."""
         rank_zero_info(f"{number.name}: a checkpoint is written to {self.dirpath}; --ckpt_path last resumes from it")
         self._received = 0
         if number == signal.SIGINT:
@@ -141,7 +143,7 @@ class Checkpoints(Checkpoint):
             handler(number, None)
 
     def _restore_handlers(self) -> None:
-        """Install the signal handlers again that were there before training."""
+        """Install again the handlers that the signals had before training."""
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers = {}

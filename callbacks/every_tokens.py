@@ -1,8 +1,8 @@
-"""A counter that says when a number of tokens was trained on."""
+"""A counter of training tokens that tells when an interval of tokens has ended."""
 
 
 class EveryTokens:
-    """Counts training tokens since the last restart, and is due once `interval` of them were trained on.
+    """A counter that is due once `interval` tokens were trained on since the last call of `restart`.
 
     >>> counter = EveryTokens(100)
     >>> counter.restart(40)  # a resumed run has trained on 40 tokens

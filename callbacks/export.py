@@ -19,11 +19,11 @@ from metasae_lightning.training.arm_callbacks import Observer
 class Export(Observer):
     """Write the SAEs to `saes/primary` and `saes/meta` in the run's directory, in SAELens's format and for raw activations.
 
-    The L0 of the exported primary SAE is checked on the activations of the last validation, and its thresholds are recalibrated where the
-    L0 is off. The meta SAE is checked in the same way on decoder rows of the primary.
+    The L0 of the exported primary SAE is measured on the activations of the last validation. Where the L0 misses the training L0 (`k`) by
+    more than 1 %, the threshold is recalibrated on them. The meta SAE is checked in the same way on decoder rows of the primary.
 
     Args:
-        every_tokens: Number of training tokens between two exports, over all ranks; none exports at the end of training alone.
+        every_tokens: Number of training tokens between two exports, over all ranks; null exports only at the end of training.
         calibration_tokens: Number of held-out tokens that the primary SAE is checked on.
     """
 
@@ -98,7 +98,7 @@ class Export(Observer):
             )
 
     def _held_out(self, trainer: Trainer, hook: str | None) -> list[Tensor]:
-        """Validation activations for an export before the first validation."""
+        """Read, store and return validation activations of `hook` (None: of all hooks), for an export before the first validation."""
         data = getattr(trainer, "datamodule", None)
         for batch in data.val_dataloader() if data is not None and is_overridden("val_dataloader", data) else ():
             if sum(len(x) for x in self._samples) >= self.calibration_tokens:
@@ -109,7 +109,7 @@ class Export(Observer):
     def _write(
         self, role: str, learner: Any, weights: dict[str, Tensor], folder: Path, metadata: dict[str, Any], samples: list[Tensor]
     ) -> None:
-        """Write one SAE's folder, store its record, and say so where its thresholds were recalibrated."""
+        """Write one SAE's folder, store its record in `records`, and log a line where its threshold was recalibrated."""
         record = export(
             learner.sae,
             folder / role,

@@ -31,7 +31,7 @@ class Figures(Observer):
         self._sample: PhiSample | None = None
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Create the counter of firings, where a logger accepts plots."""
+        """Create the counter of firings, where a logger accepts plots and this is not the sanity check."""
         # Rank zero decides for all ranks: the other ranks have dummy loggers that accept every call.
         wanted = trainer.strategy.broadcast(bool(writers(trainer)) and not trainer.sanity_checking)
         self._sample = PhiSample(pl_module.primary.W_dec.shape[0], matchings=self.matchings).to(pl_module.device) if wanted else None
@@ -88,7 +88,7 @@ def pair_counts(sample: PhiSample) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def phi_tail_plot(both: Tensor, first: Tensor, second: Tensor, tokens: int, *, title: str) -> Figure:
-    """Fraction of pairs above each |phi|, for the pairs given and for independent latents with the same firing counts."""
+    """Plot the fraction of pairs above each |phi|: for the counts from `pair_counts`, and for independent latents that fire as often."""
     independent = np.random.default_rng(0).hypergeometric(first.numpy(), tokens - first.numpy(), second.numpy())
     thresholds = torch.logspace(-5, 0, 201, dtype=torch.float64)
     figure, axes = labelled_axes(title, "|phi|", "share of pairs above it")
@@ -102,7 +102,7 @@ def phi_tail_plot(both: Tensor, first: Tensor, second: Tensor, tokens: int, *, t
 
 
 def spectrum_plot(values: Tensor) -> Figure:
-    """The decoder's singular values, from the largest to the smallest."""
+    """Plot of the decoder's singular values, from the largest to the smallest."""
     figure, axes = labelled_axes("decoder directions", "number", "singular value, their squares summing to 1")
     axes.plot(torch.arange(1, len(values) + 1), values)
     axes.set_yscale("log", nonpositive="mask")
@@ -110,7 +110,7 @@ def spectrum_plot(values: Tensor) -> Figure:
 
 
 def labelled_axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
-    """A new figure with one pair of labelled axes. pyplot does not know the figure, so nobody has to close it."""
+    """A new figure with one pair of labelled axes. pyplot does not know the figure, so it need not be closed."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.set(title=title, xlabel=x, ylabel=y)

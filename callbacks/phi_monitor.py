@@ -17,9 +17,9 @@ class PhiMonitor(Observer):
     of each such window. After a test, `test/phi/...` is counted over all pairs of latents on all test tokens.
 
     Args:
-        every_tokens: Number of training tokens of a window; none makes no estimate while training.
+        every_tokens: Number of training tokens of a window; null makes no estimate while training.
         matchings: Number of random pairings of all latents that the estimate is made from.
-        memory_gib: Memory that the exact count may use, in GiB, without the stored firings.
+        memory_gib: Memory for counting all pairs after a test, in GiB. The stored firings take memory beside it.
     """
 
     def __init__(self, every_tokens: int | None = 100_000, matchings: int = 8, memory_gib: float = 2.0) -> None:

@@ -16,11 +16,12 @@ from metasae_lightning.training.arm_callbacks import NotFinite, Observer
 class StopOnNaN(Observer):
     """Stop the run with a one-line error where a loss, a penalty or a parameter is NaN or infinite. No checkpoint of that state is written.
 
-    List it before the callbacks that write files: Lightning calls callbacks in the order of the list.
+    With several arms (`SideBySide`), only the arm with the bad tensor stops. List this callback before the callbacks that write files:
+    Lightning calls callbacks in the order of the list.
 
     Args:
-        every: Number of steps between two checks. The last step and each checkpoint are always checked; with more than 1, an export at an
-            interval (`Export`) may write a state that was not checked.
+        every: Number of steps between two checks. The last step and each checkpoint are always checked. If `every` is above 1, an export at
+            an interval (`Export`) may write a state that was not checked.
         skips: Number of steps in a row that an SAE may skip under `non_finite: skip` before the run stops.
     """
 
@@ -45,7 +46,7 @@ class StopOnNaN(Observer):
             self._check(trainer, pl_module, {**losses, **pl_module.state_dict()}, activations)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the parameters: a checkpoint of weights alone calls no `on_save_checkpoint`."""
+        """Check the parameters here too, because `on_save_checkpoint` is not called for a checkpoint that holds only weights."""
         self._check(trainer, pl_module, pl_module.state_dict())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -72,7 +73,7 @@ class StopOnNaN(Observer):
 
 
 def losses_by_name(output: StepOutput) -> dict[str, Tensor]:
-    """Losses and penalties of a step by readable name, in order of computation, so that the first bad one is the cause."""
+    """Losses and penalties of a step by readable name. The total comes last, so that the first one that is not finite is a cause."""
     losses = {"the primary's loss": output.primary.loss}
     losses |= {f"penalty {name}": value for name, value in output.penalties.items()}
     losses |= {"the meta SAE's loss": output.meta.loss} if output.meta is not None else {}

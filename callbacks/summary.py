@@ -30,10 +30,11 @@ DIGITS = ".4f"
 
 
 class Summary(Callback):
-    """Print the measures of a run as a table and add them to the run's JSON record, under the split's name and each arm's name.
+    """Print the measures of a run as a table and add them to the run's JSON record: one entry for each split (`validation` or `test`).
 
-    The table of validation tokens is printed at the end of training, that of test tokens at the end of a test. Its values are those that
-    other callbacks logged last: `val/...` or `test/...` of the primary SAE, `meta/...` of the meta SAE and `penalty/...`.
+    A run of several SAEs side by side (arms) has an entry for each split of each arm. The table of validation
+    tokens is printed at the end of training, that of test tokens at the end of a test. Its values are those that other callbacks logged
+    last: `val/...` or `test/...` of the primary SAE, `meta/...` of the meta SAE and `penalty/...`.
     """
 
     def __init__(self) -> None:
@@ -58,7 +59,7 @@ class Summary(Callback):
     def _finish(self, trainer: Trainer, pl_module: Any, split: str, prefix: str, run: dict[str, Any]) -> None:
         """On rank zero, at the end of training or of a test: add each arm's measures to the JSON record and print the table.
 
-        An arm that was stopped is recorded with its reason; after training, the exported SAEs are recorded too.
+        An arm that was stopped is recorded with its reason. After training, an entry also holds the records of the exported SAEs.
         """
         if not trainer.is_global_zero:
             return
@@ -100,7 +101,7 @@ def export_records(trainer: Any) -> dict[str, Any]:
 
 
 def table(split: str, entry: Mapping[str, Any], run: str) -> Table:
-    """The table of one run: a row for each measure, a column for each SAE and each exported SAE."""
+    """The table of one SAE's `entry`, titled `run`: a row for each measure, columns for primary and meta, in training and as exported."""
     result = Table(title=f"{run}, {split} tokens", title_justify="left", show_edge=False, pad_edge=False)
     result.add_column("")
     exports = entry.get("exported", {})
@@ -124,7 +125,7 @@ def table(split: str, entry: Mapping[str, Any], run: str) -> Table:
 
 
 def arms_table(split: str, entries: Mapping[str, Mapping[str, Any]], run: str) -> Table:
-    """The table of several arms: a row for each arm, a column for each measure."""
+    """The table of several arms' `entries`, titled `run`: a row for each arm, a column for each measure."""
     first = next(iter(entries.values()))
     pace = f"; {first['tokens']:,} trained on, {first['tokens_per_second']:,.0f} a second" if "tokens" in first else ""
     result = Table(title=f"{run}, {split} tokens{pace}", title_justify="left", show_edge=False, pad_edge=False)
@@ -147,7 +148,10 @@ def arms_table(split: str, entries: Mapping[str, Mapping[str, Any]], run: str) -
 
 
 def picture(run: str | Path, svg: str | Path, split: str = "validation") -> None:
-    """Write the table of a finished run to an SVG file that loads no font or style from a server."""
+    """Write the table of a finished run to an SVG file that loads no font or style from a server.
+
+    The title is the training time, which only entries of the split `validation` hold: `test` raises a KeyError.
+    """
     record = read_record(record_file(Path(run)))
     arms = {name: arm for name in record.get("arms", {}) if "primary" in (arm := arm_record(record, name).get(split, {}))}
     entry = next(iter(arms.values())) if arms else record[split]

@@ -13,8 +13,8 @@ from metasae_lightning.callbacks.every_tokens import EveryTokens
 class Throughput(Callback):
     """Log training speed and memory use every `every_tokens` training tokens.
 
-    `throughput/tokens_per_second` is the mean since the last time it was logged, over all ranks. `throughput/process_gib` is the memory
-    of this process now. `throughput/gpu_gib` is the peak of allocated GPU memory since the process began, on a GPU alone.
+    `throughput/tokens_per_second` is the mean since the last time it was logged, over all ranks. `throughput/process_gib` is the resident
+    memory of this process now. `throughput/gpu_gib`, logged only on a GPU, is the peak of allocated GPU memory since the process began.
 
     Args:
         every_tokens: Number of training tokens between two log entries, over all ranks.

@@ -70,7 +70,7 @@ class TokenProgress(ProgressBar):
 
 
 def describe(output: StepOutput | Mapping[str, StepOutput]) -> str:
-    """One line of text about a step: loss, FVU, L0, dead latents and penalties; for several arms, only the FVU of each."""
+    """One line about a step: loss, FVU, L0, dead latents and penalties; for arms only the FVU, as a range for more than 4 arms."""
     if isinstance(output, Mapping):
         fvu = {name: float(arm.primary.fvu) for name, arm in output.items()}
         if len(fvu) > 4:  # the values of more arms do not fit in a line

@@ -55,7 +55,7 @@ class Watchdog(Callback):
         self._progress += 1
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Count a checkpoint as progress: it begins once the work before it is done."""
+        """Count the start of a checkpoint as progress: the work before it is done."""
         self._progress += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,7 +67,10 @@ class Watchdog(Callback):
         self._finished.set()
 
     def _exchange_progress(self, store: Any, rank: int, world_size: int) -> None:
-        """Publish this rank's progress and read all ranks' in a loop. The store is on rank 0: without it, the calls wait or fail."""
+        """Publish this rank's progress in the store and read the progress of all ranks, in a loop until training ends.
+
+        Rank 0 holds the store. Once rank 0 has ended, calls to the store wait, or raise a RuntimeError, which ends the loop.
+        """
         while not self._finished.is_set():
             try:
                 store.set(str(rank), f"{self._progress}/{time.monotonic()}")
@@ -100,7 +103,7 @@ class Watchdog(Callback):
                 self._end(describe_missing_rank(ranks, limit), limit)
 
     def _end(self, reason: str, limit: float) -> None:
-        """Write a one-line error and end the process; the main thread may be inside a collective operation that never returns."""
+        """Write a one-line error and end the process with status 3; the main thread may be in a collective that never returns."""
         message = f"no step was made for {limit:,.0f} s, and this run ends: {reason}"
         sys.stderr.write(f"metasae: error: {message}; --ckpt_path last goes on from the last checkpoint\n")
         sys.stderr.flush()
@@ -108,7 +111,9 @@ class Watchdog(Callback):
 
 
 def describe_missing_rank(ranks: dict[int, tuple[int, float]], limit: float) -> str:
-    """Which ranks the others wait for, from each rank's number of steps and the seconds since its last report.
+    """Which ranks the others wait for, from each rank's progress count and the seconds since its last report.
+
+    They are the ranks whose last report is older than `limit / 4` seconds, or else the ranks with a smaller count than others.
 
     >>> describe_missing_rank({0: (7, 0.5), 1: (7, 40.0)}, 30.0)
     'rank 1 was last heard of 40 s ago'

@@ -30,10 +30,10 @@ def draft_of(path: Path) -> Generator[Path, None, None]:
 
 
 def replace(draft: Path, path: Path) -> None:
-    """Rename a finished draft to `path`, after an fsync, so that a loss of power loses neither. After a failure `path` is unchanged.
+    """Flush a finished draft to the disk, then rename it to `path`, so that a loss of power leaves the old or the new content.
 
-    The rename of a file is one step. Where `path` or the draft is a folder there is a moment between two renames at which `path` does not
-    exist.
+    After an error `path` is unchanged. The rename of a file is one step. Where `path` or the draft is a folder there is a moment between
+    two renames at which `path` does not exist.
     """
     old = path.with_name(f".{path.name}.old")
     remove(old)
@@ -54,7 +54,7 @@ def replace(draft: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a folder with its content. A path that does not exist is no error."""
+    """Delete a file, a link or a folder with its content. A missing path is no error. Errors inside a folder are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists() or path.is_symlink():  # `unlink` of a missing file raises on a read-only file system

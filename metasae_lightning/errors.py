@@ -1,5 +1,8 @@
-"""`InputError`, the exception for mistakes of the user. The command line prints it as one line; any other exception is a bug and keeps
-its traceback."""
+"""`InputError`, the exception for mistakes of the user. The command line prints it as one line.
+
+It also prints errors of its parser, of Lightning's configuration, of the system and of another rank's end as one line. Any other
+exception is a bug and keeps its traceback.
+"""
 
 import difflib
 from collections.abc import Iterable

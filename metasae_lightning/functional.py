@@ -19,7 +19,7 @@ BroadcastCounts = Float[Tensor, "*#shape"]
 
 
 def unit_rows(W_dec: Rows, into: Rows | None = None) -> Rows:
-    """Decoder rows as directions, `W_i / ||W_i||`. The gradient flows through the normalisation; a result written `into` a buffer has none.
+    """Decoder rows as directions, `W_i / ||W_i||`, with gradient. If `into` is given, they are written to it, without gradient.
 
     >>> unit_rows(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])
@@ -69,7 +69,7 @@ def decomposability_with_slope(W_dec: Rows, reconstruction: Rows, sigma_sq: floa
 def orthogonality(W_dec: Rows, chunks: list[Tensor], scored: list[slice] | None = None) -> Float[Tensor, " d_sae"]:
     """Squared cosine of each row to its nearest other row in its chunk, `(max_{j != i in chunk} cos(W_i, W_j))^2` (arXiv 2509.22033).
 
-    `chunks` partitions the row indices. Rows outside the slice of their chunk in `scored`, and a row alone in its chunk, score 0.
+    `chunks` partitions the row indices. `scored` gives the slice of each chunk to score; other rows, and a row alone in its chunk, get 0.
 
     >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
     >>> orthogonality(rows, [torch.arange(3)])
@@ -184,7 +184,7 @@ ReconstructionSums = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def reconstruction_sums(x: Activations, reconstruction: Activations) -> ReconstructionSums:
-    """The contribution of a batch to a global FVU."""
+    """The sums of one batch, which add up over batches; `fvu_of_sums` computes the FVU from them."""
     x, error = x.double(), (x.double() - reconstruction.double()).square().sum()
     return torch.tensor(float(len(x)), device=x.device, dtype=x.dtype), x.sum(0), x.square().sum(), error
 
@@ -200,7 +200,7 @@ def fvu_of_sums(sums: ReconstructionSums) -> Float[Tensor, ""]:
 
 
 def agreement_sums(x: Activations, reconstruction: Activations) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums over tokens of the cosine, of `||xhat|| / ||x||`, and of `||xhat||^2` and `x . xhat`, which give the relative bias.
+    """Sums over tokens: cosine, `||xhat|| / ||x||`, `||xhat||^2`, `x . xhat`. The relative bias is the third over the fourth.
 
     >>> x = torch.tensor([[3.0, 4.0]])
     >>> [total.item() for total in agreement_sums(x, x / 2)]
@@ -223,7 +223,7 @@ def nearest_cosines(W_dec: Rows, *, rows: int = 1024) -> Float[Tensor, " d_sae"]
 
 
 def nearest_indices(rows: Rows, part: slice = slice(None), *, chunk_rows: int = 1024) -> Int[Tensor, " part"]:
-    """For each row of a part of the matrix, the index of the other row with the largest dot product."""
+    """For each row in the slice `part`, the index of the other row with the largest dot product; `chunk_rows` rows at a time."""
     indices = torch.arange(len(rows), device=rows.device)
     chunks = indices[part].split(chunk_rows)
     return torch.cat([(rows[i] @ rows.T).masked_fill_(i[:, None] == indices, -torch.inf).argmax(1) for i in chunks])
@@ -257,7 +257,7 @@ def share_above(values: Float[Tensor, " value"], points: Float[Tensor, " point"]
 
 
 def equal_error_bin(hits: Float[Tensor, "latent bin"], others: Float[Tensor, "latent bin"]) -> Float[Tensor, " latent"]:
-    """The bin edge with equal error rates: the fraction of `hits` below it is nearest to the fraction of `others` at or above it.
+    """For each latent, the index of the bin edge where the fraction of `hits` below is nearest to that of `others` at or above it.
 
     >>> equal_error_bin(torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([[9.0, 1.0, 0.0]]))
     tensor([1.])

@@ -57,16 +57,17 @@ class Penalty(nn.Module, ABC):
 
 
 class Penalties(nn.ModuleDict):
-    """Penalties by their names in the logs."""
+    """A dictionary of penalties; each key is the penalty's name in the logs."""
 
     def named(self) -> list[tuple[str, Penalty]]:
         """Pairs of name and penalty."""
         return list(self.items())  # pyright: ignore[reportReturnType]
 
     def loss(self, W_dec: Tensor, critic: Critic | None, step: int, parallelism: Parallelism) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """This rank's share of the weighted penalty loss (None if all weights are 0 now), and the value of each penalty with a weight.
+        """This rank's share of the weighted penalty loss, and the value of each penalty whose weight is not 0 at this step.
 
-        Weights are multiplied by `d_in`: the papers' squared error is a mean over `d_in`, SAELens's is a sum.
+        The loss is None where no such penalty has a gradient. Values are those over all ranks, not multiplied by weights. In the loss,
+        weights are multiplied by `d_in`: the papers' squared error is a mean over `d_in`, SAELens's is a sum.
         """
         total: Tensor | None = None
         values: dict[str, Tensor] = {}
@@ -93,7 +94,7 @@ class Penalties(nn.ModuleDict):
     ) -> dict[str, Tensor]:
         """The value of every penalty: the `known` ones, and all others computed here.
 
-        Before the critic has taken a step (`critic_is_trained`), penalties that need it and are not known are left out.
+        Where `critic_is_trained` is false, penalties that need the critic and are not known are left out.
         """
         for name, penalty in self.named():
             if name not in known and (critic_is_trained or not penalty.needs_critic):
@@ -103,7 +104,7 @@ class Penalties(nn.ModuleDict):
 
 @final
 class Decomposability(Penalty):
-    """Mean decomposability of the decoder rows by the critic, `mean_i exp(-||W_i - What_i||^2 / sigma_sq)` (arXiv 2604.03436).
+    """Mean decomposability of decoder rows by the critic, `mean_i exp(-||W_i/||W_i|| - What_i||^2 / sigma_sq)` (arXiv 2604.03436).
 
     With `rows` < 1 the mean is over that fraction of the rows, drawn anew at each step. This is cheaper and noisy. It is unbiased, except
     that a batch top-k critic sets its threshold from the drawn rows only.
@@ -126,7 +127,7 @@ class Decomposability(Penalty):
     def rank_share(
         self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, parallelism: Parallelism
     ) -> Float[Tensor, ""]:
-        """The mean over the rows that this rank processes, times the fraction of all rows that these are."""
+        """The mean over the rows that this rank processes, times their fraction of the rows that all ranks process at this step."""
         assert critic is not None
         drawn, count, decoder = None, len(W_dec), local(W_dec)
         if self.rows < 1:

@@ -13,7 +13,9 @@ SECRET_SETTING = re.compile(
 
 
 def redact(tree: Any) -> Any:
-    """A copy of a text, or of nested settings, without secrets: settings that hold one are left out, tokens in texts become `hf_***`.
+    """A copy of a text, or of nested settings, without secrets.
+
+    Settings are left out if their names say that they hold a secret. In texts, Hub tokens become `hf_***`, and the login of a URL `***`.
 
     >>> redact({"name": "gpt2", "hub_token": "mine", "tokens": 5, "said": ["https://me:word@host/x", "no hf_abcdefghijklmnopqrst here"]})
     {'name': 'gpt2', 'tokens': 5, 'said': ['https://***@host/x', 'no hf_*** here']}

@@ -48,7 +48,7 @@ def find_run(path: Path) -> Path | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of a recipe or of a run's config, as YAML gives it."""
+    """The content of a recipe or of a run's config, as YAML gives it; an `InputError` where it cannot be read or is no mapping."""
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -66,7 +66,7 @@ def model_args(config: dict[str, Any]) -> dict[str, Any]:
 def exported_arms(run: Path) -> list[str]:
     """The names of a run's arms in the order of its config, without arms that stopped before they exported an SAE.
 
-    A run of one SAE has no arms: the list is empty.
+    A run of one SAE has no arms: the list is empty. A folder `arms` without arms in the config is an `InputError`.
     """
     config = config_file(run)
     if not (run / "arms").is_dir() or not config.exists():
@@ -78,7 +78,7 @@ def exported_arms(run: Path) -> list[str]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The content of a JSON record, or an empty dictionary where the file does not exist."""
+    """The content of a JSON record, or an empty dictionary where the file does not exist. A damaged file is an `InputError`."""
     try:
         record = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
@@ -89,12 +89,12 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def arm_record(record: Mapping[str, Any], arm: str) -> dict[str, Any]:
-    """One arm's part of a run's record; the whole record where `arm` is empty."""
+    """One arm's part of a run's record, empty where the record has no such arm; the whole record where `arm` is empty."""
     return (record.get("arms") or {}).get(arm) or {} if arm else dict(record)
 
 
 def add_entry(path: Path, kind: str, entry: Mapping[str, Any], *, arm: str = "") -> None:
-    """Add an entry to a run's record, or to an arm's part of it. Other entries stay."""
+    """Set the entry named `kind` in a run's record, or in an arm's part of it. Other entries stay."""
     record = read_record(path)
     (record.setdefault("arms", {}).setdefault(arm, {}) if arm else record)[kind] = entry
     write_record(path, record)

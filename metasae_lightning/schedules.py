@@ -13,8 +13,8 @@ from metasae_lightning.errors import InputError
 def meta_steps_after(step: int, *, n_p: int, n_m: int, last: bool = False, applied: bool = True) -> int:
     """Number of meta steps to take after primary step number `step` (from 1): `n_m` at the end of each macro-step, otherwise 0.
 
-    The `last` step of a run ends its macro-step early, with a full meta phase. A skipped primary step (`applied` is false) has no number:
-    `step` is then that of the last applied step, whose meta phase is not repeated.
+    The `last` step of a run ends its macro-step early, with a full meta phase. After a skipped primary step (`applied` is false), `step` is
+    the number of the last applied step. If a meta phase followed that step, it is not repeated.
 
     >>> [meta_steps_after(step, n_p=3, n_m=2, last=step == 5) for step in (1, 2, 3, 4, 5)]
     [0, 0, 2, 0, 2]
@@ -56,6 +56,9 @@ def to_steps(length: float, total: int) -> int:
 def learning_rate_factor(step: int, total: int, *, warmup: float, decay: float, shape: str, floor: float) -> float:
     """Factor of the learning rate at optimiser step `step` (from 0): linear warm-up, constant part, then decay to `floor`.
 
+    `warmup` and `decay` are lengths as in `to_steps`, with the run's `total` steps. `shape` is that of the decay: `linear`, `cosine`, or
+    `constant` for no decay.
+
     >>> [learning_rate_factor(s, 10, warmup=2, decay=4, shape="linear", floor=0.0) for s in (0, 1, 5, 6, 8, 9)]
     [0.5, 1.0, 1.0, 1.0, 0.5, 0.25]
     """
@@ -75,6 +78,14 @@ class WarmupDecay(LRScheduler):
 
     Example in YAML:
         primary_scheduler: {class_path: WarmupDecay, init_args: {warmup: 0.05, decay: 0.2, shape: linear}}
+
+    Args:
+        optimizer: The SAE's optimiser.
+        warmup: Length of the warm-up: a fraction of the run up to 1, a number of steps above 1.
+        decay: Length of the decay at the end of the run, in the same units.
+        shape: Shape of the decay; `constant` does not decay.
+        floor: Learning rate at the end of the decay, as a fraction of the full learning rate.
+        total_steps: Length of the run in optimiser steps; by default `bind` sets it, and until then the learning rate is constant.
     """
 
     def __init__(
@@ -96,7 +107,10 @@ class WarmupDecay(LRScheduler):
         super().__init__(optimizer)
 
     def bind(self, total_steps: int) -> None:
-        """Set the length of the run in optimiser steps, unless the user gave `total_steps`."""
+        """Set the length of the run in optimiser steps, unless the user gave `total_steps`.
+
+        Warm-up and decay that are together longer than the run are an `InputError`.
+        """
         if self.total_steps is None:
             warmup_steps, decay_steps = (to_steps(float(self.shape[name]), total_steps) for name in ("warmup", "decay"))
             if warmup_steps + decay_steps > total_steps + 1 and self.shape["shape"] != "constant":  # each may be rounded up
@@ -122,7 +136,10 @@ class WarmupDecay(LRScheduler):
 
 
 def bind_schedule(schedule: Any, steps: float, name: str) -> LRScheduler:
-    """Check a learning rate schedule of the user's, and give a `WarmupDecay` the length of the run in optimiser steps."""
+    """Check a user's learning rate schedule, give a `WarmupDecay` the length of the run in optimiser steps, and return the schedule.
+
+    `ReduceLROnPlateau`, and a `WarmupDecay` without `total_steps` in an infinite run, are an `InputError`, which names the SAE by `name`.
+    """
     if isinstance(schedule, ReduceLROnPlateau):
         raise InputError(f"{name}_scheduler: ReduceLROnPlateau waits for a metric, and schedules here are functions of the step alone")
     if isinstance(schedule, WarmupDecay):

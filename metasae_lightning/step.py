@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Activations of one training step, one row per token."""
+    """Activations of one training or evaluation step, one row per token."""
 
     activations: Float[Tensor, "batch d_in"]
     widths: Mapping[str, int] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Batch:
         return replace(self, activations=activations, features=self.features and self.features.to(activations.device))
 
     def select_hook(self, hook: str | None) -> "Batch":
-        """The batch with one hook's columns only; the whole batch where `hook` is None.
+        """The batch with one hook's columns only; the whole batch where `hook` is None or the batch has only one hook.
 
         >>> Batch(torch.tensor([[1.0, 2.0, 3.0]]), {"a": 1, "b": 2}).select_hook("b").activations.tolist()
         [[2.0, 3.0]]
@@ -65,7 +65,7 @@ class Codes:
 
     @classmethod
     def from_dense(cls, feature_acts: Tensor) -> "Codes":
-        """From a dense or sparse COO matrix of activations."""
+        """The codes in a dense or sparse COO matrix of activations, without gradient."""
         acts = feature_acts.detach()
         if acts.is_sparse:
             acts = acts.coalesce()
@@ -93,7 +93,7 @@ class Codes:
         return Codes(self.rows.to(device), self.latents.to(device), self.values.to(device), self.shape)
 
     def slice_rows(self, rows: slice) -> "Codes":
-        """The codes of consecutive tokens.
+        """The codes of consecutive tokens; `rows` must have a start and a stop.
 
         >>> codes = Codes.from_dense(torch.eye(3)).slice_rows(slice(1, 3))
         >>> codes.rows.tolist(), codes.latents.tolist(), codes.shape
@@ -132,7 +132,7 @@ class StepStats:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Result of `training_step` for the callbacks, which see nothing else of a step."""
+    """Result of a training step, which callbacks read."""
 
     loss: Float[Tensor, ""]
     """The loss that was minimised: the primary's loss plus the weighted penalties."""
@@ -152,7 +152,7 @@ class StepOutput:
     """Name of the tensor that was not finite in the latest skipped step."""
 
     def scalars(self) -> dict[str, Any]:
-        """All single numbers of the step, by their names in the logs."""
+        """The total loss, both SAEs' statistics and loss terms, and the penalties, by their names in the logs."""
         values: dict[str, Any] = {"train/loss": self.loss}
         for role, stats in (("train", self.primary), ("meta", self.meta)):
             if stats is not None:

@@ -23,7 +23,10 @@ def settings_of(args: Namespace) -> Settings:
 
 
 def open_saes(places: Sequence[str], out: str | None) -> list[EvaluatedSAE]:
-    """The SAEs in these places, each with a unique name."""
+    """Load the SAEs at these places, under unique names. `out` is the folder of results, for a single SAE only.
+
+    SAEs that do not read the same activations are an `InputError`.
+    """
     if out is not None and len(places) > 1:
         raise InputError("out: the results of several SAEs go into the folder of each")
     subjects = [load_sae(place, out=out) for place in places]
@@ -34,12 +37,12 @@ def open_saes(places: Sequence[str], out: str | None) -> list[EvaluatedSAE]:
 
 
 def places_of_arms(places: Sequence[str]) -> list[str]:
-    """The places, with the arms of a run in place of a run with several arms."""
+    """The places, with each run of several arms replaced by the folders of its exported arms."""
     return [arm for place in places for arm in ([str(arm_folder(Path(place), name)) for name in exported_arms(Path(place))] or [place])]
 
 
 def data_for(sae: EvaluatedSAE, args: Namespace) -> Any:
-    """The data module of `--data`, else of the SAE's run, else of the SAE's own metadata."""
+    """The data module of `--data`, else of the SAE's run, else one built from the SAE's metadata; `--device` sets its device."""
     recipe = args.data or (None if sae.run is None else config_file(sae.run))
     if recipe is not None:
         data = data_of(Path(recipe))
@@ -78,14 +81,14 @@ def data_of(path: Path) -> Any:
 
 
 def recipe_of(sae: EvaluatedSAE) -> dict[str, Any]:
-    """The config of a run; for an arm, the config that trains this arm alone."""
+    """The config of the run that the SAE is of; for an arm, the config that trains this arm alone."""
     assert sae.run is not None
     tree = tree_of(config_file(sae.run))
     return {**tree, "model": tree["model"]["init_args"]["arms"][sae.arm]} if sae.arm else tree
 
 
 def tree_of(path: Path) -> dict[str, Any]:
-    """The tree of a config file; it must describe data."""
+    """The content of a config file; a file that describes no data is an `InputError`."""
     tree = read_config(path)
     if not isinstance(tree.get("data"), dict):
         raise InputError(f"{path} is no recipe: it has no data")

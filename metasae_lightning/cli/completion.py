@@ -19,7 +19,7 @@ def print_script(args: Namespace) -> int:
 
 
 def completion_script(shell: str) -> str:
-    """The script that completes commands, options, and recipe names and files after `-c`."""
+    """The script that completes commands, options, and recipe names and files after `-c`. Without shtab it is an `InputError`."""
     try:
         import shtab
     except ModuleNotFoundError as error:

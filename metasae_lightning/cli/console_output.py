@@ -33,7 +33,7 @@ def progress_on_stderr() -> Generator[None, None, None]:
 
 @contextmanager
 def quiet_lightning() -> Generator[None, None, None]:
-    """Silence Lightning's product tips and its warnings about intended choices."""
+    """Silence Lightning's product tips, and, until the block ends, its warnings about intended choices."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_product_tip)
     with warnings.catch_warnings():
         for message in INTENDED:

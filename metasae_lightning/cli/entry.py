@@ -19,7 +19,10 @@ HELP, VERSION, HELP_ALL = ("-h", "--help"), "--version", "--help_all"
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command line, by default the process's own; returns the exit status."""
+    """Run a command line, by default the process's own; returns the exit status.
+
+    An error that a user can cause is printed as one line, with status 2. It is raised instead if METASAE_DEBUG is set, as bugs always are.
+    """
     words = list(sys.argv[1:] if args is None else args)
     try:
         return run(words, owns_process=args is None)
@@ -41,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def run(words: list[str], owns_process: bool) -> int:
-    """Answer help and version, or import and run the command.
+    """Answer help and version, or import and run the command; returns the exit status.
 
     Args:
         words: The command line.
@@ -75,7 +78,7 @@ def run(words: list[str], owns_process: bool) -> int:
 
 
 def run_lightning(words: list[str], owns_process: bool) -> int:
-    """Import LightningCLI and run one of its commands."""
+    """Import LightningCLI and run one of its commands; returns the exit status."""
     run_command = pkgutil.resolve_name(LIGHTNING)
     keep_memory(owns_process)
     with quiet_lightning():
@@ -95,7 +98,7 @@ def print_help(command: Command) -> None:
 
 
 def keep_memory(owns_process: bool) -> None:
-    """In a process of its own: spare garbage collection the imported modules, and keep freed blocks for the next step."""
+    """Exclude imported modules from garbage collection, and keep freed memory for the next step. Does nothing unless `owns_process`."""
     if owns_process and "torch" in sys.modules:
         from metasae_lightning.memory.malloc import keep_freed_blocks
 
@@ -104,7 +107,7 @@ def keep_memory(owns_process: bool) -> None:
 
 
 def find_command(words: Sequence[str]) -> Command:
-    """The command of a command line, also behind LightningCLI's own options (`metasae -c FILE fit`)."""
+    """The command of a command line, which may follow LightningCLI's options (`metasae -c FILE fit`); an `InputError` if mistyped."""
     if words[0] in COMMANDS:
         return COMMANDS[words[0]]
     if not words[0].startswith("-"):
@@ -128,7 +131,7 @@ def installed_version() -> str:
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """Exceptions that a user's input causes. A library that is not imported has raised none of its own."""
+    """Types of exceptions that a user's input causes. A library's types are left out until it is imported: it cannot have raised them."""
     names = (("jsonargparse", "ArgumentError"), ("lightning.fabric.utilities.exceptions", "MisconfigurationException"))
     return (InputError, *(getattr(sys.modules[module], name) for module, name in names if module in sys.modules))
 

@@ -1,4 +1,4 @@
-"""Arms and grids: the config of one model becomes the config of a `SideBySide` model, with a changed copy of it for each arm."""
+"""Arms and grids: from a model's config, make the config of a `SideBySide` model, each of whose arms is a changed copy of the first."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ def expand(model: Tree, arms: Mapping[str, Tree | None], grid: Mapping[str, Any]
 
     An arm is a dict of changes. `name: value` replaces an argument of the model, `dotted.name: value` a part of an argument. The
     grid adds an arm for each combination of its values; its `seed` repeats every arm with each seed. An argument of a penalty, such
-    as `weight`, needs no dotted path if only one penalty has it.
+    as `weight`, needs no dotted path if only one penalty has it. `only` names the arms to keep; if it is empty, all stay.
 
     >>> model = {"class_path": "JointSAE", "init_args": {"seed": 0, "penalties": {"p": {"init_args": {"weight": 0.3}}}}}
     >>> arms = expand(model, {"solo": {"penalties": {}}, "joint": {}}, {"seed": [1, 2]})["init_args"]["arms"]
@@ -59,7 +59,7 @@ def changes_by_arm(arms: Mapping[str, Tree | None], grid: Mapping[str, Any]) -> 
 
 
 def with_changes(model: Tree, changes: Tree, arm: str) -> Tree:
-    """A copy of the model's config with the changes of an arm."""
+    """A copy of the model's config with the changes of an arm, which errors name as `arm`."""
     changed = copy.deepcopy(model)
     arguments: Tree = changed.setdefault("init_args", {})
     # Whole arguments are replaced first: a change of a part is a change of the new argument.
@@ -76,7 +76,7 @@ def with_changes(model: Tree, changes: Tree, arm: str) -> Tree:
 
 
 def dotted_path(key: str, arguments: Tree) -> str:
-    """The full path of an argument that exactly one penalty has; any other key unchanged.
+    """The full path of an argument that exactly one penalty has; an `InputError` if several have it; any other key unchanged.
 
     >>> dotted_path("weight", {"penalties": {"p": {"init_args": {"weight": 0.3}}}}), dotted_path("n_p", {"n_p": 10})
     ('penalties.p.init_args.weight', 'n_p')

@@ -51,13 +51,13 @@ class MetasaeTrainer(Trainer):
         shard_gib: float = 1.0,
         store: Literal["float32", "float16"] = "float32",
     ) -> None:
-        """Write the activations of a recipe's data into its `cache` folder, to train from without the language model.
+        """Write the activations of a recipe's data into its `cache` folder; training from them needs no language model.
 
         Args:
             model: Ignored.
-            datamodule: The recipe's data.
-            shard_gib: Size of a shard. An interrupted cache continues after its last complete shard.
-            store: Stored type.
+            datamodule: The recipe's data; only an ActivationsDataModule has activations to write.
+            shard_gib: Size of a shard, in GiB. An interrupted cache continues after its last complete shard.
+            store: Type of the stored activations.
         """
         if not isinstance(datamodule, ActivationsDataModule):
             raise InputError(f"data: only ActivationsDataModule has activations to cache, got {type(datamodule).__name__}")
@@ -69,7 +69,7 @@ class MetasaeCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's commands without `predict`, which an SAE has no use for, and `cache`."""
+        """The command `cache`, and Lightning's commands except `predict`, which an SAE has no use for."""
         commands = {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
         return {**commands, "cache": {"model", "datamodule"}}
 
@@ -85,7 +85,7 @@ class MetasaeCLI(LightningCLI):
         parser.add_argument("--memory_gib", type=float | None, default=None, help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; a mistake is reported in one line."""
+        """Parse the command line and write out its arms in the config; a mistake is an `InputError` of one line."""
         try:
             # LightningCLI warns if both `args` and sys.argv are set. sys.argv is restored: the launcher of other ranks repeats it.
             with patch.object(sys, "argv", sys.argv[:1]):
@@ -97,7 +97,7 @@ class MetasaeCLI(LightningCLI):
             raise InputError(parser_error_line(error, keys | argument_names(), class_names() | set(callbacks.__all__))) from error
 
     def _expand(self, subcommand: str) -> None:
-        """Write out the arms in the config, so that the saved config.yaml is that of the trained model."""
+        """Replace the options for arms by the SideBySide model that they describe: config.yaml then shows the trained model."""
         args, parser = self.config[subcommand], self._subcommand_parsers[subcommand]
         tree = yaml.safe_load(parser.dump(args, skip_none=False))
         arms, grid, only = (tree.pop(key) for key in ("arms", "grid", "only"))
@@ -114,7 +114,11 @@ class MetasaeCLI(LightningCLI):
         return Path(self._get(self.config, "run"))
 
     def before_instantiate_classes(self) -> None:
-        """Reject a missing checkpoint, and a run folder that holds another run or cannot be written to."""
+        """Reject a missing checkpoint, and a new run in a folder that holds a run already or cannot be written to.
+
+        `--ckpt_path last` becomes the newest intact checkpoint; a `fit` that SLURM restarted resumes from it without being asked. Only
+        `fit` writes a config.yaml.
+        """
         if self.subcommand == "cache":
             self.save_config_callback = None
             return
@@ -137,7 +141,7 @@ class MetasaeCLI(LightningCLI):
             raise InputError(f"--run {run}: {nearest} is not a directory that can be written to")
 
     def before_fit(self) -> None:
-        """Print the memory plan, and build the model with its weights if they fit."""
+        """Print the memory plan, reject a run that does not fit in memory, and build the model with its weights."""
         print_and_check_plan(self.model, self.datamodule, self.trainer, self._get(self.config, "memory_gib"))
         if is_weightless(self.model):
             parser, model = self._subcommand_parsers["fit"], Namespace(model=self._get(self.config, "model"))
@@ -155,7 +159,7 @@ class MetasaeCLI(LightningCLI):
             self.trainer = self.instantiate_trainer()
 
     def _instantiate_weightless(self) -> Any:
-        """Instances of the config's classes, with a model without weights unless its architecture reads the values of its weights."""
+        """The config with instances of its classes. The model has no weights, unless its architecture reads the values of its weights."""
         config = self.config.clone()
         config["fit"]["model"] = weightless_config(config["fit"]["model"])
         try:
@@ -166,7 +170,7 @@ class MetasaeCLI(LightningCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A trainer in the run's folder, which logs to CSV and TensorBoard there unless the config names a logger."""
+        """A trainer in the run's folder. By default `fit` logs to CSV and TensorBoard there, and other commands log nothing."""
         args: dict[str, Any] = self._get(self.config_init, "trainer")
         run = str(self.run_directory)
         kwargs.setdefault("default_root_dir", run)
@@ -187,7 +191,7 @@ class MetasaeCLI(LightningCLI):
 
 @contextmanager
 def one_line_errors() -> Generator[None]:
-    """Turn an error about arguments that a class rejects into one line."""
+    """Raise a class's error about its arguments as an `InputError` of one line."""
     try:
         yield
     except (ValueError, TypeError, MisconfigurationException) as error:
@@ -195,7 +199,7 @@ def one_line_errors() -> Generator[None]:
 
 
 def run(words: list[str]) -> int:
-    """Parse and run a command of LightningCLI."""
+    """Parse and run a command of LightningCLI; returns the exit status."""
     load_plugins()
     strict = {"exit_on_error": False, "allow_abbrev": False}
     MetasaeCLI(

@@ -42,7 +42,10 @@ class TensorBoardByArm(TensorBoardLogger):
 
 
 def default_loggers(run: str, arms: Sequence[str] = ()) -> list[Any]:
-    """CSV and TensorBoard loggers, which need no account; with arms, TensorBoard has one run for each."""
+    """CSV and TensorBoard loggers, which need no account; with arms, TensorBoard has one run for each.
+
+    An existing `metrics.csv` is renamed to `metrics.1.csv`, or the next free number.
+    """
     # Lightning's CSV logger deletes an existing file: a resumed run keeps the earlier part under another name.
     earlier = Path(run) / "metrics.csv"
     if earlier.exists() and not rank_zero_only.rank:  # pyright: ignore[reportFunctionMemberAccess]

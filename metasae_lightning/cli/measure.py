@@ -98,12 +98,12 @@ def calibrate_thresholds(args: Namespace) -> int:
 
 
 def mean_l0(sae: EvaluatedSAE, samples: Sequence[Any]) -> float:
-    """The mean number of active latents on a token."""
+    """The mean number of the SAE's active latents per token, over batches of raw activations."""
     return sum(sae.encode_decode(x)[0].values.numel() for x in samples) / sum(map(len, samples))
 
 
 def write_evaluation(result: Evaluation) -> None:
-    """Write an evaluation beside its SAE, and log its numbers to the run's TensorBoard."""
+    """Write an evaluation into the record of its SAE or run, and log its numbers to TensorBoard in the record's folder."""
     sae = result.collected.subject
     run_folder.add_entry(sae.record, "evaluation", result.entry, arm=sae.arm)
     flat = {
@@ -118,13 +118,16 @@ def write_evaluation(result: Evaluation) -> None:
 
 
 def latents_file(result: Evaluation, tokenizer: Any | None, count: int) -> bytes:
-    """The compressed JSON of each latent's top contexts, which the report's latent browser reads."""
+    """The gzipped JSON that the report's latent browser reads: each latent's firings, largest activation and `count` top contexts.
+
+    Without a tokenizer there are no contexts.
+    """
     text = json.dumps(run_folder.null_non_finite(latents_record(result.collected, tokenizer, count=count)), ensure_ascii=False)
     return gzip.compress(text.encode(errors="replace"), mtime=0)
 
 
 def contexts(comparison: Mapping[str, Any], a: Evaluation, b: Evaluation, data: Any) -> dict[str, dict[str, Any]]:
-    """The top contexts of all latents that are part of a split or a merge."""
+    """The top contexts of all latents that are part of a split or a merge, by side (`a`, `b`) and latent; none for data without text."""
     if not isinstance(data, ActivationsDataModule):
         return {"a": {}, "b": {}}
     latents: dict[str, set[int]] = {"a": set(), "b": set()}
@@ -141,7 +144,7 @@ def contexts(comparison: Mapping[str, Any], a: Evaluation, b: Evaluation, data: 
 
 
 def tables(comparison: Mapping[str, Any], results: tuple[Evaluation, Evaluation], names: tuple[str, str]) -> list[Any]:
-    """The tables of a comparison."""
+    """The tables of a comparison: measures, differences, phi between the SAEs, splits and merges. `names` are the SAEs' names."""
     texts = comparison["contexts"]
     a_into_b, b_into_a = {"from": texts["a"], "into": texts["b"]}, {"from": texts["b"], "into": texts["a"]}
     return [

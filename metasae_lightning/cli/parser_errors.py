@@ -1,4 +1,4 @@
-"""One error line from jsonargparse's many: the rejected value, its place, and the closest valid name."""
+"""One error line in place of jsonargparse's many lines: the rejected value, its place, and the closest valid name."""
 
 import importlib
 import inspect
@@ -86,7 +86,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def readable_type(text: str) -> str:
-    """jsonargparse's type and value as words.
+    """jsonargparse's text about a type and a value, in plain words.
 
     >>> readable_type("<class 'int'>. Got value: x")
     'int, got x'
@@ -102,7 +102,7 @@ def arguments_of(class_path: str) -> list[str]:
 
 
 def classes_beside(class_path: str) -> list[str]:
-    """The classes in the module of a class that does not exist."""
+    """The paths of all classes in the module of `class_path`, a class that does not exist."""
     module = class_path.rpartition(".")[0]
     classes = inspect.getmembers(importlib.import_module(module), inspect.isclass)
     return [f"{module}.{name}" for name, _ in classes]

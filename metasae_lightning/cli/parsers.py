@@ -27,7 +27,7 @@ def parser_for(command: Command) -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
-    """The parsed arguments; a mistake in them is one line."""
+    """The parsed arguments; a mistake in them is an `InputError` of one line."""
     try:
         return parser.parse_args(list(words))
     except ArgumentError as error:
@@ -35,7 +35,7 @@ def parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
 
 
 def add_settings(parser: ArgumentParser) -> None:
-    """Options of every command that measures SAEs."""
+    """Options that `evaluate`, `test`, `compare` and `calibrate` share."""
     parser.add_class_arguments(Settings, as_group=True)
     text = "Recipe, or a run's config.yaml, whose data are read; by default the data of the first SAE."
     parser.add_argument("--data", type=str | None, default=None, help=text)
@@ -91,7 +91,7 @@ def add_publish(parser: ArgumentParser) -> None:
 
 
 def add_nothing(parser: ArgumentParser) -> None:
-    """`recipes` takes no argument."""
+    """Add nothing, since `recipes` takes no argument."""
 
 
 def add_completion(parser: ArgumentParser) -> None:

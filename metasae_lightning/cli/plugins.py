@@ -46,7 +46,10 @@ def descendants(cls: type) -> Iterator[type]:
 
 
 def user_metadata(metadata: SAEMetadata) -> dict[str, Any]:
-    """The metadata that the user gave in a config, without SAELens's own: jsonargparse shares one default among all configs."""
+    """The metadata that the user gave in a config, without those that SAELens derives.
+
+    jsonargparse shares one default object among all configs, so what SAELens derives for one SAE could be read for another.
+    """
     return {key: value for key, value in metadata.items() if key not in DERIVED}
 
 

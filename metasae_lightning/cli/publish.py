@@ -86,7 +86,20 @@ def publish_run(
     replace: bool = False,
     overrides: Mapping[str, str] | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """Publish a run's SAEs under `name` and `name-meta`, measured on the run's own data; returns their address and the record."""
+    """Publish a run's SAEs under `name` and `name-meta`, measured on the run's own data; returns their address and the record.
+
+    An SAE that measures differently from its run's record, or encodes differently once loaded back, is an `InputError`.
+
+    Args:
+        sae: The run's primary SAE.
+        data: The run's data module.
+        dest: The folder or repository.
+        recipe: The config of the run.
+        name: Id of the primary SAE in `dest`; by default the name of its hook.
+        tokens: Number of validation tokens to measure on; by default as in `measure_exported`.
+        replace: Whether to replace an SAE of the same name.
+        overrides: Public names in place of local paths, by key of the SAE's metadata.
+    """
     name = name or str(sae.metadata.get("hook_name") or sae.name)
     measured = measure_exported(sae, data, tokens)
     run_record = arm_record(read_record(sae.record), sae.arm)
@@ -141,7 +154,10 @@ def evaluation_for_page(sae: EvaluatedSAE, data: Any, run_record: Mapping[str, A
 
 
 def measure_exported(sae: EvaluatedSAE, data: Any, tokens: int | None) -> dict[str, Any]:
-    """FVU, L0, share of dead latents and density of each latent, on validation tokens; by default as many as an export measures on."""
+    """FVU, L0, share of dead latents and density of each latent, on validation tokens; by default as many as an export measures on.
+
+    The result also has `tokens`, the number of tokens, and `probe`, activations of the first tokens (at most 64).
+    """
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens must be at least 1, got {tokens}")
     select_hook(sae, data)
@@ -163,7 +179,10 @@ def measure_exported(sae: EvaluatedSAE, data: Any, tokens: int | None) -> dict[s
 
 
 def check_measurement(sae: EvaluatedSAE, measured: Mapping[str, Any], run_record: Mapping[str, Any]) -> None:
-    """Reject an SAE that measures differently from the record of its export, or of its calibration if it was calibrated later."""
+    """Reject an SAE that measures differently from the record of its export, or of its calibration if it was calibrated later.
+
+    L0 is compared with either record, FVU only with that of the export. An SAE with an FVU of 1 or more, or an L0 of 0, is rejected too.
+    """
     calibration = sae.metadata.get("threshold_rule") or {}
     export = {} if calibration else run_record.get("validation", {}).get("exported", {}).get("primary", {})
     for name, record in (("l0", calibration or export), ("fvu", export)):
@@ -186,7 +205,7 @@ def publication_record(
     name: str,
     evaluation: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The record of a published SAE: the content of its model card and the recipe to train it again."""
+    """The record of a published SAE, without secrets and local paths: the content of its model card and the recipe to train it again."""
     metadata = {**sae.metadata, **overrides}
     public_names = {str(sae.metadata[key]): value for key, value in overrides.items() if sae.metadata.get(key)}
     model: dict[str, Any] = recipe.get("model", {}).get("init_args", {})
@@ -236,7 +255,7 @@ def describe_thresholds(sae: EvaluatedSAE, run_record: Mapping[str, Any]) -> str
 
 
 def excluded_tokens(metadata: Mapping[str, Any]) -> list[str]:
-    """The kinds of tokens that neither training nor any measurement includes."""
+    """Kinds of tokens that training and measurements exclude; none if the metadata do not say that special tokens are excluded."""
     if not metadata.get("exclude_special_tokens"):
         return []
     masks = ["special tokens"]
@@ -248,7 +267,7 @@ def excluded_tokens(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def without_local_paths(tree: Any, public_names: Mapping[str, str]) -> Any:
-    """A tree of settings with the public name, or else only the last part, in place of each local path."""
+    """A copy of nested settings: each text in `public_names` is replaced by its public name, any other absolute path by its last part."""
     if isinstance(tree, Mapping):
         return {key: without_local_paths(value, public_names) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

@@ -32,7 +32,7 @@ def recipe_names() -> list[str]:
 
 
 def summary(path: Path) -> str:
-    """The first comment line of a YAML file."""
+    """The first line of a YAML file, without its comment sign."""
     with path.open(encoding="utf-8") as file:
         return file.readline().removeprefix("#").strip()
 
@@ -48,7 +48,7 @@ def with_recipe_paths(words: Sequence[str], data_is_recipe: bool = False) -> lis
 
     Args:
         words: The command line.
-        data_is_recipe: Whether `--data` takes recipes and files alone. Then other values are errors. LightningCLI's also takes a class.
+        data_is_recipe: Whether `--data` takes only recipes and files; other values are then errors. LightningCLI's also takes a class.
     """
     return list(_resolved(words, data_is_recipe))
 
@@ -67,7 +67,10 @@ def _resolved(words: Sequence[str], data_is_recipe: bool) -> Iterator[str]:
 
 
 def recipe_path(word: str, flag: str = "-c") -> str:
-    """The path of a shipped recipe for its name; a file's path, or YAML text, stays as it is."""
+    """The path of a shipped recipe for its name; a file's path, or YAML text, stays as it is.
+
+    Any other word is an `InputError`, which names the option `flag`.
+    """
     shipped = RECIPES / f"{word.removesuffix('.yaml')}.yaml"
     is_yaml_text = not re.fullmatch(r"[^\s:{}\[\]]+", word)
     if is_yaml_text or Path(word).exists():
