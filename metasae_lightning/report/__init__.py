@@ -1,4 +1,4 @@
-"""Tables for the terminal, figures and an HTML page, made from saved results. Measures nothing and needs no torch."""
+"""Terminal tables, figures and an HTML page, made from saved results. Measures nothing; needs torch only for SAEs NumPy cannot read."""
 
 from typing import TYPE_CHECKING
 

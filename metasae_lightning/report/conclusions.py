@@ -63,13 +63,13 @@ class Verdict:
     sentence: str
     """The answer in one sentence."""
     beside: list[str]
-    """Costs and caveats, a sentence each."""
+    """Costs and caveats, a sentence each; without a comparison, the command that makes one possible."""
     sure: bool
-    """Whether the data allow a conclusion."""
+    """Whether co-firing was compared. The comparison may lack an interval, which the sentence then says."""
 
 
 def verdict(groups: Sequence[Group]) -> Verdict:
-    """Whether the penalty reduced co-firing in these runs, and at what cost."""
+    """Whether co-firing is less in the headline group than in the baseline, and at what cost; or why they cannot be compared."""
     base = baseline(groups)
     group = headline(groups, base) if base else None
     if base is None or group is None:
@@ -93,7 +93,7 @@ REMEASURE = "Measure all of them together: metasae test RUN... sets one L0 for a
 
 
 def percent(change: Estimate) -> str:
-    """A difference in percent of the baseline, with its interval.
+    """A difference in percent of the baseline, with its interval; if the baseline is 0, the difference itself, without interval.
 
     >>> percent(Estimate(-0.1, -0.2, -0.05, 3, 1.0)), percent(Estimate(1.0, float("nan"), float("nan"), 1, 0.0))
     ('-10.0 % (95 %: -20.0 to -5.0 %)', '+1 from 0')
@@ -106,12 +106,12 @@ def percent(change: Estimate) -> str:
 
 
 def absolute_interval(change: Estimate) -> str:
-    """The interval of a difference in its own unit, to be put behind it; empty if there is none."""
+    """The interval of a difference, in the unit of the difference, as text to follow it; empty if there is no interval."""
     return "" if math.isnan(change.low) else f" (95 %: {change.low:+.4f} to {change.high:+.4f})"
 
 
 def costs(group: Group, base: Group) -> list[str]:
-    """Changes of reconstruction, loss, fresh critics and recovery, a sentence each."""
+    """Changes of FVU, language-model loss, fresh critics and recovery of planted features: a sentence for each that was measured."""
     sentences: list[str] = []
     if (error := difference(group, base, "reconstruction/fvu", "fvu")) is not None:
         sentences.append(f"Variance unexplained: {percent(error)}.")
@@ -166,13 +166,13 @@ class PaperComparison:
     loss: float | None
     """The paper's loss added by the SAE, in percent of the model's loss."""
     ours: Group | None
-    """Our arms with this weight and sigma squared."""
+    """Our arms with this weight and sigma squared; None if there are none, or they cannot be compared with the baseline."""
     our_phi: Estimate | None
     """Our change of mean |phi|."""
     our_excess: Estimate | None
     """Our change of the excess of mean |phi| over its floor, which the paper does not report."""
     our_error: Estimate | None
-    """Our change of the squared error."""
+    """Our change of FVU; in percent, on the same text, it equals the change of the squared error."""
     our_loss: float | None
     """Our loss added by the SAE, in percent of the model's loss."""
 
@@ -200,7 +200,7 @@ def compare_with_paper(groups: Sequence[Group]) -> list[PaperComparison]:
 
 
 def added_loss(arms: Sequence[Arm]) -> float | None:
-    """Loss that SAEs add to the language model, in percent of the model's loss; the mean over arms."""
+    """Loss that SAEs add to the language model, in percent of the model's loss: the mean over arms; None if no arm measured it."""
     pairs = [(arm.figure("splice/ce_sae"), arm.figure("splice/ce_clean")) for arm in arms]
     added = [100 * (with_sae / clean - 1) for with_sae, clean in pairs if with_sae is not None and clean]
     return mean_of(added) if added else None

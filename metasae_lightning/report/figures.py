@@ -1,4 +1,4 @@
-"""Figures of a report, each as SVG in the colours of the page and as PNG."""
+"""Figures of a report, each as SVG in the colours of the page and as PNG. A figure that no arm has data for is None."""
 
 import io
 import re
@@ -41,7 +41,7 @@ def draw_all(groups: Sequence[Group]) -> dict[str, Figure]:
 
 
 def svg_source(figure: Figure) -> str:
-    """A figure as SVG with a placeholder for the text colour, as `svg_file` and `svg_element` take it."""
+    """A figure as SVG with a placeholder for the text colour: the input of `svg_file` and `svg_element`."""
     text = io.StringIO()
     with mpl.rc_context(STYLE):
         fix_layout(figure)
@@ -55,7 +55,7 @@ def svg_file(source: str) -> str:
 
 
 def svg_element(source: str) -> str:
-    """The SVG as an element of a page, in the page's text colour and without a size."""
+    """The SVG as an element of a page, in the page's text colour and without width, height and ids of groups."""
     element = source[source.index("<svg") :].replace(INK, "currentColor")
     for size in ("width", "height"):
         element = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", element, count=1)
@@ -70,7 +70,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def fix_layout(figure: Figure) -> None:
-    """Compute the layout once. Matplotlib would compute it twice for each file, which takes as long as drawing."""
+    """Compute the layout and remove its engine. Matplotlib would compute it twice for each file, which takes as long as drawing."""
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
@@ -78,7 +78,7 @@ def fix_layout(figure: Figure) -> None:
 
 
 def new_figure(columns: int = 1, rows: int = 1, height: float = 3.6) -> tuple[Figure, Any]:
-    """A figure and its axes, without pyplot, which would keep it in memory."""
+    """A figure and the flat array of its axes, without pyplot, which would keep the figure in memory."""
     figure = Figure(figsize=(5.2 * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
@@ -102,7 +102,7 @@ def set_log_scale(*axes: Any) -> None:
 
 
 def add_legend(axes: Any) -> None:
-    """Add a legend if it has more than one entry and not too many."""
+    """Add a legend if it has from 2 to `MAX_IN_LEGEND` entries."""
     handles, labels = axes.get_legend_handles_labels()
     if 1 < len(labels) <= MAX_IN_LEGEND:
         axes.legend(handles, labels)
@@ -134,7 +134,7 @@ def tradeoff(groups: Sequence[Group]) -> Figure | None:
 
 
 def error_bar(arm: Arm, name: str, path: str) -> tuple[float, float]:
-    """Distances from a figure to the lower and the upper end of its interval."""
+    """Distances from a measured value to the lower and the upper end of its interval; 0 and 0 if there is no interval."""
     value, interval = arm.figure(path), ((arm.entry or {}).get("intervals") or {}).get(name)
     if value is None or not interval or None in interval:
         return 0.0, 0.0
@@ -142,7 +142,7 @@ def error_bar(arm: Arm, name: str, path: str) -> tuple[float, float]:
 
 
 def phi(groups: Sequence[Group]) -> Figure | None:
-    """Distribution of |phi| over pairs, and its difference from the first group's."""
+    """Distribution of |phi| over pairs, and its difference from that of the first group that has one."""
     spreads = {group.name: share for group in groups if (share := shares(group, "phi/log10_abs", "pairs")) is not None}
     if not spreads:
         return None
@@ -168,7 +168,7 @@ def phi(groups: Sequence[Group]) -> Figure | None:
 
 
 def shares(group: Group, path: str, counts: str) -> tuple[list[float], Any] | None:
-    """Edges and shares of a histogram, the mean over a group's arms; None if no arm has it."""
+    """Edges of a histogram and the share of each bin, a mean over a group's arms; None if no arm has counts."""
     histograms = [pair for arm in group.arms if (pair := arm.histogram(path, counts)) is not None and sum(pair[1])]
     if not histograms:
         return None
@@ -254,7 +254,7 @@ def recovery(groups: Sequence[Group]) -> Figure | None:
 
 
 def training(groups: Sequence[Group]) -> Figure | None:
-    """Curves logged in training."""
+    """Curves of FVU, dead latents and penalties against tokens, as logged in training."""
     curves = {
         "train/fvu": "variance unexplained",
         "val/fvu": "the same, held out",

@@ -79,12 +79,12 @@ def printable(text: str) -> str:
 
 
 def html_text(text: str) -> str:
-    """Text escaped for HTML."""
+    """Text for HTML: control and direction characters replaced, markup escaped."""
     return escape(printable(text))
 
 
 def section(heading: str, body: str, name: str = "") -> str:
-    """A section with a heading; empty if its body is empty."""
+    """A section with a heading and, as its id, `name`; empty if its body is empty. Heading and body are HTML already."""
     return f"<section{f' id={name}' if name else ''}>\n<h2>{heading}</h2>\n{body}\n</section>" if body else ""
 
 
@@ -110,7 +110,7 @@ def format_number(value: float, digits: str) -> str:
 
 
 def figures_table(groups: Sequence[Group]) -> str:
-    """Every figure of every group, with its spread over seeds or its interval, and its change against the baseline."""
+    """A table of every measured value of every group: spread over seeds or interval, and change. Empty if nothing was measured."""
     measured = [group for group in groups if any(arm.entry for arm in group.arms)]
     if not measured:
         return ""
@@ -132,7 +132,11 @@ def seed_count(group: Group) -> str:
 
 
 def cell(group: Group, base: Group | None, path: str, name: str, digits: str) -> str:
-    """The cell of one figure of one group."""
+    """The table cell of one measured value of one group; a dash if the group lacks it.
+
+    It has the mean over seeds, its spread or interval, and its change against the baseline unless the value is itself a percentage.
+    `name` is that of the interval and of the bootstrapped difference, `digits` a number format.
+    """
     values = group.values(path)
     if not values:
         return f"<td>{DASH}</td>"
@@ -150,7 +154,7 @@ def cell(group: Group, base: Group | None, path: str, name: str, digits: str) ->
 
 
 def percent_change(change: Estimate | None) -> list[str]:
-    """A change in percent and its interval; empty if there is none."""
+    """A change in percent and, if known, its interval; empty if there is no change or the baseline is 0."""
     if change is None or not change.base:
         return []
     value, low, high = change.percent
@@ -160,7 +164,7 @@ def percent_change(change: Estimate | None) -> list[str]:
 
 
 def paper_table(comparisons: Sequence[PaperComparison]) -> str:
-    """The paper's results with ours beside them."""
+    """The paper's results with ours beside them; empty without comparisons."""
     if not comparisons:
         return ""
     lines: list[str] = []
@@ -219,7 +223,7 @@ def packed_latents(latents: list[dict[str, Any]]) -> str:
 
 
 def measurement_notes(arms: Sequence[Arm]) -> str:
-    """Test text, thresholds, settings and versions of the evaluation."""
+    """Thresholds and training tokens of all arms; test text, settings and versions of the first. Empty if no arm was evaluated."""
     entries = {arm.name: arm.entry for arm in arms if arm.entry is not None}
     if not entries:
         return ""

@@ -1,6 +1,6 @@
 """Single latents for the page: where each fires, its nearest latents, its match in the other arm, and its meta-latents.
 
-Decoders are read with NumPy, so that a page needs no torch.
+NumPy reads decoders and JumpReLU encoders, so that most pages need no torch. Other SAEs are loaded with SAELens.
 """
 
 import json
@@ -35,7 +35,7 @@ class Decoder:
     rows: Matrix
     """Unit decoder rows, of shape (d_sae, d_in)."""
     metas: Matrix | None
-    """Activation of each meta-latent on each row, of shape (d_sae, d_meta)."""
+    """Activation of each meta-latent on each row, of shape (d_sae, d_meta); None without a meta-SAE."""
 
 
 def read_decoder(arm: Arm) -> Decoder | None:
@@ -58,7 +58,7 @@ def unit_rows(matrix: Matrix) -> Matrix:
 
 
 def decoder_rows(folder: Path) -> Matrix:
-    """The decoder of a SAELens folder, one row a latent; SAELens itself loads architectures that it rewrites."""
+    """The decoder of a SAELens folder, one row a latent, read with NumPy; SAELens loads architectures outside `DIRECT` and bfloat16."""
     config, weights = read_folder(folder)
     if weights is not None and config.get("architecture") in DIRECT:
         return weights["W_dec"].astype(np.float32)
@@ -70,7 +70,8 @@ def decoder_rows(folder: Path) -> Matrix:
 def encode(folder: Path, x: Matrix) -> Matrix:
     """Latent activations of a SAELens SAE on some rows.
 
-    NumPy computes them for a JumpReLU SAE without a constant scale. Any other SAE needs torch and SAELens, which are imported then.
+    NumPy computes them for a JumpReLU SAE with the normaliser `none` or `layer_norm`. Any other SAE, and weights in bfloat16, need torch
+    and SAELens, which are imported then.
     """
     config, weights = read_folder(folder)
     normalizer = config.get("normalize_activations", "none")
@@ -91,7 +92,7 @@ def encode(folder: Path, x: Matrix) -> Matrix:
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Config and weights of a SAELens folder; None for weights in a type that NumPy lacks."""
+    """Config and weights of a SAELens folder; the weights are None if NumPy lacks their type (bfloat16)."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -107,9 +108,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 def browsed_latents(
     arms: Sequence[Arm], decoders: Sequence[Decoder | None], matches: Sequence[list[Pair]], limit: int
 ) -> list[dict[str, Any]]:
-    """The browser's entry of each arm: its counts, and up to `limit` of its latents that fired, from the rarest to the commonest.
+    """The browser's entry of each arm: its counts, and up to `limit` of its latents that fired, in the order of their numbers.
 
-    An arm without recorded latents, or without a decoder that fits them, has no entry. `matches` are those of `matches_of_arms`.
+    An arm without recorded latents, or without a decoder that fits them, has no entry. `matches` is the result of `matches_of_arms`.
     """
     entries: list[dict[str, Any]] = []
     for index, (arm, decoder) in enumerate(zip(arms, decoders, strict=True)):
@@ -125,7 +126,7 @@ def browsed_latents(
 
 
 def matches_of_arms(decoders: Sequence[Decoder | None]) -> list[list[Pair]]:
-    """For each of up to two arms, the nearest row of the other arm to each row; empty pairs if there is no other arm."""
+    """For each arm, the pair of each decoder row with the nearest row of the other arm; pairs are empty unless two arms have decoders."""
     if len(decoders) == 2 and decoders[0] is not None and decoders[1] is not None:
         return list(best_matches(decoders[0].rows, decoders[1].rows))
     return [[] if decoder is None else [[] for _ in decoder.rows] for decoder in decoders]
@@ -151,7 +152,7 @@ def best_matches(rows: Matrix, others: Matrix) -> tuple[list[Pair], list[Pair]]:
 
 
 def spread_latents(firings: NDArray[Any], limit: int) -> list[int]:
-    """Latents that fired: all of them, or `limit`, evenly from the rarest to the commonest."""
+    """Numbers of latents that fired, ascending: all, or `limit` of them, drawn evenly from the rarest to the commonest."""
     live = np.flatnonzero(firings)
     if len(live) <= limit:
         return live.tolist()
@@ -183,16 +184,16 @@ def describe_latents(decoder: Decoder, chosen: list[int], latents: dict[str, Any
 
 
 def latents_of_metas(metas: Matrix | None) -> list[list[Pair]]:
-    """For each meta-latent, the latents that it is most active on."""
+    """For each meta-latent, the latents that it is most active on; empty without a meta-SAE."""
     if metas is None:
         return []
     return [[pair for pair in pairs if pair[1] > 0] for pairs in largest(np.ascontiguousarray(metas.T), SHARING)]
 
 
 def largest(matrix: NDArray[Any], count: int) -> list[list[Pair]]:
-    """Index and rounded value of the `count` largest values of each row, largest first; of equal values, the first.
+    """Index and value, to 3 decimals, of the `count` largest values of each row, largest first; equal values in order of index.
 
-    Each row is cut into segments. The `count`-th largest maximum of a segment is a lower bound, so only values above it are sorted.
+    Each row is cut into segments. The `count`-th largest of the segments' maxima is a lower bound: only values from it up are sorted.
 
     >>> largest(np.array([[0.5, 2.0, 1.0], [3.0, 0.0, 3.0]]), 2)
     [[[1, 2.0], [2, 1.0]], [[0, 3.0], [2, 3.0]]]

@@ -45,24 +45,24 @@ class Arm:
 
     @property
     def entry(self) -> dict[str, Any] | None:
-        """Results of `metasae test`, or None."""
+        """Results of `metasae test`; None if the arm was not evaluated."""
         return self.record.get("evaluation")
 
     def figure(self, path: str) -> float | None:
-        """One figure, `GROUP/NAME`, or None."""
+        """One measured number, `GROUP/NAME`; None if it was not measured or is no number."""
         group, name = path.split("/")
         value = ((self.entry or {}).get("figures", {}).get(group) or {}).get(name)
         return float(value) if isinstance(value, int | float) else None
 
     def histogram(self, path: str, counts: str) -> tuple[list[float], list[float]] | None:
-        """Edges and counts of a histogram, or None."""
+        """Edges and counts of a histogram, `GROUP/NAME`, whose counts have the key `counts`; None if it was not measured."""
         group, name = path.split("/")
         histogram = ((self.entry or {}).get("figures", {}).get(group) or {}).get(name)
         return (histogram["edges"], histogram[counts]) if isinstance(histogram, Mapping) else None
 
     @property
     def seed(self) -> int:
-        """Seed of its initial weights."""
+        """Seed of its initial weights; 0 if the recipe has none."""
         return int(self.recipe.get("seed") or 0)
 
     @property
@@ -77,7 +77,7 @@ class Arm:
 
     @cached_property
     def latents(self) -> dict[str, Any] | None:
-        """Firing rate, maximum and top contexts of each latent, from `latents.json.gz`; None if there is no such file."""
+        """Number of firings, maximum and top contexts of each latent, from `latents.json.gz`; None if there is no such file."""
         path = self.folder / "latents.json.gz"
         if not path.exists():
             return None
@@ -88,7 +88,7 @@ class Arm:
 
 
 def load_arms(folders: Sequence[str]) -> list[Arm]:
-    """Every arm of some runs, in order. Names include the run where two arms would have the same name."""
+    """Every arm of some runs, in their order. If two arms would have the same name, all names include the run."""
     runs = [Path(folder) for folder in folders]
     for run in runs:
         if not run.is_dir():

@@ -34,7 +34,7 @@ FIGURES = (
 
 
 def page(records: Sequence[Mapping[str, Any]], repository: str | None, old_card: str = "") -> str:
-    """The whole card. Text of an older card outside our markers stays."""
+    """The whole card; `repository` is None for a local folder. Text of an older card outside our markers stays."""
     ours = "\n".join([BEGIN, "", *(line for record in records for line in section(record, repository)), END, ""])
     if BEGIN in old_card and END in old_card:
         head, _, rest = old_card.partition(BEGIN)
@@ -99,7 +99,7 @@ def description(record: Mapping[str, Any]) -> list[str]:
 
 
 def table(record: Mapping[str, Any]) -> list[str]:
-    """Figures of the published folder as loaded back, and of the evaluation if there was one."""
+    """A Markdown table: figures measured on the SAE loaded from the published folder, and those of the evaluation if there was one."""
     measured, evaluated = record["measured"], record["evaluation"]
     rows = [["", "as published"], ["---", "---"]]
     for group, name, words in FIGURES:

@@ -30,7 +30,7 @@ class Group:
 
     @property
     def has_no_penalty(self) -> bool:
-        """Whether the recipe has no penalty with a weight above 0."""
+        """Whether the recipe has no penalties, or all of them have weight 0."""
         return not self.first.penalties
 
     @property
@@ -57,7 +57,7 @@ class Estimate:
     high: float
     """Upper end of the interval; NaN if no interval is known."""
     seeds: int
-    """Number of seeds. With one seed, the interval is a bootstrap over documents."""
+    """Number of seeds; for unpaired groups, of the smaller group. With one paired seed, the interval is a bootstrap over documents."""
     base: float
     """The baseline's figure."""
 
@@ -74,7 +74,7 @@ class Estimate:
 
 
 def group_by_recipe(arms: Sequence[Arm]) -> list[Group]:
-    """Arms grouped by recipe, in order of their first arm. An arm with an unknown recipe is a group of its own."""
+    """Arms grouped by recipe, in order of their first arm. An arm without a recipe, or with a seed of its group, is a new group."""
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
         recipe = {key: value for key, value in arm.recipe.items() if key != "seed"}
@@ -101,16 +101,17 @@ def baseline(groups: Sequence[Group]) -> Group | None:
 
 
 def headline(groups: Sequence[Group], base: Group) -> Group | None:
-    """The group that the verdict is about: the first with a decomposability penalty, else the first that is not the baseline."""
+    """The verdict's group: among those other than the baseline, the first with a decomposability penalty, else the first; or None."""
     others = [group for group in groups if group is not base]
     joint = [group for group in others if group.decomposability]
     return next(iter([*joint, *others]), None)
 
 
 def difference(group: Group, base: Group, path: str, comparison: str = "") -> Estimate | None:
-    """A figure of a group minus the baseline's, paired by seed where both have the same seeds.
+    """A figure of a group minus the baseline's, over the seeds that both have; None if one of them lacks the figure.
 
-    `comparison` is the figure's name among the bootstrapped differences in `evaluation.json`, which give the interval of a single seed.
+    Over several seeds the interval is Student's, of paired differences. With one common seed it is that of the bootstrapped difference
+    `comparison` in `evaluation.json`. Without a common seed the difference is that of the two means, with Welch's interval.
     """
     by_seed = {arm.seed: value for arm in group.arms if (value := arm.figure(path)) is not None}
     base_by_seed = {arm.seed: value for arm in base.arms if (value := arm.figure(path)) is not None}
@@ -162,14 +163,14 @@ def squared_error_of_mean(values: Sequence[float]) -> float:
 
 
 def student_quantile(degrees: float) -> float:
-    """Half width of Student's 95 % interval, in standard errors."""
+    """Half width of Student's 95 % interval, in standard errors, with `degrees` degrees of freedom."""
     from scipy.special import stdtrit  # scipy.stats would take half a second to import
 
     return float(stdtrit(degrees, (1 + CONFIDENCE) / 2))
 
 
 def bootstrapped_interval(group: Group, base: Group, seed: int, name: str) -> tuple[float, float] | None:
-    """The interval of a difference over resampled documents, or None if the two arms were not evaluated together."""
+    """The interval, over resampled documents, of the difference `name` of two arms of one seed; None if they were not compared."""
     (arm,) = (arm for arm in group.arms if arm.seed == seed)
     (base_arm,) = (arm for arm in base.arms if arm.seed == seed)
     against: dict[str, Any] = (arm.entry or {}).get("against") or {}
@@ -193,6 +194,6 @@ def reasons_not_comparable(arms: Sequence[Arm]) -> list[str]:
 
 
 def threshold_rule(entry: Mapping[str, Any]) -> str:
-    """The rule that set an SAE's thresholds, and its target L0."""
+    """The rule that set an SAE's thresholds, and its target L0; `stored` if the SAE's own thresholds were used."""
     rule = entry.get("rule") or {}
     return f"{rule['rule']}, L0 {rule['l0']:g}" if "l0" in rule else "stored"

@@ -53,7 +53,7 @@ DIFFERENCES = {"fvu": ".4f", "l0": ".2f", "cosine": ".4f", "phi_excess": ".3e", 
 
 
 def evaluations(entries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """SAEs side by side; intervals are 95 % over documents, spreads standard deviations over critics."""
+    """A table with a column for each SAE. Intervals are 95 % over documents; after ± comes the standard deviation over critics."""
     first = next(iter(entries.values()))
     title = f"{first['tokens']:,} test tokens of {first['documents']:,} documents"
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
@@ -91,7 +91,7 @@ def overview(study: "Study") -> Table:
 
 
 def cell(entry: Mapping[str, Any], path: str, digits: str, spread: str) -> str:
-    """A figure with its interval or its spread; empty if it was not measured."""
+    """A figure with its interval or standard deviation, which has the name `spread`; empty if the figure was not measured."""
     group, name = path.split("/")
     value = entry["figures"].get(group, {}).get(name)
     if value is None:
@@ -128,7 +128,7 @@ def differences(comparison: Mapping[str, Any], names: tuple[str, str]) -> Table:
 
 
 def cross(best_matches: Mapping[str, Mapping[str, float]], names: tuple[str, str]) -> Table:
-    """Phi of each latent with its best match in the other SAE, against chance."""
+    """Distribution over latents of the phi with the best match in the other SAE, beside that by chance."""
     table = Table(title="best match by phi", title_justify="left", show_edge=False, pad_edge=False)
     for column in ("", "median", "10 %", "90 %", "above 0.3", "above 0.5", "above 0.7"):
         table.add_column(column, justify="left" if not column else "right")
@@ -141,7 +141,7 @@ def cross(best_matches: Mapping[str, Mapping[str, float]], names: tuple[str, str
 
 
 def shared(splits: Sequence[Mapping[str, Any]], contexts: Mapping[str, Mapping[str, Any]], title: str, most: int = 5) -> Iterable[Table]:
-    """A table for each latent that is split into two latents of the other SAE: phi of each pair, and top contexts."""
+    """A table for each of the first `most` latents that are split into two of the other SAE: phi of each pair, and top contexts."""
     for split in splits[:most]:
         (left, right), phi = split["into"], split["phi"]
         between = f"at least {split['bound']:.2f} between them, measured {split['phi_between']:.2f}"

@@ -47,7 +47,7 @@ class Study:
 
     @property
     def browsed(self) -> list[Arm]:
-        """The two arms whose latents the page shows: the first of the baseline and the first of the group that the verdict is about."""
+        """Up to two arms whose latents the page shows: the first of the baseline and the first of the group that the verdict is about."""
         base = baseline(self.groups)
         compared = headline(self.groups, base) if base else None
         return [group.first for group in (base, compared) if group is not None]
@@ -88,7 +88,10 @@ def study(places: Sequence[str], title: str | None = None) -> Study:
 
 
 def write(study: Study, out: Path) -> Path:
-    """Write `report.html`, and `report/` with figures and tables; each appears complete or not at all. Returns the page's path."""
+    """Write `report.html`, and `report/` with figures and tables; each appears complete or not at all. Returns the page's path.
+
+    Older ones are replaced; a folder `report/` that is not a report is refused.
+    """
     if (out / "report").exists() and not (out / "report" / "table.json").exists():
         raise InputError(f"{out / 'report'} is there and no report of ours: move it away, or name another place, --out")
     try:
@@ -105,7 +108,7 @@ def write(study: Study, out: Path) -> Path:
 
 
 def page_of_limited_size(study: Study, figure_elements: Future[dict[str, str]]) -> str:
-    """The page with as many latents as `MAX_PAGE_BYTES` allows; figures are drawn meanwhile."""
+    """The page with as many latents as `MAX_PAGE_BYTES` allows. `figure_elements` is awaited only after the latents were described."""
     limit, decoders = MAX_LATENTS, [read_decoder(arm) for arm in study.browsed]
     matches = matches_of_arms(decoders)
     while True:

@@ -97,7 +97,7 @@ def encoder_biases(weights: Weights) -> dict[str, Tensor | float]:
 
 
 def subtract_b_dec(weights: Weights, times: int) -> None:
-    """Rewrite the encoder for an input from which `b_dec` is subtracted `times` more; its biases change so that its output stays."""
+    """Rewrite the encoder's biases for an input from which `b_dec` is subtracted `times` times more, so that the output stays."""
     if not times or not weights["b_dec"].any():
         return
     if not (biases := encoder_biases(weights)):
@@ -112,7 +112,7 @@ def convert_architecture(
 ) -> Sequence[str]:
     """Rewrite one architecture's weights as another's, in place; returns a sentence for each property that is lost.
 
-    `k`: the source's, for top-k. `z`: rows to compute a threshold from. `centred`: whether the encoder subtracts `b_dec`.
+    `k`: the k of a top-k source, else None. `z`: rows to compute a threshold from. `centred`: whether the encoder subtracts `b_dec`.
     """
     if source == target:
         if source == "jumprelu":
@@ -159,9 +159,10 @@ def pre_activations_of(weights: Weights, centred: bool) -> Callable[[Tensor], Te
 
 
 def to_unit_rows(weights: Weights, *, ranked: bool) -> Sequence[str]:
-    """Scale decoder rows to length 1 and the encoder by the old lengths, in place; returns a sentence for what that changes.
+    """Scale decoder rows to length 1 and the encoder by the old lengths, in place; returns a sentence if the function changes.
 
-    It changes the ranking of a top-k SAE with rows of different lengths, and the activations of a pursuit SAE, which has no encoder.
+    Two things can change: the ranking of a top-k SAE with rows of different lengths, if both architectures rank (`ranked`), and the
+    activations of a pursuit SAE, which has no encoder. A row of length 0 is an error.
     """
     norms = weights["W_dec"].norm(dim=-1)
     low, high = norms.aminmax()

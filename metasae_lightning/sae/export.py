@@ -49,10 +49,10 @@ def export(
 
     `weights`: the full state dict, for an SAE that has only a shard of it.
 
-    `updates`: how often the SAE's running threshold was updated. SAELens starts that mean at 0, so after few updates it is too low by
-    the factor `1 - (1 - lr)^updates`, which is divided out. Where the exported L0 still misses the training L0 by more than
-    `tolerance`, the threshold is computed from the samples and the record says so. The folder is written atomically, and an older one
-    stays until then.
+    `updates`: how often the SAE's running threshold was updated. SAELens starts this running mean at 0, so after few updates the
+    threshold is too low by the factor `1 - (1 - lr)^updates`, which is divided out. Where the exported L0 still misses the training L0
+    by more than the fraction `tolerance`, the threshold is computed from the samples and the record says so. The folder is written
+    atomically: an older folder stays until the new one is complete.
     """
     folder = Path(folder)
     inference = _inference_copy(sae, weights or sae.state_dict(), normalizer, updates, metadata or {})
@@ -85,14 +85,14 @@ def _inference_copy(
 
 
 def _target_l0(sae: AnySAE) -> float | None:
-    """The L0 that a top-k architecture has in training."""
+    """The L0 that an architecture with a k has in training; None for others."""
     k = getattr(sae.cfg, "k", None)
     return None if k is None else float(k)
 
 
 @torch.no_grad()
 def _measured(folder: Path, samples: Sequence[Tensor], *, target_l0: float | None, tolerance: float) -> ExportRecord:
-    """L0 and FVU of an exported SAE on the samples; its threshold is replaced where L0 misses the target."""
+    """L0 and FVU of an exported SAE on the samples, None without samples; its threshold is replaced where L0 misses the target."""
     if not samples:
         return ExportRecord(str(folder), target_l0=target_l0)
     exported: Any = load_pretrained(folder)

@@ -31,7 +31,7 @@ LATENTS = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
 
 
 class ForwardPass(ABC):
-    """Training and reading with one SAE, in its normalised space."""
+    """The forward passes of one SAE in its normalised space: `train` with a loss, `read` without loss and gradient."""
 
     def __init__(self, sae: AnySAE) -> None:
         self.sae: Any = sae
@@ -61,15 +61,15 @@ class ForwardPass(ABC):
     ) -> tuple[Codes, Float[Tensor, "row d_in"]]:
         """Codes and reconstruction by the training rule; no statistic is updated.
 
-        `reuse_support`: keep the active latents of the previous such call instead of running top-k. `reuse_output`: return a shared
-        buffer, valid until the next such call.
+        `reuse_support`: keep the active latents of the previous such call instead of running top-k. `reuse_output`: return a buffer
+        that all SAEs of the process share, valid until the next such call of any of them.
         """
 
 
 def forward_pass_for(sae: AnySAE, kernels: Kernels, *, n_fixed_rows: int = 0) -> ForwardPass:
     """The sparse kernels for the top-k family where `kernels` is `sparse`, otherwise SAELens's own forward pass.
 
-    `n_fixed_rows`: a batch of this many rows holds the previous batch's rows, changed a little, as decoder rows do; 0 if none does.
+    `n_fixed_rows`: number of rows of a batch that holds the same, slowly moving rows at every call (decoder rows); 0 for new rows.
     """
     if kernels == "dense" or type(sae) not in TOP_K_CLASSES:
         return DenseForward(sae)
@@ -166,9 +166,9 @@ class SparseForward(ForwardPass):
     def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
         """Codes and reconstruction by top-k.
 
-        With `reuse_support`, the latents that were active in the previous such call are active again; top-k chooses them where there was
-        none, or its batch was larger. With `reuse_output`, the reconstruction lies in a shared buffer, and is valid until the next such
-        call.
+        With `reuse_support`, the latents that were active in the previous such call are active again; top-k chooses them if there was no
+        such call, or its batch was larger. With `reuse_output`, the reconstruction lies in a buffer that all SAEs of the process share,
+        and is valid until the next such call of any of them.
         """
         z, support = z.to(self.sae.W_dec.dtype), self.cached_support if reuse_support else None
         if support is not None and len(support[0]) and support[0][-1] >= len(z):
@@ -183,7 +183,7 @@ class SparseForward(ForwardPass):
             return self._codes(encoded), reconstruction.add_(local(self.sae.b_dec))
 
     def _encode(self, z: Tensor, dead_latents: Tensor | None, fresh_gradients: bool) -> compute.Encoded:
-        """The top-k activations, and all activations of the dead latents."""
+        """The top-k activations, and the pre-activations of the dead latents on every row."""
         sae = self.sae
         each_row = not isinstance(sae, BatchTopKTrainingSAE)
         rule = compute.TopKRule(sae.cfg.k, each_row, self._last_cut, self.incremental_topk, self.parallelism)

@@ -15,7 +15,7 @@ from metasae_lightning.step import Codes, StepStats
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """One training forward pass: its reconstruction is in the SAE's normalised space in `forward`, in raw space in `learner`."""
+    """One training forward pass. Its reconstruction is in normalised space if `ForwardPass` made it, in raw space if `Learner` did."""
 
     loss: Tensor
     """The architecture's training loss, with its graph."""
@@ -49,7 +49,7 @@ def gather_codes(codes: Codes, shard_offset: int, d_sae: int, ranks: ProcessGrou
 
 
 def concatenate_results(results: list[ForwardResult]) -> ForwardResult:
-    """The results of consecutive micro-batches as the result of the whole batch; losses are means weighted by rows."""
+    """The results of consecutive micro-batches as that of the batch. Losses are means weighted by rows, without graph if several."""
     if len(results) == 1:
         return results[0]
     rows = sum(result.codes.shape[0] for result in results)

@@ -72,7 +72,7 @@ class InitFrom:
         return SourceReport(self.place, source.cfg.architecture(), l0, fvu, len(x), lost)
 
     def check(self, run_metadata: Mapping[str, Any]) -> None:
-        """Refuse an SAE whose metadata names another model, hook or context than this run's, unless `allow_mismatch` lists it."""
+        """Refuse the opened SAE if its metadata names another model, hook or context than this run's, unless `allow_mismatch` has it."""
         assert self._sae is not None
         for name, source_value, run_value in mismatches(self._sae.cfg.metadata.to_dict(), run_metadata):
             if name not in self.allow_mismatch:
@@ -140,7 +140,7 @@ class SourceReport:
     """One sentence for each property that the conversion could not keep exactly."""
 
     def compare(self, architecture: str, l0: float, fvu: float) -> "InitReport":
-        """The report on both SAEs, given the training SAE's architecture and numbers."""
+        """The report on both SAEs, given the training SAE's architecture, L0 and FVU."""
         return InitReport(self.place, (self.architecture, architecture), (self.l0, l0), (self.fvu, fvu), self.tokens, self.lost)
 
 

@@ -92,7 +92,7 @@ class Learner(nn.Module):
         self._forward_pass.join(parallelism, cut)
 
     def divide(self, mesh: Any) -> None:
-        """Shard the latents over the ranks of a mesh; an optimiser's state of them is sharded with them."""
+        """Shard the latents over the ranks of a mesh, before optimisers are made: their state is then sharded too."""
         if isinstance(self.W_dec, DTensor):
             return
         self._forward_pass.check_divisible()
@@ -116,7 +116,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Float[Tensor, "rows d_in"]) -> InitReport | None:
-        """Compute from the first rows, once, the normaliser's statistics and the decoder bias; or convert the weights of `init_from`."""
+        """Fit the normaliser and set `b_dec` or `init_from`'s weights, once, on the first rows (with a guard: the first finite rows)."""
         if self.initialized or (self.guard is not None and not x.isfinite().all()):
             return None
         report: InitReport | None = None
@@ -152,7 +152,7 @@ class Learner(nn.Module):
         their rows, and each computes on all of them.
 
         The order is that of arXiv 2406.04093, with the renormalisation last: gradient, removal of its radial part, clipping, step,
-        unit rows. A step that the guard skips changes nothing but `rows_seen`.
+        unit rows. A step that the guard skips changes only `rows_seen` and the guard's counts; its result has `applied=False`.
         """
         optimizer.zero_grad()
         if self.guard is not None:
@@ -204,7 +204,7 @@ class Learner(nn.Module):
 
     @property
     def cached_support(self) -> tuple[Tensor, Tensor] | None:
-        """Row and latent indices of the nonzeros that `read` with `reuse_support` keeps; None after each applied step."""
+        """Rows and latents of the nonzeros that `read` with `reuse_support` keeps; None from an applied step to the next such call."""
         return self._forward_pass.cached_support
 
     @cached_support.setter
@@ -217,8 +217,8 @@ class Learner(nn.Module):
     ) -> tuple[Codes, Float[Tensor, "rows d_in"]]:
         """Codes and reconstruction by the training rule, without gradient and without any change to the learner's statistics.
 
-        `reuse_support`: keep the active latents of the first such call since the last applied step instead of running top-k; for rows
-        that have moved little since. `reuse_output`: the reconstruction is in a shared buffer, valid until the next such call.
+        `reuse_support`: for rows that moved little, keep the active latents of the first such call since the last applied step, without
+        top-k. `reuse_output`: return a shared buffer, valid until any SAE's next such call. Sharded latents ignore both options.
         """
         if self.parallelism.tensor_group.is_single:
             return self._read_local(x, reuse_support=reuse_support, reuse_output=reuse_output)

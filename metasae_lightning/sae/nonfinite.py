@@ -13,7 +13,7 @@ from metasae_lightning.compute.sharding import local
 class NonFiniteGuard:
     """Decides, for all ranks alike, whether an SAE's optimiser step is skipped because of a NaN or infinity, and counts skipped steps.
 
-    It decides after the backward pass and before the optimiser's step: only the buffers that the forward pass changed are restored.
+    It decides after the backward pass and before the optimiser's step, so it restores only the buffers that the forward pass changed.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class NonFiniteGuard:
         return skipped
 
     def state_dict(self) -> dict[str, int]:
-        """The two counts, for a checkpoint."""
+        """`total` and `in_a_row`, for a checkpoint."""
         return {"total": self.total, "in_a_row": self.in_a_row}
 
 
@@ -55,14 +55,14 @@ def attach_guards(*learners: Any) -> dict[str, NonFiniteGuard]:
 
 
 def restore_guards(guards: Mapping[str, NonFiniteGuard], states: Mapping[str, Mapping[str, int]]) -> None:
-    """Load the counts of a checkpoint; a guard that the checkpoint does not have starts at 0."""
+    """Load the guards' counts from a checkpoint's, by role; a guard whose role the checkpoint lacks starts at 0."""
     for role, guard in guards.items():
         state = states.get(role, {"total": 0, "in_a_row": 0})
         guard.total, guard.in_a_row = state["total"], state["in_a_row"]
 
 
 def longest_skip(guards: Iterable[NonFiniteGuard]) -> dict[str, Any]:
-    """StepOutput's fields `skipped` and `bad_tensor`, of the guard with the most skipped steps in a row; empty if no step was skipped."""
+    """StepOutput's `skipped` and `bad_tensor`, of the guard with the most skips in a row; empty if no SAE skipped its last step."""
     guard = max(guards, key=lambda guard: guard.in_a_row, default=None)
     return {"skipped": guard.in_a_row, "bad_tensor": guard.bad_tensor} if guard is not None and guard.in_a_row else {}
 
@@ -84,7 +84,7 @@ def step_tensors(role: str, sae: nn.Module, loss: Tensor, extra_loss: Tensor | N
 
 
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that contains a NaN or infinity; of a sharded tensor, this rank's shard is checked.
+    """The name of the first tensor with a NaN or infinity, or None; of a sharded tensor, this rank's shard is checked.
 
     >>> first_nonfinite({"a": torch.tensor([3e38, 3e38]), "b": torch.tensor([1.0, torch.nan])})
     'b'

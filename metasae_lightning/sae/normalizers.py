@@ -1,6 +1,6 @@
 """SAELens's five normalisers of activations, applied before an SAE and undone after it, as modules outside the SAE.
 
-They are outside because then every loss, the auxiliary one too, is in one space, and because one method folds each into an exported SAE.
+They are outside because then every loss, the auxiliary one too, is in one space, and because `fold` puts each into an exported SAE.
 """
 
 from abc import ABC, abstractmethod
@@ -70,7 +70,7 @@ class LayerNorm(Normalizer):
     per_token = "layer_norm"
 
     def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], ScaleShift]:
-        """Each token minus its mean, divided by its standard deviation."""
+        """Each token minus its mean, divided by its standard deviation plus 1e-5."""
         mean = x.mean(-1, keepdim=True)
         centred = x - mean
         std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5  # torch's std is ten times as slow
@@ -117,7 +117,7 @@ class ExpectedAverage(Normalizer):
         return x * factor, (1 / factor, x.new_zeros(()))
 
     def fold(self, sae: Any) -> None:
-        """Fold it into the weights with SAELens's method."""
+        """Fold the factor into the weights with SAELens's method."""
         sae.fold_activation_norm_scaling_factor(self.factor.item())
 
     def unfold(self, weights: dict[str, Tensor]) -> None:
@@ -147,7 +147,7 @@ class Whitening(Normalizer):
         self.register_buffer("inverse", torch.zeros(d_in, d_in, dtype=torch.float64))
 
     def fit(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """`M = E (L + eps)^(-1/2)` from the covariance `E L E^T`."""
+        """`M = E (L + eps)^(-1/2)` from the covariance `E L E^T`. A sample of fewer than `2 d_in` tokens is an error."""
         batch, d_in = x.shape
         if batch < 2 * d_in:
             raise InputError(
@@ -168,7 +168,7 @@ class Whitening(Normalizer):
         return z @ self.inverse.to(z.dtype) + self.mean.to(z.dtype)
 
     def fold(self, sae: Any) -> None:
-        """Fold it into the weights with SAELens's method."""
+        """Fold mean and matrix into the weights with SAELens's method."""
         sae.fold_activation_whitening(mean=self.mean, whitening_matrix=self.matrix, unwhitening_matrix=self.inverse)
 
     def unfold(self, weights: dict[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ AnySAE = TrainingSAE[Any]
 
 
 def build(cfg: TrainingSAEConfig, *, role: str, seed: int) -> AnySAE:
-    """A training SAE by its config, initialised from `seed` alone. Its own normaliser is off, since a learner's `Normalizer` does that."""
+    """A training SAE by its config, initialised from `seed` alone. Its own normaliser is off: a learner's `Normalizer` replaces it."""
     _check(cfg, role)
     cfg = copy.deepcopy(cfg)
     cfg.normalize_activations = "none"
@@ -65,14 +65,17 @@ PreActivations = Callable[[Tensor], Float[Tensor, "batch d_sae"]]
 
 
 def pre_activations(sae: Any) -> PreActivations | None:
-    """A function from raw activations to the values that an inference SAE compares with its thresholds; None for an SAE without them."""
+    """A function from raw activations to the values that an inference SAE compares with its thresholds; None without thresholds."""
     if not isinstance(getattr(sae, "threshold", None), Tensor):
         return None
     return lambda x: sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
 
 
 def load_pretrained(place: str | Path, *, device: str | torch.device = "cpu") -> SAE[Any]:
-    """Load a SAELens SAE for inference, from a folder, or from the Hub by `RELEASE:ID` or `OWNER/REPOSITORY:ID`."""
+    """Load a SAELens SAE for inference, from a folder, or from the Hub by `RELEASE:ID` or `OWNER/REPOSITORY:ID`.
+
+    Refused are transcoders, SAEs whose scaling of activations is not in their files, and weights with a NaN or infinity.
+    """
     name = str(place)
     try:
         with warnings.catch_warnings():
@@ -125,7 +128,7 @@ def set_thresholds(folder: str | Path, threshold: Float[Tensor, " d_sae"], metad
 
 @torch.no_grad()
 def measure(sae: SAE[Any], samples: Sequence[Tensor]) -> tuple[float, float]:
-    """L0 and FVU over all samples of raw activations, from sums over all of them."""
+    """L0 and FVU over all tokens of some batches of raw activations; at least one batch is needed."""
     active, sums = 0, None
     for x in samples:
         codes = sae.encode(x)

@@ -70,7 +70,7 @@ class Folder(Destination):
         return (self.path / path).read_bytes() == file.read_bytes()
 
     def write(self, draft: Path, message: str, *, remove: Sequence[str] = ()) -> str:
-        """Copy the files beside their new places and rename them; if a rename fails, those before it are undone."""
+        """Copy the files beside their new places and rename them; if a rename fails, the earlier ones are undone. `message` is unused."""
         files = sorted(path.relative_to(draft) for path in draft.rglob("*") if path.is_file())
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class Folder(Destination):
 
 @final
 class Hub(Destination):
-    """A repository of models on the Hub, created if it does not exist.
+    """A repository of models on the Hub; `write` creates it if it does not exist.
 
     A write is one commit on top of the commit that `list_files` read, so an interrupted upload can be repeated.
     """
@@ -121,7 +121,11 @@ class Hub(Destination):
             raise InputError(f"{address!r} is not a repository, which would be {HUB}OWNER/NAME")
 
     def list_files(self) -> set[str]:
-        """The paths of all files at the newest commit of the revision; for a branch that does not exist yet, of the main branch."""
+        """The paths of all files at the newest commit of the revision; for a branch that does not exist yet, of the main branch.
+
+        The other methods use this commit from then on. Without a repository the set is empty. A repository whose visibility differs from
+        `private` is an error.
+        """
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
         with self._errors_in_one_line():
@@ -187,7 +191,7 @@ class Hub(Destination):
 
 
 def read_file(path: Path) -> str:
-    """The text of a local file; an error that names the path where it cannot be read."""
+    """The text of a local file. If it cannot be read, the InputError names the path."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -195,7 +199,7 @@ def read_file(path: Path) -> str:
 
 
 def open_destination(address: str | Path, *, private: bool | None = None, revision: str | None = None) -> Destination:
-    """A repository on the Hub for `hf://OWNER/NAME`, a local folder for any other address."""
+    """A repository on the Hub for `hf://OWNER/NAME`, a local folder for any other address, which takes neither option."""
     if str(address).startswith(HUB):
         return Hub(str(address), private=private, revision=revision)
     if private is not None or revision is not None:
@@ -213,7 +217,10 @@ DENSITY_OFFSET = 1e-10
 
 
 def stage(source: str | Path, draft: Path, *, metadata: Mapping[str, Any], density: Float[Tensor, " d_sae"] | None = None) -> SAE[Any]:
-    """Copy an SAE's folder to `draft` with more metadata and its latents' firing rates; returns the copy, loaded, with equal weights."""
+    """Copy an SAE's folder to the new folder `draft`, with more metadata and its latents' firing rates; returns the loaded copy.
+
+    Weights that differ between the loaded folders are an error.
+    """
     source = Path(source)
     before = load_pretrained(source)
     copy_sae_folder(source, draft, metadata)
@@ -241,7 +248,8 @@ def publish(
     """Publish SAELens folders, by id, in a folder or in `hf://OWNER/NAME`, after loading each; returns the address to look at.
 
     Another SAE with the same id is an error unless `replace` is set; files that belong to no SAE stay. Published are the files that
-    SAELens reads and our record, without tokens. `card` becomes the README. `remove` names the ids of SAEs to delete in the same step.
+    SAELens reads and our record; access tokens and passwords in the config's metadata are left out. `card` becomes the README. `remove`
+    names the ids of SAEs to delete in the same write.
     """
     target = dest if isinstance(dest, Destination) else open_destination(dest, private=private, revision=revision)
     for name, folder in folders.items():
@@ -265,7 +273,7 @@ def publish(
 
 
 def copy_sae_folder(folder: Path, draft: Path, metadata: Mapping[str, Any]) -> None:
-    """Copy the files of an SAE's folder and add `metadata` to the config, from which tokens and passwords are removed."""
+    """Copy the files of an SAE's folder and add `metadata` to the config's, from which tokens and passwords are removed."""
     draft.mkdir(parents=True)
     for name in SAE_FILES:
         if (folder / name).exists():

@@ -14,7 +14,8 @@ from metasae_lightning.errors import InputError
 
 PreActivations = Callable[[Tensor], Float[Tensor, "batch d_sae"]]
 Rule = Literal["global", "rate", "eer"]
-# A latent that fires less often than this on the sample gets the global threshold: its own rate is too uncertain.
+# A latent that fires less often than this on the sample gets the global threshold: its own rate is too uncertain. Under `rate` it keeps
+# its own threshold if that is higher.
 MIN_FIRINGS = 5
 # Histogram bins over each latent's range, for the rule `eer`.
 BINS = 1024
@@ -31,7 +32,7 @@ class Calibration:
     l0: float
     """Mean number of latents that fire per token of the sample, with these thresholds."""
     n_rare: int
-    """Number of latents that got the global threshold, because they fired too rarely for one of their own."""
+    """Number of latents that got the global threshold (under `rate`, their own if higher), because they fired too rarely."""
     tokens: int
     """Number of tokens in the sample."""
 
@@ -43,7 +44,8 @@ def calibrate(pre_activations: PreActivations, samples: Sequence[Tensor], k: flo
     `global`: one threshold for all latents, with which `k` of them fire per token. `rate`: a threshold per latent, with which it fires on
     as many tokens as under BatchTopK. `eer`: a threshold per latent with equal error rates, the fraction of its BatchTopK firings that it
     misses and the fraction of the other tokens on which it fires. Because a latent is silent on most tokens, `eer` makes it fire more
-    often than BatchTopK does, and raises L0.
+    often than BatchTopK does, and raises L0. Under `rate` and `eer` a latent with fewer than 5 firings gets the `global` threshold; under
+    `rate` its own stays if that is higher.
 
     >>> scores = torch.tensor([[3.0, 0.1], [2.0, 0.2], [0.0, 1.0], [0.0, 0.3]])
     >>> calibrate(lambda x: x, [scores], k=0.75, rule="global").l0
@@ -123,12 +125,12 @@ def global_threshold(
     *,
     now: Tensor | float = 0.0,
 ) -> tuple[float, float]:
-    """The threshold for all latents with which L0 is `target_l0` on these samples, up to ties; and the L0 with the threshold `now`.
+    """The threshold for all latents with which L0 is `target_l0` on these samples, up to ties; and the L0 with the thresholds `now`.
 
-    It lies midway between the `target_l0 * tokens`-th largest pre-activation of the sample and the next. Where fewer pre-activations are
-    positive, it is 0, and L0 is below the target. Only values above a cut are
-    collected, which is set by the largest `margin * target_l0` values per token of the first batch; where too few values exceed it, the
-    pass is repeated with twice the margin.
+    The threshold lies midway between the `target_l0 * tokens`-th largest pre-activation of the sample and the next. If the next is
+    not positive, the threshold is 0, and L0 is at or below the target. Only values above a cut are collected. The cut is set by the
+    largest `margin * target_l0` values per token of the first batch; where too few values exceed it, the pass is repeated with twice the
+    margin. A NaN or infinity is an error.
 
     >>> global_threshold(lambda x: x, [torch.tensor([[3.0, 1.0], [2.0, 0.5]])], target_l0=1.0)
     (1.5, 2.0)

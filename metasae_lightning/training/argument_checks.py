@@ -21,7 +21,10 @@ CHOICES = {"kernels": ("sparse", "dense"), "critic_supports": ("exact", "macro_s
 def check_roles(
     primary: TrainingSAEConfig, meta: TrainingSAEConfig | None, penalties: torch.nn.ModuleDict, counts: Mapping[str, int]
 ) -> None:
-    """Reject counts below 1, penalties that need a meta SAE where there is none, and a meta SAE of another `d_in`."""
+    """Reject counts below 1, penalties of another type or without the meta SAE they need, and a meta SAE of another `d_in`.
+
+    A meta SAE without penalties is only warned of.
+    """
     for name, value in counts.items():
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
@@ -80,7 +83,7 @@ def check_ranks(ranks: ProcessGroup, critic_supports: str) -> None:
 
 
 def check_batches(trainer: Any, ranks: ProcessGroup, rows_seen: int) -> None:
-    """Check that all ranks have seen equally many tokens and have equally many batches, and that there are as many as planned.
+    """Check that ranks have seen equally many tokens and have equally many batches: as many as Lightning planned at first.
 
     Ranks take every step together, so a rank with more batches would wait for the others for ever.
     """

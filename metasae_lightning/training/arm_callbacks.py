@@ -130,7 +130,7 @@ class ArmModule(Proxy):
 
 
 class ArmLogger(Proxy):
-    """An arm's view of a logger that has no logger for each arm: the tags of figures begin with the arm's name."""
+    """An arm's view of a logger that all arms share: tags begin with the arm's name."""
 
     @property
     def experiment(self) -> Any:
@@ -182,7 +182,7 @@ class ArmTrainer(Proxy):
 
     @property
     def should_stop(self) -> bool:
-        """Whether the arm, or the whole run, is to stop."""
+        """Whether the arm, or the whole run, is to stop. Setting it to true stops the arm alone."""
         return self._wrapped.should_stop or self._name in self._arms.stopped
 
     def __setattr__(self, key: str, value: Any) -> None:
@@ -205,7 +205,7 @@ class ArmTrainer(Proxy):
 
 
 def per_arm_views(trainer: Any, pl_module: Any) -> dict[str, tuple[Any, Any]]:
-    """Each running arm's view of trainer and module, by name. A module without arms has one view: itself, with an empty name."""
+    """Each running arm's view of trainer and module, by name. Without arms, the trainer and the module themselves, with an empty name."""
     running = getattr(pl_module, "running", None)
     if running is None:
         return {"": (trainer, pl_module)}
@@ -214,7 +214,7 @@ def per_arm_views(trainer: Any, pl_module: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def copy_observers_per_arm(callbacks: Sequence[Callback], names: Sequence[str]) -> list[Callback]:
-    """Replace all observers among the callbacks by one `EachArm`, at the position of the first observer."""
+    """Replace all observers among the callbacks by one `EachArm`, at the first one's position. An `EachArm` of other arms is an error."""
     for callback in callbacks:
         if isinstance(callback, EachArm) and list(callback.copies) != list(names):
             raise InputError(f"the trainer's callbacks belong to the arms {', '.join(callback.copies)}: take a new trainer")

@@ -57,7 +57,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise write_error(Path(path), error) from error
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read an intact checkpoint; a folder is merged to the checkpoint that one process would have written."""
+        """Read a checkpoint; a damaged one is an error. A folder is merged into the checkpoint that one process would have written."""
         if "://" not in str(path) and (damage := find_damage(Path(path))):
             raise damage_error(Path(path), damage)
         return merge_parts(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, *args, **kwargs)
@@ -90,7 +90,7 @@ def find_damage(path: Path) -> str | None:
 
 
 def newest_intact(folders: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
-    """The newest intact checkpoint in some folders, and the damage of each newer one."""
+    """The newest intact checkpoint in some folders, or None, and the damage of each newer one."""
     modified: dict[Path, int] = {}
     for path in (path.resolve() for folder in folders for path in folder.glob("*.ckpt")):
         with contextlib.suppress(FileNotFoundError):  # a running process prunes old checkpoints
@@ -104,7 +104,10 @@ def newest_intact(folders: Iterable[Path]) -> tuple[Path | None, dict[Path, str]
 
 
 def link_and_prune(path: Path, count: int) -> None:
-    """Link `last.ckpt` to this checkpoint and keep the newest `count` of its kind. Drafts of killed processes are deleted."""
+    """Link `last.ckpt` to this checkpoint and keep the newest `count` checkpoints whose names are the same up to the `=`.
+
+    The others, and drafts of killed processes, are deleted.
+    """
     for draft in path.parent.glob(".*.ckpt.*"):
         remove(draft)
     link = path.with_name(f".{LAST}.{os.getpid()}")
@@ -118,7 +121,7 @@ def link_and_prune(path: Path, count: int) -> None:
 
 
 def last_checkpoint(run: Path) -> str:
-    """The newest intact checkpoint of a run. Damaged ones are skipped, with a line on stderr for each."""
+    """The newest intact checkpoint of a run. Damaged ones are skipped, with a line on stderr for each; none at all is an error."""
     path, damaged = newest_intact([run / "checkpoints", run])
     for bad_path, damage in damaged.items():
         sys.stderr.write(f"metasae: the checkpoint {bad_path} is damaged ({damage}): the one before it is tried\n")
@@ -128,7 +131,7 @@ def last_checkpoint(run: Path) -> str:
 
 
 def is_restarted_job(run: Path) -> bool:
-    """Whether SLURM restarted this job and the run has an intact checkpoint. The command is the same as for a new run."""
+    """Whether SLURM restarted this job, with the command of its first start, and the run has an intact checkpoint to resume from."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0 and newest_intact([run / "checkpoints", run])[0] is not None
 
 
@@ -151,7 +154,7 @@ def write_checksums(folder: Path, checksums: dict[str, tuple[int, int]]) -> None
 
 
 def merge_parts(folder: Path) -> dict[str, Any]:
-    """Merge a checkpoint folder to the checkpoint that one process would write.
+    """Merge a checkpoint folder into the checkpoint that one process would write.
 
     A folder keys optimiser state by parameter name, one process keys it by parameter number.
     """

@@ -58,7 +58,7 @@ class JointSAE(LightningModule):
         micro_batches: Number of parts that a batch is split into; gradients of the parts are accumulated before the one step.
         dead_after_tokens: A primary latent that did not fire for this many tokens is dead.
         meta_dead_after_steps: A meta latent that did not fire for this many full meta steps is dead.
-        seed: Seed of the initial weights of both SAEs.
+        seed: Seed of the initial weights of both SAEs, and of the rows drawn for `meta_rows`.
         hook: The hook whose activations this module trains on; needed where the data have several hooks.
         init_from: The SAE whose weights the primary starts from: a run, a SAELens folder, or RELEASE:ID on the Hub.
         meta_init_from: The SAE whose weights the meta SAE starts from: a run, a SAELens folder, or RELEASE:ID on the Hub.
@@ -129,7 +129,7 @@ class JointSAE(LightningModule):
     def step(
         self, batch: Batch, primary_optimizer: Optimizer, meta_optimizer: Optimizer | None = None, *, last: bool = False
     ) -> StepOutput:
-        """Take one primary step and, at the end of a macro-step, the meta phase. This is the whole algorithm."""
+        """Take one primary step and, at the end of a macro-step or the run (`last`), the meta phase. The first step initialises SAEs."""
         if not self.primary.initialized:  # from the first batches of all ranks
             _log_init(self.primary.initialize(self.parallelism.world.all_gather_rows(batch.activations)), "primary")
         if self.meta is not None and self.primary.initialized and not self.meta.initialized:  # before its first use as critic
@@ -152,7 +152,7 @@ class JointSAE(LightningModule):
         return Evaluation(batch.activations, *self.primary.read(batch.activations))
 
     def join(self, ranks: ProcessGroup, mesh: Any = None) -> None:
-        """Train together with other ranks, on parts of one batch; on a device mesh, shard the primary along its `tensor_parallel` side."""
+        """Train together with other ranks, on parts of one batch; on a device mesh, shard the primary over `tensor_parallel` ranks."""
         argument_checks.check_ranks(ranks, self.critic_supports)
         self.parallelism = Parallelism.of(ranks, mesh)
         self.primary.join(self.parallelism, self.batch_cut)
@@ -163,7 +163,7 @@ class JointSAE(LightningModule):
 
     @property
     def rows_seen(self) -> int:
-        """Tokens trained on, over all ranks."""
+        """Tokens that training has read, over all ranks; those of skipped steps count."""
         return int(self.primary.rows_seen)
 
     def _penalty_args(self) -> tuple[Tensor, Critic | None, int, Parallelism]:
@@ -174,11 +174,11 @@ class JointSAE(LightningModule):
 
     @property
     def _critic_is_trained(self) -> bool:
-        """Whether the meta SAE has taken a step: an untrained critic says nothing about the decoder."""
+        """Whether the meta SAE has taken a step, or there is none: an untrained critic says nothing about the decoder."""
         return self.meta is None or bool(self.meta.steps)
 
     def _meta_phase(self, steps: int, optimizer: Optimizer | None) -> StepStats | None:
-        """Take `steps` meta steps on the current decoder rows; returns the statistics of the last step."""
+        """Take `steps` meta steps on the current decoder rows; returns the statistics of the last step, or None if there was no step."""
         if self.meta is None or not steps:
             return None
         assert optimizer is not None
@@ -229,7 +229,7 @@ class JointSAE(LightningModule):
         """Do nothing: Lightning's strategies require this hook for sharding, and `setup` has sharded the primary already."""
 
     def on_fit_start(self) -> None:
-        """Load the SAEs given by `init_from`, so that an error comes before the run begins. Only where a checkpoint is restored by now."""
+        """Load the SAEs given by `init_from`, so that an error comes early. If checkpoints are restored later, `on_train_start` does."""
         if not self.trainer.strategy.restore_checkpoint_after_setup:
             self._load_init_from()
 
@@ -259,7 +259,7 @@ class JointSAE(LightningModule):
         return list(optimizers.values()), list(self._schedules.values())
 
     def advance(self, batch: Batch, optimizers: Any) -> StepOutput:
-        """Take a step under a trainer, which knows whether this is the last step of the run."""
+        """Take a step on the columns of `hook` in the batch; the trainer tells whether it is the last step of the run."""
         last = self.trainer.is_last_batch and self.trainer.current_epoch + 1 == self.trainer.max_epochs
         return self.step(batch.select_hook(self.hook), *optimizers, last=last)
 
@@ -282,7 +282,7 @@ class JointSAE(LightningModule):
         checkpoint["guards"] = {role: guard.state_dict() for role, guard in self.guards.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counts of skipped steps and the critic's cached support."""
+        """Restore the counts of skipped steps and the critic's cached support. A checkpoint of several arms is an error."""
         if "arms" in checkpoint:
             raise InputError(f"the checkpoint holds the arms {', '.join(checkpoint['arms'])}: go on with the recipe that has them")
         if self.meta is not None:

@@ -52,7 +52,7 @@ class SideBySide(LightningModule):
 
     @property
     def rows_seen(self) -> int:
-        """Tokens trained on, over all ranks."""
+        """Tokens that training has read, over all ranks: the largest count of any arm."""
         return max(arm.rows_seen for arm in self.arms.values())
 
     def stop(self, name: str, why: str) -> None:
@@ -67,7 +67,7 @@ class SideBySide(LightningModule):
         rank_zero_warn(f"the arm {name} has stopped, and {', '.join(self.running)} go on: {why}")
 
     def configure_callbacks(self) -> list[Any]:
-        """Copy the trainer's callbacks for one SAE, once for each arm."""
+        """Replace the trainer's callbacks for one SAE by copies, one for each arm; returns no further callbacks."""
         self.trainer.callbacks[:] = copy_observers_per_arm(self.trainer.callbacks, list(self.arms))  # pyright: ignore
         return []
 
@@ -92,7 +92,7 @@ class SideBySide(LightningModule):
                 arm.on_fit_start()
 
     def on_train_start(self) -> None:
-        """Run the checks that each arm makes before its first step."""
+        """Load each arm's `init_from` SAEs if `on_fit_start` could not yet, and run its checks before the first step."""
         for name, arm in self.arms.items():
             with errors_name_arm(name):
                 arm.on_train_start()
@@ -173,7 +173,7 @@ def batch_size(outputs: Mapping[str, StepOutput]) -> int:
 
 
 def check_names(names: list[str]) -> None:
-    """Reject arm names that cannot be folder names or log names, or that collide with another arm's."""
+    """Reject arm names that cannot be folder names or log names, or that collide with another arm's, and an empty list."""
     if not names:
         raise InputError("arms: there is none: name at least one")
     for name in names:

@@ -48,15 +48,15 @@ class Sharded(ModelParallelStrategy):
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """State of an optimiser for a checkpoint; only the parameter groups where it has not taken a step.
+        """State of an optimiser for a checkpoint. An optimiser that has not taken a step has its parameter groups alone.
 
-        For an optimiser without state torch would take a step with zero gradients, to find out which state it has.
+        Torch would let such an optimiser take a step with zero gradients, to find out which state it has.
         """
         optimizer = getattr(optimizer, "_optimizer", optimizer)  # unwrap Lightning's optimiser
         return super().optimizer_state(optimizer) if optimizer.state else {"param_groups": optimizer.state_dict()["param_groups"]}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint folder, a part from each rank. After a failure on any rank the older checkpoint is still there."""
+        """Write a checkpoint folder, a part from each rank. A failure on any rank is an error on all, and the older checkpoint stays."""
         path = Path(self.broadcast(filepath))
         draft = path.with_name(f".{path.name}.draft")
         states = checkpoint.get("optimizer_states", [])
@@ -91,7 +91,7 @@ class Sharded(ModelParallelStrategy):
             return f"rank {self.global_rank}: {error}"
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read an intact checkpoint, a folder or a file, into the sharded module and its optimisers."""
+        """Read a checkpoint, a folder or a file, into the sharded module and its optimisers. A damaged or misfitting one is an error."""
         path = Path(self.broadcast(checkpoint_path))
         damage = [find_damage(path) if self.global_rank == 0 else None]
         torch.distributed.broadcast_object_list(damage)
@@ -106,7 +106,7 @@ class Sharded(ModelParallelStrategy):
             raise InputError(f"the checkpoint {path} is of another run than this: {' '.join(str(error).split())}") from error
 
     def _load_folder(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
-        """Read a checkpoint folder with Lightning's reader, without the optimisers that have not taken a step: it expects their state."""
+        """Read a checkpoint folder with Lightning's reader. Optimisers without a step are left out: the reader expects a state."""
         idle = torch.load(path / METADATA, mmap=True, map_location="cpu", weights_only=False).get(IDLE_OPTIMIZERS, {})
         all_optimizers = list(self.optimizers)
         self.optimizers = [optimizer for number, optimizer in enumerate(all_optimizers) if number not in idle]
