@@ -167,7 +167,7 @@ def held_out(evaluated: Any, n_tokens: int) -> tuple[Any, Tensor]:
     data.setup("test")
     contexts, count = [], 0
     max_tokens = 2 * n_tokens  # fewer rows count than there are tokens
-    for passage in held_out_text.passages(held_out_text.held_out(data, "test", max_tokens), max_tokens):
+    for passage in held_out_text.passages(held_out_text.split_stream(data, "test", max_tokens), max_tokens):
         contexts.append(passage.tokens)
         count += passage.tokens.numel()
         if count >= n_tokens:
@@ -202,7 +202,7 @@ def our_core(evaluated: Any, model: Any, tokens: Tensor) -> dict[str, float]:
             return acts
 
         def reconstruct(acts: Tensor, counted: Tensor = counted) -> Tensor:
-            return acts.index_put((counted,), evaluated.rebuild(acts[counted]))
+            return acts.index_put((counted,), evaluated.reconstruct(acts[counted]))
 
         targets = batch[:, 1:]
         clean = complete.logits(batch, edit=capture)
@@ -285,7 +285,7 @@ def main() -> None:
         print_table(CORE, saebench["core"], ours["core"])
     if "meta_structure" in args.evals:
         ours["meta_structure"] = our_meta_structure(evaluated, args.steps, args.seed)
-        print(f"meta_structure, {len(one.W_dec):,} rows, {args.steps:,} steps")
+        print(f"meta_structure, {len(evaluated.W_dec):,} rows, {args.steps:,} steps")
         print_table(META, saebench["meta_structure"], ours["meta_structure"])
     print("CPU seconds of SAEBench: " + ", ".join(f"{name} {figures['cpu_seconds']:.0f}" for name, figures in saebench.items()))
     if args.out:
