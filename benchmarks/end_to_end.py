@@ -51,7 +51,7 @@ class CallTimer:
         events = sorted([(end, "step") for _, end in self.steps] + [(end, "model") for _, end in self.model])
         pairs = list(pairwise(events))[WARM_UP_STEPS:]
         warm = self.steps[WARM_UP_STEPS - 1][1]
-        refills = [time for (time, kind), (_, next_kind) in pairs if kind == "model" and next_kind == "step" and time > warm]
+        refills = [end for (end, kind), (_, next_kind) in pairs if kind == "model" and next_kind == "step" and end > warm]
         begin, end = refills[0], refills[-1]
         step, model = ([b - a for a, b in calls if a >= begin and b <= end] for calls in (self.steps, self.model))
         seconds = end - begin
