@@ -28,5 +28,5 @@ class EveryTokens:
         return tokens - self._restarted_at
 
     def is_due(self, tokens: int) -> bool:
-        """Whether `interval` tokens were trained on since the last restart."""
+        """Whether `interval` tokens were trained on since the last call of `restart`."""
         return self.interval is not None and self.elapsed(tokens) >= self.interval

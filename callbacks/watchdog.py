@@ -33,7 +33,7 @@ class Watchdog(Callback):
         self._exchanged_at = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start both threads, where there are several ranks."""
+        """Where there are several ranks: start the thread that exchanges progress and the thread that checks it."""
         if trainer.world_size > 1 and dist.is_initialized():
             self._finished.clear()
             # torch has no public name for the store that its process group was set up with.

@@ -1,7 +1,7 @@
 """`InputError`, the exception for mistakes of the user. The command line prints it as one line.
 
-It also prints errors of its parser, of Lightning's configuration, of the system and of another rank's end as one line. Any other
-exception is a bug and keeps its traceback.
+The command line also prints as one line: errors of its parser, of Lightning's configuration and of the system, and the end of another rank.
+Any other exception is a bug and keeps its traceback.
 """
 
 import difflib

@@ -127,7 +127,7 @@ class Decomposability(Penalty):
     def rank_share(
         self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int, parallelism: Parallelism
     ) -> Float[Tensor, ""]:
-        """The mean over the rows that this rank processes, times their fraction of the rows that all ranks process at this step."""
+        """This rank's share of the penalty; the shares of all ranks add up to its mean over the rows of the step."""
         assert critic is not None
         drawn, count, decoder = None, len(W_dec), local(W_dec)
         if self.rows < 1:

@@ -56,7 +56,10 @@ CONFIG_KEYS = (
 
 
 def publish_saes(args: Namespace) -> int:
-    """The command `publish`: write a run's SAEs and a model card to a folder or the Hub, after loading them back and measuring them."""
+    """The command `publish`: write a run's SAEs and a model card to a folder or the Hub.
+
+    Before that the primary is measured, and a copy of each SAE is loaded back and compared.
+    """
     args.data = None
     dest = open_destination(args.dest, private=args.private, revision=args.revision)
     (sae,) = open_saes([args.run], None)
@@ -128,7 +131,7 @@ def publish_run(
 
 
 def published_record(dest: Destination, path: str) -> dict[str, Any] | None:
-    """The record in a published file, or None if the file is not a record of this version."""
+    """The record in a published file; None if the file is no record, or, with a warning, if its schema is another."""
     if not path.endswith(f"/{RECORD}"):
         return None
     try:

@@ -93,7 +93,9 @@ def decode(
 
 
 class _Encode(torch.autograd.Function):
-    """Top-k encoding. The selection has zero gradient, so gradients flow through the active latents only.
+    """Top-k encoding, and the pre-activations of the extra latents.
+
+    The selection has zero gradient: gradients flow through the active latents, and through the pre-activations of the extra latents.
 
     The forward pass appends the threshold, a float or None, to the list `threshold`.
     """

@@ -33,12 +33,12 @@ class Reference:
 
 
 class IncrementalTopK:
-    """Exact top-k that re-ranks the last full search's candidates, and searches in full once others could be among the largest.
+    """Exact top-k of a batch that ranks only the candidates of the last full search, until others could be among the largest.
 
-    A pre-activation `r . e + b` changes by at most `|r - r0| |e| + |r0| |e - e0| + |b - b0|`. As long as the smallest selected activation
-    is larger than this bound allows for any pre-activation that was not a candidate, the selection is that of a full search. Otherwise a
-    full search follows. Values come from the same dot products of two rows in either case, so the result does not depend on when the last
-    full search was.
+    For row `r`, encoder column `e` and bias `b`, the pre-activation `r . e + b` changes by at most `|r - r0| |e| + |r0| |e - e0| + |b -
+    b0|`, where `r0`, `e0` and `b0` are those of the last full search. As long as the smallest selected activation is larger than this bound
+    allows for any pre-activation that was not a candidate, the selection is that of a full search. Otherwise a full search follows. Values
+    come from the same dot products of two rows in either case, so the result does not depend on when the last full search was.
 
     Args:
         rows: Number of rows of the batches, which hold the same inputs again and again, such as a decoder's rows. Batches with another

@@ -182,7 +182,7 @@ class WindowReader(Reader):
         self._window_end: Position | None = None
 
     def __next__(self) -> Document:
-        """The next document of the window; at the window's end the next window is read."""
+        """The next document of the shuffled window. The first call after a window's last document reads the next window."""
         index = self._state["at"]
         if not self._window:
             self._fill(index)

@@ -82,7 +82,7 @@ class TokenizedDocuments:
             position = {"epoch": epoch + 1, "reader": None, "met": 0}
 
     def _epoch(self, position: dict[str, Any]) -> Iterator[Chunk]:
-        """The documents of one epoch from a position on, in chunks of `TOKENIZED_AT_ONCE`."""
+        """This rank's documents of the split in one epoch, from a position on, tokenized in chunks of `TOKENIZED_AT_ONCE`."""
         reader = self.corpus.reader(seed=self.seed, epoch=position["epoch"], state=position["reader"])
         n_documents, pending = position["met"], list[Document]()
         for document in reader:

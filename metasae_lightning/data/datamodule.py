@@ -43,13 +43,13 @@ class ActivationsDataModule(LightningDataModule):
         tokens: Number of training tokens, over all ranks.
         batch_size: Tokens in a batch, on each rank.
         context_size: Tokens in a context of the model, BOS included.
-        buffer_size: Number of tokens that are shuffled among each other.
+        buffer_size: Number of training tokens that are shuffled among each other, on each rank; rounded down to whole batches.
         held_out: Fraction of the documents held out for validation; the same fraction again is held out for the test.
         validation_tokens: Tokens in a validation, over all ranks.
         test_tokens: Tokens in a test, over all ranks.
         prepend_bos: Whether each context begins with BOS, or with EOS if the tokenizer has no BOS.
-        skip_positions: Number of positions at the start of each context, BOS included, that are not trained on. They hold attention sinks:
-            a few tokens with a hundred times the median norm, which would be most of the variance.
+        skip_positions: Number of positions at the start of each context, BOS included, that every split leaves out: attention
+            sinks, a few tokens with a hundred times the median norm, which would be most of the variance.
         max_norm_ratio: Leave out of a batch each row whose norm exceeds the batch's median norm times this number; none keeps all rows.
         forward_batch: Contexts in one forward pass of the model.
         seed: Seed of the order of the documents and of the shuffle.
@@ -60,8 +60,8 @@ class ActivationsDataModule(LightningDataModule):
         buffer_device: Device of the shuffle buffer: that of the `model`, or the `cpu`, in pinned memory where there is a GPU.
         checkpoint_buffer: With `tokens`, a resumed run fills the buffer by running the model on its tokens again. With `activations`,
             checkpoints contain the buffer.
-        prefetch: Number of batches that a thread prepares ahead; none is 2 where the model or the SAE is on a GPU, and 0 on a CPU, where
-            the thread would compete with training for cores.
+        prefetch: Number of batches that a thread prepares ahead; none is 2 where the model or the SAE is on a GPU. It is 0 with a `cache` or
+            on a CPU, where the thread would compete with training for cores.
         stall_seconds: Longest time to wait for the corpus, in seconds.
         cache: Folder written by `metasae cache` or by SAELens's CacheActivationsRunner. Activations are read from it, and no model is run.
     """

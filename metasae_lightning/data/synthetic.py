@@ -195,7 +195,7 @@ class SyntheticDataModule(LightningDataModule):
         return {"model_name": name, "dataset_path": name, "hook_name": "synthetic"}
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of training batches received, which is the same on all ranks."""
+        """The number of training batches that the training loop has received, which is the same on all ranks."""
         return self._train_stream.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

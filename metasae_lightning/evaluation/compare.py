@@ -46,7 +46,7 @@ def match_decoder_rows(
 def _match_nearest(a: Tensor, b: Tensor, nearest: int) -> tuple[Tensor, Tensor, Tensor]:
     """The one-to-one match of least cost, where a row of `a` may match only its `nearest` rows of `b`.
 
-    A match costs 2 less its cosine. A row of `a` whose nearest rows are all taken has no match and costs 10, so few rows have none.
+    A match costs 2 less its cosine. A row of `a` without a match costs 10, more than any match, so few rows stay without one.
     Returns the rows of `a`, the rows of `b` and their cosines.
     """
     rows, columns, values = list[Tensor](), list[Tensor](), list[Tensor]()

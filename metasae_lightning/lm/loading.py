@@ -77,7 +77,7 @@ def parse_dtype(name: str) -> torch.dtype:
 def additive_mask(visible: Bool[Tensor, "context position position"], dtype: torch.dtype) -> Float[Tensor, "context 1 position position"]:
     """An additive attention mask: zero where `visible`, the lowest number of the dtype elsewhere.
 
-    All attention implementations of transformers use such a mask unchanged.
+    The eager, SDPA and flex attention of transformers use such a mask unchanged; flash attention cannot use it.
     """
     mask = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype, device=visible.device)
     return mask.masked_fill_(visible, 0)[:, None]

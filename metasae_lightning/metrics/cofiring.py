@@ -239,7 +239,7 @@ class PhiSample(Metric):
         self.tokens += codes.shape[0]
 
     def compute(self) -> dict[str, Tensor]:
-        """Mean of |phi| over live pairs, its floor by chance, the excess over the floor with its standard error, and `pairs`."""
+        """Mean |phi| over the sample's live pairs, its floor by chance, the excess with its standard error, and the number of pairs."""
         n = float(self.tokens)
         matching, low = (self.partner >= 0).nonzero(as_tuple=True)
         n11, n_i, n_j = (x.double() for x in (self.together[matching, low], self.firings[low], self.firings[self.partner[matching, low]]))

@@ -88,8 +88,8 @@ class FeatureRecovery(Metric):
     def _foreign_features(self, nearest: Tensor) -> Tensor:
         """A matrix of rows by features: 1 where a row contains a feature other than its nearest.
 
-        A row contains a feature if the row's cosine with it exceeds the cosine of the row's nearest feature with it by `FOREIGN_COSINE` or
-        more. A row that points away from its nearest feature is turned around first.
+        A row contains feature `f` if `cos(row, f)` is at least `cos(nearest, f) + FOREIGN_COSINE`, where `nearest` is the row's nearest
+        feature. A row that points away from its nearest feature is turned around first.
         """
         signed = functional.unit_rows(self.decoder.float()) @ self.features.T
         signed = signed * signed.gather(1, nearest[:, None]).sign()

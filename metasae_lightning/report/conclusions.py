@@ -106,7 +106,7 @@ def percent(change: Estimate) -> str:
 
 
 def absolute_interval(change: Estimate) -> str:
-    """The interval of a difference, in the unit of the difference, as text to follow it; empty if there is no interval."""
+    """The 95 % interval of a difference, in the difference's unit, as text to put after its number; empty if there is none."""
     return "" if math.isnan(change.low) else f" (95 %: {change.low:+.4f} to {change.high:+.4f})"
 
 

@@ -81,7 +81,10 @@ def setting_differences(source: Any, target: Any, normalizer: Normalizer) -> Seq
 
 
 def check_normalizers(source: Any, normalizer: Normalizer) -> None:
-    """Refuse to replace a per-token normaliser: it is not an affine map, so weights can neither fold it in nor unfold it."""
+    """Refuse the source SAE unless it and the run have the same per-token normaliser, or neither has one.
+
+    A per-token normaliser is not an affine map, so weights can neither fold it in nor unfold it.
+    """
     old, new = str(source.cfg.normalize_activations), normalizer.per_token
     if (old if old != "none" else None) != new:
         demand = f"normalize_activations: {old}" if old != "none" else "none, expected_average_only_in or covariance_whitening"

@@ -199,7 +199,7 @@ def read_file(path: Path) -> str:
 
 
 def open_destination(address: str | Path, *, private: bool | None = None, revision: str | None = None) -> Destination:
-    """A repository on the Hub for `hf://OWNER/NAME`, a local folder for any other address, which takes neither option."""
+    """A repository on the Hub for `hf://OWNER/NAME`, else a local folder; `private` and `revision` are errors with a folder."""
     if str(address).startswith(HUB):
         return Hub(str(address), private=private, revision=revision)
     if private is not None or revision is not None:

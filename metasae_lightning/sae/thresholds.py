@@ -74,7 +74,11 @@ def batchtopk_mask(values: Float[Tensor, "batch d_sae"], k: float) -> Float[Tens
 
 
 def _equal_rates(pre_activations: PreActivations, samples: Sequence[Tensor], k: float, width: int) -> tuple[Tensor, Tensor]:
-    """Per latent: the threshold for its rate under BatchTopK, midway between two values of the sample; and its number of firings."""
+    """Per latent: the threshold that gives it its rate under BatchTopK, and its number of firings.
+
+    The threshold lies midway between the latent's lowest kept value and the next lower one. A latent that never fired gets its largest
+    collected value, or 0 without one.
+    """
     firings, lowest = torch.zeros(width, dtype=torch.int64), float("inf")
     for x in samples:
         values = pre_activations(x).relu()

@@ -79,7 +79,7 @@ class EachArm(Callback):
             added[name] = {key: value for key, value in arm_checkpoint.items() if key not in checkpoint}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Show each arm's observers a checkpoint with the arm's weights and the entries that they added."""
+        """Show each arm's observers the checkpoint with the arm's weights and the entries that these observers saved in it."""
         for name, view in per_arm_views(trainer, pl_module).items():
             arm_checkpoint = {
                 **checkpoint,

@@ -104,9 +104,9 @@ def newest_intact(folders: Iterable[Path]) -> tuple[Path | None, dict[Path, str]
 
 
 def link_and_prune(path: Path, count: int) -> None:
-    """Link `last.ckpt` to this checkpoint and keep the newest `count` checkpoints whose names are the same up to the `=`.
+    """Link `last.ckpt` to this checkpoint and keep the newest `count` checkpoints of its kind: those with the same name up to the `=`.
 
-    The others, and drafts of killed processes, are deleted.
+    Older ones of that kind, and drafts of killed processes, are deleted. Checkpoints of another kind stay.
     """
     for draft in path.parent.glob(".*.ckpt.*"):
         remove(draft)
