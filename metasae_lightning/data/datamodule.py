@@ -60,8 +60,8 @@ class ActivationsDataModule(LightningDataModule):
         buffer_device: Device of the shuffle buffer: that of the `model`, or the `cpu`, in pinned memory where there is a GPU.
         checkpoint_buffer: With `tokens`, a resumed run fills the buffer by running the model on its tokens again. With `activations`,
             checkpoints contain the buffer.
-        prefetch: Number of batches that a thread prepares ahead; none is 2 where the model or the SAE is on a GPU. It is 0 with a `cache` or
-            on a CPU, where the thread would compete with training for cores.
+        prefetch: Number of batches that a thread prepares ahead; none is 2 where the model or the SAE is on a GPU. It is 0 with a `cache`,
+            or on a CPU, where the thread would compete with training for cores.
         stall_seconds: Longest time to wait for the corpus, in seconds.
         cache: Folder written by `metasae cache` or by SAELens's CacheActivationsRunner. Activations are read from it, and no model is run.
     """
