@@ -53,7 +53,11 @@ class Checkpoints(Checkpoint):
         self._previous_handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start the token counter and the clock, and install the signal handlers; a resumed run counts from its number of tokens so far."""
+        """Start the token counter and the clock, and catch each of `SIGNALS` that has a handler already.
+
+        A signal without a handler keeps its default action. Outside the main thread no signal is caught. A resumed run counts from its
+        number of tokens so far.
+        """
         self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
         self._counter.restart(pl_module.rows_seen)
         self._saved_at, self._received, self._postponed = time.monotonic(), 0, 0

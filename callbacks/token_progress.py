@@ -13,7 +13,9 @@ from metasae_lightning.step import StepOutput
 
 
 class TokenProgress(ProgressBar):
-    """Show the tokens trained on, the token budget, tokens per second, loss, FVU, L0, dead latents and penalties.
+    """Show the tokens trained on, the token budget, tokens per second, and each step's loss, FVU, L0, dead latents and penalties.
+
+    With several arms (`SideBySide`) only the FVU is shown: that of each arm, or the range over more than four arms.
 
     Args:
         every: Number of steps between two refreshes; each refresh waits for the device to finish the step.

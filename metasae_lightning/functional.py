@@ -281,7 +281,7 @@ def detection(both: Counts, fired: Counts, true: Counts) -> tuple[Counts, Counts
 
 
 def cross_entropy(logits: Logits, tokens: Int[Tensor, "context position"]) -> Float[Tensor, "context position"]:
-    """The cross-entropy of each token under its predicted logits, `-log p(token)`, in nats.
+    """The cross-entropy of each token, `-log p(token)`, in nats; logits and token of a prediction are at the same position.
 
     >>> cross_entropy(torch.zeros(1, 1, 4), torch.tensor([[2]])).exp()
     tensor([[4.]])

@@ -175,7 +175,10 @@ class BlockwiseEncoder:
             start = None if hint is not None else 0.0
 
     def largest(self, count: int, hint: float | None = None) -> Selection:
-        """The `count` largest positive activations of the batch, ordered by flat index."""
+        """The `count` largest positive activations of the batch by scaled value, ordered by flat index.
+
+        `hint` is the threshold of a similar batch. The search starts a little below it. The result does not depend on it.
+        """
         if count == 0 or self.n_rows == 0:
             self.compute_extra()
             return self.b_enc.new_empty(0), *self._empty()[:2]

@@ -209,5 +209,5 @@ class WindowReader(Reader):
         self._window = window
 
     def state(self) -> dict[str, Any]:
-        """The number of documents read, the window's number and its start in the dataset, and the index in the window."""
+        """The position to continue from: documents read, the shuffled window and its start in the dataset, and the index in the window."""
         return copy.deepcopy(self._state)

@@ -125,7 +125,7 @@ class ActivationsDataModule(LightningDataModule):
         check_numbers(self.batching, tokens, prefetch, stall_seconds)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the cache, or load the model up to its last hook; to fit, then refuse a corpus with too few validation documents."""
+        """Open the cache, or load the model up to its last hook and, for a fit, refuse a corpus with too few validation documents."""
         if self.cache is not None and self.reading_cache:
             try:
                 tokenizer = fingerprint(self.language_model.load_tokenizer())

@@ -154,9 +154,10 @@ class Stream(ABC):
             )
 
     def _moves(self, position: dict[str, Any], start: int) -> tuple[int, Iterator[BatchMove]]:
-        """Where to read from to make batch `start`: the number of the first row of its block, and the shuffle's moves from there.
+        """The number of the first row to read in order to make batch `start`, and the shuffle's moves (one a batch) from there.
 
-        Batches and rows are counted from the origin of `position`.
+        Both begin at the block in which batch `start` begins, so the first moves may belong to earlier batches. Batches and rows are
+        counted from the origin of `position`.
         """
         size, block_size, part = self.batching.batch_size, self.batching.block_size, self.part
         total = (len(self) - position["origin"]) * size

@@ -88,7 +88,11 @@ class PhiByGroup:
         self.tokens += torch.bincount(group, minlength=groups)
 
     def excess(self, weights: Float[Tensor, "resample group"]) -> Float[Tensor, " resample"]:
-        """Mean of |phi| less its floor (its mean by chance) over pairs of live latents; `weights` multiply the counts of each group."""
+        """Mean of |phi| less its floor (its mean by chance) over the sampled pairs of live latents, for each resample.
+
+        The rows of `weights` are the resamples; they multiply the counts of each document group. A latent that fires on every token does
+        not count as live.
+        """
         n = (weights @ self.tokens)[:, None]
         fired = weights @ self.firings.double()
         total, pairs = torch.zeros(len(weights), dtype=torch.float64), torch.zeros(len(weights), dtype=torch.float64)

@@ -130,7 +130,7 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def _skeleton(self, folder: str) -> tuple[nn.Module, list[HookLocation]]:
-        """The same root module on the meta device, and the hooks' locations."""
+        """The language model's root module on the meta device, without weights, and the hooks' locations in it."""
 
     @abstractmethod
     def _run(self, root: Any, tokens: Tokens, mask: Mask) -> Any:

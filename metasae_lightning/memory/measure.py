@@ -63,7 +63,10 @@ class AllocationTracker(TorchDispatchMode):
         self._storage_bytes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Run an operator and count the storages of its result."""
+        """Run an operator; count the new storages of its result until they are freed, and the kernel's scratch memory.
+
+        A bool read from a meta tensor is True: the language model asks so whether a context is one unmasked sequence.
+        """
         # A model without weights asks whether each context is a single unmasked sequence; it is.
         if func is aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
             return True

@@ -294,6 +294,6 @@ def mean_phi_by_chance(n_i: Float[Tensor, " live"], n_j: Float[Tensor, " other"]
 
 
 def histogram_quantile(upper: Float[Tensor, " bin"], share: float) -> float:
-    """Quantile of |phi|: the middle of the first bin at which the cumulative share of pairs (`upper`) reaches `share`."""
+    """Quantile of |phi|: the middle, in sqrt(|phi|), of the first bin at whose end the share of pairs so far (`upper`) is `share`."""
     index = min(int(torch.searchsorted(upper, share)), BINS - 1)
     return ((index + 0.5) / BINS) ** 2

@@ -86,10 +86,10 @@ class FeatureRecovery(Metric):
         self.decoder = self.decoder[:0]
 
     def _foreign_features(self, nearest: Tensor) -> Tensor:
-        """A matrix of rows by features: 1 where a row contains a feature other than its nearest.
+        """For each decoder row and feature: 1 where the row contains that feature and it is not the row's nearest, else 0.
 
-        A row contains feature `f` if `cos(row, f)` is at least `cos(nearest, f) + FOREIGN_COSINE`, where `nearest` is the row's nearest
-        feature. A row that points away from its nearest feature is turned around first.
+        `nearest` has the index of each row's nearest feature, `n`. A row contains feature `f` if `cos(row, f)` is at least `cos(n, f) +
+        FOREIGN_COSINE`. A row that points away from `n` is turned around first.
         """
         signed = functional.unit_rows(self.decoder.float()) @ self.features.T
         signed = signed * signed.gather(1, nearest[:, None]).sign()

@@ -31,7 +31,10 @@ class NonFiniteGuard:
 
     @torch.no_grad()
     def skips(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], ranks: ProcessGroup) -> bool:
-        """Whether the step must be skipped because one of the `tensors` is not finite on any rank; if so, the buffers are restored."""
+        """Whether the step must be skipped, on all ranks, because one of the `tensors` is not finite on any rank.
+
+        A skipped step is counted. The buffers in `state` then get back, in place, the values that `remember` copied.
+        """
         bad_tensor = first_nonfinite(tensors)
         skipped = bool(ranks.max_scalar(bad_tensor is not None, next(iter(tensors.values()))))
         self.bad_tensor = bad_tensor or "a tensor on another rank" if skipped else None

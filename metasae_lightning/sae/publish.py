@@ -179,7 +179,7 @@ class Hub(Destination):
 
     @contextmanager
     def _errors_in_one_line(self) -> Generator[None, None, None]:
-        """Turn any error of the Hub's client and of its libraries into one line without tokens."""
+        """A block in which any error of the Hub's client becomes an `InputError` of one line, without access tokens."""
         try:
             yield
         except InputError:
