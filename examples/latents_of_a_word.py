@@ -34,8 +34,14 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--word", default="Paris")
     parser.add_argument("--count", type=int, default=5, help="latents to print")
     options = parser.parse_args(args)
+    if not (options.run / "saes" / "primary").is_dir():
+        raise SystemExit(
+            f"{options.run} has no folder saes/primary: name a run with one SAE, or an arm, such as {options.run / 'arms' / 'joint'}"
+        )
 
     primary = SAE.load_from_disk(options.run / "saes" / "primary")
+    if not (options.run / "saes" / "meta").is_dir():
+        raise SystemExit(f"{options.run} has no folder saes/meta: it was trained without a meta-SAE")
     meta = SAE.load_from_disk(options.run / "saes" / "meta")
     metadata = primary.cfg.metadata
     model = HuggingFaceLM(metadata.model_name, metadata.hook_name, device="cpu")

@@ -32,6 +32,10 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("--text", default="I think that")
     options = parser.parse_args(args)
+    if not (options.run / "saes" / "primary").is_dir():
+        raise SystemExit(
+            f"{options.run} has no folder saes/primary: name a run with one SAE, or an arm, such as {options.run / 'arms' / 'joint'}"
+        )
 
     sae = SAE.load_from_disk(options.run / "saes" / "primary")
     metadata = sae.cfg.metadata

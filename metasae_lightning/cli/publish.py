@@ -112,13 +112,15 @@ def publish_run(
     record = publication_record(sae, recipe, run_record, measured, overrides or {}, name, evaluation)
     with tempfile.TemporaryDirectory() as temporary:
         folders = {name: Path(temporary) / "primary"}
-        metadata = {**(overrides or {}), "metasae_lightning": {key: record[key] for key in CONFIG_KEYS}}
+        metadata = {**public_metadata(sae.folder / "saes" / "primary"), **(overrides or {})}
+        metadata["metasae_lightning"] = {key: record[key] for key in CONFIG_KEYS}
         loaded = stage(sae.folder / "saes" / "primary", folders[name], metadata=metadata, density=density)
         if not torch.equal(loaded.encode(probe), sae.sae.cpu().encode(probe)):
             raise InputError(f"{sae.source}: the folder loaded back does not encode as the run's SAE does")
         if record["meta"]:
             meta = folders[record["meta"]["id"]] = Path(temporary) / "meta"
-            stage(sae.folder / "saes" / "meta", meta, metadata={"reads": f"unit decoder rows of {name}"})
+            metadata = {**public_metadata(sae.folder / "saes" / "meta"), **(overrides or {}), "reads": f"unit decoder rows of {name}"}
+            stage(sae.folder / "saes" / "meta", meta, metadata=metadata)
         (folders[name] / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         existing = dest.list_files()
         published = map(partial(published_record, dest), sorted(existing))
@@ -267,6 +269,12 @@ def excluded_tokens(metadata: Mapping[str, Any]) -> list[str]:
     if max_ratio := metadata.get("max_norm_ratio"):
         masks.append(f"tokens whose norm is over {max_ratio:g} times the median")
     return masks
+
+
+def public_metadata(folder: Path) -> dict[str, Any]:
+    """The metadata in an SAE's cfg.json that are or contain an absolute path, with only its last part."""
+    metadata: dict[str, Any] = json.loads((folder / "cfg.json").read_text()).get("metadata", {})
+    return {key: public for key, value in metadata.items() if (public := without_local_paths(value, {})) != value}
 
 
 def without_local_paths(tree: Any, public_names: Mapping[str, str]) -> Any:

@@ -61,7 +61,7 @@ class Verdict:
     """The conclusion at the top of the page."""
 
     sentence: str
-    """The answer in one sentence."""
+    """The answer: whether latents fire together less, at what price, and the figure."""
     beside: list[str]
     """Costs and caveats, a sentence each; without a comparison, the command that makes one possible."""
     sure: bool
@@ -81,9 +81,12 @@ def verdict(groups: Sequence[Group]) -> Verdict:
     if change is None:
         lacking = ", ".join(arm.name for arm in arms if arm.figure("phi/excess") is None)
         return Verdict(f"Nothing can be said yet: there is no co-firing measured for {lacking}.", [REMEASURE], False)
-    words = {-1: "fire together less", 1: "fire together more", 0: "fire together neither less nor more than chance allows"}
-    than = "" if change.sign == 0 else f" than {base.name}'s"
-    sentence = f"{group.name}'s latents {words[change.sign]}{than}: excess of mean |phi| {percent(change)}."
+    words = {-1: "fire together less than", 1: "fire together more than", 0: "do not fire together measurably less or more than"}
+    error = difference(group, base, "reconstruction/fvu", "fvu")
+    price = ""
+    if error is not None and error.base:
+        price = f", and {abs(error.percent[0]):.1f} % {'more' if error.value > 0 else 'less'} variance is unexplained"
+    sentence = f"{group.name}'s latents {words[change.sign]} {base.name}'s{price}. Excess of mean |phi|: {percent(change)}."
     if math.isnan(change.low):
         sentence = f"Excess of mean |phi| of {group.name} against {base.name}: {percent(change)}; nothing tells how sure that is."
     return Verdict(sentence, [*costs(group, base), *caveats(change, group, base)], True)

@@ -39,6 +39,12 @@ def test_a_word_that_is_not_in_the_text_is_named_in_the_error(run: Path):
         example("latents_of_a_word", run, "--word", "Rome")
 
 
+@pytest.mark.parametrize("name", ["latents_of_a_word", "steer"])
+def test_a_folder_without_saes_is_an_error_of_one_line(name: str, tmp_path: Path):
+    with pytest.raises(SystemExit, match=r"has no folder saes/primary: .*arms/joint"):
+        example(name, tmp_path)
+
+
 def test_steering_changes_the_next_token_and_strength_zero_does_not(run: Path, capsys: pytest.CaptureFixture[str]):
     divergences: list[float] = []
     for strength in ("20", "0"):

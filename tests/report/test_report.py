@@ -208,9 +208,9 @@ def arm(name: str, weight: float | None, seed: int, record: dict[str, Any]) -> A
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ((-3e-5, -3.1e-5, -2.9e-5), "fire together less than solo's"),
-        ((3e-5, 3.1e-5, 2.9e-5), "fire together more than solo's"),
-        ((-3e-5, 4e-5, 1e-6), "neither less nor more"),
+        ((-3e-5, -3.1e-5, -2.9e-5), "joint's latents fire together less than solo's, and 5.0 % more variance is unexplained. Excess"),
+        ((3e-5, 3.1e-5, 2.9e-5), "fire together more than solo's, and 5.0 % more variance is unexplained"),
+        ((-3e-5, 4e-5, 1e-6), "do not fire together measurably less or more than solo's, and 5.0 % more"),
     ],
 )
 def test_the_verdict_states_a_direction_only_if_the_interval_excludes_zero(changes: tuple[float, ...], sentence: str):

@@ -78,7 +78,7 @@ def test_a_published_folder_has_both_saes_the_record_and_the_page(place: Path, t
     assert torch.equal(published.encode(x), exported.encode(x)) and torch.equal(published(x), exported(x))
     assert load_file(tmp_path / "out" / f"{HOOK}-meta" / "sae_weights.safetensors").keys() >= {"W_dec", "threshold"}
     metadata = published.cfg.metadata.to_dict()
-    assert metadata["model_name"] == str(tmp_path / "model") and metadata["hook_name"] == HOOK and metadata["context_size"] == 16
+    assert metadata["model_name"] == "model" and metadata["hook_name"] == HOOK and metadata["context_size"] == 16
     settings = metadata["metasae_lightning"]
     assert settings["penalties"] == {"decomposability": 0.3} and settings["meta"] == {"id": f"{HOOK}-meta", "d_sae": 8}
     assert settings["recipe"]["data"]["init_args"]["corpus"]["class_path"].endswith("TextFiles")
@@ -96,6 +96,7 @@ def test_a_published_folder_has_both_saes_the_record_and_the_page(place: Path, t
     assert "a local path: give its public name" in output.err
     all_bytes = b"".join(tree(tmp_path / "out").values()) + output.out.encode() + output.err.encode()
     assert TOKEN.encode() not in all_bytes and b"whichissecret" not in all_bytes
+    assert str(tmp_path).encode() not in b"".join(tree(tmp_path / "out").values())  # of a local path only the last part is published
 
 
 def test_the_page_has_the_evaluation_of_this_sae_on_the_runs_data(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
