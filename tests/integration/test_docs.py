@@ -44,6 +44,10 @@ def test_a_fit_command_in_the_documents_parses(command: str, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     for name, overlay in OVERLAYS.items():
         Path(name).write_text(overlay)
+    if ".help" in command:
+        with pytest.raises(SystemExit, match="^0$"):
+            main(shlex.split(command)[1:])
+        return
     assert main(shlex.split(command)[1:]) == 0
     assert run_directories[0].startswith("runs/")
 
@@ -67,7 +71,7 @@ def test_an_evaluation_command_in_the_documents_parses(command: str, monkeypatch
 def test_the_readmes_example_with_own_activations_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (block,) = [block for block in BLOCKS if "JointSAE" in block]
     monkeypatch.chdir(tmp_path)
-    quiet = "enable_progress_bar=False, enable_model_summary=False, logger=False, enable_checkpointing=False"
+    quiet = "enable_progress_bar=False, enable_model_summary=False, logger=False"
     assert "logger=False" in block
     names: dict[str, object] = {"Trainer": Trainer}
     exec(block.replace("logger=False", quiet), names)
