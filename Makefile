@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install picture bench test test-slow check format lint types docs test-quick clean
+.PHONY: help quickstart install picture bench test test-slow check format lint types docs test-quick long-tests clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,8 +28,13 @@ WORKERS ?= $(shell echo $$(( $$($(PYTHON) -c "import os; print(os.cpu_count() or
 test: $(VENV)/.installed-test ## every test but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-quick: $(VENV)/.installed-test ## the fast tests, while you type
+test-quick: $(VENV)/.installed-test ## the tests of less than half a second each, while you type
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not long" $(ARGS)
+
+long-tests: $(VENV)/.installed-test ## measure all tests, and write those of half a second and more to tests/long_tests.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=0 --durations-min=0.5 $(ARGS) > durations.log
+	sed -nE -e 's/^[0-9.]+s call +([^[]*).*/\1/p' -e 's/^[1-9][0-9]*[.][0-9]+s setup +([^:]*)::.*/\1/p' durations.log | sed 's/ *$$//' | sort -u > tests/long_tests.txt
+	rm durations.log
 
 test-slow: $(VENV)/.installed-test ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
