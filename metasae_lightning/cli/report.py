@@ -1,16 +1,20 @@
 """The command `report`. It imports neither torch nor Lightning, unless a meta-SAE must be run by SAELens: see `latent_browser.encode`."""
 
+import os
 from pathlib import Path
 
 from jsonargparse import Namespace
 from rich.console import Console
 
 from metasae_lightning import report
-from metasae_lightning.report.write import write
 
 
 def write_report(args: Namespace) -> int:
     """Print the overview and the conclusion of finished runs, then write their page."""
+    # Read when NumPy is imported. Figures are drawn beside NumPy's products: a second thread of either waits more than it computes.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from metasae_lightning.report.write import write
+
     study = report.study(args.runs, args.title)
     console = Console()
     console.print(report.overview(study))

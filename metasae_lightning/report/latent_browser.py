@@ -143,10 +143,10 @@ def best_matches(rows: Matrix, others: Matrix) -> tuple[list[Pair], list[Pair]]:
     for begin in range(0, len(rows), ROWS):
         cosines = rows[begin : begin + ROWS] @ others.T
         forward += [pairs[0] for pairs in largest(cosines, 1)]
-        best = cosines.max(0)
+        nearest = cosines.argmax(0)
+        best = np.take_along_axis(cosines, nearest[None], 0)[0]
         better = np.flatnonzero(best > cosine)
-        index[better] = begin + cosines.argmax(0)[better]
-        cosine[better] = best[better]
+        index[better], cosine[better] = begin + nearest[better], best[better]
     rounded = cosine.astype(float).round(3).tolist()
     return forward, [list(pair) for pair in zip(index.tolist(), rounded, strict=True)]
 
