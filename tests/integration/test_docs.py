@@ -45,7 +45,7 @@ def test_a_fit_command_in_the_documents_parses(command: str, monkeypatch: pytest
     for name, overlay in OVERLAYS.items():
         Path(name).write_text(overlay)
     if ".help" in command:
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             main(shlex.split(command)[1:])
         return
     assert main(shlex.split(command)[1:]) == 0
