@@ -72,11 +72,16 @@ class TokenProgress(ProgressBar):
 
 
 def describe(output: StepOutput | Mapping[str, StepOutput]) -> str:
-    """One line about a step: loss, FVU, L0, dead latents and penalties; for arms only the FVU, as a range for more than 4 arms."""
+    """One line about a training step: loss, FVU, L0, dead latents and penalties; for arms only the FVU, as a range for more than 4 arms."""
     if isinstance(output, Mapping):
         fvu = {name: float(arm.primary.fvu) for name, arm in output.items()}
         if len(fvu) > 4:  # the values of more arms do not fit in a line
-            return f"fvu {min(fvu.values()):.3f} to {max(fvu.values()):.3f} of {len(fvu)} arms"
-        return "fvu " + ", ".join(f"{name} {value:.3f}" for name, value in fvu.items())
-    parts = [f"loss {output.loss:.4g}", f"fvu {output.primary.fvu:.3f}", f"l0 {output.primary.l0:.1f}", f"dead {output.primary.dead:.1%}"]
+            return f"training fvu {min(fvu.values()):.3f} to {max(fvu.values()):.3f} of {len(fvu)} arms"
+        return "training fvu " + ", ".join(f"{name} {value:.3f}" for name, value in fvu.items())
+    parts = [
+        f"training loss {output.loss:.4g}",
+        f"fvu {output.primary.fvu:.3f}",
+        f"l0 {output.primary.l0:.1f}",
+        f"dead {output.primary.dead:.1%}",
+    ]
     return ", ".join(parts + [f"{name} {value:.4f}" for name, value in output.penalties.items()])

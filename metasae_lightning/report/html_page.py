@@ -20,13 +20,15 @@ HERE = Path(__file__).parent
 # A gzip level: 7 takes two and a half times as long for 5 % less.
 COMPRESSION = 5
 CAPTIONS = {
-    "tradeoff": "What less co-firing costs: down is less, left a better reconstruction. A point an arm; bars hold 95 %, over documents.",
-    "phi": "How |phi| is spread over pairs of latents (below 1e-5 counted in the first step), and the difference.",
-    "decoder": "How near each decoder row's nearest neighbour lies.",
-    "critic": "What fresh critics explain of each decoder, of its rows with coordinates shuffled, of random rows. Less is more atomic.",
-    "latents": "How often latents fire.",
-    "recovery": "How well planted features are found: mean cosine of a one-to-one match, latents with a feature of their own, firings.",
-    "training": "On the way. Thin lines are further seeds.",
+    "tradeoff": "Co-firing against variance unexplained on test documents, a point for each arm: lower is less co-firing, further left a "
+    "better reconstruction. Bars are 95 % intervals over documents.",
+    "phi": "Distribution of |phi| over pairs of latents (values below 1e-5 are in the first step), and its difference from the baseline's.",
+    "decoder": "Cosine of each decoder row with its nearest other row.",
+    "critic": "Variance that fresh critics explain of each decoder, of its rows with shuffled coordinates, and of random rows. "
+    "Less is more atomic.",
+    "latents": "How often latents fire on test documents.",
+    "recovery": "Recovery of planted features: mean cosine of a one-to-one match, latents with a feature of their own, and firings.",
+    "training": "Measured on training batches. Thin lines are further seeds.",
 }
 # HTML entities.
 MINUS, DASH = "&minus;", "&ndash;"
