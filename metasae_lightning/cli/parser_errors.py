@@ -4,6 +4,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from metasae_lightning.errors import InputError, did_you_mean
 
@@ -49,7 +50,7 @@ def parser_error_line(error: BaseException, keys: Iterable[str] = (), names: Ite
             r"class_path '([^']+)': (module '\S+' has no attribute '\S+')",
             lambda m: f"there is no class {m[0]}{did_you_mean(m[0], classes_beside(m[0]))}",
         ),
-        (r"class_path '([^']+)': (No module named '\S+')", lambda m: f"there is no class {m[0]}: {m[1]}"),
+        (r"class_path '([^']+)': (No module named '\S+')", lambda m: f"there is no class {m[0]}: {m[1]}{import_hint(m[1])}"),
         (r"Expected a dot import path string: (\S+)()", lambda m: f"there is no class {m[0]}{did_you_mean(m[0], names)}"),
         (
             r"Parser key \"([\w.]+)\": Expected (?:a )?(.+? Got value: .+?)(?: - Expected|$)",
@@ -93,6 +94,13 @@ def readable_type(text: str) -> str:
     """
     words = re.sub(r"<class '([\w.]+)'>", r"\1", text).replace(". Got value: ", ", got ")
     return re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", words)
+
+
+def import_hint(message: str) -> str:
+    """A hint for a missing module that lies in the current folder: the command `metasae` does not import from there."""
+    top = message.split("'")[1].split(".")[0]
+    in_folder = Path(top).is_dir() or Path(f"{top}.py").is_file()
+    return "; start with `python -m metasae_lightning.cli` to import from this folder" if in_folder else ""
 
 
 def arguments_of(class_path: str) -> list[str]:

@@ -11,6 +11,7 @@ import yaml
 from metasae_lightning import callbacks, corpora
 from metasae_lightning.cli import main
 from metasae_lightning.cli.commands import COMMANDS
+from metasae_lightning.cli.parser_errors import import_hint
 from metasae_lightning.cli.plugins import argument_names, class_names, load_plugins
 
 ROOT = Path(__file__).parents[2]
@@ -70,3 +71,12 @@ def test_suggestions_in_errors_include_our_classes_and_arguments():
     assert {*callbacks.__all__, "TextFiles", "HuggingFaceLM", "Decomposability", "JointSAE", "SyntheticDataModule"} <= class_names()
     assert {"n_p", "weight", "batch_size", "hook"} <= argument_names()
     assert {"HubText", "SavedDataset", "PythonDocs", "InMemory"} <= {*corpora.__all__} & class_names()
+
+
+def test_a_missing_module_of_the_current_folder_is_an_error_that_says_how_to_import_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert import_hint("No module named 'mine'") == ""
+    (tmp_path / "mine.py").touch()
+    assert "python -m metasae_lightning.cli" in import_hint("No module named 'mine'")
+    (tmp_path / "ours").mkdir()
+    assert "python -m metasae_lightning.cli" in import_hint("No module named 'ours.penalties'")
