@@ -68,7 +68,10 @@ class Checkpoints(Checkpoint):
                     self._previous_handlers[number] = signal.signal(number, self._receive)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Write a checkpoint where one is due or a signal was received, now or after the validation that follows."""
+        """Write a checkpoint if one is due or a signal was received; if a validation follows the step, after the validation.
+
+        After the last step `on_train_end` writes it.
+        """
         tokens = pl_module.rows_seen
         request = self._request(tokens, next(pl_module.parameters()))
         # After the last step, `on_train_end` writes the checkpoint, once everything else is written.

@@ -24,7 +24,7 @@ class EveryTokens:
         self._restarted_at = tokens
 
     def elapsed(self, tokens: int) -> int:
-        """Number of tokens between the last restart and `tokens`."""
+        """Number of tokens trained on since the last call of `restart`, where `tokens` is the run's count now."""
         return tokens - self._restarted_at
 
     def is_due(self, tokens: int) -> bool:

@@ -79,11 +79,7 @@ class Summary(Callback):
 
 
 def group_metrics(metrics: Mapping[str, Any], prefix: str) -> dict[str, dict[str, float]]:
-    """Logged metrics of the primary SAE, the meta SAE and the penalties, each group without the prefix of its names.
-
-    >>> group_metrics({"val/fvu": 0.5, "test/fvu": 0.25, "meta/l0": 4.0}, "val")
-    {'primary': {'fvu': 0.5}, 'meta': {'l0': 4.0}, 'penalties': {}}
-    """
+    """Logged metrics in three groups without prefixes: the primary SAE's under `prefix`, the meta SAE's, and the penalties'."""
     kinds = {"primary": f"{prefix}/", "meta": "meta/", "penalties": "penalty/"}
     return {
         kind: {name.removeprefix(start): float(value) for name, value in metrics.items() if name.startswith(start)}

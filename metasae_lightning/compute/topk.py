@@ -154,7 +154,7 @@ class BlockwiseEncoder:
         return TopK(raw, rows, flat_indices - rows * self.n_latents, threshold)
 
     def _largest_across_ranks(self, k: float, hint: float | None) -> tuple[Tensor, Tensor, float | None]:
-        """Raw activations and flat indices of this rank's part of the top-k over all ranks' batches, and the threshold.
+        """BatchTopK over all ranks: this rank's selected raw activations, their flat indices, and the threshold of all ranks.
 
         A rank needs only its own `count` largest activations as candidates, where `count` is the number selected on all ranks together.
         """

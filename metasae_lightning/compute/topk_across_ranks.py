@@ -15,7 +15,7 @@ KEY_TYPES = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class TopKMask(NamedTuple):
-    """This rank's part of a top-k over all ranks."""
+    """Result of a top-k over all ranks: which of this rank's values are selected, the threshold, and whether enough were found."""
 
     keep: Bool[Tensor, " value"]
     """Whether each of this rank's values is selected."""

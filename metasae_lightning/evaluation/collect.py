@@ -188,7 +188,7 @@ def collect_spliced_losses(collected: Sequence[CollectedCodes], stream: Any, tok
 
 
 def _spliced_entries(model: Any, passage: Passage, counted: Tensor, rebuild: dict[str, Any], mean: Tensor) -> dict[str, Entry]:
-    """Cache entries by the names in `rebuild`: losses on a passage's first contexts, summed by document."""
+    """The language model's losses with each reconstruction in `rebuild` spliced in, on a passage's first contexts, summed by document."""
     parts: dict[str, list[Tensor]] = {name: [] for name in rebuild}
     at_once = max(1, SPLICED_AT_ONCE // counted.shape[1])
     for begin in range(0, len(counted), at_once):

@@ -119,7 +119,7 @@ def memory_plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> Memory
 
 
 def _dtype_factor(trainer: Any) -> int:
-    """Size of a parameter during training, relative to float32."""
+    """Size of a parameter in training relative to float32: 2 in `64-true`, otherwise 1, since `bf16-mixed` keeps float32 parameters."""
     return 2 if trainer.precision == "64-true" else 1
 
 

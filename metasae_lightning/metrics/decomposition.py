@@ -74,7 +74,7 @@ class Decomposition(Metric):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of a meta SAE, without its rows and seed."""
+        """Settings of the fresh meta SAEs that this metric trains: steps, batch size, share of latents, k and learning rate."""
         return {name: getattr(self, name) for name in ("steps", "batch_size", "share", "k", "lr")}
 
     def variance_explained(self, rows: Float[Tensor, "d_sae d_in"], seed: int) -> float:

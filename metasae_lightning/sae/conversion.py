@@ -92,7 +92,7 @@ def check_normalizers(source: Any, normalizer: Normalizer) -> None:
 
 
 def encoder_biases(weights: Weights) -> dict[str, Tensor | float]:
-    """The encoder's biases by name, each with the factor of `W_enc` in its pre-activation (`exp(r_mag)` for `b_mag`, otherwise 1)."""
+    """The factor of `W_enc` in the pre-activation of each encoder bias, by the bias's name: `exp(r_mag)` for `b_mag`, otherwise 1."""
     scales: dict[str, Tensor | float] = {"b_enc": 1.0, "b_gate": 1.0}
     if "r_mag" in weights:
         scales["b_mag"] = weights["r_mag"].exp()

@@ -134,7 +134,7 @@ class SparseForward(ForwardPass):
         self.parallelism = parallelism if cut == "global" else parallelism.tensor_only
 
     def check_divisible(self) -> None:
-        """Accept: the kernels look up at each call which latents this rank has."""
+        """Raise nothing: this forward pass works on a shard of the latents, because kernels look up at each call which latents it has."""
 
     def train(self, z: Tensor, *, dead: Tensor, step: int, fresh_gradients: bool) -> ForwardResult:
         """The architecture's mean squared errors and its auxiliary loss on the dead latents; a threshold is updated as SAELens does."""
