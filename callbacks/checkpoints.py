@@ -135,7 +135,11 @@ class Checkpoints(Checkpoint):
         self._received = max(self._received, SIGNALS.index(signal.Signals(number)) + 1)
 
     def _obey(self, trainer: Any, number: signal.Signals) -> None:
-        """After the checkpoint: KeyboardInterrupt for SIGINT, the stop flag of Lightning's loop for SIGTERM, its handler for SIGUSR1."""
+        """Do what a signal asks for, after its checkpoint was written.
+
+        SIGINT raises KeyboardInterrupt. SIGTERM sets the stop flag of Lightning's loop. SIGUSR1 calls Lightning's handler, which asks the
+        batch system for a restart.
+        """
         rank_zero_info(f"{number.name}: a checkpoint is written to {self.dirpath}; --ckpt_path last resumes from it")
         self._received = 0
         if number == signal.SIGINT:

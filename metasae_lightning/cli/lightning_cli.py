@@ -149,7 +149,10 @@ class MetasaeCLI(LightningCLI):
                 self.model = parser.instantiate_classes(model, instantiate_groups=False)["model"]
 
     def instantiate_classes(self) -> None:
-        """Build the classes; for `fit` the model has no weights yet, since the memory plan comes first."""
+        """Build the classes.
+
+        For `fit` the model gets its weights after the memory plan, unless its architecture reads their values while it is built.
+        """
         with one_line_errors():
             if self.subcommand != "fit":
                 super().instantiate_classes()

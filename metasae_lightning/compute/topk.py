@@ -117,7 +117,7 @@ class BlockwiseEncoder:
             torch.addmm(self.b_enc[self.extra_latents], self.x, self.W_enc[:, self.extra_latents], out=self.extra_pre_acts)
 
     def _copy_extra(self, block: Tensor, top: int, left: int) -> None:
-        """Copy the pre-activations of those extra latents that the block contains."""
+        """Store the pre-activations of the extra latents that a block contains: its products with the encoder, plus the bias."""
         first, last = torch.searchsorted(self.extra_latents, self.extra_latents.new_tensor([left, left + block.shape[1]])).tolist()
         if last > first:
             latents = self.extra_latents[first:last]

@@ -31,7 +31,7 @@ DRY_RUN_ELEMENTS = 2**17
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Peak memory of a computation, above what was allocated before."""
+    """Bytes that a computation adds, at its peak, to what was allocated before: the result of a measurement or an estimate."""
 
     bytes: int
     """Bytes at the peak."""

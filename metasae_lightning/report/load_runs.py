@@ -45,7 +45,7 @@ class Arm:
 
     @property
     def entry(self) -> dict[str, Any] | None:
-        """Results of `metasae test`; None if the arm was not evaluated."""
+        """Results of the evaluation of the arm's exported SAE (`metasae test RUN`); None if it was not evaluated."""
         return self.record.get("evaluation")
 
     def figure(self, path: str) -> float | None:

@@ -91,8 +91,8 @@ def check_normalizers(source: Any, normalizer: Normalizer) -> None:
         raise InputError(f"init_from: the SAE takes activations normalised by {old!r}, which no other normaliser can replace: set {demand}")
 
 
-def encoder_biases(weights: Weights) -> dict[str, Tensor | float]:
-    """The factor of `W_enc` in the pre-activation of each encoder bias, by the bias's name: `exp(r_mag)` for `b_mag`, otherwise 1."""
+def encoder_bias_factors(weights: Weights) -> dict[str, Tensor | float]:
+    """For each encoder bias in the weights, the factor of `x W_enc` in its pre-activation: `exp(r_mag)` for `b_mag`, else 1."""
     scales: dict[str, Tensor | float] = {"b_enc": 1.0, "b_gate": 1.0}
     if "r_mag" in weights:
         scales["b_mag"] = weights["r_mag"].exp()
@@ -103,7 +103,7 @@ def subtract_b_dec(weights: Weights, times: int) -> None:
     """Rewrite the encoder's biases for an input from which `b_dec` is subtracted `times` times more, so that the output stays."""
     if not times or not weights["b_dec"].any():
         return
-    if not (biases := encoder_biases(weights)):
+    if not (biases := encoder_bias_factors(weights)):
         raise InputError("init_from: an encoder without a bias cannot take up a shift: set apply_b_dec_to_input as the source has it")
     shift = times * weights["b_dec"] @ weights["W_enc"]
     for name, scale in biases.items():

@@ -263,7 +263,10 @@ def _topk_mask(scores: Tensor, k: int, max_columns: int, ranks: ProcessGroup) ->
 
 
 def _split_by_level(pattern: compute.Pattern, widths: list[int]) -> tuple[compute.Pattern, Tensor]:
-    """The pattern with each matryoshka level's nonzeros in rows of their own, levels one below the other; and the nonzeros' new order."""
+    """A pattern of `levels x rows` rows, level by level, and the nonzeros' new order.
+
+    A level's rows hold the nonzeros of its own latents: those from the last level's width up to its own.
+    """
     level = torch.bucketize(pattern.columns, pattern.columns.new_tensor(widths), right=True)
     rows, order = (level * pattern.shape[0] + pattern.rows).sort(stable=True)
     return compute.Pattern(rows, pattern.columns[order], (len(widths) * pattern.shape[0], pattern.shape[1])), order

@@ -131,7 +131,10 @@ def last_checkpoint(run: Path) -> str:
 
 
 def is_restarted_job(run: Path) -> bool:
-    """Whether SLURM restarted this job, with the command of its first start, and the run has an intact checkpoint to resume from."""
+    """Whether SLURM restarted this job and the run has an intact checkpoint.
+
+    SLURM repeats the first start's command, which names no checkpoint.
+    """
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0 and newest_intact([run / "checkpoints", run])[0] is not None
 
 
