@@ -142,7 +142,7 @@ class ActivationsDataModule(LightningDataModule):
             check_held_out(self.corpus, self.batching.held_out, seed=seed, ranks=ranks, stall_seconds=self.stall_seconds)
 
     def _warn_once(self) -> None:
-        """Warn, at the first setup, of attention across documents and of a run without held-out text."""
+        """Warn, at the first setup, if documents should be kept apart and the model cannot, and if nothing is held out."""
         if self._warned:
             return
         self._warned, name = True, self.language_model.name

@@ -64,7 +64,10 @@ class Stream(ABC):
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
-        """All settings that determine the batches; a checkpoint can be resumed only with the same."""
+        """All settings that determine the batches. A checkpoint is resumed only with the same, except for the number of ranks.
+
+        Another number of ranks goes to `load_other_world_size`.
+        """
 
     @abstractmethod
     def _batches(self, position: dict[str, Any]) -> Generator[PreparedBatch, None, None]:

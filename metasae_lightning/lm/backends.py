@@ -1,4 +1,7 @@
-"""The two backends of language models: transformers and TransformerLens. Both load only the layers up to the last hook."""
+"""The two backends of language models: transformers and TransformerLens.
+
+Both load only the layers up to the last hook, unless the complete model is asked for.
+"""
 
 import contextlib
 import inspect

@@ -108,7 +108,8 @@ class LanguageModel(ABC):
     ) -> Float[Tensor, "context position vocabulary"]:
         """Logits in float32. Only the model that `complete` returns has them: others lack the layers after their last hook.
 
-        `edit` receives the activations at the first hook, in float32, and returns those that replace them.
+        `visible` is the attention mask, as in `activations`. `edit` receives the activations at the first hook, in float32, and returns
+        those that replace them.
         """
         if not self._is_complete:
             raise RuntimeError(f"{self.name}: the layers after the hook are not loaded; use the model that complete() returns")

@@ -94,7 +94,9 @@ class InitFrom:
 
 
 def mismatches(source: Mapping[str, Any], run: Mapping[str, Any]) -> Sequence[tuple[Mismatch, str, str]]:
-    """Each difference between two SAEs' training data, with both values; a key that one of the two does not have is not compared.
+    """The differences in model, hook and context between two SAEs' training data, with both values.
+
+    A value that one of them lacks is not compared; `prepend_bos` only where the context sizes are equal or one is missing.
 
     >>> mismatches({"model_name": "gpt2-small", "context_size": 64}, {"model_name": "openai-community/gpt2", "context_size": 128})
     [('context', '64', '128')]
