@@ -62,7 +62,7 @@ def page_in_browser(
 SIZES = [(390, "light"), (390, "dark"), (1440, "light"), (1440, "dark")]
 
 
-@pytest.mark.parametrize("shown", SIZES, indirect=True, ids=[f"{width}-{scheme}" for width, scheme in SIZES])
+@pytest.mark.parametrize("page_in_browser", SIZES, indirect=True, ids=[f"{width}-{scheme}" for width, scheme in SIZES])
 def test_the_page_opens_without_errors_and_fits_the_window(page_in_browser: Any, problems: list[str], request: pytest.FixtureRequest):
     assert not problems
     assert page_in_browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
