@@ -83,13 +83,23 @@ def verdict(groups: Sequence[Group]) -> Verdict:
         return Verdict(f"Nothing can be said yet: there is no co-firing measured for {lacking}.", [REMEASURE], False)
     words = {-1: "fire together less than", 1: "fire together more than", 0: "do not fire together measurably less or more than"}
     error = difference(group, base, "reconstruction/fvu", "fvu")
-    price = ""
-    if error is not None and error.base:
-        price = f", and {abs(error.percent[0]):.1f} % {'more' if error.value > 0 else 'less'} variance is unexplained"
-    sentence = f"{group.name}'s latents {words[change.sign]} {base.name}'s{price}. Excess of mean |phi|: {percent(change)}."
+    sentence = f"{group.name}'s latents {words[change.sign]} {base.name}'s{price(error)}. Excess of mean |phi|: {percent(change)}."
     if math.isnan(change.low):
         sentence = f"Excess of mean |phi| of {group.name} against {base.name}: {percent(change)}; nothing tells how sure that is."
     return Verdict(sentence, [*costs(group, base), *caveats(change, group, base)], True)
+
+
+def price(error: Estimate | None) -> str:
+    """The change of variance unexplained as a clause for the verdict; a direction only if the interval excludes 0 or there is none.
+
+    >>> price(Estimate(0.1, 0.05, 0.2, 3, 1.0)), price(Estimate(0.1, -0.1, 0.2, 3, 1.0)), price(None)
+    (', and 10.0 % more variance is unexplained', ', and the variance unexplained does not differ measurably', '')
+    """
+    if error is None or not error.base:
+        return ""
+    if not error.sign and not math.isnan(error.low):
+        return ", and the variance unexplained does not differ measurably"
+    return f", and {abs(error.percent[0]):.1f} % {'more' if error.value > 0 else 'less'} variance is unexplained"
 
 
 REMEASURE = "Measure all of them together: metasae test RUN... sets one L0 for all and reads the same text."

@@ -61,8 +61,8 @@ def evaluations(entries: Mapping[str, Mapping[str, Any]]) -> Table:
     for name in entries:
         table.add_column(escape(name), justify="right")
     table.add_row("thresholds", *(threshold_rule(entry) for entry in entries.values()))
-    for words, path, digits, beside in ROWS:
-        cells = [cell(entry, path, digits, beside) for entry in entries.values()]
+    for words, path, digits, spread in ROWS:
+        cells = [cell(entry, path, digits, spread) for entry in entries.values()]
         if any(cells):
             table.add_row(words, *cells)
     return table

@@ -222,6 +222,13 @@ def test_the_verdict_states_a_direction_only_if_the_interval_excludes_zero(chang
     assert any("over 3 seeds" in line for line in verdict.beside)
 
 
+def test_the_verdict_names_no_price_that_its_interval_does_not_show():
+    arms = [arm(f"solo-seed{seed}", None, seed, entry(1e-4, 0.2)) for seed in range(3)]
+    arms += [arm(f"joint-seed{seed}", 0.3, seed, entry(1e-4 - 3e-5, 0.2 + change)) for seed, change in enumerate((-0.01, 0.03, 0.01))]
+    sentence = report.verdict(group_by_recipe(arms)).sentence
+    assert "the variance unexplained does not differ measurably" in sentence and "more variance" not in sentence
+
+
 def test_arms_evaluated_on_other_tokens_text_thresholds_or_l0_are_not_compared():
     solo = arm("solo", None, 0, entry(1e-4))
     for other, reason in (
