@@ -53,7 +53,11 @@ class InitFrom:
     def open(self, role: str, cfg: Any) -> Any:
         """Load the SAE, once, and check that its widths are those of `cfg`."""
         if self._sae is None:
-            self._sae = pretrained.load_pretrained(self._folder(role))
+            folder = self._folder(role)
+            try:
+                self._sae = pretrained.load_pretrained(folder)
+            except InputError as error:
+                raise InputError(f"init_from: {error}") from error
         source_widths = {"d_in": self._sae.cfg.d_in, "d_sae": self._sae.cfg.d_sae}
         for name, width in source_widths.items():
             if width != getattr(cfg, name):

@@ -189,7 +189,7 @@ def test_a_broken_folder_is_refused(
     ("model", "message"),
     [
         ({"init_from": "no/such:thing"}, "'no/such:thing' cannot be loaded as a SAELens SAE"),
-        ({"init_from": "nowhere"}, "'nowhere' is neither a folder nor an SAE on the Hub, which would be RELEASE:ID"),
+        ({"init_from": "nowhere"}, "init_from: 'nowhere' is neither a folder nor an SAE on the Hub, which would be RELEASE:ID"),
         ({"init_from": "gpt2-small-res-jb:blocks.99.hook_resid_pre"}, "ID blocks.99.hook_resid_pre not found in release"),
         ({"meta_init_from": "SOURCE", "meta": None, "penalties": {}}, "meta_init_from: there is no meta SAE: set model.meta"),
         *(({"init_from": {"place": "SOURCE", key: ["weather"]}}, f"{key}: {ONE_OF}, got weather") for key in ("allow_mismatch", "anyway")),
