@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metasae_lightning.compute.buffers import BufferPool, buffer_or_new
+from metasae_lightning.compute.gpu.encoder import GpuEncoder
 from metasae_lightning.compute.process_group import SINGLE, Parallelism, ProcessGroup
-from metasae_lightning.compute.row_chunks import row_chunks
+from metasae_lightning.compute.row_chunks import is_blocked, row_chunks
 from metasae_lightning.compute.sparse_matrix import Pattern
-from metasae_lightning.compute.topk import BlockwiseEncoder
+from metasae_lightning.compute.topk import BlockwiseEncoder, TopK
 from metasae_lightning.compute.topk_incremental import IncrementalTopK
 
 
@@ -27,10 +28,15 @@ class Encoded(NamedTuple):
     """Their activations, before any scale."""
     pattern: Pattern
     """Their rows and latents."""
+    extra_latents: Int[Tensor, " extra"]
+    """The latents of the mask `extra`."""
     extra_pre_acts: Float[Tensor, "row extra"]
-    """Pre-activations of `extra_latents` on every row, before any scale."""
-    threshold: float | None
-    """The smallest active value, with its scale, over all ranks; None if top-k runs per row or nothing is active."""
+    """Pre-activations of the extra latents on every row, before any scale."""
+    threshold: float | Tensor | None
+    """The smallest active value, with its scale, over all ranks; None if top-k runs per row or nothing is active.
+
+    On a GPU it is a tensor, which the host need not wait for; with several ranks it is infinite where nothing is active.
+    """
 
 
 @dataclass
@@ -39,7 +45,7 @@ class TopKRule:
 
     k: float
     per_row: bool
-    hint: float | None = None
+    hint: float | Tensor | None = None
     """The threshold of the last batch, where the search starts. It changes the time, not the result."""
     incremental: IncrementalTopK | None = None
     """Incremental search, for rows that move little from one batch to the next."""
@@ -55,22 +61,20 @@ def encode(
     *,
     origin: Float[Tensor, " d_in"] | None = None,
     scale: Float[Tensor, " d_sae"] | None = None,
-    extra_latents: Int[Tensor, " extra"] | None = None,
+    extra: Bool[Tensor, " d_sae"] | None = None,
     gradients: BufferPool | None = None,
     rows: BufferPool | None = None,
 ) -> Encoded:
-    """The top-k latents of `((x - origin) W_enc + b_enc) * scale`, and the pre-activations of `extra_latents`, which must be sorted.
+    """The top-k latents of `((x - origin) W_enc + b_enc) * scale`, and the pre-activations of the latents in the mask `extra`.
 
     `scale` affects the ranking and the threshold, not the returned activations, and gets no gradient. Under autocast the product with
     `W_enc` uses the lower precision, and everything else uses the precision of the weights. The pool `gradients` holds the gradient of
     `W_enc`, and the pool `rows` holds `x - origin`; earlier results of these names in the pools are overwritten.
     """
-    extra_latents = torch.empty(0, dtype=torch.long, device=x.device) if extra_latents is None else extra_latents
-    threshold: list[float | None] = []
-    values, nonzero_rows, columns, extra_pre_acts = _Encode.apply(  # type: ignore[misc]
-        x, W_enc, b_enc, origin, extra_latents, scale, rule, gradients, rows, threshold
-    )
-    return Encoded(values, Pattern(nonzero_rows, columns, (x.shape[0], W_enc.shape[1])), extra_pre_acts, threshold[0])
+    found: list[tuple[Pattern, Tensor, float | Tensor | None]] = []
+    values, extra_pre_acts = _Encode.apply(x, W_enc, b_enc, origin, extra, scale, rule, gradients, rows, found)  # type: ignore[misc]
+    pattern, extra_latents, threshold = found[0]
+    return Encoded(values, pattern, extra_latents, extra_pre_acts, threshold)
 
 
 def decode(
@@ -97,7 +101,7 @@ class _Encode(torch.autograd.Function):
 
     The selection has zero gradient: gradients flow through the active latents, and through the pre-activations of the extra latents.
 
-    The forward pass appends the threshold, a float or None, to the list `threshold`.
+    The forward pass appends the pattern, the extra latents and the threshold to the list `found`.
     """
 
     @staticmethod
@@ -107,44 +111,60 @@ class _Encode(torch.autograd.Function):
         W_enc: Tensor,
         b_enc: Tensor,
         origin: Tensor | None,
-        extra_latents: Tensor,
+        extra: Tensor | None,
         scale: Tensor | None,
         rule: TopKRule,
         gradient_buffers: BufferPool | None,
         row_buffers: BufferPool | None,
-        threshold: list[float | None],
-    ) -> tuple[Tensor, ...]:
+        found: list[tuple[Pattern, Tensor, float | Tensor | None]],
+    ) -> tuple[Tensor, Tensor]:
         x = x if origin is None else torch.sub(x, origin, out=buffer_or_new(row_buffers, "x", x.shape, x))
-        encoder = BlockwiseEncoder(x, W_enc, b_enc, scale, extra_latents, rule.parallelism)
-        if rule.incremental is not None and not rule.per_row and rule.incremental.supports(encoder):
-            selected = rule.incremental.top_k(encoder, int(rule.k * len(x)))
-        else:
-            selected = encoder.top_k(rule.k, per_row=rule.per_row, hint=rule.hint)
-        threshold.append(selected.threshold)
-        ctx.save_for_backward(x, W_enc, selected.rows, selected.columns, extra_latents)
+        encoder, selected = _select(x, W_enc, b_enc, scale, extra, rule)
+        ctx.pattern = Pattern(selected.rows, selected.columns, (len(x), W_enc.shape[1]))
+        found.append((ctx.pattern, encoder.extra_latents, selected.threshold))
+        ctx.save_for_backward(x, W_enc, encoder.extra_latents)
         ctx.has_origin, ctx.gradient_buffers = origin is not None, gradient_buffers
-        ctx.mark_non_differentiable(selected.rows, selected.columns)
-        return selected.values, selected.rows, selected.columns, encoder.extra_pre_acts
+        ctx.set_materialize_grads(False)
+        return selected.values, encoder.extra_pre_acts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, W_enc, rows, columns, extra_latents = ctx.saved_tensors
-        pattern = Pattern(rows, columns, (x.shape[0], W_enc.shape[1]))
-        grad_values, grad_extra = gradients[0], gradients[3]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, W_enc, extra_latents = ctx.saved_tensors
+        pattern, grad_extra = ctx.pattern, gradients[1]
+        grad_values = x.new_zeros(len(pattern.rows)) if gradients[0] is None else gradients[0]
         with torch.autocast(x.device.type, enabled=False):
-            grad_b_enc = grad_values.new_zeros(W_enc.shape[1]).index_add_(0, columns, grad_values)
-            buffer = buffer_or_new(ctx.gradient_buffers, "W_enc", W_enc.shape, grad_values)
-            grad_W_enc = pattern.left_product(x, grad_values, buffer)
-            if len(extra_latents):
+            if is_blocked(x):
+                grad_b_enc = grad_values.new_zeros(W_enc.shape[1]).index_add_(0, pattern.columns, grad_values)
+                buffer = buffer_or_new(ctx.gradient_buffers, "W_enc", W_enc.shape, grad_values)
+                grad_W_enc = pattern.left_product(x, grad_values, buffer)
+            else:
+                transposed, grad_b_enc = pattern.column_gradients(grad_values, x)
+                grad_W_enc = transposed.T
+            if grad_extra is not None:
                 grad_b_enc.index_add_(0, extra_latents, grad_extra.sum(0))
                 grad_W_enc.index_add_(1, extra_latents, x.T @ grad_extra)
             grad_x = None
             if ctx.needs_input_grad[0]:
-                grad_x = pattern.product(grad_values, W_enc.T.contiguous()) + grad_extra @ W_enc[:, extra_latents].T
+                grad_x = pattern.product(grad_values, W_enc.T.contiguous())
+                grad_x = grad_x if grad_extra is None else grad_x + grad_extra @ W_enc[:, extra_latents].T
             grad_origin = -(W_enc @ grad_b_enc) if ctx.has_origin else None
         # A view is a new tensor object: autograd then stores it as the parameter's gradient without a copy.
         return grad_x, grad_W_enc.view(W_enc.shape), grad_b_enc, grad_origin, *[None] * 6
+
+
+def _select(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, extra: Tensor | None, rule: TopKRule
+) -> tuple[BlockwiseEncoder | GpuEncoder, TopK]:
+    """The encoder of the batch's device, which has the extra latents, and the active latents."""
+    if not is_blocked(x):
+        gpu_encoder = GpuEncoder(x, W_enc, b_enc, scale, extra, rule.parallelism)
+        hint = rule.hint if isinstance(rule.hint, Tensor) and rule.hint.device == x.device else None
+        return gpu_encoder, gpu_encoder.top_k(rule.k, per_row=rule.per_row, hint=hint)
+    encoder = BlockwiseEncoder(x, W_enc, b_enc, scale, extra, rule.parallelism)
+    if rule.incremental is not None and not rule.per_row and rule.incremental.supports(encoder):
+        return encoder, rule.incremental.top_k(encoder, int(rule.k * len(x)))
+    return encoder, encoder.top_k(rule.k, per_row=rule.per_row, hint=None if rule.hint is None else float(rule.hint))
 
 
 class _Decode(torch.autograd.Function):
@@ -156,22 +176,24 @@ class _Decode(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(values, W_dec, extra_latents)
         ctx.pattern, ctx.gradient_buffers = pattern, gradient_buffers
+        ctx.set_materialize_grads(False)
         with torch.autocast(W_dec.device.type, enabled=False):
             return pattern.product(values, W_dec), W_dec[extra_latents]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, W_dec, extra_latents = ctx.saved_tensors
-        grad_product, grad_extra_rows = gradients[0].contiguous(), gradients[1]
+        grad_product = W_dec.new_zeros(ctx.pattern.shape[0], W_dec.shape[1]) if gradients[0] is None else gradients[0].contiguous()
+        grad_extra_rows = gradients[1]
         grad_values = grad_W_dec = None
         with torch.autocast(W_dec.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 grad_values = ctx.pattern.sampled(grad_product, W_dec)
             if ctx.needs_input_grad[1]:
                 buffer = buffer_or_new(ctx.gradient_buffers, "W_dec", W_dec.shape, values)
-                grad_W_dec = ctx.pattern.transposed_product(values, grad_product, buffer).index_add_(0, extra_latents, grad_extra_rows)
-                grad_W_dec = grad_W_dec.view(W_dec.shape)
+                grad_W_dec = ctx.pattern.transposed_product(values, grad_product, buffer)
+                grad_W_dec = _add_rows(grad_W_dec, extra_latents, grad_extra_rows).view(W_dec.shape)
         return grad_values, grad_W_dec, None, None, None
 
 
@@ -214,27 +236,40 @@ class _SquaredError(torch.autograd.Function):
         row_buffers: BufferPool | None,
         tensor_group: ProcessGroup,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        sampled = None
         with torch.autocast(W_dec.device.type, enabled=False):
-            difference = pattern.product(values, W_dec, buffer_or_new(row_buffers, "difference", x.shape, values))
-            tensor_group.all_reduce_sum_(difference)
-            total = values.new_zeros(())
-            for difference_rows, x_rows in row_chunks(difference, x):
-                flat = difference_rows.add_(b_dec).sub_(x_rows).flatten()
-                total += flat.dot(flat)
-        ctx.save_for_backward(values, W_dec, difference, extra_latents)
+            if not is_blocked(x) and tensor_group.is_single:
+                difference, sampled, errors = pattern.reconstruction_error(values, W_dec, b_dec, x)
+                total = errors.sum()
+            else:
+                difference = pattern.product(values, W_dec, buffer_or_new(row_buffers, "difference", x.shape, values))
+                tensor_group.all_reduce_sum_(difference)
+                total = values.new_zeros(())
+                for difference_rows, x_rows in row_chunks(difference, x):
+                    flat = difference_rows.add_(b_dec).sub_(x_rows).flatten()
+                    total += flat.dot(flat)
+        ctx.save_for_backward(values, W_dec, difference, extra_latents, sampled)
         ctx.pattern, ctx.gradient_buffers = pattern, gradient_buffers
         ctx.mark_non_differentiable(difference)
+        ctx.set_materialize_grads(False)
         return total / max(len(x), 1), difference, W_dec[extra_latents]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        values, W_dec, difference, extra_latents = ctx.saved_tensors
-        scale, grad_extra_rows = 2 * gradients[0] / max(len(difference), 1), gradients[2]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        values, W_dec, difference, extra_latents, sampled = ctx.saved_tensors
+        grad_total = values.new_zeros(()) if gradients[0] is None else gradients[0]
+        scale = 2 * grad_total / max(len(difference), 1)
         with torch.autocast(W_dec.device.type, enabled=False):
-            grad_values = ctx.pattern.sampled(difference, W_dec) * scale
+            grad_values = (ctx.pattern.sampled(difference, W_dec) if sampled is None else sampled) * scale
             buffer = buffer_or_new(ctx.gradient_buffers, "W_dec", W_dec.shape, values)
-            grad_W_dec = ctx.pattern.transposed_product(values * scale, difference, buffer).index_add_(0, extra_latents, grad_extra_rows)
+            grad_W_dec = ctx.pattern.transposed_product(values * scale, difference, buffer)
+            grad_W_dec = _add_rows(grad_W_dec, extra_latents, gradients[2])
             grad_b_dec = difference.sum(0) * scale
             grad_x = difference * -scale if ctx.needs_input_grad[3] else None
         return grad_values, grad_W_dec.view(W_dec.shape), grad_b_dec, grad_x, *[None] * 5
+
+
+def _add_rows(matrix: Tensor, indices: Tensor, rows: Tensor | None) -> Tensor:
+    """The matrix with `rows` added, in place, to its rows of these indices; None adds nothing."""
+    return matrix if rows is None else matrix.index_add_(0, indices, rows)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from metasae_lightning.compute.gpu.passes import sparse_passes
 from metasae_lightning.compute.row_chunks import is_blocked, scaled_size
 
 # Elements of `left_product` that are transposed at a time, while they are in the processor's cache.
@@ -20,7 +21,10 @@ with warnings.catch_warnings():  # torch warns once per process that its CSR lay
 
 @dataclass(frozen=True)
 class Pattern:
-    """Rows and columns of the nonzeros of a sparse matrix `S`, ordered by row. A method's `values` are the values of these nonzeros."""
+    """Rows and columns of the nonzeros of a sparse matrix `S`, ordered by row. A method's `values` are the values of these nonzeros.
+
+    On a CPU products are those of torch's CSR matrices. On a GPU they are passes of `compute.gpu`, which ignore a method's `into`.
+    """
 
     rows: Int[Tensor, " nnz"]
     columns: Int[Tensor, " nnz"]
@@ -30,6 +34,8 @@ class Pattern:
         self, values: Float[Tensor, " nnz"], dense: Float[Tensor, "column d"], into: Float[Tensor, "row d"] | None = None
     ) -> Float[Tensor, "row d"]:
         """`S dense`, written to `into` or to a new tensor."""
+        if not is_blocked(dense):
+            return sparse_passes(dense).product(values, self.columns, self._pointers, dense)
         into = dense.new_empty(self.shape[0], dense.shape[1]) if into is None else into
         return torch.addmm(into, _csr(self._pointers, self._columns32, values, self.shape), dense, beta=0, out=into)
 
@@ -38,18 +44,20 @@ class Pattern:
     ) -> Float[Tensor, "column d"]:
         """`S^T dense`, written to `into` or to a new tensor."""
         order, pointers, rows = self._by_column
+        if not is_blocked(dense):
+            return sparse_passes(dense).product_and_sums(values[order], rows, pointers, dense)[0]
         into = dense.new_empty(self.shape[1], dense.shape[1]) if into is None else into
         return torch.addmm(into, _csr(pointers, rows, values[order], self.shape[::-1]), dense, beta=0, out=into)
 
     def left_product(
         self, dense: Float[Tensor, "row d"], values: Float[Tensor, " nnz"], into: Float[Tensor, "d column"] | None = None
     ) -> Float[Tensor, "d column"]:
-        """`dense^T S`, written to `into` or to a new tensor; on a GPU always a new tensor, and `into` is ignored.
+        """`dense^T S`, written to `into` or to a new tensor; on a GPU its columns are contiguous.
 
         On a CPU a chunk of columns is computed as rows of `S^T dense` and transposed while it is in the processor's cache.
         """
         if not is_blocked(dense):
-            return self.transposed_product(values, dense).T.contiguous()
+            return self.transposed_product(values, dense).T
         order, pointers, rows = self._by_column
         into = dense.new_empty(dense.shape[1], self.shape[1]) if into is None else into
         columns = max(1, scaled_size(TRANSPOSED_ELEMENTS) // dense.shape[1])
@@ -62,16 +70,31 @@ class Pattern:
         return into
 
     def sampled(self, a: Float[Tensor, "row d"], b: Float[Tensor, "column d"]) -> Float[Tensor, " nnz"]:
-        """The entries of `a b^T` at the nonzeros. The larger factor is read once and in order; the smaller one stays in cache."""
+        """The entries of `a b^T` at the nonzeros. On a CPU the larger factor is read once and in order; the smaller one stays in cache."""
+        if not is_blocked(a):
+            return sparse_passes(a).sampled(self.rows, self.columns, a, b)
         if self.shape[0] > self.shape[1]:
             return _sampled(_csr(self._pointers, self._columns32, a.new_zeros(len(self.rows)), self.shape), a, b)
         order, pointers, rows = self._by_column
         entries_by_column = _sampled(_csr(pointers, rows, a.new_zeros(len(rows)), self.shape[::-1]), b, a)
         return torch.empty_like(entries_by_column).index_copy_(0, order, entries_by_column)
 
+    def column_gradients(
+        self, values: Float[Tensor, " nnz"], dense: Float[Tensor, "row d"]
+    ) -> tuple[Float[Tensor, "column d"], Float[Tensor, " column"]]:
+        """On a GPU: `S^T dense` and the sum of each column of S, in one pass."""
+        order, pointers, rows = self._by_column
+        return sparse_passes(dense).product_and_sums(values[order], rows, pointers, dense)
+
+    def reconstruction_error(
+        self, values: Float[Tensor, " nnz"], W_dec: Float[Tensor, "column d"], b_dec: Float[Tensor, " d"], x: Float[Tensor, "row d"]
+    ) -> tuple[Float[Tensor, "row d"], Float[Tensor, " nnz"], Float[Tensor, " row"]]:
+        """On a GPU: the difference `S W_dec + b_dec - x`, the entries of `difference W_dec^T` at the nonzeros, and each row's squared error."""
+        return sparse_passes(x).reconstruction_error(values, self.rows, self.columns, self._pointers, W_dec, b_dec, x)
+
     @cached_property
     def _pointers(self) -> Tensor:
-        return _pointers(self.rows, self.shape[0])
+        return _pointers(self.rows, self.shape[0], small=is_blocked(self.rows))
 
     @cached_property
     def _columns32(self) -> Tensor:
@@ -81,13 +104,17 @@ class Pattern:
     def _by_column(self) -> tuple[Tensor, Tensor, Tensor]:
         """The order of the nonzeros by column, the pointers to each column in that order, and the rows in that order."""
         columns, order = self.columns.sort(stable=True)
-        return order, _pointers(columns, self.shape[1]), self.rows[order].int()
+        small, rows = is_blocked(columns), self.rows[order]
+        return order, _pointers(columns, self.shape[1], small=small), rows.int() if small else rows
 
 
-# Sparse products use 32-bit indices; they would convert 64-bit indices at every call.
-def _pointers(sorted_indices: Tensor, size: int) -> Tensor:
-    """CSR pointers: where each of the `size` rows begins among the sorted row indices of the nonzeros, and the end of the last row."""
-    return torch.searchsorted(sorted_indices, torch.arange(size + 1, device=sorted_indices.device), out_int32=True)
+# Torch's CSR products use 32-bit indices; they would convert 64-bit indices at every call.
+def _pointers(sorted_indices: Tensor, size: int, *, small: bool) -> Tensor:
+    """CSR pointers: where each of the `size` rows begins among the sorted row indices of the nonzeros, and the end of the last row.
+
+    `small`: as 32-bit integers.
+    """
+    return torch.searchsorted(sorted_indices, torch.arange(size + 1, device=sorted_indices.device), out_int32=small)
 
 
 def _csr(pointers: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -16,9 +16,6 @@ STRIDE, SAMPLED_ROWS = 31, 32
 # Pre-activations per block on a CPU: a block stays in the processor's cache until it has been searched. Further rows would only make the
 # blocks narrower, and the speed of a product depends on its shorter side.
 BLOCK, BLOCK_ROWS = 4 * 2**20, 4096
-# Pre-activations per block on a GPU: the whole batch at the paper's sizes, 4,096 rows of 65,536 latents. The batch of an SAE with a million
-# latents would not fit the GPU's memory.
-GPU_BLOCK = 2**28
 # How many times larger the blocks of a top-k per row are. They hold whole rows, and short blocks would read the encoder again and again.
 ROW_BLOCK_FACTOR = 4
 # The search starts at this fraction of the last batch's threshold.
@@ -59,30 +56,34 @@ class TopK(NamedTuple):
     """Activations, before any scale."""
     rows: Int[Tensor, " nnz"]
     columns: Int[Tensor, " nnz"]
-    threshold: float | None
-    """The smallest selected activation, with its scale, over all ranks; None if top-k runs per row or selects nothing."""
+    threshold: float | Tensor | None
+    """The smallest selected activation, with its scale, over all ranks; None if top-k runs per row or selects nothing.
+
+    On a GPU it is a tensor; with several ranks it is infinite where nothing is selected.
+    """
 
 
 class BlockwiseEncoder:
-    """Activations `(x W_enc + b_enc) * scale` of a batch, computed and searched in blocks that stay in the processor's cache.
+    """Activations `(x W_enc + b_enc) * scale` of a batch on a CPU, computed and searched in blocks that stay in the processor's cache.
 
     Args:
         x: The batch.
         W_enc: The encoder.
         b_enc: The encoder's bias. All results have its data type, except the product `x W_enc`.
         scale: Factors that affect the ranking and the threshold, and not the returned values; None is 1.
-        extra_latents: Sorted latents. The search stores their pre-activations on every row in `extra_pre_acts`.
+        extra: Mask of the latents whose pre-activations on every row the search stores in `extra_pre_acts`; None is no latent.
         parallelism: Its `world` are the ranks whose batches share one threshold, its `tensor_group` those with other latents of the same
             rows.
     """
 
     def __init__(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, extra_latents: Tensor, parallelism: Parallelism
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, extra: Tensor | None, parallelism: Parallelism
     ) -> None:
         device = x.device.type
         product_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else b_enc.dtype
         self.x, self.W_enc, self.b_enc, self.scale = x.to(product_dtype), W_enc.to(product_dtype), b_enc, scale
-        self.extra_latents, self.extra_pre_acts = extra_latents, b_enc.new_zeros(len(x), len(extra_latents))
+        self.extra_latents = torch.empty(0, dtype=torch.long) if extra is None else extra.nonzero().flatten()
+        self.extra_pre_acts = b_enc.new_zeros(len(x), len(self.extra_latents))
         self.n_rows, self.n_latents = len(x), W_enc.shape[1]
         self.world, self.tensor_group = parallelism.world, parallelism.tensor_group
 
@@ -125,14 +126,14 @@ class BlockwiseEncoder:
 
     def _block_shape(self) -> tuple[int, int]:
         """Rows and latents of a block."""
-        block = scaled_size(BLOCK if is_blocked(self.x) else GPU_BLOCK)
+        block = scaled_size(BLOCK)
         rows = max(min(self.n_rows, BLOCK_ROWS), block // self.n_latents)
         return min(rows, self.n_rows), min(max(block // rows, 1), self.n_latents)
 
     def _top_k_per_row(self, k: int) -> TopK:
         """The `k` largest positive values of each row; with sharded latents, this rank's part of them."""
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        rows = max(1, min(self.n_rows, scaled_size(ROW_BLOCK_FACTOR * BLOCK if is_blocked(self.x) else GPU_BLOCK) // self.n_latents))
+        rows = max(1, min(self.n_rows, scaled_size(ROW_BLOCK_FACTOR * BLOCK) // self.n_latents))
         for top, _, block in self.blocks(rows, self.n_latents):
             raw = block + self.b_enc
             scaled = raw if self.scale is None else raw * self.scale
@@ -169,9 +170,10 @@ class BlockwiseEncoder:
             empty = self.b_enc.new_empty(0)
             scaled, raw, flat_indices = self._largest_above(start, count) if self.n_rows else (empty, empty, self._empty().rows)
             mask = topk_across_ranks(scaled, count, self.world)
-            if start == 0 or (mask.is_complete and mask.threshold is not None and mask.threshold >= start):
+            threshold = mask.threshold.item()
+            if start == 0 or (mask.is_complete and threshold >= start):
                 order = flat_indices[mask.keep].argsort()
-                return raw[mask.keep][order], flat_indices[mask.keep][order], mask.threshold
+                return raw[mask.keep][order], flat_indices[mask.keep][order], None if threshold == torch.inf else threshold
             start = None if hint is not None else 0.0
 
     def largest(self, count: int, hint: float | None = None) -> Selection:

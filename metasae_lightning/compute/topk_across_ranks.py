@@ -19,9 +19,9 @@ class TopKMask(NamedTuple):
 
     keep: Bool[Tensor, " value"]
     """Whether each of this rank's values is selected."""
-    threshold: float | None
-    """The smallest value that any rank selects; None if no rank has a positive value."""
-    is_complete: bool
+    threshold: Float[Tensor, ""]
+    """The smallest value that any rank selects; infinity if no rank has a positive value."""
+    is_complete: Bool[Tensor, ""]
     """Whether as many values are selected as were asked for."""
 
 
@@ -29,32 +29,39 @@ def topk_across_ranks(values: Float[Tensor, " value"], count: int, group: Proces
     """The `count` largest of the positive values of all ranks. Ties go to the earlier rank, and on one rank to the earlier value.
 
     In each round the ranks sum a histogram over the next digit of the keys. The threshold lies in one bin of the histogram, and the next
-    round looks only at the values of that bin.
+    round counts only the values of that bin. No shape depends on the data, and the host does not wait for a GPU.
 
-    >>> topk_across_ranks(torch.tensor([1.0, 3.0, 0.0, 2.0, 2.0]), 2, ProcessGroup())
-    TopKMask(keep=tensor([False,  True, False,  True, False]), threshold=2.0, is_complete=True)
+    >>> mask = topk_across_ranks(torch.tensor([1.0, 3.0, 0.0, 2.0, 2.0]), 2, ProcessGroup())
+    >>> mask.keep.tolist(), mask.threshold.item(), mask.is_complete.item()
+    ([False, True, False, True, False], 2.0, True)
     """
     values = values if values.dtype in KEY_TYPES else values.float()
     positive = values > 0
     keys = values.view(KEY_TYPES[values.dtype])
-    n_bits, remaining, prefix = torch.finfo(values.dtype).bits - 1, count, None
-    undecided = keys[positive]
+    undecided, prefix = positive, keys.new_zeros(1)
+    n_positive = remaining = torch.full_like(prefix, count, dtype=torch.int64)
+    n_bits = torch.finfo(values.dtype).bits - 1
     for shift in reversed(range(0, n_bits, DIGIT)):
         width = min(DIGIT, n_bits - shift)
-        digits = (undecided >> shift).bitwise_and(2**width - 1)
-        histogram = torch.bincount(digits, minlength=2**width)
+        digits = (keys >> shift).bitwise_and(2**width - 1).long()
+        # Integers: their sum does not depend on the order of the additions.
+        histogram = remaining.new_zeros(2**width).scatter_add_(0, digits, undecided.long())
         group.all_reduce_sum_(histogram)
         at_least = histogram.flip(0).cumsum(0).flip(0)  # keys with this digit or a higher one
-        if prefix is None and int(at_least[0]) <= count:
-            threshold = group.max_scalar(-values[positive].min().item() if len(undecided) else -torch.inf, values)
-            return TopKMask(positive, None if threshold == -torch.inf else -threshold, int(at_least[0]) == count)
-        digit = int((at_least >= remaining).sum()) - 1
-        remaining -= int(at_least[digit] - histogram[digit])
-        prefix = (prefix or 0) << width | digit
-        undecided = undecided[digits == digit]
-    threshold = keys.new_tensor(prefix)
-    keep = positive & (keys > threshold)
+        n_positive = at_least[:1] if shift + width == n_bits else n_positive
+        digit = (at_least >= remaining).sum(0, keepdim=True).sub_(1).clamp_(min=0)
+        remaining = remaining - at_least[digit] + histogram[digit]
+        prefix = prefix << width | digit.to(prefix.dtype)
+        undecided = undecided & (digits == digit)
     # All undecided keys are equal to the threshold; the first `remaining` of them, over the ranks in order, are selected.
-    count_here = min(max(remaining - sum(group.gather_int(len(undecided), values)[: group.rank]), 0), len(undecided))
-    keep[(keys == threshold).nonzero().flatten()[:count_here]] = True
-    return TopKMask(keep, threshold.view(values.dtype).item(), True)
+    n_tied = remaining.new_zeros(group.world_size)
+    n_tied[group.rank] = undecided.sum()
+    group.all_reduce_sum_(n_tied)
+    tied_before = n_tied[: group.rank].sum()
+    keep = positive & (keys > prefix) | undecided & (undecided.cumsum(0) <= remaining - tied_before)
+    smallest = torch.where(positive, values, torch.inf)
+    smallest = torch.cat([smallest, smallest.new_full((1,), torch.inf)]).amin().neg_()
+    group.all_reduce_max_(smallest)
+    takes_all = n_positive[0] <= count
+    threshold = torch.where(takes_all, smallest.neg(), prefix.view(values.dtype)[0])
+    return TopKMask(torch.where(takes_all, positive, keep), threshold, n_positive[0] >= count)

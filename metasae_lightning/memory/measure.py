@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from metasae_lightning import functional
-from metasae_lightning.compute.row_chunks import dry_run_scale
+from metasae_lightning.compute.row_chunks import dry_run_scale, is_blocked
 from metasae_lightning.lm.base import LanguageModel
 from metasae_lightning.memory.scaled_copies import scaled_down
 from metasae_lightning.sae.learner import Learner
@@ -111,7 +111,7 @@ class AllocationTracker(TorchDispatchMode):
 def _kernel_scratch(func: Any, args: tuple[Any, ...], out: Any) -> list[int]:
     """Bytes that a kernel allocates for itself: pairs that top-k sorts, and operands that arithmetic converts to the result's type."""
     if func is aten.topk.default:
-        return [16 * args[0].shape[-1]]
+        return [16 * args[0].shape[-1]] if is_blocked(args[0]) else []
     if func not in ARITHMETIC:
         return []
     return [t.numel() * out.itemsize for t in args if isinstance(t, Tensor) and t.ndim and t.dtype != out.dtype]

@@ -123,8 +123,8 @@ class SparseForward(ForwardPass):
     def __init__(self, sae: AnySAE, incremental_topk: compute.IncrementalTopK | None = None) -> None:
         super().__init__(sae)
         self.incremental_topk = incremental_topk
-        # The smallest activation that the last top-k kept: where the next search begins.
-        self._last_cut: float | None = None
+        # The smallest activation that the last top-k kept, where the next search begins.
+        self._last_cut: float | Tensor | None = None
         self._gradients = compute.BufferPool()
         # Fixed rows are overwritten in place. The rows of a new batch are not: the previous ones may still be in use.
         self._rows = compute.BufferPool() if incremental_topk is not None else None
@@ -139,28 +139,29 @@ class SparseForward(ForwardPass):
     def train(self, z: Tensor, *, dead: Tensor, step: int, fresh_gradients: bool) -> ForwardResult:
         """The architecture's mean squared errors and its auxiliary loss on the dead latents; a threshold is updated as SAELens does."""
         W_dec, b_dec = local(self.sae.W_dec), local(self.sae.b_dec)
-        z, all_dead = z.to(W_dec.dtype), dead.nonzero().flatten()
-        dead_latents = local_indices(all_dead, self.sae.W_dec, self.parallelism.tensor_group)
-        encoded = self._encode(z, dead_latents, fresh_gradients)
-        buffers, ranks = self._gradients if fresh_gradients else None, self.parallelism.tensor_group
+        z, ranks = z.to(W_dec.dtype), self.parallelism.tensor_group
+        encoded = self._encode(z, dead[self._first :][: len(W_dec)], fresh_gradients)
+        dead_latents = encoded.extra_latents
+        any_dead = len(dead_latents) > 0 if ranks.is_single else bool(dead.any())
+        buffers = self._gradients if fresh_gradients else None
         if len(self._widths) == 1:
             row_buffers = self._rows if fresh_gradients else None
             error, difference, dead_rows = compute.squared_error(
                 encoded.values, encoded.pattern, W_dec, b_dec, z, dead_latents, buffers, row_buffers, ranks
             )
-            losses, residuals = {"mse_loss": error}, [difference.neg()] if len(all_dead) else []
+            losses, residuals = {"mse_loss": error}, [difference.neg()] if any_dead else []
         else:
             reconstructions, dead_rows = self._decode_levels(encoded, dead_latents, W_dec, b_dec, buffers)
             losses, residuals = {"mse_loss": _error(reconstructions[-1], z)}, list(z - reconstructions.detach())
             difference = reconstructions[-1].detach() - z
             inner = zip(self._widths[:-1], reconstructions, strict=False)
             losses |= {f"inner_mse_loss_{width}": _error(reconstruction, z) for width, reconstruction in inner}
-        auxiliary = self._auxiliary_loss(residuals, dead_latents, encoded.extra_pre_acts, dead_rows) if len(all_dead) else z.new_zeros(())
+        auxiliary = self._auxiliary_loss(residuals, dead_latents, encoded.extra_pre_acts, dead_rows) if any_dead else z.new_zeros(())
         losses["auxiliary_reconstruction_loss"] = auxiliary
         codes = self._codes(encoded)
-        if hasattr(self.sae, "update_topk_threshold") and encoded.threshold is not None:
-            self.sae.update_topk_threshold(codes.values.new_tensor([encoded.threshold]))
-        return ForwardResult(sum(losses.values(), z.new_zeros(())), losses, codes, lambda: z + difference)
+        if isinstance(self.sae, BatchTopKTrainingSAE) and encoded.threshold is not None:
+            update_threshold(self.sae, encoded.threshold)
+        return ForwardResult(sum(losses.values(), start=0.0), losses, codes, lambda: z + difference)
 
     @torch.no_grad()
     def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
@@ -182,15 +183,15 @@ class SparseForward(ForwardPass):
             self.parallelism.tensor_group.all_reduce_sum_(reconstruction)
             return self._codes(encoded), reconstruction.add_(local(self.sae.b_dec))
 
-    def _encode(self, z: Tensor, dead_latents: Tensor | None, fresh_gradients: bool) -> compute.Encoded:
-        """The top-k activations, and the pre-activations of the dead latents on every row."""
+    def _encode(self, z: Tensor, dead: Tensor | None, fresh_gradients: bool) -> compute.Encoded:
+        """The top-k activations, and the pre-activations of the latents in the mask `dead` on every row."""
         sae = self.sae
         each_row = not isinstance(sae, BatchTopKTrainingSAE)
         rule = compute.TopKRule(sae.cfg.k, each_row, self._last_cut, self.incremental_topk, self.parallelism)
         origin = replicated(local(sae.b_dec), self.parallelism.tensor_group) if sae.cfg.apply_b_dec_to_input else None
         buffers: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if fresh_gradients else {}
         encoded = compute.encode(
-            z, local(sae.W_enc), local(sae.b_enc), rule, origin=origin, scale=self._norms, extra_latents=dead_latents, **buffers
+            z, local(sae.W_enc), local(sae.b_enc), rule, origin=origin, scale=self._norms, extra=dead, **buffers
         )
         self._last_cut = encoded.threshold
         return encoded
@@ -201,7 +202,7 @@ class SparseForward(ForwardPass):
         pattern = compute.Pattern(rows.to(z.device), columns, (len(z), sae.cfg.d_sae))
         z = z - sae.b_dec if sae.cfg.apply_b_dec_to_input else z
         values = pattern.sampled(z, sae.W_enc.T.contiguous()) + sae.b_enc[columns]
-        return compute.Encoded(values.relu(), pattern, z.new_empty(len(z), 0), None)
+        return compute.Encoded(values.relu(), pattern, columns[:0], z.new_empty(len(z), 0), None)
 
     def _decode_levels(
         self, encoded: compute.Encoded, dead_latents: Tensor, W_dec: Tensor, b_dec: Tensor, buffers: compute.BufferPool | None
@@ -251,6 +252,17 @@ class SparseForward(ForwardPass):
                 level_acts = level_acts * _topk_mask(scores, k_aux, max(counts), ranks)
             total = total + min(sum(counts) / k_aux, 1.0) * _error(all_reduce_sum(level_acts @ dead_rows[begin:end], ranks), residual)
         return self.sae.cfg.aux_loss_coefficient * total
+
+
+@torch.no_grad()
+def update_threshold(sae: BatchTopKTrainingSAE, threshold: float | Tensor) -> None:
+    """Move the SAE's running threshold towards that of a batch, as SAELens does; infinity leaves it. The host does not wait for a GPU."""
+    old, rate = sae.topk_threshold, sae.cfg.topk_threshold_lr
+    if isinstance(threshold, float):
+        sae.topk_threshold = (1 - rate) * old + rate * threshold
+    else:
+        new = (1 - rate) * old + rate * threshold.to(old.dtype)
+        sae.topk_threshold = torch.where(threshold.isinf(), old, new)
 
 
 def _topk_mask(scores: Tensor, k: int, max_columns: int, ranks: ProcessGroup) -> Tensor:

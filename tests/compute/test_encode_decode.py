@@ -11,6 +11,7 @@ from torch import Tensor
 from metasae_lightning import compute
 from metasae_lightning.compute import row_chunks, topk
 from metasae_lightning.compute import sparse_matrix as patterns
+from metasae_lightning.compute.gpu import encoder
 
 
 @pytest.fixture(params=["one block", "many blocks", "GPU code path"])
@@ -18,7 +19,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Blocks so small that rows and latents are both divided; also with the GPU's code path, run on a CPU."""
     if request.param != "one block":
         monkeypatch.setattr(topk, "BLOCK", 60)
-        monkeypatch.setattr(topk, "GPU_BLOCK", 60)
+        monkeypatch.setattr(encoder, "BLOCK", 60)
         monkeypatch.setattr(topk, "BLOCK_ROWS", 7)
         monkeypatch.setattr(patterns, "TRANSPOSED_ELEMENTS", 70)
         monkeypatch.setattr(row_chunks, "CHUNK_ELEMENTS", 50)
@@ -49,6 +50,7 @@ def reference(tensors: tuple[Tensor, ...], k: float, *, per_row: bool, scale: Te
 
 
 EXTRA = torch.tensor([3, 7, 39])
+EXTRA_MASK = torch.zeros(40, dtype=torch.bool).index_fill(0, EXTRA, True)
 
 
 @pytest.mark.usefixtures("blocks")
@@ -62,7 +64,7 @@ def test_encode_and_decode_equal_the_dense_formula_in_values_and_gradients(per_r
 
     def ours(x: Tensor, W_enc: Tensor, b_enc: Tensor, origin: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rule = compute.TopKRule(3, per_row, hint)
-        encoded = compute.encode(x, W_enc, b_enc, rule, origin=origin, scale=scale, extra_latents=EXTRA)
+        encoded = compute.encode(x, W_enc, b_enc, rule, origin=origin, scale=scale, extra=EXTRA_MASK)
         product, extra_rows = compute.decode(encoded.values, encoded.pattern, W_dec, EXTRA)
         return product, encoded.extra_pre_acts, extra_rows
 
@@ -143,7 +145,7 @@ def test_large_bias_that_cancels_excludes_no_activation():
 
 def test_extra_pre_activations_are_returned_when_no_latent_is_selected():
     x, W_enc, b_enc, _, _ = (tensor.detach() for tensor in inputs(rows=1))
-    encoded = compute.encode(x, W_enc, b_enc, compute.TopKRule(0.5, False), extra_latents=EXTRA)
+    encoded = compute.encode(x, W_enc, b_enc, compute.TopKRule(0.5, False), extra=EXTRA_MASK)
     assert not len(encoded.values)
     torch.testing.assert_close(encoded.extra_pre_acts, (x @ W_enc + b_enc)[:, EXTRA])
 

@@ -174,8 +174,8 @@ def test_topk_across_ranks_equals_a_sort_of_all_values_with_ties_by_index(tmp_pa
         expected &= values > 0
         masks = [masks[index] for masks in masks_by_rank]
         assert (torch.cat([mask.keep for mask in masks]) == expected).all(), (case, count)
-        assert {mask.threshold for mask in masks} == {values[expected].min().item() if expected.any() else None}
-        assert {mask.is_complete for mask in masks} == {int((values > 0).sum()) >= count}
+        assert {mask.threshold.item() for mask in masks} == {values[expected].min().item() if expected.any() else torch.inf}
+        assert {mask.is_complete.item() for mask in masks} == {int((values > 0).sum()) >= count}
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(7, 3), (2, 4), (0, 2), (8, 4)])

@@ -70,10 +70,11 @@ def test_jump_of_one_latent_triggers_a_full_search(bias: bool):
 
 def test_values_have_the_same_bits_whenever_the_last_full_search_was():
     """A run that resumes from a checkpoint has no earlier candidates."""
-    incremental, extra = compute.IncrementalTopK(300), torch.tensor([3, 40, 77])
+    incremental, extra = compute.IncrementalTopK(300), torch.zeros(moving(1, 0)[0][1].shape[1], dtype=torch.bool)
+    extra[[3, 40, 77]] = True
     incremental_results, full_results = (
         [
-            compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=topk), extra_latents=extra)
+            compute.encode(x, W_enc, b_enc, compute.TopKRule(4, False, incremental=topk), extra=extra)
             for (x, W_enc, b_enc), topk in zip(moving(6, 1e-3), topks, strict=True)
         ]
         for topks in ([incremental] * 6, [compute.IncrementalTopK(300) for _ in range(6)])

@@ -1,0 +1,179 @@
+"""Top-k over the pre-activations of a batch on a GPU: one product, one search of it, and one wait of the host."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from metasae_lightning.compute.gpu.host_reads import read_ints
+from metasae_lightning.compute.gpu.passes import triton_kernels
+from metasae_lightning.compute.gpu.topk import CUT_FACTOR, Candidates, Room, exact_largest, exact_largest_of_rows
+from metasae_lightning.compute.process_group import Parallelism
+from metasae_lightning.compute.row_chunks import scaled_size
+from metasae_lightning.compute.topk import TopK, topk_mask
+from metasae_lightning.compute.topk_across_ranks import topk_across_ranks
+
+# Pre-activations that are computed at a time: 4 GiB of float32. Smaller batches are computed in one product.
+BLOCK = 2**30
+# Candidates for each selected value, in a batch and in a row.
+BATCH_ROOM, ROW_ROOM = 3, 2
+
+
+class GpuEncoder:
+    """Activations `(x W_enc + b_enc) * scale` of a batch on a GPU. Its results are those of `BlockwiseEncoder`.
+
+    Under autocast the factors of products have the lower precision, and their sums the precision of `b_enc`.
+
+    Args:
+        x: The batch.
+        W_enc: The encoder.
+        b_enc: The encoder's bias. All results have its data type.
+        scale: Factors that affect the ranking and the threshold, and not the returned values; None is 1.
+        extra: Mask of the latents whose pre-activations on every row `top_k` stores in `extra_pre_acts`; None is no latent.
+        parallelism: Its `world` are the ranks whose batches share one threshold, its `tensor_group` those with other latents of the same
+            rows.
+    """
+
+    def __init__(
+        self,
+        x: Float[Tensor, "row d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, " d_sae"],
+        scale: Tensor | None,
+        extra: Bool[Tensor, " d_sae"] | None,
+        parallelism: Parallelism,
+    ) -> None:
+        device = x.device.type
+        product_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else b_enc.dtype
+        self.x, self.W_enc, self.b_enc, self.scale = x.to(product_dtype), W_enc.to(product_dtype), b_enc, scale
+        self.n_rows, self.n_latents = len(x), W_enc.shape[1]
+        self.world, self.tensor_group = parallelism.world, parallelism.tensor_group
+        self._extra = extra
+        self.extra_latents = torch.empty(0, dtype=torch.long, device=x.device)
+        self.extra_pre_acts = b_enc.new_empty(len(x), 0)
+
+    def top_k(self, k: float, *, per_row: bool, hint: Float[Tensor, ""] | None) -> TopK:
+        """With `per_row` the `k` largest positive values of each row, else the `k * rows` largest positive values of the batch.
+
+        With several ranks the result is this rank's part of the top-k over all of them. `hint` is the threshold of a similar batch, and is
+        not used with `per_row`. A good hint saves time; a bad one does not change the result.
+        """
+        if per_row:
+            return self._top_k_per_row(int(k))
+        rows = self.n_rows if self.world.is_single else self.world.sum_scalar(self.n_rows, self.b_enc)
+        count = int(k * rows / self.tensor_group.world_size)
+        if count == 0:
+            self._read()
+            return self._result(self.b_enc.new_empty(0), self.extra_latents[:0], None)
+        if not self.world.is_single:
+            return self._top_k_across_ranks(count, hint)
+        return self._top_k_of_batch(min(count, self.n_rows * self.n_latents), hint)
+
+    def _top_k_of_batch(self, count: int, hint: Tensor | None) -> TopK:
+        """The `count` largest positive values of the batch of a single process."""
+        largest = self._candidates(BATCH_ROOM * count, hint).largest(count)
+        is_certain, all_positive = self._read(largest.is_certain, largest.edge > 0)
+        if is_certain and all_positive:
+            return self._result(largest.values[0], largest.places[0], largest.edge[0])
+        values, places = self._exact_search(count)
+        return self._result(values, places, values.min() if len(values) else None)
+
+    def _top_k_across_ranks(self, count: int, hint: Tensor | None) -> TopK:
+        """This rank's part of the `count` largest positive values of all ranks' batches; the threshold is that of all ranks."""
+        found = self._candidates(BATCH_ROOM * -(-count // self.world.world_size), hint)
+        candidates = found.candidates() if isinstance(found, Room) else found
+        mask = topk_across_ranks(candidates.values[0], count, self.world)
+        no_others = (candidates.floor <= 0) | (mask.is_complete & (mask.threshold > candidates.floor))
+        is_uncertain = (~(candidates.is_complete & no_others)).int()
+        self.world.all_reduce_max_(is_uncertain)
+        is_uncertain_somewhere, n_kept = self._read(is_uncertain, mask.keep.sum())
+        if not is_uncertain_somewhere:
+            kept = torch.nonzero_static(mask.keep, size=n_kept).flatten()
+            return self._result(candidates.values[0, kept], candidates.places[0, kept], mask.threshold)
+        values, places = self._exact_search(count)
+        mask = topk_across_ranks(values, count, self.world)
+        return self._result(values[mask.keep], places[mask.keep], mask.threshold)
+
+    def _top_k_per_row(self, k: int) -> TopK:
+        """The `k` largest positive values of each row; with sharded latents, this rank's part of them."""
+        k_here = min(k, self.n_latents)
+        found = [Candidates.of_groups(self._scaled(products), ROW_ROOM * k_here).largest(k_here) for _, products in self._products()]
+        columns, values, _, is_certain = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
+        is_selected = (values > 0) & topk_mask(values, k, self.tensor_group)
+        all_certain, n_selected = self._read(is_certain.all(), is_selected.sum())
+        if not all_certain:
+            scaled = torch.cat([self._scaled(products) for _, products in self._products()])
+            columns = exact_largest_of_rows(scaled, k_here)
+            values = scaled.gather(1, columns)
+            is_selected = (values > 0) & topk_mask(values, k, self.tensor_group)
+            n_selected = read_ints(is_selected.sum().view(1))[0]
+        places = (columns + self.n_latents * torch.arange(self.n_rows, device=columns.device)[:, None]).flatten()
+        values = values.flatten()
+        if n_selected < len(values):
+            selected = torch.nonzero_static(is_selected.flatten(), size=n_selected).flatten()
+            values, places = values[selected], places[selected]
+        return self._result(values, places, None)
+
+    def _candidates(self, room: int, hint: Tensor | None) -> Room | Candidates:
+        """Candidates for the largest values of the batch: those above a cut, by a kernel, or the `room` largest."""
+        if hint is not None and triton_kernels(self.b_enc) is not None:
+            above_cut = Room(room, hint * CUT_FACTOR)
+            for top, products in self._products():
+                above_cut.add(products, self.b_enc, self.scale, top)
+            return above_cut
+        parts: list[Candidates] = []
+        for top, products in self._products():
+            part = Candidates.of_groups(self._scaled(products).flatten()[None], room)
+            parts.append(part._replace(places=part.places + top * self.n_latents) if top else part)
+        return Candidates.merge(parts, room)
+
+    def _exact_search(self, count: int) -> tuple[Tensor, Tensor]:
+        """Scaled values and places of the `count` largest positive values of the batch. Its shapes depend on the data."""
+        values, places = self.b_enc.new_empty(0), self.extra_latents[:0]
+        for top, products in self._products():
+            block = self._scaled(products).flatten()
+            indices = exact_largest(block, count)
+            values, places = torch.cat([values, block[indices]]), torch.cat([places, indices + top * self.n_latents])
+            largest = exact_largest(values, count)
+            values, places = values[largest], places[largest]
+        return values, places
+
+    def _products(self) -> Iterator[tuple[int, Tensor]]:
+        """First row and product with the encoder of each block of rows, without bias or scale; one block for a batch without rows."""
+        rows = max(1, scaled_size(BLOCK) // self.n_latents)
+        for top in range(0, max(self.n_rows, 1), rows):
+            yield top, full_precision_product(self.x[top : top + rows], self.W_enc, self.b_enc.dtype)
+
+    def _scaled(self, products: Tensor) -> Tensor:
+        """The activations with their scale, from products, which are overwritten."""
+        pre_acts = products.add_(self.b_enc)
+        return pre_acts if self.scale is None else pre_acts.mul_(self.scale)
+
+    def _read(self, *flags: Tensor) -> list[int]:
+        """The flags as integers, which the host reads together with the number of extra latents; the extra latents' values follow."""
+        numbers = [flag.view(1) for flag in flags] + ([] if self._extra is None else [self._extra.sum().view(1)])
+        if not numbers:
+            return []
+        read = read_ints(torch.cat(numbers))
+        if self._extra is not None and (n_extra := read.pop()):
+            self.extra_latents = torch.nonzero_static(self._extra, size=n_extra).flatten()
+            W_enc = self.W_enc.index_select(1, self.extra_latents)
+            self.extra_pre_acts = full_precision_product(self.x, W_enc, self.b_enc.dtype) + self.b_enc[self.extra_latents]
+        return read
+
+    def _result(self, scaled: Tensor, places: Tensor, threshold: Tensor | None) -> TopK:
+        """The selected values without their scale, with their rows and latents."""
+        rows = places // self.n_latents
+        columns = places - rows * self.n_latents
+        return TopK(scaled if self.scale is None else scaled / self.scale[columns], rows, columns, threshold)
+
+
+def full_precision_product(x: Float[Tensor, "row d_in"], W: Float[Tensor, "d_in d_sae"], dtype: torch.dtype) -> Float[Tensor, "row d_sae"]:
+    """`x W` for factors of one data type, with sums of type `dtype` that are not rounded to that of the factors."""
+    with torch.autocast(x.device.type, enabled=False):
+        if x.dtype == dtype:
+            return x @ W
+        if x.device.type == "cuda" and dtype == torch.float32 and hasattr(torch.ops.aten.mm, "dtype"):
+            return torch.mm(x, W, out_dtype=dtype)
+        return x.to(dtype) @ W.to(dtype)

@@ -1,0 +1,137 @@
+"""Exact top-k on a GPU with shapes that do not depend on the data, so that the host waits once.
+
+A search first ranks a fixed number of candidates and tells whether they certainly contain the largest values. Where they do not, it ranks
+all values, with shapes that depend on the data. Of equal values both keep the first by place, which is `row * n_latents + latent`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from metasae_lightning.compute.gpu.passes import triton_kernels
+
+# The cut that candidates exceed, as a fraction of the last threshold: more exceed it than are selected, and fewer than there is room for.
+CUT_FACTOR = 0.93
+# The lower half of a key, from which the place is subtracted: of equal values the first has the largest key.
+LAST_PLACE = 2**32 - 1
+
+
+class Largest(NamedTuple):
+    """The largest values of each group, ordered by place."""
+
+    places: Int[Tensor, "group count"]
+    values: Float[Tensor, "group count"]
+    edge: Float[Tensor, " group"]
+    """The smallest of the values."""
+    is_certain: Bool[Tensor, " group"]
+    """Whether the positive ones among them are certainly the group's largest positive values."""
+
+
+class Candidates(NamedTuple):
+    """Values of each group that may be among its largest, ordered by place."""
+
+    places: Int[Tensor, "group candidate"]
+    values: Float[Tensor, "group candidate"]
+    floor: Float[Tensor, " group"]
+    """All values of the group above this number are candidates, if `is_complete`."""
+    is_complete: Bool[Tensor, " group"]
+
+    @classmethod
+    def of_groups(cls, values: Float[Tensor, "group value"], room: int) -> "Candidates":
+        """The `room` largest values of each row."""
+        room = min(room, values.shape[1])
+        places = values.topk(room, sorted=False).indices.sort().values
+        candidates = values.gather(1, places)
+        floor = candidates.amin(1) if 0 < room < values.shape[1] else values.new_full((len(values),), -torch.inf)
+        return cls(places, candidates, floor, torch.ones_like(floor, dtype=torch.bool))
+
+    @classmethod
+    def merge(cls, parts: "list[Candidates]", room: int) -> "Candidates":
+        """The `room` largest candidates of several parts of one group, whose places ascend from part to part."""
+        if len(parts) == 1:
+            return parts[0]
+        places, values = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
+        merged = cls.of_groups(values, room)
+        floor = torch.stack([merged.floor, *(part.floor for part in parts)]).amax(0)
+        return cls(places.gather(1, merged.places), merged.values, floor, merged.is_complete)
+
+    def largest(self, count: int) -> Largest:
+        """The `count` largest candidates; of equal ones the first.
+
+        >>> largest = Candidates.of_groups(torch.tensor([[1.0, 3.0, 0.0, 3.0, 2.0]]), 4).largest(2)
+        >>> largest.places.tolist(), largest.edge.tolist(), largest.is_certain.tolist()
+        ([[1, 3]], [3.0], [True])
+        """
+        ranked, order = self.values.sort(descending=True, stable=True)
+        selected, edge = order[:, :count].sort().values, ranked[:, count - 1]
+        is_certain = ((edge > self.floor) | (edge <= 0)) & self.is_complete
+        return Largest(self.places.gather(1, selected), self.values.gather(1, selected), edge, is_certain)
+
+
+class Room:
+    """The values of a batch above a cut, which a kernel finds in one pass over the pre-activations.
+
+    Args:
+        size: The number of values that there is room for; more are counted, and dropped.
+        cut: A number on the device.
+    """
+
+    def __init__(self, size: int, cut: Float[Tensor, ""]) -> None:
+        self.cut, self.n_above = cut, torch.zeros(1, dtype=torch.int32, device=cut.device)
+        self.keys = torch.zeros(size, dtype=torch.int64, device=cut.device)
+
+    def add(self, products: Float[Tensor, "row latent"], bias: Tensor, scale: Tensor | None, first_row: int) -> None:
+        """Add the values `(products + bias) * scale` above the cut; the place of the first product is `first_row * n_latents`."""
+        kernels = triton_kernels(products)
+        assert kernels is not None
+        kernels.compact(products, bias, scale, self.cut, self.keys, self.n_above, first_row)
+
+    def candidates(self) -> Candidates:
+        """All values in the room as candidates of one group; an empty place in the room is a candidate of value 0."""
+        places, order = (LAST_PLACE - (self.keys & LAST_PLACE)).sort()
+        is_complete = self.n_above <= len(self.keys)
+        return Candidates(places[None], values_of_keys(self.keys[order])[None], self.cut[None], is_complete)
+
+    def largest(self, count: int) -> Largest:
+        """The `count` largest values as those of one group: `candidates().largest(count)` with one ranking of the keys."""
+        top = self.keys.topk(count, sorted=False).values
+        places, order = (LAST_PLACE - (top & LAST_PLACE)).sort()
+        values = values_of_keys(top[order])
+        is_certain = (self.n_above >= count) & (self.n_above <= len(self.keys))
+        return Largest(places[None], values[None], values.amin()[None], is_certain)
+
+
+def keys_of(values: Float[Tensor, " value"], places: Int[Tensor, " value"]) -> Int[Tensor, " value"]:
+    """Integers that are ordered as the positive float32 values are, and equal values by their place, the first one largest.
+
+    >>> keys = keys_of(torch.tensor([2.0, 1.0, 2.0]), torch.tensor([0, 1, 2]))
+    >>> keys.argsort(descending=True).tolist(), values_of_keys(keys).tolist()
+    ([0, 2, 1], [2.0, 1.0, 2.0])
+    """
+    return values.view(torch.int32).long() << 32 | (LAST_PLACE - places)
+
+
+def values_of_keys(keys: Int[Tensor, " value"]) -> Float[Tensor, " value"]:
+    """The float32 values of keys."""
+    return (keys >> 32).int().view(torch.float32)
+
+
+def exact_largest(values: Float[Tensor, " value"], count: int) -> Int[Tensor, " selected"]:
+    """Ascending indices of the `count` largest positive values, fewer where fewer are positive; of equal values the first.
+
+    >>> exact_largest(torch.tensor([1.0, 3.0, 0.0, 1.0, 2.0]), 3).tolist()
+    [0, 1, 4]
+    """
+    if not len(values):
+        return torch.empty(0, dtype=torch.long, device=values.device)
+    edge = values.topk(min(count, len(values))).values[-1].clamp(min=0)
+    above = (values > edge).nonzero().flatten()
+    ties = ((values == edge) & (values > 0)).nonzero().flatten()[: max(count - len(above), 0)]
+    return torch.cat([above, ties]).sort().values
+
+
+def exact_largest_of_rows(values: Float[Tensor, "row value"], count: int) -> Int[Tensor, "row count"]:
+    """Ascending indices of the `count` largest values of each row; of equal values the first."""
+    return values.sort(dim=1, descending=True, stable=True).indices[:, :count].sort().values
