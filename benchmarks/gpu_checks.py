@@ -108,14 +108,13 @@ class Trained:
         return abs(self.losses[0] / other.losses[0] - 1)
 
 
-def check(architecture: str, variant: str, problem: Problem, results: Results) -> list[str]:
-    """Train one variant in four ways, write its rows, and return its line of the table."""
+def check(arm: str, architecture: str, variant: str, problem: Problem, results: Results) -> list[str]:
+    """Train one variant in four ways, write its rows under the name `arm`, and return its line of the table."""
     device = results.device
     expected = Trained.of(module_of(architecture, variant, problem), problem, torch.device("cpu"), torch.float64)
     double = Trained.of(module_of(architecture, variant, problem), problem, device, torch.float64)
     single = Trained.of(module_of(architecture, variant, problem), problem, device, torch.float32)
     mixed = Trained.of(module_of(architecture, variant, problem), problem, device, torch.float32, bf16=True)
-    arm = f"{architecture.removesuffix('TrainingSAEConfig')}, {variant}"
     faults: list[str] = []
     error, tensor = double.difference(expected)
     if not error <= FLOAT64:
@@ -139,10 +138,11 @@ def run(results: Results, budget: Budget, *, tiny: bool) -> None:
     rows: list[list[str]] = []
     for index, variant in enumerate(VARIANTS):
         for architecture in ARCHITECTURES[index % 3 :][:1] if tiny else ARCHITECTURES:
+            arm = f"{architecture.removesuffix('TrainingSAEConfig')}, {variant}"
             if budget.is_over("checks"):
-                results.skip("checks", "", f"{architecture}, {variant}", budget.reason("checks"))
+                results.skip("checks", "", arm, budget.reason("checks"))
                 continue
-            with results.attempt("checks", "", f"{architecture}, {variant}"):
-                rows.append(check(architecture, variant, TINY if tiny else PROBLEM, results))
+            with results.attempt("checks", "", arm):
+                rows.append(check(arm, architecture, variant, TINY if tiny else PROBLEM, results))
     header = ["check", "float64", "float32", "by its tensor", "bf16 loss", "verdict"]
     print_table("largest relative difference of a weight from the CPU's in float64, after a few joint steps", header, rows)

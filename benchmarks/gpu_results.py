@@ -16,8 +16,9 @@ import torch
 COLUMNS = ("section", "size", "arm", "figure", "value", "unit", "note")
 # What each section measures with, and the name under which a package registry has it.
 PACKAGES = {
-    **{"lightning": "lightning", "sae_lens": "sae-lens", "transformers": "transformers", "datasets": "datasets"},
-    **{"tokenizers": "tokenizers", "triton": "triton", "sparsify": "eai-sparsify"},
+    **{"jaxtyping": "jaxtyping", "jsonargparse": "jsonargparse", "lightning": "lightning"},
+    **{"sae_lens": "sae-lens", "transformers": "transformers", "datasets": "datasets", "tokenizers": "tokenizers"},
+    **{"triton": "triton", "sparsify": "eai-sparsify"},
 }
 # The share of the budget after which nothing new begins.
 LATEST_START = 0.88
