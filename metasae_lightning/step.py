@@ -1,7 +1,8 @@
 """Frozen types that all packages share: the batch that a step receives and the results that it returns."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -122,12 +123,22 @@ class StepStats:
     """The architecture's own training loss, in its normalised space."""
     losses: Mapping[str, Tensor]
     """The terms of the loss by SAELens's names."""
-    fvu: Float[Tensor, ""]
-    """Fraction of variance unexplained on this batch, in raw space."""
-    l0: float
+    l0: float | Tensor
     """Mean number of active latents per row."""
-    dead: float
-    """Fraction of latents that have not fired for longer than the dead window."""
+    compute_fvu: Callable[[], Tensor]
+    """Computes `fvu` (below) on first access."""
+    compute_dead: Callable[[], Tensor]
+    """Computes the mask of the latents that have not fired for longer than the dead window."""
+
+    @cached_property
+    def fvu(self) -> Float[Tensor, ""]:
+        """Fraction of variance unexplained on this batch, in raw space; computed on first access."""
+        return self.compute_fvu()
+
+    @cached_property
+    def dead(self) -> Float[Tensor, ""]:
+        """Fraction of latents that have not fired for longer than the dead window, at the first access."""
+        return self.compute_dead().float().mean()
 
 
 @dataclass(frozen=True)
@@ -140,8 +151,8 @@ class StepOutput:
     """Statistics of the primary SAE."""
     codes: Codes
     """Latent activations of the primary SAE."""
-    reconstruction: Float[Tensor, "batch d_in"]
-    """Reconstruction of the batch by the primary SAE, in raw space."""
+    rebuild: Callable[[], Tensor]
+    """Computes `reconstruction` (below) on first access."""
     penalties: Mapping[str, Tensor] = field(default_factory=dict)
     """Value of each penalty, not multiplied by its weight."""
     meta: StepStats | None = None
@@ -150,6 +161,11 @@ class StepOutput:
     """Number of consecutive steps of one SAE, up to its latest, that were skipped because a tensor was not finite."""
     bad_tensor: str | None = None
     """Name of the tensor that was not finite in the latest skipped step."""
+
+    @cached_property
+    def reconstruction(self) -> Float[Tensor, "batch d_in"]:
+        """Reconstruction of the batch by the primary SAE, in raw space; computed on first access."""
+        return self.rebuild()
 
     def scalars(self) -> dict[str, Any]:
         """The total loss, both SAEs' statistics and loss terms, and the penalties, by their names in the logs."""

@@ -148,7 +148,7 @@ class _Encode(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = pattern.product(grad_values, W_enc.T.contiguous())
                 grad_x = grad_x if grad_extra is None else grad_x + grad_extra @ W_enc[:, extra_latents].T
-            grad_origin = -(W_enc @ grad_b_enc) if ctx.has_origin else None
+            grad_origin = torch.addmv(W_enc.new_empty(len(W_enc)), W_enc, grad_b_enc, beta=0, alpha=-1) if ctx.has_origin else None
         # A view is a new tensor object: autograd then stores it as the parameter's gradient without a copy.
         return grad_x, grad_W_enc.view(W_enc.shape), grad_b_enc, grad_origin, *[None] * 6
 
@@ -178,7 +178,7 @@ class _Decode(torch.autograd.Function):
         ctx.pattern, ctx.gradient_buffers = pattern, gradient_buffers
         ctx.set_materialize_grads(False)
         with torch.autocast(W_dec.device.type, enabled=False):
-            return pattern.product(values, W_dec), W_dec[extra_latents]
+            return pattern.product(values, W_dec), _rows_of(W_dec, extra_latents)
 
     @staticmethod
     @once_differentiable
@@ -239,8 +239,7 @@ class _SquaredError(torch.autograd.Function):
         sampled = None
         with torch.autocast(W_dec.device.type, enabled=False):
             if not is_blocked(x) and tensor_group.is_single:
-                difference, sampled, errors = pattern.reconstruction_error(values, W_dec, b_dec, x)
-                total = errors.sum()
+                difference, sampled, total = pattern.reconstruction_error(values, W_dec, b_dec, x)
             else:
                 difference = pattern.product(values, W_dec, buffer_or_new(row_buffers, "difference", x.shape, values))
                 tensor_group.all_reduce_sum_(difference)
@@ -252,22 +251,28 @@ class _SquaredError(torch.autograd.Function):
         ctx.pattern, ctx.gradient_buffers = pattern, gradient_buffers
         ctx.mark_non_differentiable(difference)
         ctx.set_materialize_grads(False)
-        return total / max(len(x), 1), difference, W_dec[extra_latents]
+        return total / max(len(x), 1), difference, _rows_of(W_dec, extra_latents)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, W_dec, difference, extra_latents, sampled = ctx.saved_tensors
         grad_total = values.new_zeros(()) if gradients[0] is None else gradients[0]
-        scale = 2 * grad_total / max(len(difference), 1)
+        scale = grad_total * (2 / max(len(difference), 1))
         with torch.autocast(W_dec.device.type, enabled=False):
-            grad_values = (ctx.pattern.sampled(difference, W_dec) if sampled is None else sampled) * scale
+            sampled = ctx.pattern.sampled(difference, W_dec) if sampled is None else sampled
+            grad_values, scaled_values = torch._foreach_mul([sampled, values], scale)
             buffer = buffer_or_new(ctx.gradient_buffers, "W_dec", W_dec.shape, values)
-            grad_W_dec = ctx.pattern.transposed_product(values * scale, difference, buffer)
+            grad_W_dec = ctx.pattern.transposed_product(scaled_values, difference, buffer)
             grad_W_dec = _add_rows(grad_W_dec, extra_latents, gradients[2])
             grad_b_dec = difference.sum(0) * scale
             grad_x = difference * -scale if ctx.needs_input_grad[3] else None
         return grad_values, grad_W_dec.view(W_dec.shape), grad_b_dec, grad_x, *[None] * 5
+
+
+def _rows_of(matrix: Tensor, indices: Tensor) -> Tensor:
+    """The rows of these indices."""
+    return matrix.index_select(0, indices) if len(indices) else matrix.new_empty(0, matrix.shape[1])
 
 
 def _add_rows(matrix: Tensor, indices: Tensor, rows: Tensor | None) -> Tensor:

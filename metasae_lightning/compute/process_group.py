@@ -56,6 +56,10 @@ class ProcessGroup:
         """Replace each tensor by its elementwise maximum over ranks, in place."""
         self._all_reduce(tensors, dist.ReduceOp.MAX)
 
+    def all_reduce_min_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its elementwise minimum over ranks, in place."""
+        self._all_reduce(tensors, dist.ReduceOp.MIN)
+
     def broadcast_(self, *tensors: Tensor | None) -> None:
         """Replace each tensor by rank 0's, in place; None is skipped."""
         for tensor in tensors if not self.is_single else ():
@@ -64,7 +68,9 @@ class ProcessGroup:
                 self._count_bytes(tensor if self.rank == 0 else tensor[:0])
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks as a new tensor, through which no gradient flows."""
+        """The sum over ranks, through which no gradient flows: a new tensor, or a view of `tensor` in a single process."""
+        if self.is_single:
+            return tensor.detach()
         total = tensor.detach().clone()
         self.all_reduce_sum_(total)
         return total

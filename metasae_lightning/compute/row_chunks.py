@@ -55,11 +55,14 @@ def dry_run_scale(factor: float, *, gpu: bool = False) -> Generator[None]:
 
 
 def row_chunks(*matrices: Float[Tensor, "row _"]) -> Iterator[tuple[Tensor, ...]]:
-    """Views of the same rows of each matrix, one chunk of rows after the other, for reading or writing.
+    """Views of the same rows of each matrix, one chunk of rows after the other, for reading or writing; on a GPU all rows at once.
 
     >>> [chunk.tolist() for (chunk,) in row_chunks(torch.ones(2, 1))]
     [[[1.0], [1.0]]]
     """
+    if not is_blocked(matrices[0]):
+        yield matrices
+        return
     rows = max(1, scaled_size(CHUNK_ELEMENTS) // max(matrix.shape[1] for matrix in matrices))
     yield from zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
@@ -95,12 +98,19 @@ class _MeanOverRows(torch.autograd.Function):
     """Computes values and gradient in one forward pass over chunks of rows."""
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
     def forward(ctx: Any, W: Tensor, others: Tensor, value_and_slope: ValueAndSlope, indices: Tensor | None) -> Tensor:
         needs_gradient, selected = ctx.needs_input_grad[0], W if indices is None else W.index_select(0, indices)
-        gradient = torch.empty_like(selected) if needs_gradient else selected
+        gradient = torch.empty_like(selected) if needs_gradient and is_blocked(W) else selected
         ctx.gradient, ctx.indices = gradient, indices
         ctx.save_for_backward(*([] if indices is None else [W]))
-        total, count = W.new_zeros(()), max(len(selected), 1)
+        count = max(len(selected), 1)
+        if not is_blocked(W):
+            values, slopes = value_and_slope(selected, others)
+            ctx.gradient = slopes.div_(count)
+            return values.mean() if len(values) else W.new_zeros(())
+        total = W.new_zeros(())
         for rows, other_rows, gradient_rows in row_chunks(selected, others, gradient):
             values, slopes = value_and_slope(rows, other_rows)
             if needs_gradient:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metasae_lightning.compute.gpu.passes import sparse_passes
+from metasae_lightning.compute.gpu.passes import passes_for
 from metasae_lightning.compute.row_chunks import is_blocked, scaled_size
 
 # Elements of `left_product` that are transposed at a time, while they are in the processor's cache.
@@ -35,7 +35,7 @@ class Pattern:
     ) -> Float[Tensor, "row d"]:
         """`S dense`, written to `into` or to a new tensor."""
         if not is_blocked(dense):
-            return sparse_passes(dense).product(values, self.columns, self._pointers, dense)
+            return passes_for(dense).product(values, self.columns, self._pointers, dense)
         into = dense.new_empty(self.shape[0], dense.shape[1]) if into is None else into
         return torch.addmm(into, _csr(self._pointers, self._columns32, values, self.shape), dense, beta=0, out=into)
 
@@ -45,7 +45,7 @@ class Pattern:
         """`S^T dense`, written to `into` or to a new tensor."""
         order, pointers, rows = self._by_column
         if not is_blocked(dense):
-            return sparse_passes(dense).product_and_sums(values[order], rows, pointers, dense)[0]
+            return passes_for(dense).product(values[order], rows, pointers, dense, long_rows=True)
         into = dense.new_empty(self.shape[1], dense.shape[1]) if into is None else into
         return torch.addmm(into, _csr(pointers, rows, values[order], self.shape[::-1]), dense, beta=0, out=into)
 
@@ -72,7 +72,7 @@ class Pattern:
     def sampled(self, a: Float[Tensor, "row d"], b: Float[Tensor, "column d"]) -> Float[Tensor, " nnz"]:
         """The entries of `a b^T` at the nonzeros. On a CPU the larger factor is read once and in order; the smaller one stays in cache."""
         if not is_blocked(a):
-            return sparse_passes(a).sampled(self.rows, self.columns, a, b)
+            return passes_for(a).sampled(self.rows, self.columns, a, b)
         if self.shape[0] > self.shape[1]:
             return _sampled(_csr(self._pointers, self._columns32, a.new_zeros(len(self.rows)), self.shape), a, b)
         order, pointers, rows = self._by_column
@@ -84,13 +84,13 @@ class Pattern:
     ) -> tuple[Float[Tensor, "column d"], Float[Tensor, " column"]]:
         """On a GPU: `S^T dense` and the sum of each column of S, in one pass."""
         order, pointers, rows = self._by_column
-        return sparse_passes(dense).product_and_sums(values[order], rows, pointers, dense)
+        return passes_for(dense).product_and_sums(values[order], rows, pointers, dense)
 
     def reconstruction_error(
         self, values: Float[Tensor, " nnz"], W_dec: Float[Tensor, "column d"], b_dec: Float[Tensor, " d"], x: Float[Tensor, "row d"]
-    ) -> tuple[Float[Tensor, "row d"], Float[Tensor, " nnz"], Float[Tensor, " row"]]:
-        """On a GPU: the difference `S W_dec + b_dec - x`, the entries of `difference W_dec^T` at the nonzeros, and each row's squared error."""
-        return sparse_passes(x).reconstruction_error(values, self.rows, self.columns, self._pointers, W_dec, b_dec, x)
+    ) -> tuple[Float[Tensor, "row d"], Float[Tensor, " nnz"], Float[Tensor, ""]]:
+        """On a GPU: the difference `S W_dec + b_dec - x`, the entries of `difference W_dec^T` at the nonzeros, and the squared error."""
+        return passes_for(x).reconstruction_error(values, self.rows, self.columns, self._pointers, W_dec, b_dec, x)
 
     @cached_property
     def _pointers(self) -> Tensor:
@@ -114,7 +114,7 @@ def _pointers(sorted_indices: Tensor, size: int, *, small: bool) -> Tensor:
 
     `small`: as 32-bit integers.
     """
-    return torch.searchsorted(sorted_indices, torch.arange(size + 1, device=sorted_indices.device), out_int32=small)
+    return torch._convert_indices_from_coo_to_csr(sorted_indices, size, out_int32=small)
 
 
 def _csr(pointers: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -257,6 +257,6 @@ def measure_training(model: JointSAE, rows: int, *, precision: str = "32-true", 
 
 def _set_to_late_training(learner: Learner) -> None:
     """Set a learner to a late step, at which every part of the loss acts: warm-ups are over, statistics exist, all latents are dead."""
-    learner.initialized.fill_(True)
+    learner.initialized = True
     learner.silent_for.fill_(learner.config.dead_after)
-    learner.steps.fill_(2520 * 10**6)  # a multiple of every small number, for penalties with an interval
+    learner.steps = 2520 * 10**6  # a multiple of every small number, for penalties with an interval

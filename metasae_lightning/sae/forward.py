@@ -12,8 +12,9 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
 from metasae_lightning import compute
+from metasae_lightning.compute.gpu.host_reads import read_numbers
 from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
-from metasae_lightning.compute.sharding import all_reduce_sum, local, local_indices, replicated, shard_offset
+from metasae_lightning.compute.sharding import all_reduce_sum, local, replicated, shard_offset
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae.forward_result import ForwardResult
 from metasae_lightning.sae.pretrained import AnySAE
@@ -128,6 +129,9 @@ class SparseForward(ForwardPass):
         self._gradients = compute.BufferPool()
         # Fixed rows are overwritten in place. The rows of a new batch are not: the previous ones may still be in use.
         self._rows = compute.BufferPool() if incremental_topk is not None else None
+        self._no_loss: Tensor | None = None
+        self._level_ends: Tensor | None = None
+        self._rows_of_support = 0
 
     def join(self, parallelism: Parallelism, cut: BatchCut) -> None:
         """Rank the activations of all ranks' batches together, or of this rank's batch; latents may be sharded in both cases."""
@@ -156,12 +160,13 @@ class SparseForward(ForwardPass):
             difference = reconstructions[-1].detach() - z
             inner = zip(self._widths[:-1], reconstructions, strict=False)
             losses |= {f"inner_mse_loss_{width}": _error(reconstruction, z) for width, reconstruction in inner}
-        auxiliary = self._auxiliary_loss(residuals, dead_latents, encoded.extra_pre_acts, dead_rows) if any_dead else z.new_zeros(())
+        auxiliary = self._auxiliary_loss(residuals, dead_latents, encoded.extra_pre_acts, dead_rows) if any_dead else self._zero_loss(z)
         losses["auxiliary_reconstruction_loss"] = auxiliary
         codes = self._codes(encoded)
         if isinstance(self.sae, BatchTopKTrainingSAE) and encoded.threshold is not None:
-            update_threshold(self.sae, encoded.threshold)
-        return ForwardResult(sum(losses.values(), start=0.0), losses, codes, lambda: z + difference)
+            update_threshold(self.sae, encoded.threshold, may_be_infinite=not self.parallelism.world.is_single)
+        parts = [loss for loss in losses.values() if loss is not self._no_loss]
+        return ForwardResult(sum(parts[1:], start=parts[0]), losses, codes, lambda: z + difference)
 
     @torch.no_grad()
     def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
@@ -172,16 +177,22 @@ class SparseForward(ForwardPass):
         and is valid until the next such call of any of them.
         """
         z, support = z.to(self.sae.W_dec.dtype), self.cached_support if reuse_support else None
-        if support is not None and len(support[0]) and support[0][-1] >= len(z):
+        if support is not None and len(z) < (self._rows_of_support or int(support[0].amax()) + 1):
             support = None  # cached for a larger batch, hence for other rows
         encoded = self._encode(z, None, fresh_gradients=True) if support is None else self._encode_support(z, *support)
         if reuse_support:
-            self.cached_support = encoded.pattern.rows, encoded.pattern.columns
+            self.cached_support, self._rows_of_support = (encoded.pattern.rows, encoded.pattern.columns), len(z)
         with torch.autocast(z.device.type, enabled=False):
             buffer = compute.SHARED.get("rebuilt", z.shape, encoded.values) if reuse_output else None
             reconstruction = encoded.pattern.product(encoded.values, local(self.sae.W_dec), buffer)
             self.parallelism.tensor_group.all_reduce_sum_(reconstruction)
             return self._codes(encoded), reconstruction.add_(local(self.sae.b_dec))
+
+    def _zero_loss(self, like: Tensor) -> Tensor:
+        """A constant 0 as the loss of no dead latents, made once."""
+        if self._no_loss is None or (self._no_loss.dtype, self._no_loss.device) != (like.dtype, like.device):
+            self._no_loss = like.new_zeros(())
+        return self._no_loss
 
     def _encode(self, z: Tensor, dead: Tensor | None, fresh_gradients: bool) -> compute.Encoded:
         """The top-k activations, and the pre-activations of the latents in the mask `dead` on every row."""
@@ -190,9 +201,7 @@ class SparseForward(ForwardPass):
         rule = compute.TopKRule(sae.cfg.k, each_row, self._last_cut, self.incremental_topk, self.parallelism)
         origin = replicated(local(sae.b_dec), self.parallelism.tensor_group) if sae.cfg.apply_b_dec_to_input else None
         buffers: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if fresh_gradients else {}
-        encoded = compute.encode(
-            z, local(sae.W_enc), local(sae.b_enc), rule, origin=origin, scale=self._norms, extra=dead, **buffers
-        )
+        encoded = compute.encode(z, local(sae.W_enc), local(sae.b_enc), rule, origin=origin, scale=self._norms, extra=dead, **buffers)
         self._last_cut = encoded.threshold
         return encoded
 
@@ -208,7 +217,9 @@ class SparseForward(ForwardPass):
         self, encoded: compute.Encoded, dead_latents: Tensor, W_dec: Tensor, b_dec: Tensor, buffers: compute.BufferPool | None
     ) -> tuple[Tensor, Tensor]:
         """The reconstruction by the latents below each matryoshka width (the last by all latents), and the dead latents' decoder rows."""
-        pattern, order = _split_by_level(encoded.pattern, [width - self._first for width in self._widths])
+        if self._level_ends is None or self._level_ends.device != W_dec.device:
+            self._level_ends = torch.tensor(self._widths, device=W_dec.device) - self._first
+        pattern, order = _split_by_level(encoded.pattern, self._level_ends)
         reconstructions, dead_rows = compute.decode(encoded.values[order], pattern, W_dec, dead_latents, buffers)
         reconstructions = all_reduce_sum(reconstructions, self.parallelism.tensor_group)
         return reconstructions.view(len(self._widths), -1, reconstructions.shape[1]).cumsum(0) + b_dec, dead_rows
@@ -240,7 +251,7 @@ class SparseForward(ForwardPass):
         With `use_matryoshka_aux_loss`, the sum over levels: the dead latents of each level reconstruct the residual of that level.
         """
         widths = self._widths if getattr(self.sae.cfg, "use_matryoshka_aux_loss", False) else self._widths[-1:]
-        borders = [0, *torch.searchsorted(dead_latents, dead_latents.new_tensor(widths) - self._first).tolist()]
+        borders = [0, *self._ends_below(dead_latents, widths)]
         norms, k_aux, total, ranks = self._norms, dead_rows.shape[1] // 2, dead_rows.new_zeros(()), self.parallelism.tensor_group
         for begin, end, residual in zip(borders[:-1], borders[1:], residuals[-len(widths) :], strict=True):
             counts = ranks.gather_int(end - begin, dead_rows)
@@ -253,16 +264,23 @@ class SparseForward(ForwardPass):
             total = total + min(sum(counts) / k_aux, 1.0) * _error(all_reduce_sum(level_acts @ dead_rows[begin:end], ranks), residual)
         return self.sae.cfg.aux_loss_coefficient * total
 
+    def _ends_below(self, dead_latents: Tensor, widths: list[int]) -> list[int]:
+        """The number of dead latents of this rank's shard below each width; the host waits if there are several widths."""
+        if len(widths) == 1:
+            return [len(dead_latents)]
+        ends = dead_latents.new_tensor(widths) - self._first
+        return [int(count) for count in read_numbers(torch.searchsorted(dead_latents, ends))]
+
 
 @torch.no_grad()
-def update_threshold(sae: BatchTopKTrainingSAE, threshold: float | Tensor) -> None:
-    """Move the SAE's running threshold towards that of a batch, as SAELens does; infinity leaves it. The host does not wait for a GPU."""
+def update_threshold(sae: BatchTopKTrainingSAE, threshold: float | Tensor, *, may_be_infinite: bool) -> None:
+    """Move the SAE's running threshold towards that of a batch, as SAELens does; an infinite one leaves it. A GPU is not waited for."""
     old, rate = sae.topk_threshold, sae.cfg.topk_threshold_lr
-    if isinstance(threshold, float):
-        sae.topk_threshold = (1 - rate) * old + rate * threshold
+    if isinstance(threshold, Tensor):
+        new = torch.where(threshold.isinf(), old, threshold) if may_be_infinite else threshold
+        sae.topk_threshold = torch.add((1 - rate) * old, new, alpha=rate)
     else:
-        new = (1 - rate) * old + rate * threshold.to(old.dtype)
-        sae.topk_threshold = torch.where(threshold.isinf(), old, new)
+        sae.topk_threshold = (1 - rate) * old + rate * threshold
 
 
 def _topk_mask(scores: Tensor, k: int, max_columns: int, ranks: ProcessGroup) -> Tensor:
@@ -274,12 +292,12 @@ def _topk_mask(scores: Tensor, k: int, max_columns: int, ranks: ProcessGroup) ->
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, local_columns, is_kept)
 
 
-def _split_by_level(pattern: compute.Pattern, widths: list[int]) -> tuple[compute.Pattern, Tensor]:
+def _split_by_level(pattern: compute.Pattern, widths: Tensor) -> tuple[compute.Pattern, Tensor]:
     """A pattern of `levels x rows` rows, level by level, and the nonzeros' new order.
 
     A level's rows hold the nonzeros of its own latents: those from the last level's width up to its own.
     """
-    level = torch.bucketize(pattern.columns, pattern.columns.new_tensor(widths), right=True)
+    level = torch.bucketize(pattern.columns, widths, right=True)
     rows, order = (level * pattern.shape[0] + pattern.rows).sort(stable=True)
     return compute.Pattern(rows, pattern.columns[order], (len(widths) * pattern.shape[0], pattern.shape[1])), order
 

@@ -63,15 +63,21 @@ def concatenate_results(results: list[ForwardResult]) -> ForwardResult:
     return ForwardResult(loss, losses, codes, lambda: torch.cat([result.reconstruction for result in results]))
 
 
-def step_stats(x: Float[Tensor, "row d_in"], result: ForwardResult, *, dead: float, ranks: ProcessGroup) -> StepStats:
-    """Loss, FVU and L0 of a step over the rows of all ranks; `x` and `result` are this rank's, `dead` is the dead fraction."""
+def step_stats(
+    x: Float[Tensor, "row d_in"], result: ForwardResult, *, compute_dead: Callable[[], Tensor], ranks: ProcessGroup
+) -> StepStats:
+    """Loss, FVU and L0 of a step over the rows of all ranks; `x` and `result` are this rank's, `compute_dead` gives the dead latents.
+
+    In a single process the FVU is computed on first access; ranks compute it together, at once.
+    """
     if ranks.is_single:
-        return StepStats(result.loss.detach(), result.losses, functional.fvu(x, result.reconstruction), result.codes.l0, dead)
+        loss, codes = result.loss.detach(), result.codes
+        return StepStats(loss, result.losses, codes.l0, lambda: functional.fvu(x, result.reconstruction), compute_dead)
     n, total, squares, error = functional.reconstruction_sums(x, result.reconstruction)
-    means = torch.stack([result.loss.detach(), *result.losses.values(), x.new_tensor(result.codes.l0)]).double() * n
+    means = torch.stack([result.loss.detach(), *result.losses.values(), x.new_full((), result.codes.l0)]).double() * n
     sums = torch.cat([torch.stack([n, squares, error]), means, total])
     ranks.all_reduce_sum_(sums)
     (n, squares, error), means, total = sums.split([3, len(means), len(total)])
     loss, *losses, l0 = (means / n).to(x.dtype)
     fvu = functional.fvu_of_sums((n, total, squares, error)).to(x.dtype)
-    return StepStats(loss, dict(zip(result.losses, losses, strict=True)), fvu, l0.item(), dead)
+    return StepStats(loss, dict(zip(result.losses, losses, strict=True)), l0, lambda: fvu, compute_dead)

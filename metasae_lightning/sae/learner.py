@@ -10,18 +10,18 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from sae_lens import TrainingSAEConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from metasae_lightning import functional
 from metasae_lightning.compute.process_group import Parallelism
-from metasae_lightning.compute.row_chunks import row_chunks
 from metasae_lightning.compute.sharding import copy_into, full_state_dict, is_sharded, local, shard_offset, shard_parameters
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import forward, pretrained
 from metasae_lightning.sae.forward_result import ForwardResult, concatenate_results, gather_codes, step_stats
+from metasae_lightning.sae.host_counters import HostCounters
 from metasae_lightning.sae.init_from import InitFrom, InitReport
 from metasae_lightning.sae.nonfinite import NonFiniteGuard, step_tensors
 from metasae_lightning.sae.normalizers import make_normalizer
@@ -53,18 +53,20 @@ class LearnerConfig:
     """The SAE whose weights training starts from."""
 
 
-class Learner(nn.Module):
+class Learner(HostCounters):
     """A SAELens training SAE with everything that changes while it trains."""
+
+    COUNTERS = ("steps", "updates", "rows_seen", "initialized")
 
     silent_for: Tensor
     """Rows seen by all ranks since each latent last fired: tokens for a primary, decoder rows for a meta SAE."""
-    steps: Tensor
+    steps: int = 0
     """Number of optimiser steps applied."""
-    updates: Tensor
+    updates: int = 0
     """Number of training forward passes that updated the architecture's running statistics."""
-    rows_seen: Tensor
+    rows_seen: int = 0
     """Number of rows trained on, over all ranks."""
-    initialized: Tensor
+    initialized: bool = False
     """Whether `initialize` has run."""
     measured_k: Tensor
     """The L0 of the source SAE, which is this SAE's k, where `init_from` has `measured_k`; 0 before `initialize`."""
@@ -78,9 +80,6 @@ class Learner(nn.Module):
         self.guard: NonFiniteGuard | None = None
         self.normalizer = make_normalizer(cfg.normalize_activations, cfg.d_in)
         self.register_buffer("silent_for", torch.zeros(cfg.d_sae, dtype=torch.int64, device=cfg.device))
-        for name in ("steps", "updates", "rows_seen"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         if config.init_from is not None and config.init_from.measured_k:
             self.register_buffer("measured_k", torch.zeros((), dtype=torch.float64))
             self.register_load_state_dict_post_hook(_apply_measured_k)
@@ -131,7 +130,7 @@ class Learner(nn.Module):
             elif self.config.b_dec_init == "geometric_median":
                 copy_into(self.sae.b_dec, functional.geometric_median(self.normalizer.normalize(x)[0]))
         self._forward_pass.parallelism = parallelism
-        self.initialized.fill_(True)
+        self.initialized = True
         return report
 
     def _load_weights(self, init_from: InitFrom, x: Tensor) -> InitReport:
@@ -155,6 +154,7 @@ class Learner(nn.Module):
         unit rows. A step that the guard skips changes only `rows_seen` and the guard's counts; its result has `applied=False`.
         """
         optimizer.zero_grad()
+        updates = self.updates
         if self.guard is not None:
             self.guard.remember(self._forward_state())
         count, local_rows = int(self.parallelism.world.sum_scalar(len(x), x)), self.parallelism.tensor_group.rank_slice(len(x), x)
@@ -167,7 +167,7 @@ class Learner(nn.Module):
             result = result.select_rows(local_rows, self._gather_codes(result.codes))
         checked = step_tensors(self.role, self.sae, result.loss, extra_loss)
         if self.guard is not None and self.guard.skips(checked, self._forward_state(), self.parallelism.world):
-            self.rows_seen += count
+            self.updates, self.rows_seen = updates, self.rows_seen + count
             return replace(result, applied=False)
         self.cached_support = None
         self._constrain_gradient()
@@ -183,7 +183,8 @@ class Learner(nn.Module):
         for i, rows in enumerate(x.tensor_split(self.config.micro_batches)):
             # Some optimisers' zero_grad keeps the gradient: it then lies in the buffer that a fresh gradient would be written to.
             results.append(self._forward(rows, fresh_gradients=i == 0 and self.W_dec.grad is None))
-            backward(results[-1].loss * (len(rows) / count))
+            loss, share = results[-1].loss, len(rows) / count
+            backward(loss if share == 1 else loss * share)
         return results
 
     def _reduce_gradients(self) -> None:
@@ -200,7 +201,7 @@ class Learner(nn.Module):
 
     def _forward_state(self) -> dict[str, Tensor]:
         """Buffers that a forward pass changes; they are restored when the step is skipped."""
-        return {"updates": self.updates, **dict(self.sae.named_buffers())}
+        return dict(self.sae.named_buffers())
 
     @property
     def cached_support(self) -> tuple[Tensor, Tensor] | None:
@@ -245,7 +246,7 @@ class Learner(nn.Module):
     def _forward(self, x: Tensor, *, fresh_gradients: bool) -> ForwardResult:
         """The training forward pass on raw rows; the loss is in normalised space, the reconstruction in raw space."""
         z, undo = self.normalizer.normalize(x)
-        out = self._forward_pass.train(z, dead=self.dead, step=int(self.steps), fresh_gradients=fresh_gradients)
+        out = self._forward_pass.train(z, dead=self.dead, step=self.steps, fresh_gradients=fresh_gradients)
         if self.parallelism.world.sum_scalar(out.codes.values.numel(), z):  # SAELens does not update its threshold when no latent fires
             self.updates += 1
         loss, losses = out.loss, {name: value.detach() for name, value in out.losses.items()}
@@ -258,8 +259,7 @@ class Learner(nn.Module):
         """Remove the radial part of the decoder's gradient, for unit rows, and clip the norm of the whole gradient."""
         gradient = self.W_dec.grad
         if self.config.decoder_rows == "unit" and gradient is not None:
-            for chunk, rows in row_chunks(local(gradient), local(self.W_dec)):
-                chunk.copy_(functional.without_radial(chunk, rows))
+            functional.remove_radial(local(gradient), local(self.W_dec))
         if self.config.clip_grad_norm is not None:
             clip_grad_norm_(self.sae.parameters(), self.config.clip_grad_norm)
 
@@ -267,8 +267,7 @@ class Learner(nn.Module):
     def _renormalize(self) -> None:
         """Scale the decoder rows to length 1, for unit rows."""
         if self.config.decoder_rows == "unit" and not self.W_dec.is_meta:
-            for (rows,) in row_chunks(local(self.W_dec)):
-                rows.copy_(functional.unit_rows(rows))
+            functional.unit_rows(local(self.W_dec), into=local(self.W_dec))
         # Without this, one autocast context around several steps (outside Lightning) would keep using the weights cast before the first.
         torch.clear_autocast_cache()
 
@@ -277,10 +276,8 @@ class Learner(nn.Module):
         """Count the step, its rows and each latent's silence. With `batch_cut: local`, average the ranks' thresholds."""
         self.steps += 1
         self.rows_seen += rows
-        fired = torch.zeros_like(self.silent_for, dtype=torch.uint8)
-        fired[codes.latents] = 1
-        self.parallelism.world.all_reduce_max_(fired)
-        self.silent_for.add_(rows).masked_fill_(fired.bool(), 0)
+        self.silent_for.add_(rows).index_fill_(0, codes.latents, 0)
+        self.parallelism.world.all_reduce_min_(self.silent_for)
         if (
             self._forward_pass.parallelism.data_group.is_single and not self.parallelism.data_group.is_single
         ):  # batch_cut: local gives each rank a threshold of its own
@@ -291,7 +288,7 @@ class Learner(nn.Module):
 
     def step_stats(self, x: Float[Tensor, "rows d_in"], result: ForwardResult) -> StepStats:
         """Loss, FVU, L0 and dead fraction of a step, over the rows of all ranks; `x` are this rank's rows."""
-        return step_stats(x, result, dead=self.dead.float().mean().item(), ranks=self.parallelism.world)
+        return step_stats(x, result, compute_dead=lambda: self.dead, ranks=self.parallelism.world)
 
 
 def _apply_measured_k(learner: Learner, _: object = None) -> None:

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metasae_lightning.compute.row_chunks import is_blocked
 from metasae_lightning.errors import InputError
 
-ScaleShift = tuple[Tensor, Tensor]
-"""Scale and shift that take a reconstruction back to raw space."""
+Undo = tuple[Tensor, ...]
+"""What `restore` needs of each token to take a reconstruction back to raw space."""
 
 
 class Normalizer(nn.Module, ABC):
@@ -28,13 +29,12 @@ class Normalizer(nn.Module, ABC):
         """Estimate the statistics from a sample; per-token normalisers have none."""
 
     @abstractmethod
-    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], ScaleShift]:
-        """The SAE's input, and the scale and shift for `restore`."""
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
+        """The SAE's input, and what `restore` needs."""
 
-    def restore(self, z: Float[Tensor, "batch d_in"], undo: ScaleShift) -> Float[Tensor, "batch d_in"]:
-        """The reconstruction in raw space: `z * scale + shift`."""
-        scale, shift = undo
-        return z * scale + shift
+    @abstractmethod
+    def restore(self, z: Float[Tensor, "batch d_in"], undo: Undo) -> Float[Tensor, "batch d_in"]:
+        """The reconstruction in raw space."""
 
     @abstractmethod
     def fold(self, sae: Any) -> None:
@@ -51,11 +51,11 @@ class Normalizer(nn.Module, ABC):
 class Identity(Normalizer):
     """`none`: the SAE sees raw activations."""
 
-    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], ScaleShift]:
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
         """The activations themselves."""
-        return x, (x.new_ones(()), x.new_zeros(()))
+        return x, ()
 
-    def restore(self, z: Float[Tensor, "batch d_in"], undo: ScaleShift) -> Float[Tensor, "batch d_in"]:
+    def restore(self, z: Float[Tensor, "batch d_in"], undo: Undo) -> Float[Tensor, "batch d_in"]:
         """The reconstruction itself."""
         return z
 
@@ -69,12 +69,21 @@ class LayerNorm(Normalizer):
 
     per_token = "layer_norm"
 
-    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], ScaleShift]:
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
         """Each token minus its mean, divided by its standard deviation plus 1e-5."""
-        mean = x.mean(-1, keepdim=True)
-        centred = x - mean
-        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5  # torch's std is ten times as slow
+        if is_blocked(x):
+            mean = x.mean(-1, keepdim=True)
+            centred = x - mean
+            std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5  # torch's std is ten times as slow
+        else:
+            std, mean = torch.std_mean(x, -1, keepdim=True)
+            centred = x - mean
         return centred / (std + 1e-5), (std, mean)
+
+    def restore(self, z: Float[Tensor, "batch d_in"], undo: Undo) -> Float[Tensor, "batch d_in"]:
+        """`z` times the token's standard deviation, plus its mean."""
+        std, mean = undo
+        return torch.addcmul(mean, z, std)
 
     def fold(self, sae: Any) -> None:
         """Set the config so that SAELens normalises each token at inference."""
@@ -87,10 +96,14 @@ class ConstantNorm(Normalizer):
 
     per_token = "constant_norm_rescale"
 
-    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], ScaleShift]:
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
         """Each token divided by its norm over `sqrt(d_in)`."""
         scale = x.norm(dim=-1, keepdim=True).clamp(min=1e-12) / x.shape[-1] ** 0.5
-        return x / scale, (scale, x.new_zeros(()))
+        return x / scale, (scale,)
+
+    def restore(self, z: Float[Tensor, "batch d_in"], undo: Undo) -> Float[Tensor, "batch d_in"]:
+        """`z` times the token's scale."""
+        return z * undo[0]
 
     def fold(self, sae: Any) -> None:
         """Set the config so that SAELens rescales each token at inference."""
@@ -111,10 +124,13 @@ class ExpectedAverage(Normalizer):
         """Set the factor to `sqrt(d_in)` over the mean norm of the sample."""
         self.factor.fill_(x.shape[-1] ** 0.5 / x.double().norm(dim=-1).mean().item())
 
-    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], ScaleShift]:
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
         """`x * factor`."""
-        factor = self.factor.to(x.dtype)
-        return x * factor, (1 / factor, x.new_zeros(()))
+        return x * self.factor, ()
+
+    def restore(self, z: Float[Tensor, "batch d_in"], undo: Undo) -> Float[Tensor, "batch d_in"]:
+        """`z / factor`."""
+        return z * (1 / self.factor.to(z.dtype))
 
     def fold(self, sae: Any) -> None:
         """Fold the factor into the weights with SAELens's method."""
@@ -159,11 +175,11 @@ class Whitening(Normalizer):
         self.matrix.copy_(vectors * values.rsqrt())
         self.inverse.copy_(values.sqrt()[:, None] * vectors.T)
 
-    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], ScaleShift]:
+    def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
         """`z = (x - mean) M`."""
-        return (x - self.mean.to(x.dtype)) @ self.matrix.to(x.dtype), (x.new_ones(()), x.new_zeros(()))
+        return (x - self.mean.to(x.dtype)) @ self.matrix.to(x.dtype), ()
 
-    def restore(self, z: Float[Tensor, "batch d_in"], undo: ScaleShift) -> Float[Tensor, "batch d_in"]:
+    def restore(self, z: Float[Tensor, "batch d_in"], undo: Undo) -> Float[Tensor, "batch d_in"]:
         """`x = z M^-1 + mean`."""
         return z @ self.inverse.to(z.dtype) + self.mean.to(z.dtype)
 

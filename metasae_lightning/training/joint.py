@@ -29,6 +29,7 @@ from metasae_lightning.sae.nonfinite import attach_guards, longest_skip, restore
 from metasae_lightning.schedules import bind_schedule, meta_steps_after, meta_steps_in
 from metasae_lightning.step import Batch, Evaluation, StepOutput, StepStats
 from metasae_lightning.training import argument_checks
+from metasae_lightning.training.logging_interval import is_logged
 
 
 def adam(params: Iterable[Any]) -> Optimizer:
@@ -139,13 +140,13 @@ class JointSAE(LightningModule):
         result = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, extra_loss=penalty)
         self._step_schedule(self.primary, result)
         stats = self.primary.step_stats(batch.activations, result)
-        meta_steps = meta_steps_after(int(self.primary.steps), n_p=self.n_p, n_m=self.n_m, last=last, applied=result.applied)
+        meta_steps = meta_steps_after(self.primary.steps, n_p=self.n_p, n_m=self.n_m, last=last, applied=result.applied)
         meta_stats = self._meta_phase(meta_steps, meta_optimizer)
         if last:  # report the final decoder's penalties, by the final critic
             values = self.penalties.values_by_name(*self._penalty_args(), {}, critic_is_trained=self._critic_is_trained)
         loss = stats.loss if penalty is None else stats.loss + self.parallelism.world.sum_tensor(penalty)
         skips = longest_skip(self.guards.values())
-        return StepOutput(loss, stats, result.codes, result.reconstruction, penalties=values, meta=meta_stats, **skips)
+        return StepOutput(loss, stats, result.codes, lambda: result.reconstruction, penalties=values, meta=meta_stats, **skips)
 
     def evaluate(self, batch: Batch) -> Evaluation:
         """Codes and reconstruction of a batch, with the activation function of training. Changes no state."""
@@ -164,18 +165,18 @@ class JointSAE(LightningModule):
     @property
     def rows_seen(self) -> int:
         """Tokens that training has read, over all ranks; those of skipped steps count."""
-        return int(self.primary.rows_seen)
+        return self.primary.rows_seen
 
     def _penalty_args(self) -> tuple[Tensor, Critic | None, int, Parallelism]:
         """Arguments of every penalty: decoder, critic (the frozen meta SAE), primary step, process groups."""
         reuse_support = self.critic_supports == "macro_step"
         critic = None if self.meta is None else partial(self.meta.reconstruct, reuse_support=reuse_support, reuse_output=True)
-        return self.primary.W_dec, critic, int(self.primary.steps), self.parallelism
+        return self.primary.W_dec, critic, self.primary.steps, self.parallelism
 
     @property
     def _critic_is_trained(self) -> bool:
         """Whether the meta SAE has taken a step, or there is none: an untrained critic says nothing about the decoder."""
-        return self.meta is None or bool(self.meta.steps)
+        return self.meta is None or self.meta.steps > 0
 
     def _meta_phase(self, steps: int, optimizer: Optimizer | None) -> StepStats | None:
         """Take `steps` meta steps on the current decoder rows; returns the statistics of the last step, or None if there was no step."""
@@ -187,12 +188,14 @@ class JointSAE(LightningModule):
         for steps_left in reversed(range(steps)):
             drawn = None
             if self.meta_rows is not None:  # another seed than a penalty's, which would draw the same rows
-                drawn = step_permutation(len(decoder), step=int(self.meta.steps), seed=self.seed + 1)[: self.meta_rows]
+                drawn = step_permutation(len(decoder), step=self.meta.steps, seed=self.seed + 1)[: self.meta_rows]
             indices = local_rows(decoder, drawn, self.parallelism)
             meta_batch = rows if indices is None else rows[indices]
             result = self.meta.learn(meta_batch, optimizer, backward=self._backward)
             self._step_schedule(self.meta, result)
             stats = None if steps_left else self.meta.step_stats(meta_batch, result)
+        if stats is not None:
+            _ = stats.fvu  # its batch lies in buffers that the next meta step overwrites
         return stats
 
     def _backward(self, loss: Tensor) -> None:
@@ -267,7 +270,8 @@ class JointSAE(LightningModule):
         """Take a step with Lightning's optimisers and log it; callbacks get the StepOutput under the key `output`."""
         optimizers: Any = self.optimizers()
         output = self.advance(Batch.of(batch), optimizers if isinstance(optimizers, list) else [optimizers])
-        self.log_dict(self.scalars(output), batch_size=len(output.reconstruction))
+        if is_logged(self.trainer):
+            self.log_dict(self.scalars(output), batch_size=output.codes.shape[0])
         return {"loss": output.loss, "output": output}
 
     def validation_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.step import Batch, StepOutput
 from metasae_lightning.training.arm_callbacks import copy_observers_per_arm
 from metasae_lightning.training.joint import JointSAE
+from metasae_lightning.training.logging_interval import is_logged
 
 # First parts of log names: an arm with such a name would make them ambiguous.
 RESERVED_NAMES = {"train", "val", "test", "meta", "penalty", "phi", "throughput", "decoder", "evaluation"}
@@ -115,9 +116,9 @@ class SideBySide(LightningModule):
             self.current_arm = name
             outputs[name] = arm.advance(batch, optimizers[name])
         self.current_arm = None
-        self.log_dict(
-            prefix_with_arm({name: self.arms[name].scalars(output) for name, output in outputs.items()}), batch_size=batch_size(outputs)
-        )
+        if is_logged(self.trainer):
+            values = {name: self.arms[name].scalars(output) for name, output in outputs.items()}
+            self.log_dict(prefix_with_arm(values), batch_size=batch_size(outputs))
         return {"output": outputs}
 
     def validation_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def test_several_ranks_divide_the_memory_of_a_meta_step():
     one_rank, eight_ranks = (
         measure.measure_training(joint(d_sae=8192, d_in=64), 256, gpu=True, ranks=ranks).meta.bytes for ranks in (1, 8)
     )
-    assert one_rank / 8 < eight_ranks < one_rank / 5
+    assert 0.9 * one_rank / 8 < eight_ranks < one_rank / 5
 
 
 # Nearly all memory here is rows x d_sae, and is freed before the next micro-batch begins.

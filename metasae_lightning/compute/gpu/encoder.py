@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metasae_lightning.compute.gpu.host_reads import read_ints
+from metasae_lightning.compute.gpu.host_reads import read_numbers
 from metasae_lightning.compute.gpu.passes import triton_kernels
 from metasae_lightning.compute.gpu.topk import CUT_FACTOR, Candidates, Room, exact_largest, exact_largest_of_rows
 from metasae_lightning.compute.process_group import Parallelism
@@ -73,23 +73,24 @@ class GpuEncoder:
     def _top_k_of_batch(self, count: int, hint: Tensor | None) -> TopK:
         """The `count` largest positive values of the batch of a single process."""
         largest = self._candidates(BATCH_ROOM * count, hint).largest(count)
-        is_certain, all_positive = self._read(largest.is_certain, largest.edge > 0)
-        if is_certain and all_positive:
+        edge, floor = self._read(largest.edge, largest.floor)
+        if edge > max(floor, 0):
             return self._result(largest.values[0], largest.places[0], largest.edge[0])
         values, places = self._exact_search(count)
         return self._result(values, places, values.min() if len(values) else None)
 
     def _top_k_across_ranks(self, count: int, hint: Tensor | None) -> TopK:
         """This rank's part of the `count` largest positive values of all ranks' batches; the threshold is that of all ranks."""
-        found = self._candidates(BATCH_ROOM * -(-count // self.world.world_size), hint)
-        candidates = found.candidates() if isinstance(found, Room) else found
+        found = self._candidates(room := BATCH_ROOM * -(-count // self.world.world_size), hint)
+        candidates = found.largest(room) if isinstance(found, Room) else found
         mask = topk_across_ranks(candidates.values[0], count, self.world)
-        no_others = (candidates.floor <= 0) | (mask.is_complete & (mask.threshold > candidates.floor))
-        is_uncertain = (~(candidates.is_complete & no_others)).int()
-        self.world.all_reduce_max_(is_uncertain)
-        is_uncertain_somewhere, n_kept = self._read(is_uncertain, mask.keep.sum())
-        if not is_uncertain_somewhere:
-            kept = torch.nonzero_static(mask.keep, size=n_kept).flatten()
+        # The largest floor of any rank, and whether a value at or below it could be among the largest of all ranks.
+        floor = found.floor.clone()
+        self.world.all_reduce_max_(floor)
+        threshold = torch.where(mask.is_complete, mask.threshold, 0.0)
+        floor_here, edge, n_kept = self._read(floor, threshold, mask.keep.sum())
+        if floor_here < edge or floor_here <= 0:
+            kept = torch.nonzero_static(mask.keep, size=int(n_kept)).flatten()
             return self._result(candidates.values[0, kept], candidates.places[0, kept], mask.threshold)
         values, places = self._exact_search(count)
         mask = topk_across_ranks(values, count, self.world)
@@ -99,15 +100,16 @@ class GpuEncoder:
         """The `k` largest positive values of each row; with sharded latents, this rank's part of them."""
         k_here = min(k, self.n_latents)
         found = [Candidates.of_groups(self._scaled(products), ROW_ROOM * k_here).largest(k_here) for _, products in self._products()]
-        columns, values, _, is_certain = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
+        columns, values, edges, floors = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
         is_selected = (values > 0) & topk_mask(values, k, self.tensor_group)
-        all_certain, n_selected = self._read(is_certain.all(), is_selected.sum())
-        if not all_certain:
+        # A value that ties with the smallest selected one of its row may be missing among the candidates.
+        n_uncertain, n_selected = map(int, self._read((edges <= floors).logical_and_(edges > 0).sum(), is_selected.sum()))
+        if n_uncertain:
             scaled = torch.cat([self._scaled(products) for _, products in self._products()])
             columns = exact_largest_of_rows(scaled, k_here)
             values = scaled.gather(1, columns)
             is_selected = (values > 0) & topk_mask(values, k, self.tensor_group)
-            n_selected = read_ints(is_selected.sum().view(1))[0]
+            n_selected = int(read_numbers(is_selected.sum().view(1))[0])
         places = (columns + self.n_latents * torch.arange(self.n_rows, device=columns.device)[:, None]).flatten()
         values = values.flatten()
         if n_selected < len(values):
@@ -150,13 +152,13 @@ class GpuEncoder:
         pre_acts = products.add_(self.b_enc)
         return pre_acts if self.scale is None else pre_acts.mul_(self.scale)
 
-    def _read(self, *flags: Tensor) -> list[int]:
-        """The flags as integers, which the host reads together with the number of extra latents; the extra latents' values follow."""
-        numbers = [flag.view(1) for flag in flags] + ([] if self._extra is None else [self._extra.sum().view(1)])
-        if not numbers:
+    def _read(self, *numbers: Tensor) -> list[float]:
+        """Some numbers, which the host reads together with the number of extra latents; these latents' pre-activations follow."""
+        parts = [number.view(1) for number in numbers] + ([] if self._extra is None else [self._extra.sum().view(1)])
+        if not parts:
             return []
-        read = read_ints(torch.cat(numbers))
-        if self._extra is not None and (n_extra := read.pop()):
+        read = read_numbers(torch.cat(parts) if len(parts) > 1 else parts[0])
+        if self._extra is not None and (n_extra := int(read.pop())):
             self.extra_latents = torch.nonzero_static(self._extra, size=n_extra).flatten()
             W_enc = self.W_enc.index_select(1, self.extra_latents)
             self.extra_pre_acts = full_precision_product(self.x, W_enc, self.b_enc.dtype) + self.b_enc[self.extra_latents]
@@ -164,8 +166,7 @@ class GpuEncoder:
 
     def _result(self, scaled: Tensor, places: Tensor, threshold: Tensor | None) -> TopK:
         """The selected values without their scale, with their rows and latents."""
-        rows = places // self.n_latents
-        columns = places - rows * self.n_latents
+        rows, columns = places // self.n_latents, places % self.n_latents
         return TopK(scaled if self.scale is None else scaled / self.scale[columns], rows, columns, threshold)
 
 

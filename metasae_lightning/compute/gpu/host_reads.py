@@ -1,25 +1,25 @@
 """The GPU path's reads of numbers on the host: each makes the host wait for the GPU, so all of them are made here."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from torch import Tensor
 
-_REPLACEMENT: ContextVar[list[list[int]] | None] = ContextVar("host_reads", default=None)
+_GIVEN: ContextVar[Iterator[list[float]] | None] = ContextVar("given_numbers", default=None)
 
 
-def read_ints(numbers: Tensor) -> list[int]:
-    """The integers of a tensor. The host waits until the GPU has computed them."""
-    replacement = _REPLACEMENT.get()
-    return numbers.tolist() if replacement is None else replacement.pop(0)
+def read_numbers(numbers: Tensor) -> list[float]:
+    """The numbers in a tensor. The host waits until the GPU has computed them."""
+    given = _GIVEN.get()
+    return numbers.tolist() if given is None else next(given)
 
 
 @contextmanager
-def given_reads(answers: list[list[int]]) -> Generator[None]:
-    """Take the results of `read_ints` from a list, in order, instead of from tensors: for tensors that have no data."""
-    token = _REPLACEMENT.set(answers)
+def given_numbers(answers: Iterable[list[float]]) -> Generator[None]:
+    """Take the results of `read_numbers` from `answers`, in order: for fake tensors, which have no data."""
+    token = _GIVEN.set(iter(answers))
     try:
         yield
     finally:
-        _REPLACEMENT.reset(token)
+        _GIVEN.reset(token)

@@ -10,8 +10,8 @@ from torch import Tensor
 from metasae_lightning.compute.gpu import torch_forms
 
 
-def sparse_passes(tensor: Tensor) -> ModuleType:
-    """The module with the passes over a sparse matrix for a tensor's device and data type: `kernels` or `torch_forms`."""
+def passes_for(tensor: Tensor) -> ModuleType:
+    """The module with the passes for a tensor's device and data type: `kernels` or `torch_forms`."""
     return triton_kernels(tensor) or torch_forms
 
 

@@ -7,7 +7,7 @@ all values, with shapes that depend on the data. Of equal values both keep the f
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from metasae_lightning.compute.gpu.passes import triton_kernels
@@ -25,8 +25,8 @@ class Largest(NamedTuple):
     values: Float[Tensor, "group count"]
     edge: Float[Tensor, " group"]
     """The smallest of the values."""
-    is_certain: Bool[Tensor, " group"]
-    """Whether the positive ones among them are certainly the group's largest positive values."""
+    floor: Float[Tensor, " group"]
+    """A number that no other value of the group exceeds. Where it is below `edge`, no other value belongs among the largest."""
 
 
 class Candidates(NamedTuple):
@@ -34,18 +34,15 @@ class Candidates(NamedTuple):
 
     places: Int[Tensor, "group candidate"]
     values: Float[Tensor, "group candidate"]
-    floor: Float[Tensor, " group"]
-    """All values of the group above this number are candidates, if `is_complete`."""
-    is_complete: Bool[Tensor, " group"]
+    has_all: bool
+    """Whether all values of the group are candidates; otherwise no other value exceeds the smallest candidate."""
 
     @classmethod
     def of_groups(cls, values: Float[Tensor, "group value"], room: int) -> "Candidates":
         """The `room` largest values of each row."""
         room = min(room, values.shape[1])
         places = values.topk(room, sorted=False).indices.sort().values
-        candidates = values.gather(1, places)
-        floor = candidates.amin(1) if 0 < room < values.shape[1] else values.new_full((len(values),), -torch.inf)
-        return cls(places, candidates, floor, torch.ones_like(floor, dtype=torch.bool))
+        return cls(places, values.gather(1, places), room == values.shape[1])
 
     @classmethod
     def merge(cls, parts: "list[Candidates]", room: int) -> "Candidates":
@@ -54,20 +51,24 @@ class Candidates(NamedTuple):
             return parts[0]
         places, values = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
         merged = cls.of_groups(values, room)
-        floor = torch.stack([merged.floor, *(part.floor for part in parts)]).amax(0)
-        return cls(places.gather(1, merged.places), merged.values, floor, merged.is_complete)
+        return cls(places.gather(1, merged.places), merged.values, merged.has_all and all(part.has_all for part in parts))
+
+    @property
+    def floor(self) -> Float[Tensor, " group"]:
+        """A number that no value of the group exceeds which is no candidate."""
+        return self.values.new_full(self.values.shape[:1], -torch.inf) if self.has_all else self.values.amin(1)
 
     def largest(self, count: int) -> Largest:
         """The `count` largest candidates; of equal ones the first.
 
         >>> largest = Candidates.of_groups(torch.tensor([[1.0, 3.0, 0.0, 3.0, 2.0]]), 4).largest(2)
-        >>> largest.places.tolist(), largest.edge.tolist(), largest.is_certain.tolist()
-        ([[1, 3]], [3.0], [True])
+        >>> largest.places.tolist(), largest.edge.tolist(), largest.floor.tolist()
+        ([[1, 3]], [3.0], [1.0])
         """
         ranked, order = self.values.sort(descending=True, stable=True)
-        selected, edge = order[:, :count].sort().values, ranked[:, count - 1]
-        is_certain = ((edge > self.floor) | (edge <= 0)) & self.is_complete
-        return Largest(self.places.gather(1, selected), self.values.gather(1, selected), edge, is_certain)
+        selected = order[:, :count].sort().values
+        floor = self.floor if self.has_all else ranked[:, -1]
+        return Largest(self.places.gather(1, selected), self.values.gather(1, selected), ranked[:, count - 1], floor)
 
 
 class Room:
@@ -88,19 +89,17 @@ class Room:
         assert kernels is not None
         kernels.compact(products, bias, scale, self.cut, self.keys, self.n_above, first_row)
 
-    def candidates(self) -> Candidates:
-        """All values in the room as candidates of one group; an empty place in the room is a candidate of value 0."""
-        places, order = (LAST_PLACE - (self.keys & LAST_PLACE)).sort()
-        is_complete = self.n_above <= len(self.keys)
-        return Candidates(places[None], values_of_keys(self.keys[order])[None], self.cut[None], is_complete)
+    @property
+    def floor(self) -> Float[Tensor, " group"]:
+        """The cut, which all values in the room exceed and no other does; infinity where values were dropped."""
+        return torch.where(self.n_above > len(self.keys), torch.inf, self.cut)
 
     def largest(self, count: int) -> Largest:
-        """The `count` largest values as those of one group: `candidates().largest(count)` with one ranking of the keys."""
+        """The `count` largest values in the room as those of one group; an empty place in the room is a value of 0."""
         top = self.keys.topk(count, sorted=False).values
         places, order = (LAST_PLACE - (top & LAST_PLACE)).sort()
         values = values_of_keys(top[order])
-        is_certain = (self.n_above >= count) & (self.n_above <= len(self.keys))
-        return Largest(places[None], values[None], values.amin()[None], is_certain)
+        return Largest(places[None], values[None], values.amin(0, keepdim=True), self.floor)
 
 
 def keys_of(values: Float[Tensor, " value"], places: Int[Tensor, " value"]) -> Int[Tensor, " value"]:

@@ -1,0 +1,27 @@
+"""The order of an encoder's numbers in a GPU's memory: latent by latent, as its gradient is computed."""
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from metasae_lightning.compute.row_chunks import is_blocked
+
+
+def store_encoder_by_latent(sae: nn.Module) -> None:
+    """On a GPU, store `W_enc` latent by latent; its shape stays. Optimisers made before this would keep the other order.
+
+    An encoder that is divided among ranks, or lies on a CPU, is left alone.
+    """
+    W_enc = getattr(sae, "W_enc", None)
+    if isinstance(W_enc, nn.Parameter) and not isinstance(W_enc, DTensor) and not is_blocked(W_enc):
+        W_enc.data = W_enc.data.T.contiguous().T
+
+
+def match_parameters(optimizer: Optimizer) -> None:
+    """Store each tensor of the optimiser's state in its parameter's order; a checkpoint from another device may have another one."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            is_plain = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+            if is_plain and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
