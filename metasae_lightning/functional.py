@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from metasae_lightning.compute.gpu.passes import passes_for, triton_kernels
-from metasae_lightning.compute.row_chunks import is_blocked, row_chunks
+from metasae_lightning.compute.row_chunks import row_chunks
 
 Rows = Float[Tensor, "d_sae d_in"]
 Activations = Float[Tensor, "batch d_in"]
@@ -19,20 +18,13 @@ Counts = Float[Tensor, "*shape"]
 BroadcastCounts = Float[Tensor, "*#shape"]
 
 
-def unit_rows(W_dec: Rows, into: Rows | None = None) -> Rows:
-    """Decoder rows as directions, `W_i / ||W_i||`, with gradient. If `into` is given, they are written to it, without gradient.
+def unit_rows(W_dec: Rows) -> Rows:
+    """Decoder rows as directions, `W_i / ||W_i||`, with gradient.
 
     >>> unit_rows(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])
     """
-    if into is None:
-        return normalize(W_dec, dim=-1)
-    if (kernels := triton_kernels(into)) is not None:
-        kernels.unit_rows(W_dec.detach(), into)
-        return into
-    for rows, unit in row_chunks(W_dec.detach(), into.detach()):
-        torch.div(rows, rows.norm(dim=-1, keepdim=True).clamp(min=1e-12), out=unit)
-    return into
+    return normalize(W_dec, dim=-1)
 
 
 def decomposability(W_dec: Rows, reconstruction: Rows, sigma_sq: float) -> Float[Tensor, " d_sae"]:
@@ -61,8 +53,6 @@ def decomposability_with_slope(W_dec: Rows, reconstruction: Rows, sigma_sq: floa
     (tensor([0.3679]), tensor([[0.1839, 0.0000]]))
     """
     r = reconstruction.detach()
-    if not is_blocked(W_dec):
-        return passes_for(W_dec).decomposability(W_dec.detach(), r, sigma_sq)
     norm = W_dec.norm(dim=-1)
     safe_norm = norm.clamp(min=1e-12)
     uu, ur = (norm / safe_norm).square(), torch.linalg.vecdot(W_dec, r) / safe_norm
@@ -173,24 +163,6 @@ def geometric_median(x: Activations, *, iterations: int = 100, tolerance: float 
         if (median - last).norm() <= tolerance * median.norm().clamp(min=1e-12):
             break
     return median.to(x.dtype)
-
-
-def without_radial(gradient: Rows, W_dec: Rows) -> Rows:
-    """A gradient without its part along each row, which renormalisation undoes: `g_i - (g_i . W_i) W_i / ||W_i||^2`.
-
-    >>> without_radial(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 0.0]]))
-    tensor([[0., 1.]])
-    """
-    rows = unit_rows(W_dec)
-    return gradient - (gradient * rows).sum(-1, keepdim=True) * rows
-
-
-def remove_radial(gradient: Rows, W_dec: Rows) -> None:
-    """`without_radial`, in place."""
-    if not is_blocked(gradient):
-        return passes_for(gradient).remove_radial(gradient, W_dec.detach())
-    for gradient_rows, rows in row_chunks(gradient, W_dec.detach()):
-        gradient_rows.copy_(without_radial(gradient_rows, rows))
 
 
 ReconstructionSums = tuple[Tensor, Tensor, Tensor, Tensor]

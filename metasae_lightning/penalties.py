@@ -9,9 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metasae_lightning import functional
-from metasae_lightning.compute.buffers import SHARED
+from metasae_lightning.compute.buffers import SHARED, buffer_or_new
+from metasae_lightning.compute.gpu.host_reads import deferred_checks
+from metasae_lightning.compute.gpu.passes import passes_for
 from metasae_lightning.compute.process_group import Parallelism
-from metasae_lightning.compute.row_chunks import mean_over_rows, step_permutation
+from metasae_lightning.compute.row_chunks import is_blocked, mean_over_rows, step_permutation
+from metasae_lightning.compute.row_passes import write_unit_rows
 from metasae_lightning.compute.sharding import full, local, local_rows
 from metasae_lightning.errors import InputError
 from metasae_lightning.schedules import warm_up
@@ -102,6 +105,25 @@ class Penalties(nn.ModuleDict):
         return known
 
 
+class PenaltyLoss:
+    """The penalty loss of a step: computed at once, with the checks of the critic's top-k deferred, and given out when they hold.
+
+    Args:
+        compute: Returns the loss, or None, and the penalties' values by name. It is called again if a check fails.
+    """
+
+    def __init__(self, compute: Callable[[], tuple[Tensor | None, dict[str, Tensor]]]) -> None:
+        self._compute = compute
+        with deferred_checks() as self._checks:
+            self.total, self.values = compute()
+
+    def __call__(self) -> Tensor | None:
+        """The loss, after the checks."""
+        if not self._checks.all_hold():
+            self.total, self.values = self._compute()
+        return self.total
+
+
 @final
 class Decomposability(Penalty):
     """Mean decomposability of decoder rows by the critic, `mean_i exp(-||W_i/||W_i|| - What_i||^2 / sigma_sq)` (arXiv 2604.03436).
@@ -136,10 +158,11 @@ class Decomposability(Penalty):
         indices = local_rows(W_dec, drawn, parallelism)
         with torch.no_grad():
             rows = decoder if indices is None else decoder.index_select(0, indices)
-            reconstruction = critic(functional.unit_rows(rows, SHARED.get("unit", rows.shape, rows)))
+            reconstruction = critic(write_unit_rows(rows, buffer_or_new(SHARED, "unit", rows.shape, rows)))
+        formula = functional.decomposability_with_slope if is_blocked(decoder) else passes_for(decoder).decomposability
 
         def value_and_slope(chunk: Tensor, rebuilt: Tensor) -> tuple[Tensor, Tensor]:
-            return functional.decomposability_with_slope(chunk, rebuilt.to(chunk.dtype), self.sigma_sq)
+            return formula(chunk, rebuilt.to(chunk.dtype), self.sigma_sq)
 
         mean = mean_over_rows(value_and_slope, decoder, reconstruction, indices)
         return mean if parallelism.world.is_single else mean * (len(reconstruction) / count)

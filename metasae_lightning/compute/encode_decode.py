@@ -261,7 +261,7 @@ class _SquaredError(torch.autograd.Function):
         scale = grad_total * (2 / max(len(difference), 1))
         with torch.autocast(W_dec.device.type, enabled=False):
             sampled = ctx.pattern.sampled(difference, W_dec) if sampled is None else sampled
-            grad_values, scaled_values = torch._foreach_mul([sampled, values], scale)
+            grad_values, scaled_values = torch.ops.aten._foreach_mul.Tensor([sampled, values], scale)
             buffer = buffer_or_new(ctx.gradient_buffers, "W_dec", W_dec.shape, values)
             grad_W_dec = ctx.pattern.transposed_product(scaled_values, difference, buffer)
             grad_W_dec = _add_rows(grad_W_dec, extra_latents, gradients[2])

@@ -98,25 +98,23 @@ class _MeanOverRows(torch.autograd.Function):
     """Computes values and gradient in one forward pass over chunks of rows."""
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
     def forward(ctx: Any, W: Tensor, others: Tensor, value_and_slope: ValueAndSlope, indices: Tensor | None) -> Tensor:
         needs_gradient, selected = ctx.needs_input_grad[0], W if indices is None else W.index_select(0, indices)
         gradient = torch.empty_like(selected) if needs_gradient and is_blocked(W) else selected
         ctx.gradient, ctx.indices = gradient, indices
         ctx.save_for_backward(*([] if indices is None else [W]))
-        count = max(len(selected), 1)
-        if not is_blocked(W):
-            values, slopes = value_and_slope(selected, others)
-            ctx.gradient = slopes.div_(count)
-            return values.mean() if len(values) else W.new_zeros(())
-        total = W.new_zeros(())
-        for rows, other_rows, gradient_rows in row_chunks(selected, others, gradient):
-            values, slopes = value_and_slope(rows, other_rows)
-            if needs_gradient:
-                torch.div(slopes, count, out=gradient_rows)
-            total += values.sum() / count
-        return total
+        with torch.autocast(W.device.type, enabled=False):
+            if not is_blocked(W):
+                values, slopes = value_and_slope(selected, others)
+                ctx.gradient = slopes.div_(max(len(selected), 1))
+                return values.mean() if len(values) else W.new_zeros(())
+            total, count = W.new_zeros(()), max(len(selected), 1)
+            for rows, other_rows, gradient_rows in row_chunks(selected, others, gradient):
+                values, slopes = value_and_slope(rows, other_rows)
+                if needs_gradient:
+                    torch.div(slopes, count, out=gradient_rows)
+                total += values.sum() / count
+            return total
 
     @staticmethod
     @once_differentiable

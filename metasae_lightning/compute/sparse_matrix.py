@@ -114,7 +114,7 @@ def _pointers(sorted_indices: Tensor, size: int, *, small: bool) -> Tensor:
 
     `small`: as 32-bit integers.
     """
-    return torch._convert_indices_from_coo_to_csr(sorted_indices, size, out_int32=small)
+    return torch.ops.aten._convert_indices_from_coo_to_csr(sorted_indices, size, out_int32=small)
 
 
 def _csr(pointers: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:

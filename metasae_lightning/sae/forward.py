@@ -18,6 +18,7 @@ from metasae_lightning.compute.sharding import all_reduce_sum, local, replicated
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae.forward_result import ForwardResult
 from metasae_lightning.sae.pretrained import AnySAE
+from metasae_lightning.sae.running_threshold import update_threshold
 from metasae_lightning.schedules import warm_up
 from metasae_lightning.step import Codes
 
@@ -270,17 +271,6 @@ class SparseForward(ForwardPass):
             return [len(dead_latents)]
         ends = dead_latents.new_tensor(widths) - self._first
         return [int(count) for count in read_numbers(torch.searchsorted(dead_latents, ends))]
-
-
-@torch.no_grad()
-def update_threshold(sae: BatchTopKTrainingSAE, threshold: float | Tensor, *, may_be_infinite: bool) -> None:
-    """Move the SAE's running threshold towards that of a batch, as SAELens does; an infinite one leaves it. A GPU is not waited for."""
-    old, rate = sae.topk_threshold, sae.cfg.topk_threshold_lr
-    if isinstance(threshold, Tensor):
-        new = torch.where(threshold.isinf(), old, threshold) if may_be_infinite else threshold
-        sae.topk_threshold = torch.add((1 - rate) * old, new, alpha=rate)
-    else:
-        sae.topk_threshold = (1 - rate) * old + rate * threshold
 
 
 def _topk_mask(scores: Tensor, k: int, max_columns: int, ranks: ProcessGroup) -> Tensor:

@@ -24,7 +24,14 @@ class HostCounters(nn.Module):
             destination[prefix + name] = torch.tensor(getattr(self, name))
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *lists: list[str]
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         rest = dict(state_dict)
         for name in self.COUNTERS:
@@ -32,4 +39,4 @@ class HostCounters(nn.Module):
                 setattr(self, name, rest.pop(prefix + name).item())
             elif strict:
                 missing_keys.append(prefix + name)
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, *lists)
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from metasae_lightning import functional
 from metasae_lightning.compute.process_group import Parallelism
+from metasae_lightning.compute.row_passes import remove_radial, write_unit_rows
 from metasae_lightning.compute.sharding import copy_into, full_state_dict, is_sharded, local, shard_offset, shard_parameters
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import forward, pretrained
@@ -143,12 +144,17 @@ class Learner(HostCounters):
         return source.compare(self.sae.cfg.architecture(), codes.l0, functional.fvu(x, reconstruction).item())
 
     def learn(
-        self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, extra_loss: Tensor | None = None
+        self,
+        x: Float[Tensor, "rows d_in"],
+        optimizer: Optimizer,
+        *,
+        backward: Backward,
+        extra_loss: Callable[[], Tensor | None] = lambda: None,
     ) -> ForwardResult:
         """One optimiser step on the rows of all ranks, in micro-batches.
 
-        `extra_loss` is this rank's share of a loss that is summed over ranks; it is added once. Ranks that shard the latents exchange
-        their rows, and each computes on all of them.
+        `extra_loss` gives this rank's share of a loss that is summed over ranks, or None; it is called and added once, after the
+        backward pass of the rows' loss. Ranks that shard the latents exchange their rows, and each computes on all of them.
 
         The order is that of arXiv 2406.04093, with the renormalisation last: gradient, removal of its radial part, clipping, step,
         unit rows. A step that the guard skips changes only `rows_seen` and the guard's counts; its result has `applied=False`.
@@ -159,13 +165,13 @@ class Learner(HostCounters):
             self.guard.remember(self._forward_state())
         count, local_rows = int(self.parallelism.world.sum_scalar(len(x), x)), self.parallelism.tensor_group.rank_slice(len(x), x)
         results = self._backward_micro_batches(self.parallelism.tensor_group.all_gather_rows(x), count, backward)
-        if extra_loss is not None:  # in a backward pass of its own, which adds its gradient to that of the loss in place
-            backward(extra_loss)
+        if (extra := extra_loss()) is not None:  # in a backward pass of its own, which adds its gradient to that of the loss in place
+            backward(extra)
         self._reduce_gradients()
         result = concatenate_results(results)
         if not self.parallelism.tensor_group.is_single:
             result = result.select_rows(local_rows, self._gather_codes(result.codes))
-        checked = step_tensors(self.role, self.sae, result.loss, extra_loss)
+        checked = step_tensors(self.role, self.sae, result.loss, extra)
         if self.guard is not None and self.guard.skips(checked, self._forward_state(), self.parallelism.world):
             self.updates, self.rows_seen = updates, self.rows_seen + count
             return replace(result, applied=False)
@@ -259,7 +265,7 @@ class Learner(HostCounters):
         """Remove the radial part of the decoder's gradient, for unit rows, and clip the norm of the whole gradient."""
         gradient = self.W_dec.grad
         if self.config.decoder_rows == "unit" and gradient is not None:
-            functional.remove_radial(local(gradient), local(self.W_dec))
+            remove_radial(local(gradient), local(self.W_dec))
         if self.config.clip_grad_norm is not None:
             clip_grad_norm_(self.sae.parameters(), self.config.clip_grad_norm)
 
@@ -267,7 +273,7 @@ class Learner(HostCounters):
     def _renormalize(self) -> None:
         """Scale the decoder rows to length 1, for unit rows."""
         if self.config.decoder_rows == "unit" and not self.W_dec.is_meta:
-            functional.unit_rows(local(self.W_dec), into=local(self.W_dec))
+            write_unit_rows(local(self.W_dec), into=local(self.W_dec))
         # Without this, one autocast context around several steps (outside Lightning) would keep using the weights cast before the first.
         torch.clear_autocast_cache()
 

@@ -12,6 +12,7 @@ from metasae_lightning.compute.process_group import ProcessGroup
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Penalty
 from metasae_lightning.sae import TrainingSAEConfig
+from metasae_lightning.sae.learner import Learner
 from metasae_lightning.training.strategy import Sharded
 
 CHOICES = {"kernels": ("sparse", "dense"), "critic_supports": ("exact", "macro_step"), "non_finite": ("stop", "skip")}
@@ -115,3 +116,13 @@ def check_trainer(trainer: Any) -> None:
         raise InputError(f"trainer.precision must be 32-true, 64-true or bf16-mixed, got {trainer.precision}")
     if trainer.max_steps != -1:
         raise InputError("trainer.max_steps would end a run inside a macro-step: the budget is data.init_args.tokens")
+
+
+def open_init_from(primary: Learner, meta: Learner | None, trainer: Any, hook: str | None) -> None:
+    """Load and check the SAEs given by `init_from`, except in a resumed run, whose SAEs are initialised."""
+    metadata = getattr(getattr(trainer, "datamodule", None), "metadata", None)
+    for learner in filter(None, (primary, meta)):
+        if learner.config.init_from is not None and not learner.initialized:
+            learner.config.init_from.open(learner.role, learner.sae.cfg)
+            if learner is primary and metadata is not None:
+                learner.config.init_from.check(metadata(*([hook] if hook else [])))

@@ -19,10 +19,11 @@ from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
 from metasae_lightning.compute.row_chunks import step_permutation
 from metasae_lightning.compute.sharding import full, local, local_rows
 from metasae_lightning.errors import InputError
-from metasae_lightning.penalties import Critic, Penalties, Penalty
+from metasae_lightning.penalties import Critic, Penalties, Penalty, PenaltyLoss
 from metasae_lightning.sae import TrainingSAEConfig
 from metasae_lightning.sae.forward import BatchCut, Kernels
 from metasae_lightning.sae.forward_result import ForwardResult
+from metasae_lightning.sae.gpu_layout import match_parameters, store_encoder_by_latent
 from metasae_lightning.sae.init_from import InitFrom, InitReport
 from metasae_lightning.sae.learner import Learner, LearnerConfig
 from metasae_lightning.sae.nonfinite import attach_guards, longest_skip, restore_guards, skipped_steps
@@ -135,9 +136,9 @@ class JointSAE(LightningModule):
             _log_init(self.primary.initialize(self.parallelism.world.all_gather_rows(batch.activations)), "primary")
         if self.meta is not None and self.primary.initialized and not self.meta.initialized:  # before its first use as critic
             _log_init(self.meta.initialize(functional.unit_rows(full(self.primary.W_dec.detach()))), "meta")
-        penalty, values = self.penalties.loss(*self._penalty_args())
-        values = self.penalties.values_by_name(*self._penalty_args(), values, critic_is_trained=self._critic_is_trained)
-        result = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, extra_loss=penalty)
+        penalty_loss = self._penalty_loss()
+        result = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, extra_loss=penalty_loss)
+        penalty, values = penalty_loss.total, penalty_loss.values
         self._step_schedule(self.primary, result)
         stats = self.primary.step_stats(batch.activations, result)
         meta_steps = meta_steps_after(self.primary.steps, n_p=self.n_p, n_m=self.n_m, last=last, applied=result.applied)
@@ -166,6 +167,18 @@ class JointSAE(LightningModule):
     def rows_seen(self) -> int:
         """Tokens that training has read, over all ranks; those of skipped steps count."""
         return self.primary.rows_seen
+
+    def _penalty_loss(self) -> PenaltyLoss:
+        """The penalties at the decoder before this step."""
+        supports = None if self.meta is None else self.meta.cached_support
+
+        def compute() -> tuple[Tensor | None, dict[str, Tensor]]:
+            if self.meta is not None:
+                self.meta.cached_support = supports
+            total, values = self.penalties.loss(*self._penalty_args())
+            return total, self.penalties.values_by_name(*self._penalty_args(), values, critic_is_trained=self._critic_is_trained)
+
+        return PenaltyLoss(compute)
 
     def _penalty_args(self) -> tuple[Tensor, Critic | None, int, Parallelism]:
         """Arguments of every penalty: decoder, critic (the frozen meta SAE), primary step, process groups."""
@@ -234,26 +247,21 @@ class JointSAE(LightningModule):
     def on_fit_start(self) -> None:
         """Load the SAEs given by `init_from`, so that an error comes early. If checkpoints are restored later, `on_train_start` does."""
         if not self.trainer.strategy.restore_checkpoint_after_setup:
-            self._load_init_from()
+            argument_checks.open_init_from(self.primary, self.meta, self.trainer, self.hook)
 
     def on_train_start(self) -> None:
         """Load the SAEs given by `init_from` if `on_fit_start` could not yet; check that all ranks have equally many batches."""
-        self._load_init_from()
+        argument_checks.open_init_from(self.primary, self.meta, self.trainer, self.hook)
+        for optimizer in self.trainer.optimizers:
+            match_parameters(optimizer)
         argument_checks.check_batches(self.trainer, self.parallelism.world, self.rows_seen)
-
-    def _load_init_from(self) -> None:
-        """Load and check the SAEs given by `init_from`, except in a resumed run, whose SAEs are initialised."""
-        metadata = getattr(getattr(self.trainer, "datamodule", None), "metadata", None)
-        for learner in filter(None, (self.primary, self.meta)):
-            if learner.config.init_from is not None and not learner.initialized:
-                learner.config.init_from.open(learner.role, learner.sae.cfg)
-                if learner is self.primary and metadata is not None:
-                    learner.config.init_from.check(metadata(*([self.hook] if self.hook else [])))
 
     def configure_optimizers(self) -> Any:
         """One optimiser for each SAE, and a learning rate schedule for each SAE that has one."""
         steps = self.trainer.estimated_stepping_batches
-        learners = filter(None, (self.primary, self.meta))
+        learners = list(filter(None, (self.primary, self.meta)))
+        for learner in learners:
+            store_encoder_by_latent(learner.sae)
         optimizers = {learner.role: self._optimizer_callables[learner.role](learner.parameters()) for learner in learners}
         for role, optimizer in optimizers.items():
             if (scheduler := self._scheduler_callables[role]) is not None:

@@ -111,10 +111,12 @@ def test_the_reconstruction_error_equals_its_formula(monkeypatch: pytest.MonkeyP
         values, rows, columns, pointers, n = random_matrix(seed)
         W_dec, x = random_rows(seed, n, width(seed, monkeypatch)), random_rows(seed + 1, len(pointers) - 1, width(seed, monkeypatch))
         b_dec = random_rows(seed + 2, 1, width(seed, monkeypatch))[0]
-        found = sparse_kernels.reconstruction_error(values, columns, pointers, W_dec, b_dec, x)
+        difference, products, errors = sparse_kernels.reconstruction_error(values, columns, pointers, W_dec, b_dec, x)
         doubles = (tensor.double() for tensor in (W_dec, b_dec, x))
-        for one, wanted in zip(found, torch_forms.reconstruction_error(values.double(), rows, columns, pointers, *doubles), strict=True):
-            assert_close(one, wanted)
+        wanted = torch_forms.reconstruction_error(values.double(), rows, columns, pointers, *doubles)
+        for one, other in zip((difference, products, errors.sum()), wanted, strict=True):
+            assert_close(one, other)
+        assert_close(errors, difference.double().square().sum(1))
 
 
 def test_kernels_over_rows_equal_their_formulas(monkeypatch: pytest.MonkeyPatch):

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metasae_lightning.compute.gpu.host_reads import read_numbers
+from metasae_lightning.compute.gpu.host_reads import are_positive, read_numbers
 from metasae_lightning.compute.gpu.passes import triton_kernels
 from metasae_lightning.compute.gpu.topk import CUT_FACTOR, Candidates, Room, exact_largest, exact_largest_of_rows
 from metasae_lightning.compute.process_group import Parallelism
@@ -65,7 +65,7 @@ class GpuEncoder:
         count = int(k * rows / self.tensor_group.world_size)
         if count == 0:
             self._read()
-            return self._result(self.b_enc.new_empty(0), self.extra_latents[:0], None)
+            return self._result_at(self.b_enc.new_empty(0), self.extra_latents[:0], None)
         if not self.world.is_single:
             return self._top_k_across_ranks(count, hint)
         return self._top_k_of_batch(min(count, self.n_rows * self.n_latents), hint)
@@ -73,11 +73,10 @@ class GpuEncoder:
     def _top_k_of_batch(self, count: int, hint: Tensor | None) -> TopK:
         """The `count` largest positive values of the batch of a single process."""
         largest = self._candidates(BATCH_ROOM * count, hint).largest(count)
-        edge, floor = self._read(largest.edge, largest.floor)
-        if edge > max(floor, 0):
-            return self._result(largest.values[0], largest.places[0], largest.edge[0])
+        if self._are_positive(largest.edge, largest.edge - largest.floor):
+            return self._result_at(largest.values[0], largest.places[0], largest.edge[0])
         values, places = self._exact_search(count)
-        return self._result(values, places, values.min() if len(values) else None)
+        return self._result_at(values, places, values.min() if len(values) else None)
 
     def _top_k_across_ranks(self, count: int, hint: Tensor | None) -> TopK:
         """This rank's part of the `count` largest positive values of all ranks' batches; the threshold is that of all ranks."""
@@ -91,31 +90,28 @@ class GpuEncoder:
         floor_here, edge, n_kept = self._read(floor, threshold, mask.keep.sum())
         if floor_here < edge or floor_here <= 0:
             kept = torch.nonzero_static(mask.keep, size=int(n_kept)).flatten()
-            return self._result(candidates.values[0, kept], candidates.places[0, kept], mask.threshold)
+            return self._result_at(candidates.values[0, kept], candidates.places[0, kept], mask.threshold)
         values, places = self._exact_search(count)
         mask = topk_across_ranks(values, count, self.world)
-        return self._result(values[mask.keep], places[mask.keep], mask.threshold)
+        return self._result_at(values[mask.keep], places[mask.keep], mask.threshold)
 
     def _top_k_per_row(self, k: int) -> TopK:
         """The `k` largest positive values of each row; with sharded latents, this rank's part of them."""
         k_here = min(k, self.n_latents)
         found = [Candidates.of_groups(self._scaled(products), ROW_ROOM * k_here).largest(k_here) for _, products in self._products()]
-        columns, values, edges, floors = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
-        is_selected = (values > 0) & topk_mask(values, k, self.tensor_group)
-        # A value that ties with the smallest selected one of its row may be missing among the candidates.
-        n_uncertain, n_selected = map(int, self._read((edges <= floors).logical_and_(edges > 0).sum(), is_selected.sum()))
-        if n_uncertain:
+        columns, values, edges, floors = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        rows = torch.arange(len(values) * k_here, device=values.device) // k_here
+        if self.tensor_group.is_single and len(values) and self._are_positive(edges.amin(), (edges - floors).amin()):
+            return self._result(values.flatten(), rows, columns.flatten(), None)
+        # Some row has fewer positive values, or a value that ties with its smallest selected one and may be missing among the candidates.
+        (margin,) = self._read((edges - floors).masked_fill(edges <= 0, torch.inf).amin()) if len(values) else (1.0,)
+        if margin <= 0:
             scaled = torch.cat([self._scaled(products) for _, products in self._products()])
             columns = exact_largest_of_rows(scaled, k_here)
             values = scaled.gather(1, columns)
-            is_selected = (values > 0) & topk_mask(values, k, self.tensor_group)
-            n_selected = int(read_numbers(is_selected.sum().view(1))[0])
-        places = (columns + self.n_latents * torch.arange(self.n_rows, device=columns.device)[:, None]).flatten()
-        values = values.flatten()
-        if n_selected < len(values):
-            selected = torch.nonzero_static(is_selected.flatten(), size=n_selected).flatten()
-            values, places = values[selected], places[selected]
-        return self._result(values, places, None)
+        is_selected = (values > 0) & topk_mask(values, k, self.tensor_group)
+        selected = is_selected.flatten().nonzero().flatten()
+        return self._result(values.flatten()[selected], rows[selected], columns.flatten()[selected], None)
 
     def _candidates(self, room: int, hint: Tensor | None) -> Room | Candidates:
         """Candidates for the largest values of the batch: those above a cut, by a kernel, or the `room` largest."""
@@ -152,6 +148,10 @@ class GpuEncoder:
         pre_acts = products.add_(self.b_enc)
         return pre_acts if self.scale is None else pre_acts.mul_(self.scale)
 
+    def _are_positive(self, *numbers: Tensor) -> bool:
+        """Whether all numbers are positive; the extra latents are computed if there are any."""
+        return are_positive(*numbers) if self._extra is None else all(number > 0 for number in self._read(*numbers))
+
     def _read(self, *numbers: Tensor) -> list[float]:
         """Some numbers, which the host reads together with the number of extra latents; these latents' pre-activations follow."""
         parts = [number.view(1) for number in numbers] + ([] if self._extra is None else [self._extra.sum().view(1)])
@@ -164,9 +164,12 @@ class GpuEncoder:
             self.extra_pre_acts = full_precision_product(self.x, W_enc, self.b_enc.dtype) + self.b_enc[self.extra_latents]
         return read
 
-    def _result(self, scaled: Tensor, places: Tensor, threshold: Tensor | None) -> TopK:
+    def _result_at(self, scaled: Tensor, places: Tensor, threshold: Tensor | None) -> TopK:
+        """The selected values without their scale, with their rows and latents by their places."""
+        return self._result(scaled, places // self.n_latents, places % self.n_latents, threshold)
+
+    def _result(self, scaled: Tensor, rows: Tensor, columns: Tensor, threshold: Tensor | None) -> TopK:
         """The selected values without their scale, with their rows and latents."""
-        rows, columns = places // self.n_latents, places % self.n_latents
         return TopK(scaled if self.scale is None else scaled / self.scale[columns], rows, columns, threshold)
 
 

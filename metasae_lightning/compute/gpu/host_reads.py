@@ -1,25 +1,90 @@
-"""The GPU path's reads of numbers on the host: each makes the host wait for the GPU, so all of them are made here."""
+"""The GPU path's reads of numbers on the host: each makes the host wait for the GPU, so all of them are made here.
+
+A search for the largest values ends with a check that some numbers are positive: the smallest selected value, and how much it exceeds
+every value that was not ranked. Within `deferred_checks` the host makes the check at the next read, so that two searches wait once.
+"""
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
-_GIVEN: ContextVar[Iterator[list[float]] | None] = ContextVar("given_numbers", default=None)
+# Checks that were added and not made yet; whether further checks are added to them; and the given answers to reads.
+_CHECKS: ContextVar["DeferredChecks | None"] = ContextVar("checks", default=None)
+_IS_DEFERRING: ContextVar[bool] = ContextVar("is_deferring", default=False)
+_ANSWERS: ContextVar[Iterator[list[float]] | None] = ContextVar("answers", default=None)
+
+
+class DeferredChecks:
+    """Checks that numbers are positive, which the host makes when it next reads any numbers."""
+
+    def __init__(self) -> None:
+        self._unread: list[Tensor] = []
+        self._all_hold = True
+
+    def add(self, *numbers: Tensor) -> None:
+        """Add numbers that must be positive."""
+        self._unread += [number.view(1) for number in numbers]
+
+    def take_unread(self) -> list[Tensor]:
+        """The numbers that were not read yet, which the caller must read and give to `check`."""
+        unread, self._unread = self._unread, []
+        return unread
+
+    def check(self, numbers: list[float]) -> None:
+        """Check numbers that were read."""
+        self._all_hold &= all(number > 0 for number in numbers)
+
+    def all_hold(self) -> bool:
+        """Whether all numbers are positive. The host waits for those that were not read yet."""
+        if unread := self.take_unread():
+            self.check(_read(torch.cat(unread)))
+        return self._all_hold
 
 
 def read_numbers(numbers: Tensor) -> list[float]:
-    """The numbers in a tensor. The host waits until the GPU has computed them."""
-    given = _GIVEN.get()
-    return numbers.tolist() if given is None else next(given)
+    """The numbers in a vector. The host waits until the GPU has computed them, and makes the deferred checks."""
+    checks = _CHECKS.get()
+    unread = [] if checks is None else checks.take_unread()
+    read = _read(torch.cat([numbers, *unread]) if unread else numbers)
+    if checks is not None:
+        checks.check(read[len(numbers) :])
+    return read[: len(numbers)]
+
+
+def are_positive(*numbers: Tensor) -> bool:
+    """Whether all numbers are positive; within `deferred_checks` True, and the check follows later."""
+    checks = _CHECKS.get()
+    if checks is not None and _IS_DEFERRING.get():
+        checks.add(*numbers)
+        return True
+    return all(number > 0 for number in read_numbers(torch.cat([number.view(1) for number in numbers])))
+
+
+@contextmanager
+def deferred_checks() -> Generator[DeferredChecks]:
+    """Defer the checks of `are_positive` within the context. Whoever uses what was computed there must ask `all_hold` first."""
+    checks = DeferredChecks()
+    _CHECKS.set(checks)  # it stays after the context, for the next read
+    token = _IS_DEFERRING.set(True)
+    try:
+        yield checks
+    finally:
+        _IS_DEFERRING.reset(token)
 
 
 @contextmanager
 def given_numbers(answers: Iterable[list[float]]) -> Generator[None]:
-    """Take the results of `read_numbers` from `answers`, in order: for fake tensors, which have no data."""
-    token = _GIVEN.set(iter(answers))
+    """Take what is read from `answers`, in order, for fake tensors, which have no data."""
+    token = _ANSWERS.set(iter(answers))
     try:
         yield
     finally:
-        _GIVEN.reset(token)
+        _ANSWERS.reset(token)
+
+
+def _read(numbers: Tensor) -> list[float]:
+    answers = _ANSWERS.get()
+    return numbers.tolist() if answers is None else next(answers)

@@ -49,7 +49,7 @@ class Candidates(NamedTuple):
         """The `room` largest candidates of several parts of one group, whose places ascend from part to part."""
         if len(parts) == 1:
             return parts[0]
-        places, values = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
+        places, values = torch.cat([part.places for part in parts], 1), torch.cat([part.values for part in parts], 1)
         merged = cls.of_groups(values, room)
         return cls(places.gather(1, merged.places), merged.values, merged.has_all and all(part.has_all for part in parts))
 

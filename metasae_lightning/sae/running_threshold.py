@@ -1,0 +1,16 @@
+"""The running threshold of a batch top-k SAE, by which it selects latents at inference."""
+
+import torch
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
+from torch import Tensor
+
+
+@torch.no_grad()
+def update_threshold(sae: BatchTopKTrainingSAE, threshold: float | Tensor, *, may_be_infinite: bool) -> None:
+    """Move the SAE's running threshold towards that of a batch, as SAELens does; an infinite one leaves it. A GPU is not waited for."""
+    old, rate = sae.topk_threshold, sae.cfg.topk_threshold_lr
+    if isinstance(threshold, Tensor):
+        new = torch.where(threshold.isinf(), old, threshold) if may_be_infinite else threshold
+        sae.topk_threshold = torch.add((1 - rate) * old, new, alpha=rate)
+    else:
+        sae.topk_threshold = (1 - rate) * old + rate * threshold
