@@ -32,6 +32,7 @@ from metasae_lightning.lm.loading import (
     is_lens_folder,
     lens_errors,
     load_lens_folder,
+    one_sequence_per_context,
 )
 
 __all__ = ["HuggingFaceLM", "LanguageModel", "TransformerLensLM"]
@@ -77,7 +78,8 @@ class HuggingFaceLM(LanguageModel):
 
     def _run(self, root: Any, tokens: Tokens, mask: Mask) -> Any:
         """One forward pass; a mask replaces the model's own attention mask."""
-        return root(tokens, **({} if mask is None else {"attention_mask": mask})).logits
+        with one_sequence_per_context():
+            return root(tokens, **({} if mask is None else {"attention_mask": mask})).logits
 
 
 class TransformerLensLM(LanguageModel):

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens import HookedTransformer, loading_from_pretrained
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, masking_utils
 from transformers.utils import logging as transformers_logging
 
 from metasae_lightning.errors import InputError, did_you_mean, one_line
@@ -81,6 +81,23 @@ def additive_mask(visible: Bool[Tensor, "context position position"], dtype: tor
     """
     mask = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype, device=visible.device)
     return mask.masked_fill_(visible, 0)[:, None]
+
+
+@contextlib.contextmanager
+def one_sequence_per_context() -> Generator[None, None, None]:
+    """A block in which transformers takes each context for one sequence, which it is: all positions are consecutive.
+
+    transformers would search the positions of every pass for several sequences. The host reads the result, so that it waits for the GPU.
+    """
+    search: Any = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if search is None:
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # pyright: ignore
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
 
 
 @contextlib.contextmanager
