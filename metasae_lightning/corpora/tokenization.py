@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metasae_lightning.corpora.base import Corpus, Split, split_of
 from metasae_lightning.corpora.documents import Document
-from metasae_lightning.corpora.prefetch import Producer, heartbeat
+from metasae_lightning.corpora.prefetch import heartbeat
 from metasae_lightning.errors import InputError
 
 Exhausted = Literal["epoch", "end"]
@@ -105,7 +105,8 @@ class TokenizedDocuments:
         texts = [document for document in documents if isinstance(document, str)]
         with TOKENIZER_LOCK:
             # `verbose=False` turns off the warning about long texts: they are cut into contexts later.
-            encoded = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+            options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+            encoded = iter(self.tokenizer(texts, **options)["input_ids"] if texts else [])
         for document in documents:
             if isinstance(document, str):
                 yield next(encoded)
@@ -117,7 +118,7 @@ class TokenizedDocuments:
 
 
 class PackedTokens:
-    """Contexts of exactly `context_size` tokens, packed from documents that a thread reads and tokenizes ahead.
+    """Contexts of exactly `context_size` tokens, packed from tokenized documents.
 
     Documents follow one another, each with an EOS token after it if the tokenizer has one. A document that does not fit continues in the
     next context.
@@ -126,7 +127,6 @@ class PackedTokens:
         documents: The documents to pack.
         context_size: The number of tokens in a context, BOS included.
         prepend_bos: Whether each context begins with a BOS token, or with EOS if the tokenizer has no BOS.
-        stall_seconds: Reading ends with an error after this time without a document; None waits forever.
         name: The language model's name, for messages.
         state: An earlier object's `state()`, to continue from there.
     """
@@ -137,55 +137,57 @@ class PackedTokens:
         *,
         context_size: int,
         prepend_bos: bool,
-        stall_seconds: float | None = None,
         name: str = "",
         state: dict[str, Any] | None = None,
     ):
         self.context_size = context_size
         self.prefix, self.separator = boundary_tokens(documents.tokenizer, prepend_bos, name)
         self._start = state or {"place": {"epoch": 0, "reader": None, "met": 0}, "taken": 0, "waiting": []}
-        chunks = documents.chunks(self._start["place"])
-        self._chunks = Producer(chunks, name=f"corpus {documents.corpus.description()}", stall_seconds=stall_seconds)
+        self._chunks = documents.chunks(self._start["place"])
         self._chunk: Chunk | None = None
-        self._tokens: list[int] = list(map(int, self._start["waiting"]))
+        self._waiting = torch.as_tensor(self._start["waiting"], dtype=torch.int32)
         """Tokens of documents that no context has yet."""
         self._n_used, self._ended = 0, False
-        if self._start["taken"] and self._next_chunk():
-            self._n_used = self._start["taken"]
+        self._skips_taken = bool(self._start["taken"])
+        """Whether the documents of the first chunk that an earlier object has used are still to be skipped."""
 
     def next_contexts(self, count: int) -> Int[Tensor, "context position"]:
         """The next `count` contexts; fewer at the end of the stream, where an incomplete context is dropped."""
+        if self._skips_taken:
+            self._skips_taken = False
+            self._n_used = self._start["taken"] if self._next_chunk() else 0
         length = self.context_size - len(self.prefix)
-        while len(self._tokens) < count * length and not self._ended:
-            self._add_document()
-        complete = min(count, len(self._tokens) // length)
-        packed = torch.tensor(self._tokens[: complete * length], dtype=torch.long).view(complete, length)
-        del self._tokens[: complete * length]
+        pieces, n_tokens = [self._waiting], len(self._waiting)
+        while n_tokens < count * length and (document := self._next_document()) is not None:
+            pieces.append(document)
+            n_tokens += len(document)
+        tokens = torch.cat(pieces) if len(pieces) > 1 else self._waiting
+        complete = min(count, n_tokens // length)
+        self._waiting = tokens[complete * length :]
+        packed = tokens[: complete * length].view(complete, length).long()
         return torch.cat([torch.tensor(self.prefix, dtype=torch.long).expand(complete, -1), packed], 1)
 
     def state(self) -> dict[str, Any]:
         """The position of the next context: a new object with this `state` continues with it."""
+        if self._skips_taken:
+            return self._start
         position = self._chunk.position if self._chunk else self._start["place"]
-        tokens = torch.tensor(self._tokens, dtype=torch.int32)
-        return {"place": position, "after": self.read_position, "taken": self._n_used, "waiting": tokens}
+        # A view would keep, and a checkpoint would contain, the tokens of the contexts before it.
+        return {"place": position, "after": self.read_position, "taken": self._n_used, "waiting": self._waiting.clone()}
 
     @property
     def read_position(self) -> dict[str, Any]:
         """The corpus position after the current chunk, which contains the last document used."""
         return self._chunk.next_position if self._chunk else self._start.get("after", self._start["place"])
 
-    def close(self) -> None:
-        """Stop the reading thread."""
-        self._chunks.close()
-
-    def _add_document(self) -> None:
-        """Append the tokens of one more document, and its separator."""
-        if (self._chunk is None or self._n_used == len(self._chunk.documents)) and not self._next_chunk():
+    def _next_document(self) -> Int[Tensor, " token"] | None:
+        """The tokens of the next document, with its separator; None after the last document."""
+        if self._ended or ((self._chunk is None or self._n_used == len(self._chunk.documents)) and not self._next_chunk()):
             self._ended = True
-            return
+            return None
         assert self._chunk is not None
-        self._tokens += self._chunk.documents[self._n_used] + self.separator
         self._n_used += 1
+        return torch.tensor(self._chunk.documents[self._n_used - 1] + self.separator, dtype=torch.int32)
 
     def _next_chunk(self) -> bool:
         """Go to the next chunk; false if there is none."""

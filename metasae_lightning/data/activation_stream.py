@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict, replace
+from itertools import groupby
 from typing import Any, final
 
 import torch
@@ -15,7 +16,10 @@ from metasae_lightning.corpora.prefetch import Producer
 from metasae_lightning.corpora.tokenization import TokenizedDocuments
 from metasae_lightning.data.batching import Batching, StreamSlice
 from metasae_lightning.data.forward_passes import RowReader
+from metasae_lightning.data.prepared_passes import copy_to
+from metasae_lightning.data.shuffle import BatchMove
 from metasae_lightning.data.stream import PreparedBatch, Stream
+from metasae_lightning.data.work_times import StreamTimes
 from metasae_lightning.lm.base import LanguageModel
 from metasae_lightning.step import Batch
 
@@ -60,6 +64,7 @@ class ActivationStream(Stream):
         self._gpus = [device for device in dict.fromkeys((self.home, language_model.device)) if device.type == "cuda"]
         super().__init__(batching, part, prefetch=2 if self._gpus else 0)
         self.corpus, self.language_model, self.stall_seconds = corpus, language_model, stall_seconds
+        self.times = StreamTimes(language_model.device)
         self.buffer_on_model_device, self.saves_activations = buffer_device == "model", checkpoint_buffer == "activations"
         # The buffer, its reader and the last move, while batches are made.
         self._buffer_state: dict[str, Any] = {}
@@ -151,7 +156,15 @@ class ActivationStream(Stream):
             self.part.world_size,
             batching.exhausted,
         )
-        return RowReader(documents, self.language_model, batching, cursor=cursor, first_row=first_row, stall_seconds=self.stall_seconds)
+        return RowReader(
+            documents,
+            self.language_model,
+            batching,
+            cursor=cursor,
+            first_row=first_row,
+            stall_seconds=self.stall_seconds,
+            times=self.times,
+        )
 
     def _batches(self, position: dict[str, Any]) -> Generator[PreparedBatch, None, None]:
         """Every batch after a position.
@@ -169,8 +182,7 @@ class ActivationStream(Stream):
             for device, cuda_stream in cuda_streams.items():
                 cuda_stream.wait_stream(torch.cuda.current_stream(device))
                 stack.enter_context(torch.cuda.stream(cuda_stream))
-            for prepared in batches:
-                yield replace(prepared, ready=cuda_streams[self.home].record_event() if self.home in cuda_streams else None)
+            yield from batches
 
     def _make_batches(self, position: dict[str, Any]) -> Generator[PreparedBatch, None, None]:
         """Fill the buffer and yield its batches, from a position that may have a saved buffer and prepared batches as `shelf`."""
@@ -190,22 +202,29 @@ class ActivationStream(Stream):
                 waiting: list[Tensor] = saved["waiting"]
                 for number, activations in enumerate(waiting, start - len(waiting) + 1):
                     batch = Batch(activations.to(self.home), self.language_model.widths)
-                    yield PreparedBatch(batch, self._position_after(position, number, reader))
+                    yield PreparedBatch(batch, self._position_after(position, number, reader), self._record_ready())
             is_restored, saved = saved is not None, None  # frees the saved buffer, which was copied
-            for move in moves:
+            for move in _slots_on(buffer.device, moves):
                 if is_restored and move.number < start:
                     continue  # the saved buffer is that after this move
-                rows = buffer.index_select(0, move.batch_slots.to(buffer.device)) if move.number >= start else None
+                batch = ready = None
+                if move.number >= start:
+                    # The batch is complete, and marked as ready, before the pass that refills its slots: the SAE need not wait for it.
+                    rows = copy_to(buffer.index_select(0, move.batch_slots), self.home)
+                    batch, ready = self._batch(rows, self.language_model.widths), self._record_ready()
                 reader.fill(buffer, move.refill_slots)
                 self._buffer_state = {"move": move, "reader": reader, "buffer": buffer}
-                if rows is not None:
-                    # A copy to main memory is read at once, and so must be complete.
-                    moved = rows.to(self.home, non_blocking=self.home.type == "cuda")
-                    batch = self._batch(moved, self.language_model.widths)
-                    yield PreparedBatch(batch, self._position_after(position, move.number + 1, reader))
+                if batch is not None:
+                    yield PreparedBatch(batch, self._position_after(position, move.number + 1, reader), ready)
+            reader.check_range()
         finally:
             self._buffer_state = {}
             reader.close()
+
+    def _record_ready(self) -> Any:
+        """An event after the last batch on the CUDA stream that makes it; None where that is no other stream than the caller's."""
+        makes_ahead = self.prefetch and self.home.type == "cuda"
+        return torch.cuda.current_stream(self.home).record_event() if makes_ahead else None
 
     def _position_after(self, position: dict[str, Any], number: int, reader: RowReader) -> dict[str, Any]:
         """The position after `number` batches since the origin. The reader forgets the blocks before that position."""
@@ -222,3 +241,17 @@ class ActivationStream(Stream):
         if saved is not None:
             buffer.copy_(saved["buffer"][:length])
         return buffer
+
+
+def _slots_on(device: torch.device, moves: Iterable[BatchMove]) -> Iterator[BatchMove]:
+    """The moves with the slots of batches on `device`. The slots of a whole block are copied together, not batch by batch."""
+    if device.type == "cpu":
+        yield from moves
+        return
+    for _, of_block in groupby(moves, lambda move: move.block):
+        slots, begin = None, 0
+        for move in of_block:
+            slots = copy_to(move.next_block_slots, device) if slots is None else slots
+            batch_slots = slots[begin : begin + len(move.batch_slots)]
+            begin += len(batch_slots)
+            yield replace(move, batch_slots=batch_slots, refill_slots=batch_slots[: len(move.refill_slots)])

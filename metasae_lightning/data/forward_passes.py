@@ -1,16 +1,19 @@
 """A language model's activations as numbered rows, one forward pass at a time, from any position in the corpus."""
 
-import hashlib
 import logging
+from collections import deque
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from metasae_lightning.corpora.tokenization import PackedTokens, TokenizedDocuments, special_ids
+from metasae_lightning.corpora.prefetch import Producer
+from metasae_lightning.corpora.tokenization import PackedTokens, TokenizedDocuments
 from metasae_lightning.data.batching import Batching
-from metasae_lightning.data.masks import document_mask, trainable_tokens
+from metasae_lightning.data.masks import document_mask, documents_in_contexts, same_document
+from metasae_lightning.data.prepared_passes import PreparedPass, copy_to, prepare_passes
+from metasae_lightning.data.work_times import StreamTimes
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm.base import LanguageModel
 
@@ -20,8 +23,9 @@ log = logging.getLogger(__name__)
 class RowReader:
     """Reads the activations of trainable tokens in the order of the corpus, and writes them into a buffer.
 
-    A row is the activation of one trainable token. For each block of rows that was begun, the reader stores the position in the corpus
-    before the forward pass that contains the first row of the block, until `forget_before` deletes it.
+    A row is the activation of one trainable token. A thread reads and tokenizes documents, and prepares the next two passes. For each
+    block of rows that was begun, the reader stores the position in the corpus before the forward pass that contains the first row of the
+    block, until `forget_before` deletes it.
 
     Args:
         documents: The tokenised documents.
@@ -30,6 +34,7 @@ class RowReader:
         cursor: Where to begin: what `cursor` or `state` of another reader returned; None is the beginning.
         first_row: Number of the first row to write. Forward passes with only earlier rows are counted and not run.
         stall_seconds: Longest time to wait for the corpus, in seconds; None waits forever.
+        times: Records when the model runs and when the reader waits for text.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class RowReader:
         cursor: dict[str, Any] | None = None,
         first_row: int = 0,
         stall_seconds: float | None = None,
+        times: StreamTimes | None = None,
     ):
         limit = language_model.n_ctx
         if limit is not None and batching.context_size > limit:
@@ -54,26 +60,34 @@ class RowReader:
         self._leftover: Tensor | None = cursor.get("left")
         # Hashes of the tokens of the next passes as an earlier reader saw them.
         self._expected_digests: list[str] = list(cursor.get("digests", []))
-        self._special = torch.tensor(special_ids(documents.tokenizer), dtype=torch.long)
-        self._tokens = PackedTokens(
+        self._range_check = Float16Check()
+        self.times = times or StreamTimes(language_model.device)
+        packed = PackedTokens(
             documents,
             context_size=batching.context_size,
             prepend_bos=batching.prepend_bos,
-            stall_seconds=stall_seconds,
             name=language_model.name,
             state=cursor["tokens"],
         )
+        self._prefix, self._separator = packed.prefix, packed.separator
+        # The positions before the next pass, and after everything that was read for the last one.
+        self._position, self._read_position = packed.state(), packed.read_position
+        passes = prepare_passes(packed, documents, batching, pin=language_model.device.type == "cuda")
+        self._passes = Producer(passes, name=f"corpus {documents.corpus.description()}", stall_seconds=stall_seconds)
 
     def fill(self, buffer: Float[Tensor, "slot d_model"], slots: Int[Tensor, " free"]) -> None:
-        """Write the next rows into these slots, and run forward passes as needed; an InputError if the corpus ends first."""
+        """Write the next rows into these slots, and run forward passes as needed; an InputError if the corpus ends first.
+
+        On a GPU a pass takes a fixed number of calls and writing its rows one, and the host does not wait for any.
+        """
         while len(slots):
             if self._leftover is None or not len(self._leftover):
                 self._leftover = self._run_next_pass()
             count = min(len(self._leftover), len(slots))
             rows = self._leftover[:count].to(buffer)
-            if buffer.dtype == torch.float16 and not rows.isfinite().all():
-                raise InputError("buffer_dtype: float16 ends at 65504 and an activation is larger: set bfloat16 or float32")
-            buffer.index_copy_(0, slots[:count].to(buffer.device), rows)
+            if buffer.dtype == torch.float16:
+                self._range_check.add(rows)
+            buffer.index_copy_(0, copy_to(slots[:count], buffer.device), rows)
             slots, self._leftover = slots[count:], self._leftover[count:]
 
     def next_pass(self) -> tuple[Int[Tensor, "context position"], Tensor] | None:
@@ -81,21 +95,25 @@ class RowReader:
 
         Advances the reader, and runs no model. An InputError is raised if the tokens are not those that an earlier reader saw.
         """
-        position = self._tokens.state()
-        tokens = self._tokens.next_contexts(self.batching.forward_batch)
-        if not len(tokens):
+        prepared = self._next_prepared_pass()
+        return None if prepared is None else (prepared.tokens, prepared.mask)
+
+    def _next_prepared_pass(self) -> PreparedPass | None:
+        """The next pass, as `next_pass`."""
+        with self.times.text.running():
+            prepared = next(self._passes, None)
+        if prepared is None:
             return None
-        digest = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=8).hexdigest()
-        if self._expected_digests and digest != self._expected_digests.pop(0):
+        self._position, self._read_position = prepared.next_position, prepared.read_position
+        if self._expected_digests and prepared.digest != self._expected_digests.pop(0):
             raise InputError(f"corpus: {self.documents.corpus.description()} is not what it was when the checkpoint was written")
-        mask = trainable_tokens(tokens, self._special, self.batching.skip_positions)
-        n_rows, block_size = int(mask.sum()), self.batching.block_size
+        n_rows, block_size = len(prepared.row_indices), self.batching.block_size
         for block in range(-(-self.number // block_size), -(-(self.number + n_rows) // block_size)):
-            self._block_starts[block] = {"tokens": position, "number": self.number, "digests": []}
+            self._block_starts[block] = {"tokens": prepared.position, "number": self.number, "digests": []}
         for start in self._block_starts.values():
-            start["digests"].append(digest)
+            start["digests"].append(prepared.digest)
         self.number += n_rows
-        return tokens, mask
+        return prepared
 
     def count_rows(self, limit: int) -> int:
         """Number of rows up to the end of the corpus, at most `limit`.
@@ -108,9 +126,10 @@ class RowReader:
 
     def state(self) -> dict[str, Any]:
         """The position before the next forward pass, with the rows of the last pass that are in no buffer yet."""
+        self._range_check.read(wait=True)
         leftover = None if self._leftover is None else self._leftover.cpu()
         block_starts = {block: self.cursor(block) for block in self._block_starts}
-        return {"tokens": self._tokens.state(), "number": self.number, "left": leftover, "begun": block_starts}
+        return {"tokens": self._position, "number": self.number, "left": leftover, "begun": block_starts}
 
     def cursor(self, block: int) -> dict[str, Any] | None:
         """The position from which to read a block's rows again; None for a block that was not begun, or was forgotten.
@@ -127,47 +146,93 @@ class RowReader:
     @property
     def reached(self) -> dict[str, Any]:
         """The position in the corpus after everything that was read."""
-        return self._tokens.read_position
+        return self._read_position
+
+    def check_range(self) -> None:
+        """Refuse rows that float16 could not hold, of all that were written."""
+        self._range_check.read(wait=True)
 
     def close(self) -> None:
         """Stop reading the corpus."""
-        self._tokens.close()
+        self._passes.close()
 
     def _run_next_pass(self) -> Float[Tensor, "row d_model"]:
         """The rows of the next forward pass, from `first_row` on; passes with earlier rows alone are skipped."""
         while True:
             number_before = self.number
-            contexts = self.next_pass()
-            if contexts is None:
+            prepared = self._next_prepared_pass()
+            if prepared is None:
                 raise InputError(f"corpus: {self.documents.corpus.description()} ended earlier than when it was counted")
             if self.number > self.first_row:
-                tokens, mask = contexts
-                activations = self.forward(tokens).flatten(0, 1)
+                activations = self._activations(prepared.tokens, prepared.documents).flatten(0, 1)
                 # Indices are computed on the CPU: with a mask on the GPU, the CPU would wait for the number of rows.
-                rows = activations.index_select(0, mask.flatten().nonzero().flatten().to(activations.device))
+                rows = activations.index_select(0, copy_to(prepared.row_indices, activations.device))
                 return rows[max(self.first_row - number_before, 0) :]
 
     @property
     def separator(self) -> int | None:
         """The token that ends a document, or None where the tokeniser has none."""
-        return self._tokens.separator[0] if self._tokens.separator else None
+        return self._separator[0] if self._separator else None
 
     @property
     def starts_with_bos(self) -> bool:
         """Whether every context begins with BOS."""
-        return bool(self._tokens.prefix)
+        return bool(self._prefix)
 
     def attention_mask(self, tokens: Int[Tensor, "context position"]) -> Bool[Tensor, "context position position"] | None:
         """Attention mask that separates the documents of each context.
 
         None is causal attention: `cross_document_attention` is set, the model cannot mask, or there is nothing to separate.
         """
-        if self.separator is None or self.batching.cross_document_attention:
-            return None
-        if not self.language_model.can_separate_documents(tokens.shape[1]):
+        if self.separator is None or not self._separates_documents(tokens.shape[1]):
             return None
         return document_mask(tokens, self.separator, starts_with_bos=self.starts_with_bos)
 
     def forward(self, tokens: Int[Tensor, "context position"]) -> Float[Tensor, "context position d_model"]:
         """The model's activations on contexts, with documents separated."""
-        return self.language_model.activations(tokens, self.attention_mask(tokens))
+        if self.separator is None:
+            return self._activations(tokens, None)
+        return self._activations(tokens, documents_in_contexts(tokens, self.separator, starts_with_bos=self.starts_with_bos))
+
+    def _separates_documents(self, length: int) -> bool:
+        """Whether attention in contexts of this length is restricted to documents."""
+        return not self.batching.cross_document_attention and self.language_model.can_separate_documents(length)
+
+    def _activations(
+        self, tokens: Int[Tensor, "context position"], documents: Int[Tensor, "context position"] | None
+    ) -> Float[Tensor, "context position d_model"]:
+        """The model's activations. The attention mask is made on the model's device, from the number of each token's document."""
+        model, visible = self.language_model, None
+        if documents is not None and self._separates_documents(tokens.shape[1]):
+            visible = same_document(copy_to(documents, model.device), starts_with_bos=self.starts_with_bos)
+        with self.times.model.running():
+            return model.activations(copy_to(tokens, model.device), visible)
+
+
+class Float16Check:
+    """Refuses activations that float16 cannot hold. On a GPU an answer is read once it is there, so that the host does not wait."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[Tensor, Any]] = deque()
+
+    def add(self, rows: Float[Tensor, "row d_model"]) -> None:
+        """Check float16 rows; on a GPU, read the answers about earlier rows that are there."""
+        is_finite = rows.isfinite().all()
+        if rows.device.type == "cuda":
+            is_finite = is_finite.to("cpu", non_blocking=True)
+            self._pending.append((is_finite, torch.cuda.current_stream(rows.device).record_event()))
+            self.read()
+        elif not is_finite:
+            raise _too_large()
+
+    def read(self, *, wait: bool = False) -> None:
+        """Read the answers that are there, or all with `wait`; an InputError if any rows were not finite."""
+        while self._pending and (wait or self._pending[0][1].query()):
+            is_finite, event = self._pending.popleft()
+            event.synchronize()
+            if not is_finite:
+                raise _too_large()
+
+
+def _too_large() -> InputError:
+    return InputError("buffer_dtype: float16 ends at 65504 and an activation is larger: set bfloat16 or float32")

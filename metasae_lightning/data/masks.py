@@ -33,12 +33,30 @@ def document_mask(
     >>> document_mask(torch.tensor([[2, 7, 5]]), 2, starts_with_bos=True) is None
     True
     """
+    documents = documents_in_contexts(tokens, separator, starts_with_bos=starts_with_bos)
+    return None if documents is None else same_document(documents, starts_with_bos=starts_with_bos)
+
+
+def documents_in_contexts(
+    tokens: Int[Tensor, "context position"], separator: int, *, starts_with_bos: bool
+) -> Int[Tensor, "context position"] | None:
+    """The number of each token's document, counted in each context; None where each context has one document only.
+
+    >>> documents_in_contexts(torch.tensor([[7, 2, 5], [6, 8, 2]]), 2, starts_with_bos=False).tolist()
+    [[0, 0, 1], [0, 0, 0]]
+    """
     ends = tokens == separator
     ends[:, : int(starts_with_bos)] = False
-    if not ends[:, :-1].any():
-        return None
-    document = ends.cumsum(1) - ends.int()
-    visible = (document[:, :, None] == document[:, None, :]).tril()
+    return ends.cumsum(1) - ends.int() if ends[:, :-1].any() else None
+
+
+def same_document(documents: Int[Tensor, "context position"], *, starts_with_bos: bool) -> Bool[Tensor, "context position position"]:
+    """Attention mask from the number of each token's document: a token sees its document up to itself, and the BOS of its context.
+
+    >>> same_document(torch.tensor([[0, 0, 1]]), starts_with_bos=True).int().tolist()
+    [[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]
+    """
+    visible = (documents[:, :, None] == documents[:, None, :]).tril()
     visible[:, :, : int(starts_with_bos)] = True
     return visible
 

@@ -14,6 +14,7 @@ from metasae_lightning.corpora.prefetch import Producer
 from metasae_lightning.data.batching import Batching, StreamSlice
 from metasae_lightning.data.masks import within_norm
 from metasae_lightning.data.shuffle import BatchMove, batch_moves, permutation
+from metasae_lightning.data.work_times import StreamTimes
 from metasae_lightning.errors import InputError
 from metasae_lightning.step import Batch
 
@@ -51,6 +52,9 @@ class Stream(ABC):
         part: The part of the data that this rank reads.
         prefetch: Number of batches that a thread prepares ahead, where `part` leaves it open.
     """
+
+    times: StreamTimes | None = None
+    """When a language model runs and the stream waits for text; None where no model runs."""
 
     def __init__(self, batching: Batching, part: StreamSlice, *, prefetch: int = 0):
         if part.tokens < batching.batch_size:
@@ -193,6 +197,11 @@ class Batches:
 
     def __init__(self, stream: Stream):
         self._stream = stream
+
+    @property
+    def times(self) -> StreamTimes | None:
+        """When the stream's language model runs and the stream waits for text; None where no model runs."""
+        return self._stream.times
 
     def __len__(self) -> int:
         return len(self._stream)

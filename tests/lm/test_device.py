@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from metasae_lightning.cli import main
 from metasae_lightning.data import ActivationsDataModule
 from metasae_lightning.data.activation_stream import ActivationStream
+from metasae_lightning.data.stream import PreparedBatch
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import HuggingFaceLM, device
 from metasae_lightning.lm.device import assign_device, parse_device, spare_gpus
@@ -150,6 +152,7 @@ def test_batches_of_a_restored_buffer_are_on_the_saes_device(lm: HuggingFaceLM):
 # Two GPUs make batches, each in a CUDA stream apart from the training step's. A batch is ready after an event in the SAE's stream.
 def test_each_gpu_makes_batches_in_a_cuda_stream_of_its_own(lm: HuggingFaceLM, monkeypatch: pytest.MonkeyPatch):
     calls: list[tuple[Any, ...]] = []
+    entered: dict[torch.device, Any] = {}
 
     class FakeStream:
         def __init__(self, device: torch.device) -> None:
@@ -165,16 +168,21 @@ def test_each_gpu_makes_batches_in_a_cuda_stream_of_its_own(lm: HuggingFaceLM, m
     @contextlib.contextmanager
     def enter_stream(cuda_stream: FakeStream) -> Iterator[None]:
         calls.append(("enters", cuda_stream.device.index))
+        entered[cuda_stream.device] = cuda_stream
         yield
         calls.append(("leaves", cuda_stream.device.index))
 
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", enter_stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"steps of {device}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: entered.get(device, f"steps of {device}"))
     data_stream: ActivationStream = stream(lm, prefetch=1)
     data_stream.home, data_stream._gpus = torch.device("cuda", 0), [torch.device("cuda", 0), torch.device("cuda", 2)]
-    monkeypatch.setattr(data_stream, "_make_batches", lambda position: iter(prepared))
-    prepared = [next(stream(lm)._batches({**stream(lm)._position}))]
+    batch = next(stream(lm)._batches({**stream(lm)._position}))
+
+    def make_batches(position: Any) -> Iterator[PreparedBatch]:
+        yield replace(batch, ready=data_stream._record_ready())
+
+    monkeypatch.setattr(data_stream, "_make_batches", make_batches)
     assert [batch.ready for batch in data_stream._batches({})] == ["ready on cuda:0"]
     first_calls = [("waits for", "steps of cuda:0"), ("enters", 0), ("waits for", "steps of cuda:2"), ("enters", 2)]
     assert calls == [*first_calls, ("event", 0), ("leaves", 2), ("leaves", 0)]
