@@ -9,12 +9,14 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from metasae_lightning import JointSAE
+from metasae_lightning import ActivationsDataModule, JointSAE
 from metasae_lightning.callbacks import HeldOut, PhiMonitor, Throughput
+from metasae_lightning.lm import HuggingFaceLM
 from metasae_lightning.metrics import Phi, PhiSample
 from metasae_lightning.penalties import Decomposability
 from metasae_lightning.step import Batch
 from tests.helpers.architectures import Batches, config
+from tests.helpers.models import Texts, documents, save_model
 
 # lightning 2.6 flattens loaders with a check that torch 2.13 deprecates: https://github.com/Lightning-AI/pytorch-lightning, _pytree.py
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -25,12 +27,15 @@ def joint() -> JointSAE:
     return JointSAE(config("batchtopk"), config("batchtopk", 8), {"d": Decomposability(0.3)}, n_p=4, n_m=2, dead_after_tokens=256)
 
 
-def fit_joint(folder: Path, *callbacks: Any, **changes: Any) -> tuple[JointSAE, Trainer]:
-    module = joint()
+def quiet_trainer(folder: Path, *callbacks: Any, **changes: Any) -> Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
-    trainer = Trainer(
+    return Trainer(
         max_epochs=1, accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **{"logger": False, **quiet, **changes}
     )
+
+
+def fit_joint(folder: Path, *callbacks: Any, **changes: Any) -> tuple[JointSAE, Trainer]:
+    module, trainer = joint(), quiet_trainer(folder, *callbacks, **changes)
     trainer.fit(module, Batches(STEPS), Batches(3, 500))
     return module, trainer
 
@@ -82,3 +87,25 @@ def test_throughput_is_tokens_divided_by_elapsed_time(tmp_path: Path, monkeypatc
     # Each step of 64 tokens reads the clock once, and each reading is one second later than the last.
     assert trainer.callback_metrics["throughput/tokens_per_second"].item() == pytest.approx(64)
     assert trainer.callback_metrics["throughput/process_gib"].item() > 0.1
+    # No language model runs and no text is read.
+    model, text, sae, host = (trainer.callback_metrics[f"throughput/{name}"].item() for name in ("model", "text", "sae", "host"))
+    assert model == text == 0 and sae > 0.02 and sae + host == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_the_shares_of_the_time_are_the_models_the_saes_the_texts_and_the_hosts(prefetch: int, tmp_path: Path):
+    lm = HuggingFaceLM(str(save_model(tmp_path / "tiny", "llama", layers=2)), "blocks.1.hook_resid_post", device="cpu")
+    sizes: dict[str, Any] = {
+        "tokens": 16 * 40,
+        "batch_size": 16,
+        "context_size": 12,
+        "buffer_size": 64,
+        "forward_batch": 3,
+        "held_out": 0.2,
+    }
+    data = ActivationsDataModule(lm, Texts(documents()), prefetch=prefetch, **sizes)
+    trainer = quiet_trainer(tmp_path, Throughput(every_tokens=160), limit_val_batches=0)
+    trainer.fit(JointSAE(config("batchtopk", d_in=32), None, {}), datamodule=data)
+    shares = {name: trainer.callback_metrics[f"throughput/{name}"].item() for name in ("model", "sae", "text", "host")}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+    assert shares["model"] > 0.02 and shares["sae"] > 0.02 and min(shares.values()) >= 0
