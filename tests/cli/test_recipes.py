@@ -47,6 +47,8 @@ BOTH_PAPER_RUNS: dict[str, Any] = {
     "data.corpus.name": "sample-10BT",
     "data.batch_size": 4096,
     "data.context_size": 128,
+    # Ours, for a GPU.
+    "data.forward_batch": 128,
 }
 RECIPE_VALUES: dict[str, dict[str, Any]] = {
     "gpt2_large_l20": BOTH_PAPER_RUNS
