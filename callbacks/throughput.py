@@ -39,8 +39,8 @@ class Throughput(Callback):
         self._counter.restart(pl_module.rows_seen)
         self._sae = WorkTimes(pl_module.device)
         self._stream = getattr(trainer.train_dataloader, "times", None) or StreamTimes(pl_module.device)
-        for work in (self._sae, self._stream.model, self._stream.text):
-            work.start()
+        for times in self._all_times:
+            times.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """The step begins."""
@@ -59,14 +59,19 @@ class Throughput(Callback):
             self._logged_at = now
             self._counter.restart(tokens)
             self._end_window()
-        if self._sae.is_complete():
+        if all(times.is_complete() for times in self._all_times):
             pl_module.log_dict(self._read_shares())
+
+    @property
+    def _all_times(self) -> tuple[WorkTimes, ...]:
+        """The times of the step, the language model and the text. Each has an event of its own for the end of an interval."""
+        return self._sae, self._stream.model, self._stream.text
 
     def _end_window(self) -> None:
         """End the interval whose shares are logged next, unless the GPU has not come to the end of the last one."""
         if not self._sae.has_ended:
-            for work in (self._sae, self._stream.model, self._stream.text):
-                work.end_window()
+            for times in self._all_times:
+                times.end_window()
 
     def _read_shares(self) -> dict[str, float]:
         """The shares of the interval that has ended, by their names in the logs."""

@@ -89,7 +89,7 @@ def test_throughput_is_tokens_divided_by_elapsed_time(tmp_path: Path, monkeypatc
     assert trainer.callback_metrics["throughput/process_gib"].item() > 0.1
     # No language model runs and no text is read.
     model, text, sae, host = (trainer.callback_metrics[f"throughput/{name}"].item() for name in ("model", "text", "sae", "host"))
-    assert model == text == 0 and sae > 0.02 and sae + host == pytest.approx(1, abs=1e-5)
+    assert model == text == 0 and 0.02 < sae < 0.98 and sae + host == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -109,3 +109,43 @@ def test_the_shares_of_the_time_are_the_models_the_saes_the_texts_and_the_hosts(
     shares = {name: trainer.callback_metrics[f"throughput/{name}"].item() for name in ("model", "sae", "text", "host")}
     assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
     assert shares["model"] > 0.02 and shares["sae"] > 0.02 and min(shares.values()) >= 0
+
+
+def test_shares_are_logged_when_the_gpu_has_come_to_the_end_of_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    logged: list[tuple[int, dict[str, float]]] = []
+    events, is_past = [0.0], 0.0
+
+    class Event:
+        """An event one second after the last; the GPU has come to those up to `is_past`."""
+
+        def __init__(self, **_: Any) -> None: ...
+
+        def record(self, cuda_stream: Any) -> None:
+            events[0] += 1
+            self.time = events[0]
+
+        def query(self) -> bool:
+            return self.time <= is_past
+
+        def elapsed_time(self, later: Any) -> float:
+            assert later.query(), "the host would wait"
+            return 1000 * (later.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    trainer = quiet_trainer(tmp_path)
+    module = SimpleNamespace(device=torch.device("cuda", 0), rows_seen=0, log_dict=lambda values: logged.append((step, values)))
+    throughput, step = Throughput(every_tokens=128), 0
+    throughput.on_train_start(trainer, module)
+    for step in range(8):
+        # At step 5 the GPU has come to the step's end of the first interval, and not to those of the model and the text.
+        is_past = {5: 8.0, 6: 10.0}.get(step, is_past)
+        throughput.on_train_batch_start(trainer, module, None, step)
+        module.rows_seen += 64
+        throughput.on_train_batch_end(trainer, module, None, None, step)
+    assert [step for step, values in logged if "throughput/sae" in values] == [6]
+    assert [step for step, values in logged if "throughput/tokens_per_second" in values] == [1, 3, 5, 7]
+    shares = next(values for _, values in logged if "throughput/sae" in values)
+    # The first interval has the events 1 (its beginning), 4 to 5 and 6 to 7 (steps) and 8 (its end).
+    assert shares == pytest.approx({"throughput/model": 0, "throughput/sae": 2 / 7, "throughput/text": 0, "throughput/host": 5 / 7})
