@@ -60,7 +60,7 @@ def joint_sae(size: Size, device: torch.device, *, joint: bool = False, by_row: 
 
     from metasae_lightning.penalties import Decomposability
     from metasae_lightning.training import JointSAE
-    from metasae_lightning.training.joint import adam
+    from metasae_lightning.training.optimizers import adam
 
     shared: Any = {"decoder_init_norm": 1.0, "rescale_acts_by_decoder_norm": False, "device": str(device)}
     kind: Any = TopKTrainingSAEConfig if by_row else BatchTopKTrainingSAEConfig

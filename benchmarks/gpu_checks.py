@@ -83,7 +83,7 @@ class Trained:
     def of(cls, module: Any, problem: Problem, device: torch.device, dtype: torch.dtype, *, bf16: bool = False) -> "Trained":
         """Train a module on the device."""
         from metasae_lightning.step import Batch
-        from metasae_lightning.training.joint import adam
+        from metasae_lightning.training.optimizers import adam
 
         module = module.to(device=device, dtype=dtype)
         optimizers = [adam(learner.parameters()) for learner in (module.primary, module.meta) if learner is not None]

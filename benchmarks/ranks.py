@@ -29,7 +29,7 @@ from metasae_lightning.compute.process_group import ProcessGroup
 from metasae_lightning.penalties import Decomposability
 from metasae_lightning.step import Batch
 from metasae_lightning.training import JointSAE
-from metasae_lightning.training.joint import adam
+from metasae_lightning.training.optimizers import adam
 
 
 def run_rank(rank: int, count: int, size: str, steps: int, cut: Any, strategy: str, folder: str) -> None:

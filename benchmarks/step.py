@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from metasae_lightning.penalties import Decomposability
 from metasae_lightning.step import Batch
 from metasae_lightning.training import JointSAE
-from metasae_lightning.training.joint import adam
+from metasae_lightning.training.optimizers import adam
 
 # d_in, d_sae, tokens, k, and the width and k of the meta SAE.
 SIZES = {

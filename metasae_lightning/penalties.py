@@ -84,6 +84,13 @@ class Penalties(nn.ModuleDict):
                 total = weight * value if total is None else total + weight * value
         return total, values
 
+    def loss_and_values(
+        self, W_dec: Tensor, critic: Critic | None, step: int, parallelism: Parallelism, *, critic_is_trained: bool
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The result of `loss`, with the value of every penalty as in `values_by_name`."""
+        total, known = self.loss(W_dec, critic, step, parallelism)
+        return total, self.values_by_name(W_dec, critic, step, parallelism, known, critic_is_trained=critic_is_trained)
+
     @torch.no_grad()
     def values_by_name(
         self,
@@ -110,16 +117,21 @@ class PenaltyLoss:
 
     Args:
         compute: Returns the loss, or None, and the penalties' values by name. It is called again if a check fails.
+        before_retry: Called before `compute` is called again.
     """
 
-    def __init__(self, compute: Callable[[], tuple[Tensor | None, dict[str, Tensor]]]) -> None:
-        self._compute = compute
+    def __init__(
+        self, compute: Callable[[], tuple[Tensor | None, dict[str, Tensor]]], before_retry: Callable[[], None] | None = None
+    ) -> None:
+        self._compute, self._before_retry = compute, before_retry
         with deferred_checks() as self._checks:
             self.total, self.values = compute()
 
     def __call__(self) -> Tensor | None:
         """The loss, after the checks."""
         if not self._checks.all_hold():
+            if self._before_retry is not None:
+                self._before_retry()
             self.total, self.values = self._compute()
         return self.total
 

@@ -30,6 +30,8 @@ from metasae_lightning.step import Codes, StepStats
 
 Backward = Callable[[Tensor], None]
 """Runs the backward pass of a loss."""
+ExtraLoss = Callable[[], Tensor | None]
+"""Computes a loss that is added to that of a step's rows, or gives None."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,7 @@ class Learner(HostCounters):
         return source.compare(self.sae.cfg.architecture(), codes.l0, functional.fvu(x, reconstruction).item())
 
     def learn(
-        self,
-        x: Float[Tensor, "rows d_in"],
-        optimizer: Optimizer,
-        *,
-        backward: Backward,
-        extra_loss: Callable[[], Tensor | None] = lambda: None,
+        self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, extra_loss: ExtraLoss = lambda: None
     ) -> ForwardResult:
         """One optimiser step on the rows of all ranks, in micro-batches.
 
@@ -284,9 +281,8 @@ class Learner(HostCounters):
         self.rows_seen += rows
         self.silent_for.add_(rows).index_fill_(0, codes.latents, 0)
         self.parallelism.world.all_reduce_min_(self.silent_for)
-        if (
-            self._forward_pass.parallelism.data_group.is_single and not self.parallelism.data_group.is_single
-        ):  # batch_cut: local gives each rank a threshold of its own
+        # `batch_cut: local` gives each rank a threshold of its own.
+        if self._forward_pass.parallelism.data_group.is_single and not self.parallelism.data_group.is_single:
             thresholds = [buffer for buffer in self.sae.buffers() if buffer.is_floating_point()]
             self.parallelism.world.all_reduce_sum_(*thresholds)
             for threshold in thresholds:

@@ -1,6 +1,5 @@
 """Joint training: a primary SAE on activations, a meta SAE on its decoder rows, and penalties on the primary's decoder."""
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from metasae_lightning import functional
@@ -31,11 +30,7 @@ from metasae_lightning.schedules import bind_schedule, meta_steps_after, meta_st
 from metasae_lightning.step import Batch, Evaluation, StepOutput, StepStats
 from metasae_lightning.training import argument_checks
 from metasae_lightning.training.logging_interval import is_logged
-
-
-def adam(params: Iterable[Any]) -> Optimizer:
-    """The author's optimiser: Adam at 3e-4 with betas (0.9, 0.99), no schedule."""
-    return Adam(params, lr=3e-4, betas=(0.9, 0.99), fused=True)
+from metasae_lightning.training.optimizers import adam
 
 
 class JointSAE(LightningModule):
@@ -170,15 +165,9 @@ class JointSAE(LightningModule):
 
     def _penalty_loss(self) -> PenaltyLoss:
         """The penalties at the decoder before this step."""
-        supports = None if self.meta is None else self.meta.cached_support
-
-        def compute() -> tuple[Tensor | None, dict[str, Tensor]]:
-            if self.meta is not None:
-                self.meta.cached_support = supports
-            total, values = self.penalties.loss(*self._penalty_args())
-            return total, self.penalties.values_by_name(*self._penalty_args(), values, critic_is_trained=self._critic_is_trained)
-
-        return PenaltyLoss(compute)
+        compute = partial(self.penalties.loss_and_values, *self._penalty_args(), critic_is_trained=self._critic_is_trained)
+        reset = None if self.meta is None else partial(setattr, self.meta, "cached_support", self.meta.cached_support)
+        return PenaltyLoss(compute, before_retry=reset)
 
     def _penalty_args(self) -> tuple[Tensor, Critic | None, int, Parallelism]:
         """Arguments of every penalty: decoder, critic (the frozen meta SAE), primary step, process groups."""
@@ -207,8 +196,7 @@ class JointSAE(LightningModule):
             result = self.meta.learn(meta_batch, optimizer, backward=self._backward)
             self._step_schedule(self.meta, result)
             stats = None if steps_left else self.meta.step_stats(meta_batch, result)
-        if stats is not None:
-            _ = stats.fvu  # its batch lies in buffers that the next meta step overwrites
+        _ = stats and stats.fvu  # computed now: the next meta step overwrites the buffers of its batch
         return stats
 
     def _backward(self, loss: Tensor) -> None:
