@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from metasae_lightning import functional
 from metasae_lightning.compute.buffers import SHARED, buffer_or_new
 from metasae_lightning.compute.gpu.host_reads import deferred_checks
+from metasae_lightning.compute.gpu.neighbours import sum_of_squared_cosines
 from metasae_lightning.compute.gpu.passes import passes_for
 from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.row_chunks import is_blocked, mean_over_rows, step_permutation
@@ -211,7 +212,11 @@ class Orthogonality(Penalty):
         if step % self.every:
             return local(W_dec).new_zeros(())
         W_dec = full(W_dec)
-        permuted = step_permutation(len(W_dec), step=step, seed=self.seed).to(W_dec.device)
+        permuted = step_permutation(len(W_dec), step=step, seed=self.seed, device=W_dec.device)
+        if not is_blocked(W_dec):
+            chunk_size = -(-len(permuted) // -(-len(permuted) // self.chunk_size))
+            total = sum_of_squared_cosines(functional.unit_rows(W_dec), permuted, chunk_size, parallelism.world)
+            return total * (self.every / len(W_dec))
         chunks = list(permuted.chunk(-(-len(permuted) // self.chunk_size)))
         shares = [parallelism.world.even_slice(len(chunk)) for chunk in chunks]
         return self.every * functional.orthogonality(W_dec, chunks, shares).sum() / len(W_dec)

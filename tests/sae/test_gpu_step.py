@@ -10,13 +10,16 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metasae_lightning.compute import row_passes
+from metasae_lightning.compute.gpu import encoder, passes, topk
 from metasae_lightning.compute.gpu.host_reads import given_numbers
 from metasae_lightning.compute.row_chunks import dry_run_scale
-from metasae_lightning.penalties import Decomposability, Penalty
+from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
 from metasae_lightning.sae.gpu_layout import store_encoder_by_latent
 from metasae_lightning.step import Batch
 from metasae_lightning.training.joint import JointSAE
 from metasae_lightning.training.optimizers import adam
+from tests.helpers.architectures import activations, config
 
 # Calls that start no kernel: views, allocations, and what fake tensors and profiling add.
 WITHOUT_KERNEL = {
@@ -96,3 +99,106 @@ def test_a_step_has_static_shapes_one_wait_and_a_number_of_calls_that_does_not_g
     conversions = 2 * bf16
     assert found[0][0] <= (110 + 2 * conversions if is_joint else 60 + conversions)
     assert found[0][1] is None or found[0][1] <= 60 + conversions
+
+
+def test_a_step_with_dead_latents_waits_once_more_at_most():
+    """The number of dead latents is read with the check, so their activations have a known shape."""
+    with FakeTensorMode(), dry_run_scale(1.0, gpu=True):
+        step, _ = fake_step(joint(4608), 1024, [[1.0, 0.5, 100.0]])
+    assert not WAITS & step.calls.keys() and step.calls["nonzero_static"] == 1
+
+
+def test_an_evaluation_batch_waits_once():
+    with FakeTensorMode(), dry_run_scale(1.0, gpu=True):
+        module = joint(4608)
+        with CallCounter() as counter, given_numbers([CERTAIN[:2]]):
+            module.evaluate(Batch(torch.randn(1024, 64)))
+    assert not WAITS & counter.calls.keys() and counter.kernels < 30
+
+
+@pytest.mark.parametrize("penalty", [Orthogonality(chunk_size=512), Decomposability(0.3, rows=0.125)])
+def test_a_penaltys_calls_do_not_grow_with_the_number_of_latents(penalty: Penalty):
+    counts: list[int] = []
+    for d_sae in (1024, 8192):
+        with FakeTensorMode(), dry_run_scale(1.0, gpu=True):
+            reads = [CERTAIN + ([] if isinstance(penalty, Orthogonality) else CERTAIN[:2])]
+            step, _ = fake_step(joint(d_sae, k=4, penalty=penalty), 256, reads)
+        assert not WAITS & step.calls.keys()
+        counts.append(step.kernels)
+    assert counts[0] == counts[1]
+
+
+def trained(module: JointSAE, *, gpu: bool, steps: int = 6, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The state after some joint steps on the CPU's path or the GPU's."""
+    module.to(dtype)
+    with dry_run_scale(1.0, gpu=gpu):
+        for learner in (module.primary, module.meta):
+            if learner is not None:
+                store_encoder_by_latent(learner.sae)
+        optimizers = [adam(learner.parameters()) for learner in (module.primary, module.meta) if learner is not None]
+        for step in range(steps):
+            module.step(Batch(activations(step, 64).to(dtype)), *optimizers, last=step == steps - 1)
+    return module.state_dict()
+
+
+def small_joint(name: str, **settings: Any) -> JointSAE:
+    options = {"apply_b_dec_to_input": True, "normalize_activations": "layer_norm"}
+    meta = config("batchtopk", 12, **options)
+    penalties = {"p": Decomposability(0.3), "o": Orthogonality(0.1, chunk_size=16)}
+    return JointSAE(config(name, **options), meta, penalties, n_p=2, n_m=2, dead_after_tokens=100, **settings)
+
+
+SETTINGS = [{}, {"micro_batches": 3}, {"clip_grad_norm": 0.1}, {"non_finite": "skip"}, {"meta_rows": 20}, {"critic_supports": "macro_step"}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka_batchtopk"])
+def test_a_run_on_the_gpu_path_equals_one_on_the_cpu_path(name: str, settings: dict[str, Any]):
+    assert_same_run(name, **settings)
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_without_room_for_candidates_all_values_are_ranked_and_the_run_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(encoder, "BATCH_ROOM", 1)
+    monkeypatch.setattr(encoder, "ROW_ROOM", 1)
+    searches = list[int]()
+    exact = topk.exact_largest
+    monkeypatch.setattr(encoder, "exact_largest", lambda values, count: (searches.append(count), exact(values, count))[1])
+    assert_same_run(name)
+    assert len(searches) >= 2 * 12  # twice for each of the critic's searches, at least
+
+
+def assert_same_run(name: str, **settings: Any) -> None:
+    """Weights and statistics after a run on either path are equal in float64."""
+    on_cpu, on_gpu = (trained(small_joint(name, **settings), gpu=gpu, dtype=torch.float64) for gpu in (False, True))
+    assert on_cpu.keys() == on_gpu.keys()
+    for key, value in on_cpu.items():
+        torch.testing.assert_close(on_gpu[key].double(), value.double(), rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+    assert on_gpu["primary.sae.W_enc"].stride() == (1, 16)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Triton's kernels for CPU tensors, by Triton's interpreter; the list counts the passes of the kernel that finds candidates."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU the kernels are compiled, and take no CPU tensors")
+    kernels, passes_made = passes._kernels(), list[int]()  # pyright: ignore[reportPrivateUsage]
+    for module in (passes, encoder, topk, row_passes):
+        monkeypatch.setattr(module, "triton_kernels", lambda tensor: kernels if tensor.dtype == torch.float32 else None)
+    compact = kernels.compact  # type: ignore[union-attr]
+    monkeypatch.setattr(kernels, "compact", lambda *args: (passes_made.append(args[6]), compact(*args)))
+    return passes_made
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_a_run_with_kernels_equals_one_with_torchs_functions(name: str, interpreted: list[int]):
+    with_kernels = trained(small_joint(name), gpu=True)
+    assert len(interpreted) > (8 if name == "batchtopk" else 4)
+    with pytest.MonkeyPatch.context() as without:
+        for module in (passes, encoder, topk, row_passes):
+            without.setattr(module, "triton_kernels", lambda tensor: None)
+        with_torch = trained(small_joint(name), gpu=True)
+    for key, value in with_torch.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(with_kernels[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
