@@ -107,12 +107,25 @@ class Codes:
 
     def firings(self) -> Int[Tensor, " d_sae"]:
         """Number of tokens that each latent fired on."""
-        return torch.bincount(self.latents, minlength=self.shape[1])
+        return _count(self.latents, self.shape[1])
+
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Number of latents that fired on each token.
+
+        >>> Codes.from_dense(torch.tensor([[0.0, 2.0, 5.0], [0.0, 0.0, 0.0]])).lengths().tolist()
+        [2, 0]
+        """
+        return _count(self.rows, self.shape[0])
 
     @property
     def l0(self) -> float:
         """Mean number of active latents per token."""
         return self.values.numel() / max(self.shape[0], 1)
+
+
+def _count(indices: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " size"]:
+    """How often each index below `size` occurs. `torch.bincount` would wait for a GPU, to find the largest index."""
+    return indices.new_zeros(size).scatter_add_(0, indices, torch.ones_like(indices))
 
 
 @dataclass(frozen=True)

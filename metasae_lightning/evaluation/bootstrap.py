@@ -62,30 +62,33 @@ def sum_by_document(
 class PhiByGroup:
     """Co-firing of random pairs of latents, counted by groups of documents, for the jackknife of excess |phi|.
 
+    The counts stay on one device; the host waits for none of them.
+
     Args:
         d_sae: Latents.
         groups: Number of document groups.
         matchings: Random pairings of all latents; by default as many as fit into 256 MiB, but at least 4 and at most 32.
+        device: Device of the codes.
     """
 
-    def __init__(self, d_sae: int, groups: int, *, matchings: int | None = None):
+    def __init__(self, d_sae: int, groups: int, *, matchings: int | None = None, device: torch.device | str = "cpu"):
         matchings = matchings or max(4, min(32, 2**26 // (d_sae * groups)))
         partner = PhiSample(d_sae, matchings=matchings).partner
-        self.low = [(row >= 0).nonzero().flatten() for row in partner]
-        self.high = [row[low] for row, low in zip(partner, self.low, strict=True)]
-        self.partner = partner
-        self.together = torch.zeros(matchings, groups, d_sae, dtype=torch.int32)
-        self.firings = torch.zeros(groups, d_sae, dtype=torch.int32)
-        self.tokens = torch.zeros(groups, dtype=torch.float64)
+        low = [(row >= 0).nonzero().flatten() for row in partner]
+        self.high = [row[latents].to(device) for row, latents in zip(partner, low, strict=True)]
+        self.low = [latents.to(device) for latents in low]
+        self.partner = partner.to(device)
+        self.together = torch.zeros(matchings, groups, d_sae, dtype=torch.int32, device=device)
+        self.firings = torch.zeros(groups, d_sae, dtype=torch.int32, device=device)
+        self.tokens = torch.zeros(groups, dtype=torch.float64, device=device)
 
     def update(self, codes: Codes, group: Int[Tensor, " row"]) -> None:
         """Add a batch and the document group of each of its tokens."""
-        groups, width = self.firings.shape
-        cells = group[codes.rows] * width + codes.latents
+        cells = group[codes.rows] * self.firings.shape[1] + codes.latents
         for hits, together in zip(fires_with_partner(codes, self.partner), self.together, strict=True):
-            together += torch.bincount(cells[hits], minlength=groups * width).view(groups, width).int()
-        self.firings += torch.bincount(cells, minlength=groups * width).view(groups, width).int()
-        self.tokens += torch.bincount(group, minlength=groups)
+            together.view(-1).scatter_add_(0, cells, hits.to(together.dtype))
+        self.firings.view(-1).scatter_add_(0, cells, torch.ones_like(cells, dtype=self.firings.dtype))
+        self.tokens.scatter_add_(0, group, torch.ones_like(group, dtype=self.tokens.dtype))
 
     def excess(self, weights: Float[Tensor, "resample group"]) -> Float[Tensor, " resample"]:
         """Mean of |phi| less its floor (its mean by chance) over the sampled pairs of live latents, for each resample.
@@ -95,7 +98,7 @@ class PhiByGroup:
         """
         n = (weights @ self.tokens)[:, None]
         fired = weights @ self.firings.double()
-        total, pairs = torch.zeros(len(weights), dtype=torch.float64), torch.zeros(len(weights), dtype=torch.float64)
+        total, pairs = weights.new_zeros(len(weights), dtype=torch.float64), weights.new_zeros(len(weights), dtype=torch.float64)
         for together, low, high in zip(self.together, self.low, self.high, strict=True):
             n11, n_i, n_j = weights @ together[:, low].double(), fired[:, low], fired[:, high]
             live = (n_i > 0) & (n_i < n) & (n_j > 0) & (n_j < n)
@@ -109,4 +112,4 @@ class PhiByGroup:
 
         A bootstrap over groups would be biased: a group that is drawn twice repeats its co-firings, which the floor does not expect.
         """
-        return self.excess(1 - torch.eye(len(self.tokens), dtype=torch.float64))
+        return self.excess(1 - torch.eye(len(self.tokens), dtype=torch.float64, device=self.tokens.device))

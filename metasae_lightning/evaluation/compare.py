@@ -18,7 +18,7 @@ from metasae_lightning.evaluation.bootstrap import interval, jackknife_interval
 from metasae_lightning.evaluation.collect import CollectedCodes
 from metasae_lightning.evaluation.evaluate import Evaluation, excess_without_each, resampled_losses, resampled_reconstruction
 from metasae_lightning.evaluation.settings import Settings
-from metasae_lightning.metrics.cofiring import PAIR_BYTES, Firings
+from metasae_lightning.metrics.firings import PAIR_BYTES, Firings
 
 # With more latents than this, only the nearest rows of each are candidates: a match over the whole matrix would take hours.
 DENSE = 6000
@@ -39,7 +39,7 @@ def match_decoder_rows(
     if max(len(a), len(b)) <= dense:
         cosines = a @ b.T
         rows, columns = (torch.as_tensor(side) for side in linear_sum_assignment(cosines.cpu().numpy(), maximize=True))
-        return rows, columns, cosines[rows, columns]
+        return rows, columns, cosines.cpu()[rows, columns]
     return _match_nearest(a, b, nearest)
 
 
@@ -101,9 +101,8 @@ def compare(a: Evaluation, b: Evaluation, settings: Settings) -> dict[str, Any]:
     check_same_rows(a.collected, b.collected)
     forward, backward = best_matches(firings_a, firings_b, settings.memory_gib)
     # Tokens shifted by half of the text: the firing rates stay, and every real relation is lost.
-    shifted = Firings(firings_b.matrix[np.roll(np.arange(firings_b.tokens), firings_b.tokens // 2)])
-    chance, _ = best_matches(firings_a, shifted, settings.memory_gib)
-    rows, columns, cosines = match_decoder_rows(a.collected.subject.W_dec.cpu(), b.collected.subject.W_dec.cpu())
+    chance, _ = best_matches(firings_a, firings_b.shifted(firings_b.tokens // 2), settings.memory_gib)
+    rows, columns, cosines = match_decoder_rows(a.collected.subject.W_dec, b.collected.subject.W_dec)
     return {
         "differences": differences(a, b, settings),
         "cross_phi": {"a_in_b": forward.figures(), "b_in_a": backward.figures(), "a_in_b_by_chance": chance.figures()},
@@ -119,9 +118,9 @@ def compare(a: Evaluation, b: Evaluation, settings: Settings) -> dict[str, Any]:
 
 
 def firings(collected: CollectedCodes) -> Firings:
-    """The firings of all latents on all tokens."""
+    """The firings of all latents on all tokens, on the SAE's device."""
     parts = [(entry["latents"], entry["lengths"]) for entry in collected.entries()]
-    latents, lengths = (torch.cat(side) for side in zip(*parts, strict=True))
+    latents, lengths = (torch.cat(side).to(collected.subject.sae.device) for side in zip(*parts, strict=True))
     return Firings.of(latents, lengths, len(collected.subject.W_dec))
 
 
@@ -139,7 +138,8 @@ def best_matches(a: Firings, b: Firings, memory_gib: float) -> tuple[Matches, Ma
     n, n_i, n_j = float(a.tokens), a.counts, b.counts
     count = min(MATCHES, len(n_i), len(n_j))
     rows = max(1, int(memory_gib * 2**30 / PAIR_BYTES) // len(n_j))
-    forth, back = list[tuple[Tensor, Tensor]](), (torch.full((count, len(n_j)), -torch.inf), torch.zeros(count, len(n_j), dtype=torch.long))
+    back = n_j.new_full((count, len(n_j)), -torch.inf, dtype=torch.float32), n_j.new_zeros(count, len(n_j), dtype=torch.long)
+    forth = list[tuple[Tensor, Tensor]]()
     for start, together in a.cofirings(b, rows):
         phi = functional.phi(together, n_i[start : start + len(together), None], n_j[None], n).float()
         top = phi.topk(count)
@@ -148,9 +148,9 @@ def best_matches(a: Firings, b: Firings, memory_gib: float) -> tuple[Matches, Ma
         values, latents = torch.cat([back[0], values]), torch.cat([back[1], start + latents])
         best = values.topk(count, dim=0)
         back = best.values, latents.gather(0, best.indices)
-    values, latents = (torch.cat(side) for side in zip(*forth, strict=True))
-    live_i, live_j = ((counts > 0) & (counts < n) for counts in (n_i, n_j))
-    return Matches(values, latents, live_i), Matches(back[0].T.contiguous(), back[1].T.contiguous(), live_j)
+    values, latents = (torch.cat(side).cpu() for side in zip(*forth, strict=True))
+    live_i, live_j = (((counts > 0) & (counts < n)).cpu() for counts in (n_i, n_j))
+    return Matches(values, latents, live_i), Matches(back[0].T.cpu().contiguous(), back[1].T.cpu().contiguous(), live_j)
 
 
 def splits(matches: Matches, other: Firings) -> list[dict[str, Any]]:
@@ -163,18 +163,16 @@ def splits(matches: Matches, other: Firings) -> list[dict[str, Any]]:
         return []
     second = torch.where(matches.live & (matches.phi[:, 1] >= RELATED), matches.phi[:, 1], -torch.inf)
     chosen = [latent for latent in second.argsort(descending=True)[:SPLITS].tolist() if second[latent].isfinite()]
+    into = matches.latent[chosen, :2].tolist()
+    together = other.pair_cofirings([left for left, _ in into], [right for _, right in into])
+    n, n_j = float(other.tokens), other.counts.cpu()
     entries: list[dict[str, Any]] = []
-    columns, n = other.matrix.tocsc(), float(other.tokens)
-    for latent in chosen:
-        (left, right), into = matches.phi[latent, :2].double(), matches.latent[latent, :2].tolist()
-        x, y = (columns[:, [match]] for match in into)
-        together = torch.tensor(float((x.multiply(y)).sum()), dtype=torch.float64)
-        n_x, n_y = (torch.tensor(float(side.sum()), dtype=torch.float64) for side in (x, y))
+    for number, latent in enumerate(chosen):
+        (left, right), n_x, n_y = matches.phi[latent, :2].double(), n_j[into[number][0]], n_j[into[number][1]]
+        phi_between = functional.phi(together[number], n_x, n_y, n).item()
+        bound = functional.cofiring_bound(left, right).item()
         entries.append(
-            {
-                **{"latent": latent, "into": into, "phi": [left.item(), right.item()]},
-                **{"bound": functional.cofiring_bound(left, right).item(), "phi_between": functional.phi(together, n_x, n_y, n).item()},
-            }
+            {"latent": latent, "into": into[number], "phi": [left.item(), right.item()], "bound": bound, "phi_between": phi_between}
         )
     return entries
 

@@ -4,60 +4,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy import sparse
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from metasae_lightning import functional
+from metasae_lightning.compute.row_chunks import is_blocked
 from metasae_lightning.errors import InputError
+from metasae_lightning.metrics.firings import FIRING_BYTES, PAIR_BYTES, Firings
 from metasae_lightning.step import Codes
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 TAILS = (0.1, 0.3)
 # Bins of |phi|, equal in its square root: a bin is 5e-6 wide at 1e-4, where most pairs are, and 5e-4 at 1.
 BINS = 4096
-# Bytes per pair while counting: SciPy's index and count, our count, phi and its terms.
-PAIR_BYTES = 64
-# Bytes per firing: as received, concatenated, and in two CSR matrices of an index and a one.
-FIRING_BYTES = 24
-
-
-@dataclass(frozen=True)
-class Firings:
-    """A sparse matrix of firings: which latents are active on which tokens. 8 bytes per firing and 4 per token below 2^31 firings."""
-
-    matrix: Any
-    """Ones in a SciPy CSR matrix, tokens by latents."""
-
-    @classmethod
-    def of(cls, latents: Int[Tensor, " nnz"], lengths: Int[Tensor, " token"], d_sae: int) -> "Firings":
-        """Build the matrix from the active latents of all tokens, in token order, and the number of active latents of each token."""
-        pointers = np.concatenate([[0], np.cumsum(lengths.numpy(), dtype=np.int64)])
-        # A count is at most the number of tokens, so 32 bits suffice for 2 billion tokens.
-        ones = np.ones(len(latents), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
-        return cls(sparse.csr_matrix((ones, latents.numpy(), pointers), shape=(len(lengths), d_sae)))
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens."""
-        return self.matrix.shape[0]
-
-    @property
-    def counts(self) -> Float[Tensor, " d_sae"]:
-        """Number of tokens that each latent fired on."""
-        return torch.from_numpy(np.bincount(self.matrix.indices, minlength=self.matrix.shape[1])).double()
-
-    def cofirings(self, other: "Firings", rows: int) -> Iterator[tuple[int, Float[Tensor, "row other"]]]:
-        """Yield, for `rows` latents at a time, the index of the first and their co-firing counts with the latents of `other`."""
-        by_latent = self.matrix.T.tocsr()
-        for start in range(0, self.matrix.shape[1], rows):
-            yield start, torch.from_numpy((by_latent[start : start + rows] @ other.matrix).toarray()).double()
-
-
 @dataclass(frozen=True)
 class PairSums:
     """Sums of phi over all pairs of live latents, which are active on some tokens but not on all."""
@@ -74,6 +36,27 @@ class PairSums:
         middles = ((torch.arange(len(self.bins), dtype=torch.float64) + 0.5) / len(self.bins)).square().log10()
         edge_bins = (torch.bucketize(middles, edges) - 1).clamp(0, len(edges) - 2)
         return torch.zeros(len(edges) - 1, dtype=torch.float64).index_add(0, edge_bins, self.bins)
+
+
+def pair_sums(phi: Float[Tensor, "row other"], counted: Bool[Tensor, "row other"]) -> tuple[Float[Tensor, " 2"], Float[Tensor, " bin"]]:
+    """Over the counted pairs: the sum of |phi| and the number of positive phi, and the histogram of |phi| as in `PairSums`.
+
+    On a GPU the number of counted pairs shapes no tensor, because the host would wait for it.
+
+    >>> pair_sums(torch.tensor([[-1.0, 0.25]]).double(), torch.tensor([[True, True]]))[0].tolist()
+    [1.25, 1.0]
+    """
+    if is_blocked(phi):
+        values = phi[counted]
+        positive = (values > 0).count_nonzero()
+        total = values.abs_().sum()
+        roots = values.sqrt_().clamp_(max=1)
+    else:
+        positive = ((phi > 0) & counted).count_nonzero()
+        total = torch.where(counted, phi.abs(), 0.0).sum()
+        # `histc` ignores values outside of its range.
+        roots = torch.where(counted, phi.abs().sqrt_().clamp_(max=1), -1.0)
+    return torch.stack([total, positive.to(total)]), torch.histc(roots, BINS, 0.0, 1.0)
 
 
 class Phi(Metric):
@@ -126,16 +109,16 @@ class Phi(Metric):
         if codes.shape[1] != width:
             raise InputError(f"Phi: codes of {codes.shape[1]} latents, expected {width}")
         latents.append(codes.latents.to(torch.int32))
-        lengths.append(torch.bincount(codes.rows, minlength=codes.shape[0]).to(torch.int32))
+        lengths.append(codes.lengths().to(torch.int32))
 
     def firings(self) -> tuple[Firings, Firings]:
         """Firings of the SAE and of the second SAE; within one SAE, its firings twice. An `InputError` before any update."""
         if not len(self.latents):  # a tensor after ranks were gathered
             raise InputError("Phi: nothing was seen yet")
-        firings = Firings.of(dim_zero_cat(self.latents).cpu(), dim_zero_cat(self.lengths).cpu(), self.d_sae)
+        firings = Firings.of(dim_zero_cat(self.latents), dim_zero_cat(self.lengths), self.d_sae)
         if self.other is None:
             return firings, firings
-        return firings, Firings.of(dim_zero_cat(self.other_latents).cpu(), dim_zero_cat(self.other_lengths).cpu(), self.other)
+        return firings, Firings.of(dim_zero_cat(self.other_latents), dim_zero_cat(self.other_lengths), self.other)
 
     @property
     def rows(self) -> int:
@@ -169,16 +152,16 @@ class Phi(Metric):
         firings, other = self.firings()
         n, n_i, n_j = float(firings.tokens), firings.counts, other.counts
         live_i, live_j = self._live(n_i, n), self._live(n_j, n)
-        bins, total, positive = torch.zeros(BINS, dtype=torch.float64), 0.0, 0
+        sums, bins, latents = n_i.new_zeros(2), n_i.new_zeros(BINS), torch.arange(max(len(n_i), len(n_j)), device=n_i.device)
         for start, phi in self._tiles(firings, other, n_i, n_j):
             counted = live_i[start : start + len(phi), None] & live_j[None]
             if self.other is None:  # each pair once, without self-pairs
-                counted &= torch.arange(len(n_j))[None] > torch.arange(start, start + len(phi))[:, None]
-            values = phi[counted]
-            positive += int((values > 0).count_nonzero())
-            total += values.abs_().sum().item()
-            bins += torch.histc(values.sqrt_().clamp_(max=1), BINS, 0.0, 1.0)
-        return PairSums(total, positive, bins)
+                counted &= latents[: len(n_j)] > latents[start : start + len(phi), None]
+            tile_sums, tile_bins = pair_sums(phi, counted)
+            sums += tile_sums
+            bins += tile_bins
+        total, positive = sums.tolist()
+        return PairSums(total, int(positive), bins.cpu())
 
     @staticmethod
     def _live(counts: Tensor, n: float) -> Tensor:
@@ -234,7 +217,7 @@ class PhiSample(Metric):
     def update(self, codes: Codes) -> None:
         """Add a batch."""
         for hits, together in zip(fires_with_partner(codes, self.partner), self.together, strict=True):
-            together += torch.bincount(codes.latents[hits], minlength=codes.shape[1])
+            together.scatter_add_(0, codes.latents, hits.to(together.dtype))
         self.firings += codes.firings()
         self.tokens += codes.shape[0]
 
@@ -278,19 +261,20 @@ def mean_phi_by_chance(n_i: Float[Tensor, " live"], n_j: Float[Tensor, " other"]
     (1.0, 0.0)
     """
     (u, m), (v, w) = (torch.unique(counts, return_counts=True) for counts in (n_i, n_j))
-    total, squares = 0.0, 0.0
+    total, squares = n_i.new_zeros(()), n_i.new_zeros(())
     for counts, multiplicity in zip(u.split(512), m.double().split(512), strict=True):
         expected = functional.phi_by_chance(counts[:, None], v[None], n)
-        total += (multiplicity @ expected @ w.double()).item()
-        squares += (multiplicity @ expected.square() @ w.double()).item()
+        total += multiplicity @ expected @ w.double()
+        squares += multiplicity @ expected.square() @ w.double()
     pairs = float(len(n_i) * len(n_j))
     if within:
         self_pairs = functional.phi_by_chance(n_i, n_i, n)
-        total, squares = (total - self_pairs.sum().item()) / 2, (squares - self_pairs.square().sum().item()) / 2
+        total, squares = (total - self_pairs.sum()) / 2, (squares - self_pairs.square().sum()) / 2
         pairs = (pairs - len(n_i)) / 2
     if not pairs:
         return 0.0, 0.0
-    return total / pairs, max(pairs / max(n - 1, 1) - squares, 0.0) ** 0.5 / pairs
+    mean, squared = torch.stack([total / pairs, squares]).tolist()
+    return mean, max(pairs / max(n - 1, 1) - squared, 0.0) ** 0.5 / pairs
 
 
 def histogram_quantile(upper: Float[Tensor, " bin"], share: float) -> float:

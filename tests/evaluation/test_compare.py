@@ -17,7 +17,7 @@ from metasae_lightning.evaluation.evaluate import evaluate
 from metasae_lightning.evaluation.saes import load_sae
 from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.metrics import Phi
-from metasae_lightning.metrics.cofiring import Firings
+from metasae_lightning.metrics.firings import Firings
 from metasae_lightning.step import Codes
 from tests.evaluation.test_evaluate import QUICK
 from tests.helpers.judged import write_run

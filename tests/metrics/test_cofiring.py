@@ -14,7 +14,8 @@ from sklearn.metrics import matthews_corrcoef
 from metasae_lightning import functional
 from metasae_lightning.errors import InputError
 from metasae_lightning.metrics import Phi, PhiSample
-from metasae_lightning.metrics.cofiring import PAIR_BYTES, mean_phi_by_chance
+from metasae_lightning.metrics.cofiring import mean_phi_by_chance
+from metasae_lightning.metrics.firings import PAIR_BYTES
 from metasae_lightning.step import Codes
 from tests.helpers.ranks import on_two_ranks
 
