@@ -172,7 +172,7 @@ ReconstructionSums = tuple[Tensor, Tensor, Tensor, Tensor]
 def reconstruction_sums(x: Activations, reconstruction: Activations) -> ReconstructionSums:
     """The sums of one batch, which add up over batches; `fvu_of_sums` computes the FVU from them."""
     x, error = x.double(), (x.double() - reconstruction.double()).square().sum()
-    return torch.tensor(float(len(x)), device=x.device, dtype=x.dtype), x.sum(0), x.square().sum(), error
+    return x.new_full((), len(x)), x.sum(0), x.square().sum(), error
 
 
 def fvu_of_sums(sums: ReconstructionSums) -> Float[Tensor, ""]:

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metasae_lightning import functional
+from metasae_lightning.compute.row_chunks import is_blocked
 from metasae_lightning.metrics.cofiring import PhiSample, fires_with_partner
 from metasae_lightning.step import Codes
 
@@ -49,14 +50,19 @@ def jackknife_interval(point: float, without: Float[Tensor, " group"]) -> tuple[
 def sum_by_document(
     documents: Int[Tensor, " entry"], sums: Float[Tensor, "entry figure"]
 ) -> tuple[Int[Tensor, " document"], Float[Tensor, "document figure"]]:
-    """The ids of all documents, ascending, and the sum of the entries of each document.
+    """The ids of all documents, ascending, and the sum of the entries of each document; `documents` are on the CPU.
+
+    On a GPU the sums are a product, because additions there would end in any order.
 
     >>> sum_by_document(torch.tensor([4, 2, 4]), torch.tensor([[1.0], [5.0], [2.0]]))
     (tensor([2, 4]), tensor([[5.],
             [3.]]))
     """
     ids, rows = documents.unique(return_inverse=True)
-    return ids, torch.zeros(len(ids), sums.shape[1], dtype=sums.dtype).index_add_(0, rows, sums)
+    if is_blocked(sums):
+        return ids, torch.zeros(len(ids), sums.shape[1], dtype=sums.dtype).index_add_(0, rows, sums)
+    is_of_document = torch.arange(len(ids), device=sums.device)[:, None] == rows.to(sums.device, non_blocking=True)
+    return ids, is_of_document.to(sums.dtype) @ sums
 
 
 class PhiByGroup:

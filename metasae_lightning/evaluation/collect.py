@@ -11,9 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from metasae_lightning.compute.row_chunks import is_blocked
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.bootstrap import sum_by_document
 from metasae_lightning.evaluation.held_out_text import Passage, passages, stream_cache_key
+from metasae_lightning.evaluation.padded_codes import room_for
+from metasae_lightning.evaluation.pending_entries import PendingEntries
 from metasae_lightning.evaluation.result_cache import Entry
 from metasae_lightning.evaluation.saes import EvaluatedSAE
 from metasae_lightning.evaluation.splice import losses
@@ -21,8 +24,10 @@ from metasae_lightning.metrics.loss_recovered import with_recovered_shares
 from metasae_lightning.metrics.reconstruction import Reconstruction
 from metasae_lightning.step import Codes
 
-# Tokens whose predictions are in memory at once; a vocabulary is wide.
+# Tokens whose predictions are in memory at once on a CPU; a vocabulary is wide.
 SPLICED_AT_ONCE = 512
+# Predictions of one kind in memory at once on a GPU, tokens times vocabulary: 512 MiB of float32.
+SPLICED_ELEMENTS = 2**27
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,18 @@ class CollectedCodes:
         for number, text_hash in enumerate(self.text_hashes):
             yield self.subject.result_cache.get(passage_name(number), self.passage_key(text_hash))
 
-    def codes(self) -> Iterator[tuple[Codes, Entry]]:
-        """The codes of each passage with its cached entry."""
+    @property
+    def device(self) -> torch.device:
+        """The SAE's device."""
+        return self.subject.W_dec.device
+
+    def codes(self, device: torch.device | str = "cpu") -> Iterator[tuple[Codes, Entry]]:
+        """The codes of each passage on a device, with its cached entry, which is on the CPU."""
         width = len(self.subject.W_dec)
         for entry in self.entries():
-            lengths = entry["lengths"].long()
-            rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-            yield Codes(rows, entry["latents"].long(), entry["values"], (len(lengths), width)), entry
+            lengths, latents, values = (entry[name].to(device, non_blocking=True) for name in ("lengths", "latents", "values"))
+            rows = torch.repeat_interleave(lengths.long(), output_size=len(latents))
+            yield Codes(rows, latents.long(), values, (len(lengths), width)), entry
 
     @cached_property
     def reconstruction(self) -> Reconstruction:
@@ -107,19 +117,32 @@ def passage_name(number: int) -> str:
 
 
 def collect(subjects: Sequence[EvaluatedSAE], stream: Any, tokens: int) -> list[CollectedCodes]:
-    """Run every SAE over the passages of a split, except those in its result cache. A split without a passage is an `InputError`."""
+    """Run every SAE over the passages of a split, except those in its result cache. A split without a passage is an `InputError`.
+
+    On a GPU the first passage tells the room for active latents; later passages are computed without a wait, in that room.
+    """
     stream_key = stream_cache_key(stream)
-    collected = [CollectedCodes(subject, stream_key, []) for subject in subjects]
-    with progress_bar("activations", tokens) as bar:
+    collected, rooms = [CollectedCodes(subject, stream_key, []) for subject in subjects], dict[int, int]()
+    with progress_bar("activations", tokens) as bar, PendingEntries() as pending:
         for passage in passages(stream, tokens):
             name, text_hash = passage_name(passage.number), passage.text_hash
-            missing = [codes for codes in collected if not codes.subject.result_cache.has(name, codes.passage_key(text_hash))]
+            keys = [codes.passage_key(text_hash) for codes in collected]
+            missing = [
+                index
+                for index, (codes, key) in enumerate(zip(collected, keys, strict=True))
+                if not pending.has(codes.subject.result_cache, name, key)
+            ]
             activations = passage.read() if missing else None
-            for codes in missing:
+            for index in missing:
                 assert activations is not None
-                encode = partial(encode_passage, codes.subject, passage, *activations)
+                subject, room = collected[index].subject, rooms.get(index)
                 # Two arms of a run may hold the same SAE: the second finds the entry of the first.
-                codes.subject.result_cache.get_or_compute(name, codes.passage_key(text_hash), encode)
+                if pending.has(subject.result_cache, name, keys[index]):
+                    continue
+                entry = encode_passage(subject, passage, *activations, room)
+                if room is None and not is_blocked(entry["values"]):
+                    rooms[index] = room_for(entry["lengths"])
+                pending.put(subject.result_cache, name, keys[index], entry, partial(without_padding, subject, passage))
             for codes in collected:
                 codes.text_hashes.append(text_hash)
             bar.update(int(passage.tokens.numel()) if activations is None else len(activations[0]))
@@ -128,24 +151,46 @@ def collect(subjects: Sequence[EvaluatedSAE], stream: Any, tokens: int) -> list[
     return collected
 
 
-def encode_passage(subject: EvaluatedSAE, passage: Passage, x: Float[Tensor, "row d_in"], counted: Tensor) -> Entry:
-    """The cache entry of one SAE on one passage: text, codes, sums by document, and the state of the reconstruction metric."""
-    codes, rebuilt = subject.encode_decode(x)
+def encode_passage(
+    subject: EvaluatedSAE, passage: Passage, x: Float[Tensor, "row d_in"], counted: Tensor, room: int | None = None
+) -> Entry:
+    """The cache entry of one SAE on one passage: text, codes, sums by document, and the state of the reconstruction metric.
+
+    With a `room` for the active latents of a token the codes are padded (see `PaddedCodes`), and the host does not wait for a GPU.
+    """
+    if room is None:
+        codes, rebuilt = subject.encode_decode(x)
+        latents, values, lengths = codes.latents, codes.values, codes.lengths()
+    else:
+        padded, rebuilt = subject.encode_decode_padded(x, room)
+        codes, latents, values, lengths = padded.with_zeros(), padded.latents, padded.values, padded.lengths
     x = x.to(rebuilt)
-    metric = Reconstruction(x.shape[1]).to(x.device)
+    with x.device:  # new sums on this device; sums that are moved to a GPU would make the host wait
+        metric = Reconstruction(x.shape[1])
     metric.update(x, rebuilt, codes)
-    lengths = torch.bincount(codes.rows, minlength=len(x))
     wide, error = x.double(), (x.double() - rebuilt.double()).square().sum(1)
     cosine = torch.nn.functional.cosine_similarity(wide, rebuilt.double(), dim=1)
-    figures = torch.stack([torch.ones_like(error), wide.square().sum(1), error, lengths.double(), cosine], 1).cpu()
+    figures = torch.stack([torch.ones_like(error), wide.square().sum(1), error, lengths.double(), cosine], 1)
     owner = passage.documents[counted]
     documents, sums = sum_by_document(owner, figures)
+    state = {**metric.metric_state, "active": lengths.sum().double()}
     return {
         **{"tokens": passage.tokens.int(), "counted": counted, "owner": passage.documents},
-        **{"latents": codes.latents.int(), "lengths": lengths.int(), "values": codes.values.float()},
-        **{"documents": documents, "sums": sums, "total": sum_by_document(owner, wide.cpu())[1]},
-        **{f"reconstruction/{name}": torch.as_tensor(value) for name, value in metric.metric_state.items()},
+        **{"latents": latents.int(), "lengths": lengths.int(), "values": values.float()},
+        **{"documents": documents, "sums": sums, "total": sum_by_document(owner, wide)[1]},
+        **{f"reconstruction/{name}": torch.as_tensor(value) for name, value in state.items()},
     }
+
+
+def without_padding(subject: EvaluatedSAE, passage: Passage, entry: Entry) -> Entry:
+    """An entry on the CPU without the free places of padded codes. If a token had more active latents than room, it is computed again."""
+    latents, lengths = entry["latents"], entry["lengths"]
+    if latents.ndim == 1:
+        return entry
+    if len(lengths) and int(lengths.max()) > latents.shape[1]:
+        return encode_passage(subject, passage, *passage.read())
+    is_filled = torch.arange(latents.shape[1]) < lengths[:, None]
+    return {**entry, "latents": latents[is_filled], "values": entry["values"][is_filled]}
 
 
 def collect_spliced_losses(collected: Sequence[CollectedCodes], stream: Any, tokens: int, complete: Any) -> list[SplicedLosses]:
@@ -154,9 +199,9 @@ def collect_spliced_losses(collected: Sequence[CollectedCodes], stream: Any, tok
     The first contexts are those that hold `tokens` predicted tokens. `complete` loads and returns the model; it is called only if an entry
     is missing from a result cache.
     """
-    entries: list[list[Entry]] = [[] for _ in collected]
+    names_and_keys: list[list[tuple[str, dict[str, Any]]]] = [[] for _ in collected]
     first, mean, model, remaining = collected[0], collected[0].mean, None, tokens
-    with progress_bar("spliced", tokens) as bar:
+    with progress_bar("spliced", tokens) as bar, PendingEntries() as pending:
         for passage in passages(stream, tokens):
             counted = first.subject.result_cache.get(passage_name(passage.number), first.passage_key(passage.text_hash))["counted"].bool()
             contexts = 1 + int((counted[:, 1:].sum(1).cumsum(0) < remaining).sum())
@@ -169,28 +214,33 @@ def collect_spliced_losses(collected: Sequence[CollectedCodes], stream: Any, tok
             }
             missing = [index for path, index in files.items() if not path.exists()]
             if missing:
-                model = model or complete()
+                if model is None:
+                    model = complete()
+                    mean = mean.to(model.device)
                 rebuild = {str(index): collected[index].subject.reconstruct for index in missing}
                 measured = _spliced_entries(model, passage, counted[:contexts], rebuild, mean)
                 for index in missing:
-                    collected[index].subject.result_cache.put(name, keys[index], measured[str(index)])
-            for codes, key, entries_of_sae in zip(collected, keys, entries, strict=True):
-                entries_of_sae.append(codes.subject.result_cache.get(name, key))
-            count = int(entries[0][-1]["sums"][:, 0].sum())
+                    pending.put(collected[index].subject.result_cache, name, keys[index], measured[str(index)])
+            for key, of_sae in zip(keys, names_and_keys, strict=True):
+                of_sae.append((name, key))
+            count = int(counted[:contexts, 1:].sum())
             bar.update(count)
             remaining -= count
             if remaining <= 0:
                 break
-    return [
-        SplicedLosses(*sum_by_document(*(torch.cat([entry[field] for entry in entries_of_sae]) for field in ("documents", "sums"))))
-        for entries_of_sae in entries
-    ]
+    return [_read_spliced_losses(codes, of_sae) for codes, of_sae in zip(collected, names_and_keys, strict=True)]
+
+
+def _read_spliced_losses(codes: CollectedCodes, names_and_keys: Sequence[tuple[str, dict[str, Any]]]) -> SplicedLosses:
+    """The losses in the cached entries of one SAE, summed by document."""
+    entries = [codes.subject.result_cache.get(name, key) for name, key in names_and_keys]
+    return SplicedLosses(*sum_by_document(*(torch.cat([entry[field] for entry in entries]) for field in ("documents", "sums"))))
 
 
 def _spliced_entries(model: Any, passage: Passage, counted: Tensor, rebuild: dict[str, Any], mean: Tensor) -> dict[str, Entry]:
     """The language model's losses with each reconstruction in `rebuild` spliced in, on a passage's first contexts, summed by document."""
     parts: dict[str, list[Tensor]] = {name: [] for name in rebuild}
-    at_once = max(1, SPLICED_AT_ONCE // counted.shape[1])
+    at_once = max(1, spliced_at_once(model) // counted.shape[1])
     for begin in range(0, len(counted), at_once):
         chosen = slice(begin, min(begin + at_once, len(counted)))
         visible = None if passage.visible is None else passage.visible[chosen]
@@ -198,13 +248,19 @@ def _spliced_entries(model: Any, passage: Passage, counted: Tensor, rebuild: dic
             parts[name].append(values)
     # A prediction counts if the predicted token is one that SAEs are evaluated on.
     predicted, documents_of_predicted = counted[:, 1:], passage.documents[: len(counted), 1:]
+    places = predicted.flatten().nonzero().flatten()
     entries: dict[str, Entry] = {}
     for name, values in parts.items():
-        rows = torch.cat(values, 1).double()[:, predicted].T
-        counts_and_losses = torch.cat([torch.ones(len(rows), 1, dtype=torch.float64), rows], 1)
-        documents, sums = sum_by_document(documents_of_predicted[predicted], counts_and_losses)
+        by_place = torch.cat(values, 1).double().flatten(1)
+        rows = by_place.index_select(1, places.to(by_place.device, non_blocking=True)).T
+        documents, sums = sum_by_document(documents_of_predicted[predicted], torch.cat([torch.ones_like(rows[:, :1]), rows], 1))
         entries[name] = {"documents": documents, "sums": sums}
     return entries
+
+
+def spliced_at_once(model: Any) -> int:
+    """Tokens whose predictions are in memory at once: few on a CPU, as many as `SPLICED_ELEMENTS` allow on a GPU."""
+    return SPLICED_AT_ONCE if model.device.type == "cpu" else max(SPLICED_AT_ONCE, SPLICED_ELEMENTS // max(1, len(model.tokenizer)))
 
 
 def progress_bar(words: str, total: int) -> Any:

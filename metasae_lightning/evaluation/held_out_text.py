@@ -81,14 +81,19 @@ def _text_passages(stream: ActivationStream, tokens: int) -> Iterator[Passage]:
 
 def _reader(rows: RowReader, tokens: Tensor, keep: Tensor, max_norm_ratio: float | None) -> Read:
     def read() -> tuple[Tensor, Tensor]:
-        activations, counted = rows.forward(tokens)[keep.to(rows.language_model.device)], keep.clone()
+        activations, counted = select_rows(rows.forward(tokens).flatten(0, 1), keep.flatten()), keep.clone()
         if max_norm_ratio is not None:
-            ordinary = within_norm(activations, max_norm_ratio)
-            counted[keep] = ordinary.cpu()
-            activations = activations[ordinary]
+            ordinary = within_norm(activations, max_norm_ratio).cpu()
+            counted[keep] = ordinary
+            activations = select_rows(activations, ordinary)
         return activations, counted
 
     return read
+
+
+def select_rows(activations: Float[Tensor, "row d_in"], chosen: Bool[Tensor, " row"]) -> Float[Tensor, "chosen d_in"]:
+    """The rows that a mask on the CPU chooses. The host does not wait for a GPU, as it would for a mask there."""
+    return activations.index_select(0, chosen.nonzero().flatten().to(activations.device, non_blocking=True))
 
 
 def _synthetic_passages(stream: SyntheticStream) -> Iterator[Passage]:

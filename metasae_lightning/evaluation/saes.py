@@ -15,6 +15,7 @@ from metasae_lightning.corpora.base import Corpus
 from metasae_lightning.corpora.python_docs import PythonDocs
 from metasae_lightning.corpora.sources import HubText, SavedDataset, TextFiles
 from metasae_lightning.errors import InputError
+from metasae_lightning.evaluation.padded_codes import PaddedCodes
 from metasae_lightning.evaluation.result_cache import ResultCache, hash_settings, hash_weights
 from metasae_lightning.lm.backends import HuggingFaceLM, TransformerLensLM
 from metasae_lightning.lm.base import LanguageModel
@@ -96,19 +97,27 @@ class EvaluatedSAE:
     @torch.no_grad()
     def encode_decode(self, x: Float[Tensor, "row d_in"]) -> tuple[Codes, Float[Tensor, "row d_in"]]:
         """Codes and reconstruction of raw activations, computed in chunks of rows."""
-        parts = list(self._parts(x))
+        parts = [(Codes.from_dense(acts), self.sae.decode(acts).float()) for acts in self._encoded_chunks(x)]
         return Codes.concatenate([codes for codes, _ in parts]), torch.cat([rebuilt for _, rebuilt in parts])
 
-    def reconstruct(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
-        """Reconstruction of raw activations, without codes."""
-        return torch.cat([rebuilt for _, rebuilt in self._parts(x)])
+    @torch.no_grad()
+    def encode_decode_padded(self, x: Float[Tensor, "row d_in"], room: int) -> tuple[PaddedCodes, Float[Tensor, "row d_in"]]:
+        """As `encode_decode`, with room for that many active latents of a token: the host does not wait for a GPU."""
+        parts = [(PaddedCodes.from_dense(acts, room), self.sae.decode(acts).float()) for acts in self._encoded_chunks(x)]
+        return PaddedCodes.concatenate([codes for codes, _ in parts]), torch.cat([rebuilt for _, rebuilt in parts])
 
     @torch.no_grad()
-    def _parts(self, x: Tensor) -> Iterator[tuple[Codes, Tensor]]:
-        for rows in x.to(self.sae.device, self.sae.dtype).split(max(1, AT_ONCE // len(self.W_dec))):
-            # SAELens keeps the normalisation statistics of these rows until `decode`.
-            acts = self.sae.encode(rows)
-            yield Codes.from_dense(acts), self.sae.decode(acts).float()
+    def reconstruct(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
+        """Reconstruction of raw activations, without codes."""
+        return torch.cat([self.sae.decode(acts).float() for acts in self._encoded_chunks(x)])
+
+    def _encoded_chunks(self, x: Tensor) -> Iterator[Float[Tensor, "row d_sae"]]:
+        """Dense latent activations of some rows at a time, each to be decoded before the next is computed.
+
+        SAELens keeps the normalisation statistics of the rows that it encoded last, until it decodes.
+        """
+        for rows in x.to(self.sae.device, self.sae.dtype, non_blocking=True).split(max(1, AT_ONCE // len(self.W_dec))):
+            yield self.sae.encode(rows).detach()
 
 
 def load_sae(source: str, *, out: str | Path | None = None, device: str | torch.device = "cpu") -> EvaluatedSAE:

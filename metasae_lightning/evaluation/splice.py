@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metasae_lightning import functional
 from metasae_lightning.lm.base import LanguageModel
+from metasae_lightning.lm.predictions import Edit
 from metasae_lightning.metrics.loss_recovered import Splice
 
 Rebuild = Callable[[Float[Tensor, "row d_in"]], Float[Tensor, "row d_in"]]
@@ -24,27 +25,31 @@ def losses(
 ) -> dict[str, Float[Tensor, "kind context next"]]:
     """Losses of each token after the first, by the names in `rebuild`, in the order of `loss_recovered.LOSS_KINDS` and in nats.
 
-    The clean model and the ablations run once for all reconstructions. `where` marks the positions that are replaced. Positions that an SAE
-    was not trained on (special tokens, the first few) keep their activations in every case.
+    The clean model and the ablations run once for all reconstructions, and the layers before the hook once for all of these. `where` marks
+    the positions that are replaced. Positions that an SAE was not trained on (special tokens, the first few) keep their activations in
+    every case. The losses are on the model's device; with `tokens` and `where` on the CPU, the host does not wait for them.
     """
-    replaced, targets = where.to(model.device), tokens[:, 1:].to(model.device)
+    # Indices of a mask on a GPU would make the host wait for their number.
+    positions = where.flatten().nonzero().flatten().to(model.device, non_blocking=True)
+    targets = tokens[:, 1:].to(model.device, non_blocking=True)
 
-    def logits_with(rebuild_rows: Rebuild) -> Tensor:
+    def edit_with(rebuild_rows: Rebuild) -> Edit:
         def edit(activations: Tensor) -> Tensor:
-            return activations.index_put((replaced,), rebuild_rows(activations[replaced]).to(activations.dtype))
+            rows = activations.flatten(0, 1)
+            rebuilt = rebuild_rows(rows.index_select(0, positions)).to(rows.dtype)
+            return rows.index_copy(0, positions, rebuilt).view_as(activations)
 
-        return model.logits(tokens, visible, edit=edit)[:, :-1]
+        return edit
 
-    clean = model.logits(tokens, visible)[:, :-1]
+    ablations = [None, edit_with(torch.zeros_like), edit_with(lambda rows: mean.to(rows).expand_as(rows))]
+    logits_of_edits = model.logits_of_edits(tokens, visible, [*ablations, *(edit_with(rows) for rows in rebuild.values())])
+    clean = next(logits_of_edits)[:, :-1]
     ce_clean = functional.cross_entropy(clean, targets)
-    ce_zero = functional.cross_entropy(logits_with(torch.zeros_like), targets)
-    ce_mean = functional.cross_entropy(logits_with(lambda rows: mean.to(rows).expand_as(rows)), targets)
+    ce_zero, ce_mean = (functional.cross_entropy(next(logits_of_edits)[:, :-1], targets) for _ in range(2))
     losses_by_name: dict[str, Tensor] = {}
-    for name, rebuild_rows in rebuild.items():
-        logits = logits_with(rebuild_rows)
-        losses_by_name[name] = torch.stack(
-            [ce_clean, functional.cross_entropy(logits, targets), ce_zero, ce_mean, functional.kl_divergence(clean, logits)]
-        ).cpu()
+    for name, logits in zip(rebuild, logits_of_edits, strict=True):
+        ce_sae, kl = functional.cross_entropy(logits[:, :-1], targets), functional.kl_divergence(clean, logits[:, :-1])
+        losses_by_name[name] = torch.stack([ce_clean, ce_sae, ce_zero, ce_mean, kl])
     return losses_by_name
 
 
@@ -63,4 +68,4 @@ def splice(
     """
     for tokens, visible, where in contexts:
         values = losses(model, tokens, visible, where, {"sae": rebuild}, mean)["sae"]
-        metric.update(values.to(metric.device), where[:, 1:].to(metric.device))
+        metric.update(values.to(metric.device), where[:, 1:].to(metric.device, non_blocking=True))

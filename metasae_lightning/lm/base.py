@@ -19,6 +19,7 @@ from metasae_lightning.lm import device
 from metasae_lightning.lm.embedded_model import EMBEDDED, embedded_folder
 from metasae_lightning.lm.hooks import HookLocation, attach
 from metasae_lightning.lm.loading import CONFIG_KWARGS, additive_mask, hub_errors, parse_dtype, quiet_loading
+from metasae_lightning.lm.predictions import Predictor
 from metasae_lightning.redaction import redact
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class _LastHookReached(Exception):
     """Ends a forward pass at the last hook."""
 
 
-class LanguageModel(ABC):
+class LanguageModel(Predictor, ABC):
     """A causal language model whose activations are taken at one hook, or at several in one pass. `load` loads it, not the constructor.
 
     Args:
@@ -63,6 +64,7 @@ class LanguageModel(ABC):
         self._widths: dict[str, int] = {}
         self._separates_documents: bool | None = None
         self._is_complete = False
+        self._layers_run_once: bool | None = None
 
     def load(self) -> None:
         """Load the model up to its last hook, unless it is loaded. The global random state does not change."""
@@ -98,27 +100,6 @@ class LanguageModel(ABC):
         log.warning("%s is loaded a second time, with all layers, to measure its predictions", self.name)
         twin.load()
         return twin
-
-    def logits(
-        self,
-        tokens: Int[Tensor, "context position"],
-        visible: Bool[Tensor, "context position position"] | None = None,
-        *,
-        edit: Callable[[Tensor], Tensor] | None = None,
-    ) -> Float[Tensor, "context position vocabulary"]:
-        """Logits in float32. Only the model that `complete` returns has them: others lack the layers after their last hook.
-
-        `visible` is the attention mask, as in `activations`. `edit` receives the activations at the first hook, in float32, and returns
-        those that replace them.
-        """
-        if not self._is_complete:
-            raise RuntimeError(f"{self.name}: the layers after the hook are not loaded; use the model that complete() returns")
-
-        def replace(activations: Tensor) -> Tensor | None:
-            return None if edit is None else edit(activations.flatten(2).float()).to(activations.dtype).view_as(activations)
-
-        with self._hooked([replace]):
-            return self._forward(tokens, visible).float()
 
     @property
     def _folder(self) -> str:
@@ -160,7 +141,7 @@ class LanguageModel(ABC):
                 raise _LastHookReached
 
         callbacks = [partial(collect, number) for number in range(len(self._locations))]
-        with self._hooked(callbacks), contextlib.suppress(_LastHookReached):
+        with self._hooked(callbacks, self._locations), contextlib.suppress(_LastHookReached):
             self._forward(tokens, visible)
         missing = [hook for number, hook in enumerate(self.hooks) if number not in outputs]
         if missing:
@@ -168,12 +149,14 @@ class LanguageModel(ABC):
         return [outputs[number] for number in range(len(self._locations))]
 
     @contextlib.contextmanager
-    def _hooked(self, callbacks: Sequence[Callable[[Any], Tensor | None]]) -> Generator[None, None, None]:
-        """A block with callback i attached to hook i, for one forward pass. It holds the lock that all forward passes take."""
+    def _hooked(
+        self, callbacks: Sequence[Callable[[Any], Tensor | None]], locations: Sequence[HookLocation]
+    ) -> Generator[None, None, None]:
+        """A block with callback i attached to location i, for one forward pass. It holds the lock that all forward passes take."""
         root = self._loaded_root()
         # Activations must not depend on a caller's autocast. The meta device has no autocast of its own to turn off.
         with FORWARD_LOCK, torch.no_grad(), torch.autocast(self.device.type.replace("meta", "cpu"), enabled=False):
-            pairs = zip(self._locations, callbacks, strict=False)
+            pairs = zip(locations, callbacks, strict=True)
             handles = [attach(root.get_submodule(location.path), location, callback) for location, callback in pairs]
             try:
                 yield

@@ -1,0 +1,152 @@
+"""Predictions of a complete language model with edited activations; the layers before the hook run once for all edits."""
+
+import contextlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from metasae_lightning.lm.hooks import HookLocation, layer_stack_path
+
+Edit = Callable[[Tensor], Tensor]
+"""Receives the activations at the hook, in float32, and returns those that replace them, without a change of its argument."""
+
+
+@dataclass
+class LayersBeforeHook:
+    """The layers before a hook. They run in the first forward pass; later passes on the same tokens get the last layer's output."""
+
+    location: HookLocation
+    """Where an edit is attached: the hook, or a layer's output that holds the same activations."""
+    layers: list[nn.Module] = field(default_factory=list)
+    """The layers that run once; none where the hook is at the input of the first layer or outside of the layers."""
+    output: Any = None
+    """What the last of these layers returned in the first pass, before an edit."""
+
+    @classmethod
+    def of(cls, root: nn.Module, location: HookLocation) -> "LayersBeforeHook":
+        """The layers before a hook of a transformers or a TransformerLens model."""
+        stack = "blocks" if hasattr(root, "hook_dict") else layer_stack_path(root)
+        match = re.fullmatch(rf"{re.escape(stack)}\.(\d+)(?:\.(.+))?", location.path)
+        if not match or location.at_input:
+            return cls(location)
+        layer, inside = int(match[1]), match[2]
+        # A residual hook of TransformerLens is inside of a layer, but its activations are the output of this layer or of the one before.
+        count = layer + 1 if inside in (None, "hook_resid_post") else layer
+        if inside in ("hook_resid_pre", "hook_resid_post") and count:
+            location = HookLocation(f"{stack}.{count - 1}", False, count, location.lens_name)
+        return cls(location, list(root.get_submodule(stack).children())[:count])
+
+    @contextlib.contextmanager
+    def run_once(self) -> Generator[None, None, None]:
+        """A block for one forward pass: the first runs the layers, each later one runs none of them."""
+        if not self.layers:
+            yield
+            return
+        is_first, last = self.output is None, self.layers[-1]
+        replaced = {last: self._recorded(last.forward)} if is_first else dict.fromkeys(self.layers, self._replayed)
+        before = {layer: vars(layer).get("forward") for layer in replaced}
+        try:
+            for layer, forward in replaced.items():
+                layer.forward = forward
+            yield
+        finally:
+            for layer, forward in before.items():
+                if forward is None:
+                    del layer.forward
+                else:  # an instance's own, such as that of a layer on another device
+                    layer.forward = forward
+
+    def _recorded(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward method of the last layer, which also stores its output."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.output = forward(*args, **kwargs)
+            return self.output
+
+        return run
+
+    def _replayed(self, *_: Any, **__: Any) -> Any:
+        """The stored output, in place of a layer's forward method."""
+        return self.output
+
+
+class Predictor(ABC):
+    """The part of a language model that computes predictions. `LanguageModel` completes it."""
+
+    name: str
+    _locations: list[HookLocation]
+    _is_complete: bool
+    _layers_run_once: bool | None
+
+    def logits(
+        self,
+        tokens: Int[Tensor, "context position"],
+        visible: Bool[Tensor, "context position position"] | None = None,
+        *,
+        edit: Edit | None = None,
+    ) -> Float[Tensor, "context position vocabulary"]:
+        """Logits in float32. Only the model that `complete` returns has them: others lack the layers after their last hook.
+
+        `visible` is the attention mask, as in `activations`. `edit` receives the activations at the first hook, in float32, and returns
+        those that replace them.
+        """
+        return next(self.logits_of_edits(tokens, visible, [edit]))
+
+    def logits_of_edits(
+        self,
+        tokens: Int[Tensor, "context position"],
+        visible: Bool[Tensor, "context position position"] | None,
+        edits: Sequence[Edit | None],
+    ) -> Iterator[Float[Tensor, "context position vocabulary"]]:
+        """Yield the logits for each edit of the activations at the first hook, as `logits` gives them; None edits nothing.
+
+        The layers before the hook run in the first pass only, where the model allows it: a trial decides, which compares logits.
+        """
+        if not self._is_complete:
+            raise RuntimeError(f"{self.name}: the layers after the hook are not loaded; use the model that complete() returns")
+        once = len(edits) > 1 and self._can_run_layers_once()
+        yield from self._passes(tokens, visible, edits, once=once)
+
+    def _passes(self, tokens: Tensor, visible: Tensor | None, edits: Sequence[Edit | None], *, once: bool) -> Iterator[Tensor]:
+        """Yield the logits of one forward pass for each edit."""
+        first_hook = self._locations[0]
+        before = LayersBeforeHook.of(self._loaded_root(), first_hook) if once else LayersBeforeHook(first_hook)
+        for edit in edits:
+
+            def replace(activations: Tensor, edit: Edit | None = edit) -> Tensor | None:
+                return None if edit is None else edit(activations.flatten(2).float()).to(activations.dtype).view_as(activations)
+
+            with self._hooked([replace], [before.location]), before.run_once():
+                logits = self._forward(tokens, visible).float()
+            yield logits
+
+    def _can_run_layers_once(self) -> bool:
+        """Whether passes without the layers before the hook give the logits of whole passes, twice after each other."""
+        if self._layers_run_once is None:
+            tokens, edits = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 7, 8, 4, 5, 6]]), [None, lambda x: -2 * x, None, lambda x: -2 * x]
+            try:
+                pairs = zip(*(self._passes(tokens, None, edits, once=once) for once in (True, False)), strict=True)
+                self._layers_run_once = all(torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item()) for a, b in pairs)
+            except (TypeError, ValueError, AttributeError, RuntimeError):
+                self._layers_run_once = False
+        return self._layers_run_once
+
+    @abstractmethod
+    def _loaded_root(self) -> nn.Module:
+        """The root module; an error if the model is not loaded."""
+
+    @abstractmethod
+    def _hooked(
+        self, callbacks: Sequence[Callable[[Any], Tensor | None]], locations: Sequence[HookLocation]
+    ) -> contextlib.AbstractContextManager[None]:
+        """A block with callback i attached to location i, for one forward pass. It holds the lock that all forward passes take."""
+
+    @abstractmethod
+    def _forward(self, tokens: Tensor, visible: Tensor | None) -> Any:
+        """One forward pass on the model's device, with `visible` as an additive mask."""
