@@ -123,7 +123,7 @@ def latents_file(result: Evaluation, tokenizer: Any | None, count: int) -> bytes
     Without a tokenizer there are no contexts.
     """
     text = json.dumps(run_folder.null_non_finite(latents_record(result.collected, tokenizer, count=count)), ensure_ascii=False)
-    return gzip.compress(text.encode(errors="replace"), mtime=0)
+    return gzip.compress(text.encode(errors="replace"), compresslevel=6, mtime=0)
 
 
 def contexts(comparison: Mapping[str, Any], a: Evaluation, b: Evaluation, data: Any) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from metasae_lightning import functional
 from metasae_lightning.compute.row_chunks import is_blocked
 from metasae_lightning.metrics.cofiring import PhiSample, fires_with_partner
+from metasae_lightning.metrics.reconstruction import sums_by_bin
 from metasae_lightning.step import Codes
 
 
@@ -61,8 +62,7 @@ def sum_by_document(
     ids, rows = documents.unique(return_inverse=True)
     if is_blocked(sums):
         return ids, torch.zeros(len(ids), sums.shape[1], dtype=sums.dtype).index_add_(0, rows, sums)
-    is_of_document = torch.arange(len(ids), device=sums.device)[:, None] == rows.to(sums.device, non_blocking=True)
-    return ids, is_of_document.to(sums.dtype) @ sums
+    return ids, sums_by_bin(rows.to(sums.device, non_blocking=True), sums, len(ids))
 
 
 class PhiByGroup:

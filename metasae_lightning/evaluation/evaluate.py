@@ -110,11 +110,11 @@ def measure_all(collected: CollectedCodes, spliced: SplicedLosses | None, settin
 def latents(collected: CollectedCodes, settings: Settings) -> dict[str, Any]:
     """Firing rates and co-firing of latents."""
     width = len(collected.subject.W_dec)
-    dead, phi = DeadLatents(width), Phi(width, memory_gib=settings.memory_gib)
-    for codes, _ in collected.codes():
+    dead, phi = DeadLatents(width).to(collected.device), Phi(width, memory_gib=settings.memory_gib)
+    for codes, _ in collected.codes(collected.device):
         dead.update(codes)
         phi.update(codes)
-    density = dead.density()
+    density = dead.density().cpu()
     fired = density[density > 0].log10()
     counts = torch.histogram(fired.clamp(float(DENSITIES[0]), 0), DENSITIES).hist.int().tolist()
 
@@ -144,8 +144,8 @@ def recovery(collected: CollectedCodes, features: Tensor, stream: Any) -> dict[s
 def decoder(subject: EvaluatedSAE) -> dict[str, Any]:
     """Cosines of decoder rows with their nearest rows, as mean, maximum and histogram, and lengths of decoder rows."""
     metric = DecoderGeometry()
-    metric.update(subject.W_dec.cpu())
-    rows = torch.histogram(metric.nearest[0].double().clamp(0, 1), COSINES).hist.int().tolist()
+    metric.update(subject.W_dec)
+    rows = torch.histogram(metric.nearest[0].cpu().double().clamp(0, 1), COSINES).hist.int().tolist()
     return {**floats(metric.compute()), "nearest": {"edges": COSINES.tolist(), "rows": rows}}
 
 
@@ -216,10 +216,10 @@ def phi_by_group(collected: CollectedCodes) -> PhiByGroup:
     """Co-firing of random pairs of latents by groups of documents."""
     ids, _, _ = collected.by_document
     groups = min(GROUPS, len(ids))
-    counts = PhiByGroup(len(collected.subject.W_dec), groups)
-    for codes, entry in collected.codes():
+    counts = PhiByGroup(len(collected.subject.W_dec), groups, device=collected.device)
+    for codes, entry in collected.codes(collected.device):
         # Document ids are consecutive, so the remainder spreads documents evenly.
-        counts.update(codes, entry["owner"][entry["counted"]] % groups)
+        counts.update(codes, (entry["owner"][entry["counted"]] % groups).to(collected.device, non_blocking=True))
     return counts
 
 

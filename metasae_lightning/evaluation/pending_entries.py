@@ -67,7 +67,12 @@ class PendingEntries:
         pending, self._pending, self._bytes = list(self._pending.values()), {}, 0
         copies = [{field: value.to("cpu", non_blocking=True) for field, value in item.entry.items()} for item in pending]
         devices = {value.device for item in pending for value in item.entry.values() if value.device.type != "cpu"}
-        for device in devices:  # copies from one device end in their order
-            torch.zeros(1, device=device).cpu()
+        for device in devices:
+            wait_for_copies(device)
         for item, entry in zip(pending, copies, strict=True):
             item.cache.put(item.name, item.key, item.finish(entry))
+
+
+def wait_for_copies(device: torch.device) -> None:
+    """Wait until all copies from a device that were begun before have ended, as a copy after them does."""
+    torch.zeros(1, device=device).cpu()

@@ -1,16 +1,15 @@
 """Text around the tokens where latents fire most."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
 from scipy import sparse
-from torch import Tensor
 
 from metasae_lightning.evaluation.collect import CollectedCodes
+from metasae_lightning.evaluation.strongest_hits import strongest_hits
 
 BEFORE, AFTER = 12, 6
 # A tokenizer's text of a token that holds a part of a character.
@@ -35,55 +34,6 @@ class Context:
         """One line of text, with the token that the latent fires on between « and »."""
         before, token, after = ("".join(part) for part in (self.tokens[: self.at], [self.tokens[self.at]], self.tokens[self.at + 1 :]))
         return " ".join(f"{before}«{token}»{after}".split())
-
-
-@dataclass(frozen=True)
-class Hits:
-    """Firings: tokens on which latents are active."""
-
-    values: Float[np.ndarray, " hit"]
-    """Activation of each firing."""
-    places: Int[np.ndarray, "hit 4"]
-    """Latent, document, passage, and position in the passage of each firing."""
-
-    def best(self, count: int) -> "Hits":
-        """The strongest firing of each latent in each of its `count` best documents, sorted by latent, its strongest firing first."""
-        latent, document = self.places[:, 0], self.places[:, 1]
-        order = np.lexsort((-self.values, document, latent))
-        latent, document = latent[order], document[order]
-        first = np.append(True, (np.diff(latent) != 0) | (np.diff(document) != 0))[: len(order)]
-        order = order[first]
-        order = order[np.lexsort((-self.values[order], self.places[order, 0]))]
-        best = order[rank_in_group(self.places[order, 0]) < count]
-        return Hits(self.values[best], self.places[best])
-
-
-def rank_in_group(groups: Int[np.ndarray, " item"]) -> Int[np.ndarray, " item"]:
-    """Index of each item within its group; the items of a group are adjacent.
-
-    >>> rank_in_group(np.array([3, 3, 3, 5, 7, 7])).tolist()
-    [0, 1, 2, 0, 0, 1]
-    """
-    starts = np.append(True, np.diff(groups) != 0)[: len(groups)]
-    places = np.arange(len(groups))
-    return places - np.maximum.accumulate(np.where(starts, places, 0))
-
-
-def strongest_hits(collected: CollectedCodes, chosen: Bool[Tensor, " d_sae"], count: int) -> Hits:
-    """The strongest firing of each chosen latent in each of its `count` best documents."""
-    best = Hits(np.zeros(0, np.float32), np.zeros((0, 4), np.int64))
-    threshold = torch.zeros(len(chosen))
-    for number, (codes, entry) in enumerate(collected.codes()):
-        # Once a latent has `count` documents, only stronger firings matter.
-        stronger = (chosen[codes.latents] & (codes.values > threshold[codes.latents])).nonzero().flatten()
-        position = entry["counted"].flatten().nonzero().flatten()[codes.rows[stronger]]
-        document = entry["owner"].flatten()[position]
-        places = torch.stack([codes.latents[stronger], document, torch.full_like(position, number), position], 1).numpy()
-        values = np.concatenate([best.values, codes.values[stronger].numpy()])
-        best = Hits(values, np.concatenate([best.places, places])).best(count)
-        full = np.flatnonzero(rank_in_group(best.places[:, 0]) == count - 1)
-        threshold[best.places[full, 0]] = torch.from_numpy(best.values[full])
-    return best
 
 
 def top_contexts(
@@ -154,14 +104,16 @@ class Spelling:
 def latents_record(collected: CollectedCodes, tokenizer: Any | None, *, count: int = 3) -> dict[str, Any]:
     """Number of firings and largest activation of every latent, and top contexts of live latents, if there is a tokenizer."""
     width = len(collected.subject.W_dec)
-    firings, maximum = torch.zeros(width, dtype=torch.long), torch.zeros(width)
-    for codes, _ in collected.codes():
-        firings += codes.firings().cpu()
+    firings = torch.zeros(width, dtype=torch.long, device=collected.device)
+    maximum = torch.zeros(width, device=collected.device)
+    for codes, _ in collected.codes(collected.device):
+        firings += codes.firings()
         maximum = maximum.scatter_reduce(0, codes.latents, codes.values, "amax")
+    firings, maximum = firings.cpu(), maximum.cpu()
     live = firings.nonzero().flatten().tolist()
     contexts = top_contexts(collected, live, tokenizer, count=count) if tokenizer is not None and count else {}
     return {
         **{"weights": collected.subject.cache_key["sae"], "tokens": int(collected.reconstruction.tokens)},
         **{"firings": firings.tolist(), "maximum": [float(f"{value:.4g}") for value in maximum.tolist()]},
-        "contexts": {str(latent): [asdict(context) for context in contexts[latent]] for latent in sorted(contexts)},
+        "contexts": {str(latent): [vars(context) for context in contexts[latent]] for latent in sorted(contexts)},
     }

@@ -20,6 +20,8 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999)
 TAILS = (0.1, 0.3)
 # Bins of |phi|, equal in its square root: a bin is 5e-6 wide at 1e-4, where most pairs are, and 5e-4 at 1.
 BINS = 4096
+
+
 @dataclass(frozen=True)
 class PairSums:
     """Sums of phi over all pairs of live latents, which are active on some tokens but not on all."""

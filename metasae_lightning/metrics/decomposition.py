@@ -15,6 +15,9 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.sae import BatchTopKTrainingSAEConfig
 from metasae_lightning.sae.learner import Learner, LearnerConfig
 
+# Steps whose rows are drawn together.
+DRAWN_AT_ONCE = 256
+
 
 class Decomposition(Metric):
     """Fraction of the variance of unit decoder rows that a fresh meta SAE explains, beside two nulls; lower is more atomic.
@@ -89,9 +92,11 @@ class Decomposition(Metric):
             optimizer = Adam(critic.parameters(), lr=self.lr, fused=True)
             generator = torch.Generator().manual_seed(seed)
             critic.initialize(rows)
-            for _ in range(self.steps):
-                indices = torch.randint(len(rows), (self.batch_size,), generator=generator)
-                critic.learn(rows[indices.to(rows.device)], optimizer, backward=lambda loss: loss.backward())
+            for begin in range(0, self.steps, DRAWN_AT_ONCE):
+                count = min(DRAWN_AT_ONCE, self.steps - begin)
+                # Indices of many steps are copied together: the host waits for each copy to a GPU.
+                for indices in torch.randint(len(rows), (count, self.batch_size), generator=generator).to(rows.device):
+                    critic.learn(rows.index_select(0, indices), optimizer, backward=lambda loss: loss.backward())
         return 1 - functional.fvu(rows, critic.reconstruct(rows)).item()
 
 

@@ -3,15 +3,31 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
 from metasae_lightning import functional
+from metasae_lightning.compute.row_chunks import is_blocked
 from metasae_lightning.step import Codes
 
 # Bins of norms: sixteenths of an octave, from 2^-20 to 2^40.
 OCTAVES, PARTS = (-20, 40), 16
+
+# Tokens of one product of `sums_by_bin`.
+PRODUCT_ROWS = 8192
+
+
+def sums_by_bin(bins: Int[Tensor, " row"], values: Float[Tensor, "row figure"], count: int) -> Float[Tensor, "bin figure"]:
+    """The sum of the rows in each bin, as a product: on a GPU additions to a bin would end in any order, with other bits.
+
+    >>> sums_by_bin(torch.tensor([1, 0, 1]), torch.tensor([[1.0], [2.0], [4.0]]), 3).tolist()
+    [[2.0], [5.0], [0.0]]
+    """
+    numbers, total = torch.arange(count, device=bins.device)[:, None], values.new_zeros(count, values.shape[1])
+    for chunk, rows in zip(bins.split(PRODUCT_ROWS), values.split(PRODUCT_ROWS), strict=True):
+        total += (numbers == chunk).to(values.dtype) @ rows
+    return total
 
 
 class Reconstruction(Metric):
@@ -61,8 +77,12 @@ class Reconstruction(Metric):
         self.size += codes.values.abs().sum()
         squares = x.square().sum(-1)
         norm_bin = ((squares.clamp(min=1e-300).log2() / 2 - OCTAVES[0]) * PARTS).long().clamp(0, self.by_norm.shape[1] - 1)
-        for row, values in zip(self.by_norm, (torch.ones_like(squares), (x - reconstruction).square().sum(-1), squares), strict=True):
-            row.index_add_(0, norm_bin, values)
+        by_token = torch.ones_like(squares), (x - reconstruction).square().sum(-1), squares
+        if is_blocked(x):
+            for row, values in zip(self.by_norm, by_token, strict=True):
+                row.index_add_(0, norm_bin, values)
+        else:
+            self.by_norm += sums_by_bin(norm_bin, torch.stack(by_token, 1), self.by_norm.shape[1]).T
 
     def compute(self) -> dict[str, Tensor]:
         """All figures, by name."""

@@ -16,7 +16,8 @@ from metasae_lightning.cli.arguments import data_of
 from metasae_lightning.evaluation.evaluate import Evaluation, evaluate
 from metasae_lightning.evaluation.saes import load_sae
 from metasae_lightning.evaluation.settings import Settings
-from metasae_lightning.evaluation.top_contexts import AFTER, BEFORE, Hits, Spelling, latents_record, top_contexts
+from metasae_lightning.evaluation.strongest_hits import Hits
+from metasae_lightning.evaluation.top_contexts import AFTER, BEFORE, Spelling, latents_record, top_contexts
 from tests.evaluation.test_evaluate import QUICK
 from tests.helpers.judged import write_run
 from tests.helpers.models import tokenizer
