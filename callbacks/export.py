@@ -51,7 +51,11 @@ class Export(Observer):
     ) -> None:
         """Store the batch's activations until there are `calibration_tokens` of them."""
         if sum(len(x) for x in self._samples) < self.calibration_tokens:
-            self._samples.append(outputs["output"].activations.detach().cpu())
+            self._samples.append(outputs["output"].activations.detach().to("cpu", non_blocking=True))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait once for the copies of all batches; the host waited for none of them."""
+        torch.zeros(1, device=pl_module.device).cpu()  # a copy after them ends after them
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Export the SAEs where `every_tokens` tokens were trained on since the last export."""

@@ -54,6 +54,8 @@ class TokenProgress(ProgressBar):
         due = now - self._written_at >= self.line_seconds or trainer.is_last_batch
         if not self._enabled or self._bar is None or not (due or batch_idx % self.every == 0):
             return
+        if self._bar.disable and not due:
+            return  # the text would wait for the device, and nobody would read it
         tokens = pl_module.rows_seen
         text = describe(outputs["output"])
         if not self._bar.disable:
