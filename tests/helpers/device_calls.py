@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # `item`, `nonzero` and masks as indices; `bincount` and `unique` look for their size.
-WAITS = {"_local_scalar_dense", "nonzero", "bincount", "_unique2", "unique_consecutive", "masked_select", "equal"}
+# `tolist` reaches no operator on a CPU: its calls are counted as they are made.
+WAITS = {"tolist", "_local_scalar_dense", "nonzero", "bincount", "_unique2", "unique_consecutive", "masked_select", "equal"}
 
 
 class DeviceCalls(TorchDispatchMode):
@@ -22,6 +23,18 @@ class DeviceCalls(TorchDispatchMode):
         is_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
         self.counts["mask index" if is_mask else name] += 1
         return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> "DeviceCalls":
+        def tolist(tensor: torch.Tensor) -> Any:
+            self.counts["tolist"] += 1
+            return self._tolist(tensor)
+
+        self._tolist, torch.Tensor.tolist = torch.Tensor.tolist, tolist  # type: ignore[method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.Tensor.tolist = self._tolist  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     @property
     def total(self) -> int:
