@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from metasae_lightning.compute.process_group import SINGLE, Parallelism, ProcessGroup
+from metasae_lightning.compute.row_chunks import dry_run_scale
 from metasae_lightning.compute.topk_across_ranks import topk_across_ranks
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Decomposability, Orthogonality
@@ -48,8 +49,13 @@ def rank_rows(rows: int, ranks: ProcessGroup, division: str) -> slice:
     return slice(0, first) if ranks.rank == 0 else slice(first + each * (ranks.rank - 1), first + each * ranks.rank)
 
 
-def train(kind: str, dtype: torch.dtype, ranks: ProcessGroup, division: str = "even") -> dict[str, Any]:
-    """Train on this rank's part of each batch: the state dict, and the scalars and dead latents of each step."""
+def train(kind: str, dtype: torch.dtype, ranks: ProcessGroup, division: str = "even", path: str = "CPU") -> dict[str, Any]:
+    """Train on this rank's part of each batch, on a device's path: the state dict, and the scalars and dead latents of each step."""
+    with dry_run_scale(1.0, gpu=path == "GPU"):
+        return train_on_path(kind, dtype, ranks, division)
+
+
+def train_on_path(kind: str, dtype: torch.dtype, ranks: ProcessGroup, division: str) -> dict[str, Any]:
     joint = module(KINDS[kind], D_SAE, dtype)
     joint.join(ranks)
     primary, meta = optimizers(joint)
@@ -63,8 +69,17 @@ def train(kind: str, dtype: torch.dtype, ranks: ProcessGroup, division: str = "e
     return {"state": joint.state_dict(), "shown": scalars, "dead": torch.stack(dead)}
 
 
-def cases(count: int) -> Iterator[tuple[str, torch.dtype, str]]:
-    """Kind, type and division of the rows of each training on `count` ranks; two ranks train every kind."""
+def cases(count: int) -> Iterator[tuple[str, torch.dtype, str, str]]:
+    """Kind, type, division of the rows and path of each training on `count` ranks; two ranks train every kind."""
+    yield from ((*case, "CPU") for case in cases_on_a_cpu(count))
+    if count == 2:
+        kinds = ("batchtopk", "rescaled", "matryoshka, clipped", "topk, micro-batches", "some rows", "one row", "orthogonality")
+        yield from ((kind, torch.float64, "even", "GPU") for kind in kinds)
+        yield "batchtopk", torch.float64, "all on rank 0", "GPU"
+        yield "topk, micro-batches", torch.float64, "all on rank 0", "GPU"
+
+
+def cases_on_a_cpu(count: int) -> Iterator[tuple[str, torch.dtype, str]]:
     # SAELens computes its JumpReLU's threshold in float32, whatever the type of the other tensors.
     exact = [kind for kind in KINDS if kind != "jumprelu"] if count == 2 else ["batchtopk", "matryoshka, clipped", "some rows"]
     yield from ((kind, torch.float64, "even") for kind in exact)
@@ -77,7 +92,9 @@ def cases(count: int) -> Iterator[tuple[str, torch.dtype, str]]:
 
 def train_on_rank(rank: int, folder: str) -> None:
     ranks = ProcessGroup.default()
-    torch.save([train(kind, dtype, ranks, division) for kind, dtype, division in cases(ranks.world_size)], f"{folder}/{rank}.pt")
+    torch.save(
+        [train(kind, dtype, ranks, division, path) for kind, dtype, division, path in cases(ranks.world_size)], f"{folder}/{rank}.pt"
+    )
 
 
 def train_without_last_gradient(ranks: ProcessGroup) -> Tensor:
@@ -100,9 +117,9 @@ def train_without_last_gradient_on_rank(rank: int, folder: str) -> None:
 def test_data_parallel_training_equals_training_in_one_process(count: int, tmp_path: Path):
     in_process_group(count, train_on_rank, tmp_path)
     results_by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
-    for index, (kind, dtype, division) in enumerate(cases(count)):
-        single, case = train(kind, dtype, SINGLE), f"{kind}, {dtype}, {division}"
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for index, (kind, dtype, division, path) in enumerate(cases(count)):
+        single, case = train(kind, dtype, SINGLE), f"{kind}, {dtype}, {division}, {path}"
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-12 if path == "CPU" else 1e-11
         assert_same_training(single, [results[index] for results in results_by_rank], tolerance, case)
         assert single["dead"].any() or kind in ("gated", "jumprelu"), case
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from metasae_lightning.compute.process_group import SINGLE, ProcessGroup
+from metasae_lightning.compute.row_chunks import dry_run_scale
 from metasae_lightning.compute.sharding import full, local
 from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
 from metasae_lightning.step import Batch
@@ -42,8 +43,13 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def train(kind: str, dtype: torch.dtype, ranks: ProcessGroup, mesh: Any = None) -> dict[str, Any]:
-    """Train on this rank's part of each batch: the state with gradients and moments, results of each step, and a held-out evaluation."""
+def train(kind: str, dtype: torch.dtype, ranks: ProcessGroup, mesh: Any = None, path: str = "CPU") -> dict[str, Any]:
+    """Train on a device's path: the state with gradients and moments, results of each step, and a held-out evaluation."""
+    with dry_run_scale(1.0, gpu=path == "GPU"):
+        return train_on_path(kind, dtype, ranks, mesh)
+
+
+def train_on_path(kind: str, dtype: torch.dtype, ranks: ProcessGroup, mesh: Any) -> dict[str, Any]:
     joint = module(KINDS[kind], D_SAE, dtype)
     joint.join(ranks, mesh)
     primary, meta = optimizers(joint)
@@ -75,10 +81,11 @@ def optimizer_state(joint: JointSAE, optimizer: torch.optim.Optimizer) -> list[t
     return [(name, optimizer.state[parameter]) for name, parameter in joint.primary.sae.named_parameters()]
 
 
-def cases(count: int) -> list[tuple[str, torch.dtype, tuple[int, int]]]:
-    """Kind, type and mesh (data-parallel size, tensor-parallel size) of each training on `count` ranks."""
+def cases(count: int) -> list[tuple[str, torch.dtype, tuple[int, int], str]]:
+    """Kind, type, mesh (data-parallel size, tensor-parallel size) and path of each training on `count` ranks."""
     if count == 2:
-        return [*((kind, torch.float64, (1, 2)) for kind in KINDS), ("batchtopk", torch.float32, (1, 2))]
+        exact = [(kind, torch.float64, (1, 2), path) for path in ("CPU", "GPU") for kind in KINDS]
+        return [*exact, ("batchtopk", torch.float32, (1, 2), "CPU")]
     tensor_parallel, both = (1, 4), (2, 2)
     kinds = [
         ("batchtopk", tensor_parallel),
@@ -86,15 +93,15 @@ def cases(count: int) -> list[tuple[str, torch.dtype, tuple[int, int]]]:
         ("orthogonality", tensor_parallel),
         *((kind, both) for kind in ("batchtopk", "matryoshka, clipped", "some rows")),
     ]
-    return [(kind, torch.float64, mesh) for kind, mesh in kinds]
+    return [*((kind, torch.float64, mesh, "CPU") for kind, mesh in kinds), ("batchtopk", torch.float64, both, "GPU")]
 
 
 def train_on_rank(rank: int, folder: str) -> None:
     ranks = ProcessGroup.default()
     results = []
-    for kind, dtype, shape in cases(ranks.world_size):
+    for kind, dtype, shape, path in cases(ranks.world_size):
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data_parallel", "tensor_parallel"))
-        results.append(train(kind, dtype, ranks, mesh))
+        results.append(train(kind, dtype, ranks, mesh, path))
     torch.save(results, f"{folder}/{rank}.pt")
 
 
@@ -103,8 +110,8 @@ def train_on_rank(rank: int, folder: str) -> None:
 def test_sharded_training_equals_training_in_one_process(count: int, tmp_path: Path):
     in_process_group(count, train_on_rank, tmp_path)
     results_by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
-    for index, (kind, dtype, shape) in enumerate(cases(count)):
-        single, case = train(kind, dtype, SINGLE), f"{kind}, {dtype}, {shape}"
+    for index, (kind, dtype, shape, path) in enumerate(cases(count)):
+        single, case = train(kind, dtype, SINGLE), f"{kind}, {dtype}, {shape}, {path}"
         tolerance = 1e-5 if dtype == torch.float32 else 1e-11
         sharded = [results[index] for results in results_by_rank]
         assert_same_training(single, sharded, tolerance, case)
