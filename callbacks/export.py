@@ -12,8 +12,9 @@ from torch import Tensor
 from metasae_lightning import functional
 from metasae_lightning.callbacks.every_tokens import EveryTokens
 from metasae_lightning.sae.export import ExportRecord, export
+from metasae_lightning.sae.nonfinite import first_nonfinite
 from metasae_lightning.step import Batch
-from metasae_lightning.training.arm_callbacks import Observer
+from metasae_lightning.training.arm_callbacks import NotFinite, Observer
 
 
 class Export(Observer):
@@ -68,8 +69,11 @@ class Export(Observer):
         self._export(trainer, pl_module, pl_module.rows_seen)
 
     def _export(self, trainer: Trainer, pl_module: Any, tokens: int) -> None:
-        """Collect the weights from all ranks; rank zero writes the folders."""
+        """Check that the weights are finite and collect them from all ranks; rank zero writes the folders."""
         self._counter.restart(tokens)
+        bad_tensor = first_nonfinite(pl_module.state_dict())
+        if not trainer.strategy.reduce_boolean_decision(bad_tensor is None, all=True):
+            raise NotFinite(f"{bad_tensor or 'a tensor on another rank'} is not finite after {tokens:,} tokens; no SAE was written over")
         learners = {role: learner for role in ("primary", "meta") if (learner := getattr(pl_module, role)) is not None}
         weights = {role: learner.weights(keep=trainer.is_global_zero) for role, learner in learners.items()}
         if trainer.is_global_zero:

@@ -7,10 +7,12 @@ from typing import Any, NoReturn
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from metasae_lightning.compute.row_chunks import is_blocked
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae.nonfinite import first_nonfinite
 from metasae_lightning.step import Batch, StepOutput
 from metasae_lightning.training.arm_callbacks import NotFinite, Observer
+from metasae_lightning.training.logging_interval import is_logged
 
 
 class StopOnNaN(Observer):
@@ -20,30 +22,36 @@ class StopOnNaN(Observer):
     Lightning calls callbacks in the order of the list.
 
     Args:
-        every: Number of steps between two checks. The last step and each checkpoint are always checked. If `every` is above 1, an export at
-            an interval (`Export`) may write a state that was not checked.
+        every: Number of steps between two checks; null checks every step on a CPU, and on a GPU, which each check waits for, the steps that
+            are logged. The last step, each checkpoint and each export are always checked.
         skips: Number of steps in a row that an SAE may skip under `non_finite: skip` before the run stops.
     """
 
-    def __init__(self, every: int = 1, skips: int = 10) -> None:
+    def __init__(self, every: int | None = None, skips: int = 10) -> None:
         for name, value in (("every", every), ("skips", skips)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise InputError(f"StopOnNaN: {name} must be at least 1, got {value}")
         self.every, self.skips = every, skips
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """At every step: stop after `skips` skipped steps in a row.
 
-        At every `every`-th step and the last: check the step's losses and penalties, and the parameters as the step left them.
+        At the steps that `every` names and the last: check the step's losses and penalties, and the parameters as the step left them.
         """
         output: StepOutput = outputs["output"]
         activations = Batch.of(batch).activations
         if output.skipped >= self.skips:  # the count is the same on all ranks
             reason = f"{output.bad_tensor} was not finite in the last of {output.skipped} steps that were left out in a row,"
             self._stop(trainer, pl_module, reason, activations)
-        if (batch_idx + 1) % self.every == 0 or trainer.is_last_batch:
+        if self._is_due(trainer, activations, batch_idx):
             losses = {} if output.skipped else losses_by_name(output)
             self._check(trainer, pl_module, {**losses, **pl_module.state_dict()}, activations)
+
+    def _is_due(self, trainer: Any, activations: Tensor, batch_idx: int) -> bool:
+        """Whether the parameters are checked after this step."""
+        if self.every is not None:
+            return (batch_idx + 1) % self.every == 0 or trainer.is_last_batch
+        return is_blocked(activations) or is_logged(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the parameters here too, because `on_save_checkpoint` is not called for a checkpoint that holds only weights."""

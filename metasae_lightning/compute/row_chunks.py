@@ -78,7 +78,7 @@ def mean_over_rows(
     `value_and_slope(W, others)` returns the values of f and its gradients in W for a chunk of rows.
 
     `others` gets no gradient. `indices` limits the mean to some rows of W, each at most once; `others` has one row for each index. The
-    mean over no rows is 0. With `indices`, the gradient of W is sparse if W is a leaf that already has a gradient; otherwise the gradient
+    mean over no rows is 0. With `indices`, the gradient of W is sparse if W is a leaf on a CPU that already has a gradient; otherwise it
     is dense. Backward can run only once.
 
     >>> W = torch.tensor([[1.0], [3.0]], requires_grad=True)
@@ -130,7 +130,7 @@ class _MeanOverRows(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient.mul_(gradients[0]), None
         if ctx.indices is not None:
             (W,) = ctx.saved_tensors
-            if W.is_leaf and W.grad is not None:
+            if W.is_leaf and W.grad is not None and is_blocked(W):  # on a GPU the sum of a dense and a sparse gradient would wait
                 gradient = torch.sparse_coo_tensor(ctx.indices[None], gradient, W.shape, check_invariants=False)
             else:
                 gradient = torch.zeros_like(W).index_copy_(0, ctx.indices, gradient)

@@ -12,9 +12,10 @@ from sae_lens import SAE
 from torch import Tensor
 from torch.optim import SGD
 
-from metasae_lightning.callbacks import StopOnNaN
+from metasae_lightning.callbacks import Export, StopOnNaN
 from metasae_lightning.cli import main
 from metasae_lightning.cli.recipes import RECIPES
+from metasae_lightning.compute.row_chunks import dry_run_scale
 from metasae_lightning.errors import InputError
 from metasae_lightning.penalties import Decomposability, Penalty
 from metasae_lightning.sae.nonfinite import first_nonfinite
@@ -192,6 +193,18 @@ def test_every_sets_the_interval_of_checks_and_the_last_step_is_always_checked(t
             fit_joint(tmp_path, StopOnNaN(every), Poison(at))
     with pytest.raises(InputError, match="every must be at least 1, got 0"):
         StopOnNaN(0)
+
+
+def test_on_a_gpu_the_logged_steps_are_checked_and_an_export_between_them_is_refused(tmp_path: Path):
+    logged = "metasae_lightning.callbacks.stop_on_nan.is_logged"
+    with dry_run_scale(1.0, gpu=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logged, lambda trainer: trainer.fit_loop.epoch_loop.batch_idx in (0, 7))
+        with pytest.raises(InputError, match="after 512 tokens"):
+            fit_joint(tmp_path, StopOnNaN(), Poison(1))
+        assert not contents(tmp_path)
+        with pytest.raises(InputError, match=r"primary\.sae\.\w+ is not finite after 320 tokens; no SAE was written over"):
+            fit_joint(tmp_path, StopOnNaN(), Poison(3), Export(every_tokens=5 * 64))
+        assert not contents(tmp_path)
 
 
 def test_the_error_names_the_checkpoint_that_the_run_resumed_from(tmp_path: Path):

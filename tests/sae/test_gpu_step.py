@@ -1,6 +1,7 @@
 """A training step's GPU path, chosen by hand on CPU tensors: shapes without data, few calls, and the results of the CPU's path."""
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from sae_lens import BatchTopKTrainingSAEConfig, TopKTrainingSAEConfig
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.optim import Adam
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metasae_lightning.compute import row_passes
@@ -126,6 +128,30 @@ def test_a_penaltys_calls_do_not_grow_with_the_number_of_latents(penalty: Penalt
         assert not WAITS & step.calls.keys()
         counts.append(step.kernels)
     assert counts[0] == counts[1]
+
+
+# Torch's meta device stands for the GPU: an operation on a tensor of it and one of the CPU is an error, as it is with a GPU.
+@pytest.mark.parametrize("n_dead", [0.0, 100.0])
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka_batchtopk"])
+@pytest.mark.parametrize("rows", [1.0, 0.25])
+def test_all_tensors_of_a_step_are_on_the_modules_device(rows: float, name: str, n_dead: float, monkeypatch: pytest.MonkeyPatch):
+    autocast, no_autocast = torch.autocast, nullcontext()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": False)
+    monkeypatch.setattr(torch, "autocast", lambda device, *args, **kw: no_autocast if device == "meta" else autocast(device, *args, **kw))
+    penalties = {"d": Decomposability(0.3, rows=rows), "o": Orthogonality(0.1, chunk_size=16)}
+    module = JointSAE(config(name, d_sae=200), config("batchtopk", d_sae=12), penalties, n_p=1, n_m=2, non_finite="stop").to("meta")
+    learners = [learner for learner in (module.primary, module.meta) if learner is not None]
+    for learner in learners:
+        learner.initialized, learner.steps = True, 1
+    module_optimizers = [Adam(learner.parameters(), foreach=True) for learner in learners]
+    certain = [1.0, 0.5, n_dead]
+    with given_numbers([[*certain, 1.0, 0.5], CERTAIN, CERTAIN, [1.0, 0.5]]):
+        output = module.step(Batch(torch.randn(64, 16, device="meta")), *module_optimizers)
+        evaluation = module.evaluate(Batch(torch.randn(64, 16, device="meta")))
+    figures = [value for value in output.scalars().values() if isinstance(value, Tensor)]
+    assert len(figures) > 8 and all(figure.is_meta for figure in [*figures, output.reconstruction, evaluation.reconstruction])
+    with pytest.raises(RuntimeError, match="device"):  # the control
+        module.evaluate(Batch(torch.randn(64, 16)))
 
 
 def trained(module: JointSAE, *, gpu: bool, steps: int = 6, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
