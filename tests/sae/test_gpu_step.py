@@ -17,7 +17,7 @@ from metasae_lightning.compute.gpu import encoder, passes, topk
 from metasae_lightning.compute.gpu.host_reads import given_numbers
 from metasae_lightning.compute.row_chunks import dry_run_scale
 from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
-from metasae_lightning.sae.gpu_layout import store_encoder_by_latent
+from metasae_lightning.sae.gpu_layout import match_parameters, store_encoder_by_latent
 from metasae_lightning.step import Batch
 from metasae_lightning.training.joint import JointSAE
 from metasae_lightning.training.optimizers import adam
@@ -228,3 +228,30 @@ def test_a_run_with_kernels_equals_one_with_torchs_functions(name: str, interpre
     for key, value in with_torch.items():
         if value.is_floating_point():
             torch.testing.assert_close(with_kernels[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_a_cpus_optimiser_state_goes_on_with_an_encoder_stored_by_latent():
+    """The control: without `match_parameters` the moments lie in another order than the weights."""
+    uninterrupted = trained(small_joint("batchtopk"), gpu=False, dtype=torch.float64)
+    first, second = small_joint("batchtopk").double(), small_joint("batchtopk").double()
+
+    def steps(module: JointSAE, numbers: range, states: list[Any] | None = None) -> list[Any]:
+        optimizers = [adam(learner.parameters()) for learner in (module.primary, module.meta) if learner is not None]
+        for optimizer, state in zip(optimizers, states or [], strict=False):
+            optimizer.load_state_dict(state)
+            moments = optimizer.state[module.primary.sae.W_enc] if optimizer is optimizers[0] else {}
+            assert not moments or moments["exp_avg"].stride() != module.primary.sae.W_enc.stride()
+            match_parameters(optimizer)
+            assert not moments or optimizer.state[module.primary.sae.W_enc]["exp_avg"].stride() == module.primary.sae.W_enc.stride()
+        for step in numbers:
+            module.step(Batch(activations(step, 64).double()), *optimizers, last=step == 5)
+        return [optimizer.state_dict() for optimizer in optimizers]
+
+    states = steps(first, range(3))
+    second.load_state_dict(first.state_dict())
+    with dry_run_scale(1.0, gpu=True):
+        for learner in (second.primary, second.meta):
+            store_encoder_by_latent(learner.sae)  # type: ignore[union-attr]
+        steps(second, range(3, 6), states)
+    for key, value in uninterrupted.items():
+        torch.testing.assert_close(second.state_dict()[key].double(), value.double(), rtol=1e-9, atol=1e-9, msg=key)
