@@ -126,6 +126,7 @@ class Export(Observer):
             updates=int(learner.updates),
             metadata=metadata,
             samples=[x.to(torch.float32) for x in samples],
+            device=learner.W_dec.device,
         )
         self.records[role] = record
         if record.calibrated:

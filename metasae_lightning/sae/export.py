@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,11 @@ def export(
     metadata: Mapping[str, Any] | None = None,
     samples: Sequence[Tensor] = (),
     tolerance: float = 0.01,
+    device: torch.device | None = None,
 ) -> ExportRecord:
     """Save a SAELens inference SAE for raw activations in a folder, and measure it on `samples` of them.
+
+    It is measured on `device`, or on the CPU where that device has too little memory.
 
     `weights`: the full state dict, for an SAE that has only a shard of it.
 
@@ -59,7 +63,11 @@ def export(
     try:
         with draft_of(folder) as draft:
             inference.save_inference_model(draft)
-            record = _measured(draft, samples, target_l0=_target_l0(sae), tolerance=tolerance)
+            measured_on = partial(_measured, draft, samples, target_l0=_target_l0(sae), tolerance=tolerance)
+            try:
+                record = measured_on(device=torch.device("cpu") if device is None else device)
+            except torch.OutOfMemoryError:
+                record = measured_on(device=torch.device("cpu"))
     except OSError as error:
         raise InputError(f"cannot write the SAE folder {folder}: {error.strerror or error}") from error
     return replace(record, folder=str(folder))
@@ -90,17 +98,31 @@ def _target_l0(sae: AnySAE) -> float | None:
     return None if k is None else float(k)
 
 
+class _OnDevice(Sequence[Tensor]):
+    """Samples of which each is copied to a device when it is read."""
+
+    def __init__(self, samples: Sequence[Tensor], device: torch.device) -> None:
+        self._samples, self._device = samples, device
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._samples[index].to(self._device)
+
+
 @torch.no_grad()
-def _measured(folder: Path, samples: Sequence[Tensor], *, target_l0: float | None, tolerance: float) -> ExportRecord:
+def _measured(folder: Path, samples: Sequence[Tensor], *, target_l0: float | None, tolerance: float, device: torch.device) -> ExportRecord:
     """L0 and FVU of an exported SAE on the samples, None without samples; its threshold is replaced where L0 misses the target."""
     if not samples:
         return ExportRecord(str(folder), target_l0=target_l0)
-    exported: Any = load_pretrained(folder)
+    exported: Any = load_pretrained(folder, device=device)
+    samples = _OnDevice(samples, device)
     scores, calibrated = pre_activations(exported), False
     if target_l0 is not None and scores is not None:
         value, l0 = global_threshold(scores, samples, target_l0, now=exported.threshold)
         if calibrated := abs(l0 / target_l0 - 1) > tolerance:
-            set_thresholds(folder, torch.full_like(exported.threshold, value), {})
-            exported = load_pretrained(folder)
+            set_thresholds(folder, torch.full_like(exported.threshold, value, device="cpu"), {})
+            exported = load_pretrained(folder, device=device)
     l0, fvu = measure(exported, samples)
     return ExportRecord(str(folder), l0, fvu, target_l0, calibrated, sum(len(x) for x in samples))

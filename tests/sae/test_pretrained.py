@@ -176,3 +176,21 @@ def test_an_export_emits_no_warning_of_saelens(tmp_path: Path):
         module = train_module("batchtopk", steps=2)
         record = export_primary(module, tmp_path / "sae", samples=[activations(0)])
     assert record.tokens == 64
+
+
+def test_an_export_is_measured_on_the_cpu_where_the_device_has_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    learner, devices = train_module("batchtopk", steps=5).primary, list[str]()
+    load = export.load_pretrained
+
+    def load_if_there_is_room(folder: Path, *, device: torch.device) -> Any:
+        devices.append(device.type)
+        if device.type != "cpu":
+            raise torch.OutOfMemoryError("no memory left")
+        return load(folder, device=device)
+
+    monkeypatch.setattr(export, "load_pretrained", load_if_there_is_room)
+    samples, device = [activations(100)], torch.device("meta")
+    arguments: dict[str, Any] = {"normalizer": learner.normalizer, "updates": learner.updates, "samples": samples}
+    record = export.export(learner.sae, tmp_path / "fallback", device=device, **arguments)
+    assert devices[:2] == ["meta", "cpu"]
+    assert record.l0 == export.export(learner.sae, tmp_path / "cpu", **arguments).l0
