@@ -57,6 +57,11 @@ def start(hub: Hub, home: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **child_options)
 
 
+def own_lines(stderr: str) -> list[str]:
+    """The lines before those of Triton's bindings, which list their objects when a process with running threads ends."""
+    return stderr.partition("nanobind: leaked")[0].strip().split("\n")
+
+
 def test_a_stalled_data_source_ends_the_run_with_an_error_that_names_it(source_folder: Path, tmp_path: Path):
     config = recipe(source_folder, stall_seconds=3.0)
     with Hub(source_folder / "hub") as hub:
@@ -65,7 +70,7 @@ def test_a_stalled_data_source_ends_the_run_with_an_error_that_names_it(source_f
         process = start(hub, tmp_path, "fit", "-c", str(config), "--run", str(tmp_path / "run"))
         _, stderr = process.communicate(timeout=180)
         assert process.returncode == 2, stderr[-3000:]
-        line = stderr.strip().split("\n")[-1]
+        line = own_lines(stderr)[-1]
         assert line.startswith("metasae: error: corpus org/texts: nothing came for 3 s") and time.monotonic() - started_at < 90
         assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -86,7 +91,7 @@ def test_ctrl_c_ends_a_command_within_30_s_and_leaves_no_partial_file(source_fol
         _, stderr = process.communicate(timeout=60)
         assert process.returncode not in (0, -signal.SIGKILL), stderr[-2000:]
         assert time.monotonic() - sent_at < 30
-        assert command == "fit" or (process.returncode == 130 and stderr.strip().endswith("metasae: stopped"))
+        assert command == "fit" or (process.returncode == 130 and own_lines(stderr)[-1] == "metasae: stopped")
     files = [path for folder in ("run", "cache") for path in (tmp_path / folder).rglob("*") if path.is_file()]
     assert files and not [path for path in files if re.search(r"\.draft$|^\.(?!progress$)|\.tmp", path.name)]
     if command == "cache":
