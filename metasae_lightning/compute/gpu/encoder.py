@@ -98,7 +98,7 @@ class GpuEncoder:
     def _top_k_per_row(self, k: int) -> TopK:
         """The `k` largest positive values of each row; with sharded latents, this rank's part of them."""
         k_here = min(k, self.n_latents)
-        found = [Candidates.of_groups(self._scaled(products), ROW_ROOM * k_here).largest(k_here) for _, products in self._products()]
+        found = [Candidates.of_groups(self._activations(rows), ROW_ROOM * k_here).largest(k_here) for rows in self._blocks()]
         columns, values, edges, floors = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
         rows = torch.arange(len(values) * k_here, device=values.device) // k_here
         if self.tensor_group.is_single and len(values) and self._are_positive(edges.amin(), (edges - floors).amin()):
@@ -106,9 +106,8 @@ class GpuEncoder:
         # Some row has fewer positive values, or a value that ties with its smallest selected one and may be missing among the candidates.
         (margin,) = self._read((edges - floors).masked_fill(edges <= 0, torch.inf).amin()) if len(values) else (1.0,)
         if margin <= 0:
-            scaled = torch.cat([self._scaled(products) for _, products in self._products()])
-            columns = exact_largest_of_rows(scaled, k_here)
-            values = scaled.gather(1, columns)
+            exact = [exact_largest_of_rows(self._activations(block), k_here) for block in self._blocks()]
+            columns, values = map(torch.cat, zip(*exact, strict=True))
         is_selected = (values > 0) & topk_mask(values, k, self.tensor_group)
         selected = is_selected.flatten().nonzero().flatten()
         return self._result(values.flatten()[selected], rows[selected], columns.flatten()[selected], None)
@@ -117,35 +116,40 @@ class GpuEncoder:
         """Candidates for the largest values of the batch: those above a cut, by a kernel, or the `room` largest."""
         if hint is not None and triton_kernels(self.b_enc) is not None:
             above_cut = Room(room, hint * CUT_FACTOR)
-            for top, products in self._products():
-                above_cut.add(products, self.b_enc, self.scale, top)
+            for rows in self._blocks():
+                above_cut.add(self._products(rows), self.b_enc, self.scale, rows.start)
             return above_cut
-        parts: list[Candidates] = []
-        for top, products in self._products():
-            part = Candidates.of_groups(self._scaled(products).flatten()[None], room)
-            parts.append(part._replace(places=part.places + top * self.n_latents) if top else part)
-        return Candidates.merge(parts, room)
+        candidates: Candidates | None = None
+        for rows in self._blocks():
+            part = Candidates.of_groups(self._activations(rows).flatten()[None], room)
+            part = part._replace(places=part.places + rows.start * self.n_latents) if rows.start else part
+            candidates = part if candidates is None else candidates.merge(part, room)
+        assert candidates is not None
+        return candidates
 
     def _exact_search(self, count: int) -> tuple[Tensor, Tensor]:
         """Scaled values and places of the `count` largest positive values of the batch. Its shapes depend on the data."""
         values, places = self.b_enc.new_empty(0), self.extra_latents[:0]
-        for top, products in self._products():
-            block = self._scaled(products).flatten()
-            indices = exact_largest(block, count)
-            values, places = torch.cat([values, block[indices]]), torch.cat([places, indices + top * self.n_latents])
+        for rows in self._blocks():
+            block_values, block_places = _largest_of_block(self._activations(rows), count)
+            values, places = torch.cat([values, block_values]), torch.cat([places, block_places + rows.start * self.n_latents])
             largest = exact_largest(values, count)
             values, places = values[largest], places[largest]
         return values, places
 
-    def _products(self) -> Iterator[tuple[int, Tensor]]:
-        """First row and product with the encoder of each block of rows, without bias or scale; one block for a batch without rows."""
-        rows = max(1, scaled_size(BLOCK) // self.n_latents)
-        for top in range(0, max(self.n_rows, 1), rows):
-            yield top, full_precision_product(self.x[top : top + rows], self.W_enc, self.b_enc.dtype)
+    def _blocks(self) -> Iterator[slice]:
+        """The rows of each block; one empty block for a batch without rows."""
+        size = max(1, scaled_size(BLOCK) // self.n_latents)
+        for top in range(0, max(self.n_rows, 1), size):
+            yield slice(top, top + size)
 
-    def _scaled(self, products: Tensor) -> Tensor:
-        """The activations with their scale, from products, which are overwritten."""
-        pre_acts = products.add_(self.b_enc)
+    def _products(self, rows: slice) -> Tensor:
+        """The product of some rows with the encoder, without bias or scale."""
+        return full_precision_product(self.x[rows], self.W_enc, self.b_enc.dtype)
+
+    def _activations(self, rows: slice) -> Tensor:
+        """The activations of some rows, with their scale."""
+        pre_acts = self._products(rows).add_(self.b_enc)
         return pre_acts if self.scale is None else pre_acts.mul_(self.scale)
 
     def _are_positive(self, *numbers: Tensor) -> bool:
@@ -173,6 +177,13 @@ class GpuEncoder:
         return TopK(scaled if self.scale is None else scaled / self.scale[columns], rows, columns, threshold)
 
 
+def _largest_of_block(activations: Float[Tensor, "row latent"], count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest positive activations of a block and their places in it."""
+    flat = activations.flatten()
+    places = exact_largest(flat, count)
+    return flat[places], places
+
+
 def full_precision_product(x: Float[Tensor, "row d_in"], W: Float[Tensor, "d_in d_sae"], dtype: torch.dtype) -> Float[Tensor, "row d_sae"]:
     """`x W` for factors of one data type, with sums of type `dtype` that are not rounded to that of the factors."""
     with torch.autocast(x.device.type, enabled=False):
@@ -180,4 +191,15 @@ def full_precision_product(x: Float[Tensor, "row d_in"], W: Float[Tensor, "d_in 
             return x @ W
         if x.device.type == "cuda" and dtype == torch.float32 and hasattr(torch.ops.aten.mm, "dtype"):
             return torch.mm(x, W, out_dtype=dtype)
-        return x.to(dtype) @ W.to(dtype)
+        return _product_on_cpu(x, W, dtype)
+
+
+# One operator, so that a dry run counts neither the conversions nor their memory, which a GPU's product does not need.
+@torch.library.custom_op("metasae_lightning::product_on_cpu", mutates_args=())
+def _product_on_cpu(x: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) @ W.to(dtype)
+
+
+@_product_on_cpu.register_fake
+def _(x: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], W.shape[1], dtype=dtype)

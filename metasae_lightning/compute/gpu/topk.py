@@ -44,14 +44,11 @@ class Candidates(NamedTuple):
         places = values.topk(room, sorted=False).indices.sort().values
         return cls(places, values.gather(1, places), room == values.shape[1])
 
-    @classmethod
-    def merge(cls, parts: "list[Candidates]", room: int) -> "Candidates":
-        """The `room` largest candidates of several parts of one group, whose places ascend from part to part."""
-        if len(parts) == 1:
-            return parts[0]
-        places, values = torch.cat([part.places for part in parts], 1), torch.cat([part.values for part in parts], 1)
-        merged = cls.of_groups(values, room)
-        return cls(places.gather(1, merged.places), merged.values, merged.has_all and all(part.has_all for part in parts))
+    def merge(self, later: "Candidates", room: int) -> "Candidates":
+        """The `room` largest of these candidates and those of another part of each group, whose places come after all of these."""
+        places, values = torch.cat([self.places, later.places], 1), torch.cat([self.values, later.values], 1)
+        merged = Candidates.of_groups(values, room)
+        return Candidates(places.gather(1, merged.places), merged.values, merged.has_all and self.has_all and later.has_all)
 
     @property
     def floor(self) -> Float[Tensor, " group"]:
@@ -131,6 +128,7 @@ def exact_largest(values: Float[Tensor, " value"], count: int) -> Int[Tensor, " 
     return torch.cat([above, ties]).sort().values
 
 
-def exact_largest_of_rows(values: Float[Tensor, "row value"], count: int) -> Int[Tensor, "row count"]:
-    """Ascending indices of the `count` largest values of each row; of equal values the first."""
-    return values.sort(dim=1, descending=True, stable=True).indices[:, :count].sort().values
+def exact_largest_of_rows(values: Float[Tensor, "row value"], count: int) -> tuple[Int[Tensor, "row count"], Float[Tensor, "row count"]]:
+    """Ascending indices of the `count` largest values of each row, and these values; of equal values the first are taken."""
+    indices = values.sort(dim=1, descending=True, stable=True).indices[:, :count].sort().values
+    return indices, values.gather(1, indices)
