@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metasae_lightning.compute import row_passes
 from metasae_lightning.compute.gpu import encoder, passes, topk
-from metasae_lightning.compute.gpu.host_reads import given_numbers
+from metasae_lightning.compute.gpu.host_reads import deferred_checks, given_numbers
+from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.row_chunks import dry_run_scale
 from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
 from metasae_lightning.sae.gpu_layout import match_parameters, store_encoder_by_latent
@@ -253,3 +254,25 @@ def test_a_cpus_optimiser_state_goes_on_with_an_encoder_stored_by_latent():
         steps(second, range(3, 6), states)
     for key, value in uninterrupted.items():
         torch.testing.assert_close(second.state_dict()[key].double(), value.double(), rtol=1e-9, atol=1e-9, msg=key)
+
+
+def test_a_search_that_finds_too_little_selects_places_of_the_batch(interpreted: list[int]):
+    """Where the check is deferred, kernels read the selected rows before the host knows that they are the wrong ones."""
+    x, W_enc, b_enc = activations(0, 32), torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), torch.zeros(24)
+    with dry_run_scale(1.0, gpu=True), deferred_checks() as checks:
+        search = encoder.GpuEncoder(x, W_enc, b_enc, None, None, Parallelism())
+        found = search.top_k(4, per_row=False, hint=(x @ W_enc).max() / 1.01)
+    assert interpreted and not checks.all_hold() and len(found.rows) == 4 * 32
+    assert found.rows.max() < 32 and found.columns.max() < 24 and (found.rows.diff() >= 0).all()
+
+
+def test_a_batch_with_more_places_than_a_key_can_hold_is_ranked_without_keys(interpreted: list[int], monkeypatch: pytest.MonkeyPatch):
+    x, W_enc, b_enc = activations(0, 32), torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), torch.zeros(24)
+    with dry_run_scale(1.0, gpu=True):
+        search = encoder.GpuEncoder(x, W_enc, b_enc, None, None, Parallelism())
+        by_keys = search.top_k(4, per_row=False, hint=torch.tensor(0.5))
+        n_passes = len(interpreted)
+        monkeypatch.setattr(encoder, "LAST_PLACE", 32 * 24 - 2)
+        without_keys = search.top_k(4, per_row=False, hint=torch.tensor(0.5))
+    assert n_passes == len(interpreted) == 1
+    assert torch.equal(by_keys.columns, without_keys.columns) and torch.equal(by_keys.rows, without_keys.rows)

@@ -78,7 +78,8 @@ class Room:
 
     def __init__(self, size: int, cut: Float[Tensor, ""]) -> None:
         self.cut, self.n_above = cut, torch.zeros(1, dtype=torch.int32, device=cut.device)
-        self.keys = torch.zeros(size, dtype=torch.int64, device=cut.device)
+        # An empty place in the room is the value 0 at place 0: the key of place 2^32 - 1 would be a row that the batch does not have.
+        self.keys = torch.full((size,), LAST_PLACE, dtype=torch.int64, device=cut.device)
 
     def add(self, products: Float[Tensor, "row latent"], bias: Tensor, scale: Tensor | None, first_row: int) -> None:
         """Add the values `(products + bias) * scale` above the cut; the place of the first product is `first_row * n_latents`."""
@@ -92,7 +93,7 @@ class Room:
         return torch.where(self.n_above > len(self.keys), torch.inf, self.cut)
 
     def largest(self, count: int) -> Largest:
-        """The `count` largest values in the room as those of one group; an empty place in the room is a value of 0."""
+        """The `count` largest values in the room as those of one group; an empty place in the room is a value of 0 at place 0."""
         top = self.keys.topk(count, sorted=False).values
         places, order = (LAST_PLACE - (top & LAST_PLACE)).sort()
         values = values_of_keys(top[order])
