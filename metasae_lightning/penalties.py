@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, final
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from metasae_lightning import functional
 from metasae_lightning.compute.buffers import SHARED, buffer_or_new
-from metasae_lightning.compute.gpu.host_reads import deferred_checks
+from metasae_lightning.compute.gpu.host_reads import DeferredChecks, deferred_checks
 from metasae_lightning.compute.gpu.neighbours import sum_of_squared_cosines
 from metasae_lightning.compute.gpu.passes import passes_for
 from metasae_lightning.compute.process_group import Parallelism
@@ -119,13 +120,18 @@ class PenaltyLoss:
     Args:
         compute: Returns the loss, or None, and the penalties' values by name. It is called again if a check fails.
         before_retry: Called before `compute` is called again.
+        is_single: Whether one process trains. Several ranks check at once: a rank alone that computes again would wait for the others.
     """
 
     def __init__(
-        self, compute: Callable[[], tuple[Tensor | None, dict[str, Tensor]]], before_retry: Callable[[], None] | None = None
+        self,
+        compute: Callable[[], tuple[Tensor | None, dict[str, Tensor]]],
+        before_retry: Callable[[], None] | None = None,
+        *,
+        is_single: bool = True,
     ) -> None:
         self._compute, self._before_retry = compute, before_retry
-        with deferred_checks() as self._checks:
+        with deferred_checks() if is_single else nullcontext(DeferredChecks()) as self._checks:
             self.total, self.values = compute()
 
     def __call__(self) -> Tensor | None:

@@ -167,7 +167,7 @@ class JointSAE(LightningModule):
         """The penalties at the decoder before this step."""
         compute = partial(self.penalties.loss_and_values, *self._penalty_args(), critic_is_trained=self._critic_is_trained)
         reset = None if self.meta is None else partial(setattr, self.meta, "cached_support", self.meta.cached_support)
-        return PenaltyLoss(compute, before_retry=reset)
+        return PenaltyLoss(compute, before_retry=reset, is_single=self.parallelism.world.is_single)
 
     def _penalty_args(self) -> tuple[Tensor, Critic | None, int, Parallelism]:
         """Arguments of every penalty: decoder, critic (the frozen meta SAE), primary step, process groups."""

@@ -124,6 +124,23 @@ def test_data_parallel_training_equals_training_in_one_process(count: int, tmp_p
         assert single["dead"].any() or kind in ("gated", "jumprelu"), case
 
 
+def train_with_topk_critic_on_rank(rank: int, folder: str) -> None:
+    """Each rank ranks one row of the critic's batch by itself, and sometimes one rank alone finds fewer than k positive values."""
+    kind = ("batchtopk", {}, {"meta": config("topk", d_sae=12), "penalties": {"d": Decomposability(0.3, rows=0.05)}})
+    with dry_run_scale(1.0, gpu=True):
+        joint = module(kind, D_SAE, torch.float64)
+        joint.join(ProcessGroup.default())
+        trained = optimizers(joint)
+        for step in range(12):
+            joint.step(Batch(activations(step)[rank * 32 : rank * 32 + 32].double()), *trained)
+    torch.save(joint.primary.W_dec.detach(), f"{folder}/{rank}.pt")
+
+
+def test_ranks_that_rank_alone_compute_a_penalty_equally_often(tmp_path: Path):
+    in_process_group(2, train_with_topk_critic_on_rank, tmp_path)
+    assert torch.equal(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)))
+
+
 def test_rank_without_a_gradient_contributes_zero(tmp_path: Path):
     in_process_group(2, train_without_last_gradient_on_rank, tmp_path)
     decoder, decoder_of_last = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
