@@ -64,7 +64,7 @@ class ProcessGroup:
         """Replace each tensor by rank 0's, in place; None is skipped."""
         for tensor in tensors if not self.is_single else ():
             if tensor is not None:
-                dist.broadcast(tensor, group=self.group, group_src=0)
+                dist.broadcast(in_memory_order(tensor), group=self.group, group_src=0)
                 self._count_bytes(tensor if self.rank == 0 else tensor[:0])
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class ProcessGroup:
     def _all_reduce(self, tensors: Iterable[Tensor | None], operation: Any) -> None:
         if self.is_single:
             return
-        present = [tensor for tensor in tensors if tensor is not None]
+        present = [in_memory_order(tensor) for tensor in tensors if tensor is not None]
         for work in [dist.all_reduce(tensor, op=operation, group=self.group, async_op=True) for tensor in present]:
             assert work is not None
             work.wait()
@@ -136,6 +136,15 @@ class ProcessGroup:
     def _count_bytes(self, *tensors: Tensor) -> None:
         if self.bytes_sent is not None:
             self.bytes_sent.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """The same memory as a contiguous tensor, as NCCL demands: a matrix that is stored column by column is transposed.
+
+    >>> in_memory_order(torch.zeros(2, 3).T).shape
+    torch.Size([2, 3])
+    """
+    return tensor.T if tensor.ndim == 2 and not tensor.is_contiguous() else tensor
 
 
 SINGLE = ProcessGroup()

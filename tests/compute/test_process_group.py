@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.optim import Adam
 
 from metasae_lightning.compute.process_group import SINGLE, Parallelism, ProcessGroup
@@ -229,3 +230,16 @@ def test_dense_kernels_with_a_global_batch_cut_on_several_ranks_are_refused():
         joint.join(ProcessGroup(0, 2))
     JointSAE(config("batchtopk"), kernels="dense", batch_cut="local").join(ProcessGroup(0, 2))
     JointSAE(config("gated"), kernels="dense").join(ProcessGroup(0, 2))
+
+
+@pytest.mark.parametrize("matrix", [torch.ones(3, 2), torch.ones(3, 2).T])
+def test_messages_are_contiguous(matrix: Tensor, monkeypatch: pytest.MonkeyPatch):
+    """NCCL refuses others; on a GPU the encoder's gradient is stored column by column."""
+    sent = list[Tensor]()
+    work = SimpleNamespace(wait=lambda: None)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: (sent.append(tensor.mul_(2)), work)[1])
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, **_: sent.append(tensor.mul_(2)))
+    group = ProcessGroup(0, 2)
+    group.all_reduce_sum_(matrix)
+    group.broadcast_(matrix)
+    assert len(sent) == 2 and all(tensor.is_contiguous() for tensor in sent) and (matrix == 4).all()
