@@ -266,13 +266,13 @@ def test_a_search_that_finds_too_little_selects_places_of_the_batch(interpreted:
     assert found.rows.max() < 32 and found.columns.max() < 24 and (found.rows.diff() >= 0).all()
 
 
-def test_a_batch_with_more_places_than_a_key_can_hold_is_ranked_without_keys(interpreted: list[int], monkeypatch: pytest.MonkeyPatch):
+def test_a_batch_with_more_values_than_can_be_counted_is_ranked_without_keys(interpreted: list[int], monkeypatch: pytest.MonkeyPatch):
     x, W_enc, b_enc = activations(0, 32), torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), torch.zeros(24)
     with dry_run_scale(1.0, gpu=True):
         search = encoder.GpuEncoder(x, W_enc, b_enc, None, None, Parallelism())
         by_keys = search.top_k(4, per_row=False, hint=torch.tensor(0.5))
         n_passes = len(interpreted)
-        monkeypatch.setattr(encoder, "LAST_PLACE", 32 * 24 - 2)
+        monkeypatch.setattr(encoder, "MOST_VALUES", 32 * 24)
         without_keys = search.top_k(4, per_row=False, hint=torch.tensor(0.5))
     assert n_passes == len(interpreted) == 1
     assert torch.equal(by_keys.columns, without_keys.columns) and torch.equal(by_keys.rows, without_keys.rows)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metasae_lightning.compute.gpu.host_reads import are_positive, read_numbers
 from metasae_lightning.compute.gpu.passes import triton_kernels
-from metasae_lightning.compute.gpu.topk import CUT_FACTOR, LAST_PLACE, Candidates, Room, exact_largest, exact_largest_of_rows
+from metasae_lightning.compute.gpu.topk import CUT_FACTOR, MOST_VALUES, Candidates, Room, exact_largest, exact_largest_of_rows
 from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.row_chunks import scaled_size
 from metasae_lightning.compute.topk import TopK, topk_mask
@@ -114,7 +114,7 @@ class GpuEncoder:
 
     def _candidates(self, room: int, hint: Tensor | None) -> Room | Candidates:
         """Candidates for the largest values of the batch: those above a cut, by a kernel, or the `room` largest."""
-        has_keys = self.n_rows * self.n_latents <= LAST_PLACE + 1 and triton_kernels(self.b_enc) is not None
+        has_keys = self.n_rows * self.n_latents < MOST_VALUES and triton_kernels(self.b_enc) is not None
         if hint is not None and has_keys:
             above_cut = Room(room, hint * CUT_FACTOR)
             for rows in self._blocks():

@@ -16,6 +16,8 @@ from metasae_lightning.compute.gpu.passes import triton_kernels
 CUT_FACTOR = 0.93
 # The lower half of a key, from which the place is subtracted: of equal values the first has the largest key.
 LAST_PLACE = 2**32 - 1
+# Batches with fewer values are searched by keys: then the number of values above a cut, of 32 bits with a sign, does not overflow.
+MOST_VALUES = 2**31
 
 
 class Largest(NamedTuple):
