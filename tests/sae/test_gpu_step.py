@@ -2,6 +2,7 @@
 
 from collections import Counter
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -276,3 +277,18 @@ def test_a_batch_with_more_values_than_can_be_counted_is_ranked_without_keys(int
         without_keys = search.top_k(4, per_row=False, hint=torch.tensor(0.5))
     assert n_passes == len(interpreted) == 1
     assert torch.equal(by_keys.columns, without_keys.columns) and torch.equal(by_keys.rows, without_keys.rows)
+
+
+def test_where_triton_starts_no_kernel_torchs_functions_are_used(monkeypatch: pytest.MonkeyPatch):
+    """Triton is installed with torch, and needs a C compiler."""
+    with FakeTensorMode():
+        tensor = torch.empty(1, device="cuda:0")
+    kernels = SimpleNamespace(unit_rows=lambda *_: (_ for _ in ()).throw(RuntimeError("Failed to find\nC compiler")))
+    monkeypatch.setattr(passes, "_kernels", lambda: kernels)
+    monkeypatch.setattr(passes, "_starts_on", starts_on := passes._starts_on.__wrapped__)  # pyright: ignore[reportPrivateUsage]
+    with pytest.warns(UserWarning, match=r"starts no kernel on cpu \(Failed to find C compiler\)"):
+        assert not starts_on(torch.device("cpu"))
+    with pytest.warns(UserWarning, match="starts no kernel on cuda:0"):
+        assert passes.triton_kernels(tensor) is None
+    kernels.unit_rows = lambda *_: None
+    assert starts_on(torch.device("cpu"))

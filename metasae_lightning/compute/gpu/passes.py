@@ -1,4 +1,4 @@
-"""The passes of a step over a sparse or a large matrix on a GPU: Triton's kernels where Triton is installed, else torch's functions."""
+"""The passes of a step over a sparse or a large matrix on a GPU: Triton's kernels where Triton works, else torch's functions."""
 
 import warnings
 from functools import cache
@@ -16,8 +16,9 @@ def passes_for(tensor: Tensor) -> ModuleType:
 
 
 def triton_kernels(tensor: Tensor) -> ModuleType | None:
-    """The module with Triton's kernels, which take float32 on a GPU; None for other tensors, and where Triton is not installed."""
-    return _kernels() if tensor.device.type == "cuda" and tensor.dtype == torch.float32 else None
+    """The module with Triton's kernels, which take float32 on a GPU; None for other tensors, and where Triton does not work."""
+    takes = tensor.device.type == "cuda" and tensor.dtype == torch.float32
+    return _kernels() if takes and _starts_on(tensor.device) else None
 
 
 @cache
@@ -26,6 +27,24 @@ def _kernels() -> ModuleType | None:
     try:
         from metasae_lightning.compute.gpu import kernels
     except ImportError:
-        warnings.warn("triton is not installed: a step on the GPU uses torch's functions, which are slower", stacklevel=2)
+        _warn("triton is not installed")
         return None
     return kernels
+
+
+@cache
+def _starts_on(device: torch.device) -> bool:
+    """Whether a kernel starts on a device; a warning of one line where not. Triton needs a C compiler, which not every machine has."""
+    if (kernels := _kernels()) is None:
+        return False
+    try:
+        row = torch.ones(1, 1, device=device)
+        kernels.unit_rows(row, row)
+    except Exception as error:  # a missing compiler, missing headers, a GPU that is too old
+        _warn(f"triton starts no kernel on {device} ({' '.join(str(error).split())[:200]})")
+        return False
+    return True
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"{reason}: a step on the GPU uses torch's functions, which are slower", stacklevel=3)
