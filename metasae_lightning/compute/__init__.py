@@ -7,6 +7,7 @@ from metasae_lightning.lazy_exports import lazy_exports
 if TYPE_CHECKING:
     from metasae_lightning.compute.buffers import SHARED, BufferPool
     from metasae_lightning.compute.encode_decode import Encoded, TopKRule, decode, encode, squared_error
+    from metasae_lightning.compute.gpu.topk import CutFactor
     from metasae_lightning.compute.sparse_matrix import Pattern
     from metasae_lightning.compute.topk import largest_indices, topk_mask
     from metasae_lightning.compute.topk_incremental import IncrementalTopK
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SHARED",
     "BufferPool",
+    "CutFactor",
     "Encoded",
     "IncrementalTopK",
     "Pattern",
@@ -29,6 +31,7 @@ __getattr__, __dir__ = lazy_exports(
     {
         **dict.fromkeys(["SHARED", "BufferPool"], "metasae_lightning.compute.buffers"),
         **dict.fromkeys(["Encoded", "TopKRule", "decode", "encode", "squared_error"], "metasae_lightning.compute.encode_decode"),
+        "CutFactor": "metasae_lightning.compute.gpu.topk",
         "Pattern": "metasae_lightning.compute.sparse_matrix",
         **dict.fromkeys(["topk_mask", "largest_indices"], "metasae_lightning.compute.topk"),
         "IncrementalTopK": "metasae_lightning.compute.topk_incremental",

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from metasae_lightning.compute.buffers import BufferPool, buffer_or_new
 from metasae_lightning.compute.gpu.encoder import GpuEncoder
+from metasae_lightning.compute.gpu.topk import CutFactor
 from metasae_lightning.compute.process_group import SINGLE, Parallelism, ProcessGroup
 from metasae_lightning.compute.row_chunks import is_blocked, row_chunks
 from metasae_lightning.compute.sparse_matrix import Pattern
@@ -47,6 +48,8 @@ class TopKRule:
     per_row: bool
     hint: float | Tensor | None = None
     """The threshold of the last batch, where the search starts. It changes the time, not the result."""
+    cut_factor: CutFactor = field(default_factory=CutFactor)
+    """On a GPU, where the search starts as a fraction of `hint`; the search updates it."""
     incremental: IncrementalTopK | None = None
     """Incremental search, for rows that move little from one batch to the next."""
     parallelism: Parallelism = field(default_factory=Parallelism)
@@ -160,7 +163,7 @@ def _select(
     if not is_blocked(x):
         gpu_encoder = GpuEncoder(x, W_enc, b_enc, scale, extra, rule.parallelism)
         hint = rule.hint if isinstance(rule.hint, Tensor) and rule.hint.device == x.device else None
-        return gpu_encoder, gpu_encoder.top_k(rule.k, per_row=rule.per_row, hint=hint)
+        return gpu_encoder, gpu_encoder.top_k(rule.k, per_row=rule.per_row, hint=hint, cut_factor=rule.cut_factor)
     encoder = BlockwiseEncoder(x, W_enc, b_enc, scale, extra, rule.parallelism)
     if rule.incremental is not None and not rule.per_row and rule.incremental.supports(encoder):
         return encoder, rule.incremental.top_k(encoder, int(rule.k * len(x)))

@@ -127,6 +127,7 @@ class SparseForward(ForwardPass):
         self.incremental_topk = incremental_topk
         # The smallest activation that the last top-k kept, where the next search begins.
         self._last_cut: float | Tensor | None = None
+        self._cut_factor = compute.CutFactor()
         self._gradients = compute.BufferPool()
         # Fixed rows are overwritten in place. The rows of a new batch are not: the previous ones may still be in use.
         self._rows = compute.BufferPool() if incremental_topk is not None else None
@@ -199,7 +200,7 @@ class SparseForward(ForwardPass):
         """The top-k activations, and the pre-activations of the latents in the mask `dead` on every row."""
         sae = self.sae
         each_row = not isinstance(sae, BatchTopKTrainingSAE)
-        rule = compute.TopKRule(sae.cfg.k, each_row, self._last_cut, self.incremental_topk, self.parallelism)
+        rule = compute.TopKRule(sae.cfg.k, each_row, self._last_cut, self._cut_factor, self.incremental_topk, self.parallelism)
         origin = replicated(local(sae.b_dec), self.parallelism.tensor_group) if sae.cfg.apply_b_dec_to_input else None
         buffers: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if fresh_gradients else {}
         encoded = compute.encode(z, local(sae.W_enc), local(sae.b_enc), rule, origin=origin, scale=self._norms, extra=dead, **buffers)

@@ -8,14 +8,14 @@ from torch.optim import Optimizer
 from metasae_lightning.compute.row_chunks import is_blocked
 
 
-def store_encoder_by_latent(sae: nn.Module) -> None:
-    """On a GPU, store `W_enc` latent by latent; its shape stays. Optimisers made before this would keep the other order.
+def store_encoder_for_device(sae: nn.Module) -> None:
+    """Store `W_enc` latent by latent on a GPU, and row by row on a CPU; its shape stays. One that is divided among ranks is left alone.
 
-    An encoder that is divided among ranks, or lies on a CPU, is left alone.
+    Optimisers must be made after this.
     """
     W_enc = getattr(sae, "W_enc", None)
-    if isinstance(W_enc, nn.Parameter) and not isinstance(W_enc, DTensor) and not is_blocked(W_enc):
-        W_enc.data = W_enc.data.T.contiguous().T
+    if isinstance(W_enc, nn.Parameter) and not isinstance(W_enc, DTensor):
+        W_enc.data = W_enc.data.contiguous() if is_blocked(W_enc) else W_enc.data.T.contiguous().T
 
 
 def match_parameters(optimizer: Optimizer) -> None:

@@ -22,6 +22,7 @@ from metasae_lightning.compute.sharding import copy_into, full_state_dict, is_sh
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import forward, pretrained
 from metasae_lightning.sae.forward_result import ForwardResult, concatenate_results, gather_codes, step_stats
+from metasae_lightning.sae.gpu_layout import store_encoder_for_device
 from metasae_lightning.sae.host_counters import HostCounters
 from metasae_lightning.sae.init_from import InitFrom, InitReport
 from metasae_lightning.sae.nonfinite import NonFiniteGuard, step_tensors
@@ -76,17 +77,23 @@ class Learner(HostCounters):
 
     def __init__(self, cfg: TrainingSAEConfig, config: LearnerConfig, *, role: str, seed: int) -> None:
         super().__init__()
-        self.role, self.config = role, config
+        self.role, self.config, self.parallelism = role, config, Parallelism()
         self.sae = pretrained.build(cfg, role=role, seed=seed)
         self._forward_pass = forward.forward_pass_for(self.sae, config.kernels, n_fixed_rows=config.n_fixed_rows)
-        self.parallelism = Parallelism()
         self.guard: NonFiniteGuard | None = None
         self.normalizer = make_normalizer(cfg.normalize_activations, cfg.d_in)
         self.register_buffer("silent_for", torch.zeros(cfg.d_sae, dtype=torch.int64, device=cfg.device))
         if config.init_from is not None and config.init_from.measured_k:
             self.register_buffer("measured_k", torch.zeros((), dtype=torch.float64))
-            self.register_load_state_dict_post_hook(_apply_measured_k)
+            self.register_load_state_dict_post_hook(pretrained.apply_measured_k)
         self._renormalize()
+        store_encoder_for_device(self.sae)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Learner":
+        """Move or convert the module, and store its encoder as the device wants it."""
+        super()._apply(fn, recurse)
+        store_encoder_for_device(self.sae)
+        return self
 
     def join(self, parallelism: Parallelism, cut: forward.BatchCut) -> None:
         """Train together with other ranks: each has part of a step's rows or part of the latents, and all make the same step."""
@@ -141,7 +148,7 @@ class Learner(HostCounters):
         source = init_from.load_into(self.sae, self.normalizer, x, role=self.role, unit_rows=self.config.decoder_rows == "unit")
         if init_from.measured_k:
             self.measured_k.fill_(source.l0)
-            _apply_measured_k(self)
+            pretrained.apply_measured_k(self)
         codes, reconstruction = self._read_local(x)
         return source.compare(self.sae.cfg.architecture(), codes.l0, functional.fvu(x, reconstruction).item())
 
@@ -168,8 +175,9 @@ class Learner(HostCounters):
         result = concatenate_results(results)
         if not self.parallelism.tensor_group.is_single:
             result = result.select_rows(local_rows, self._gather_codes(result.codes))
-        checked = step_tensors(self.role, self.sae, result.loss, extra)
-        if self.guard is not None and self.guard.skips(checked, self._forward_state(), self.parallelism.world):
+        if self.guard is not None and self.guard.skips(
+            step_tensors(self.role, self.sae, result.loss, extra), self._forward_state(), self.parallelism.world
+        ):
             self.updates, self.rows_seen = updates, self.rows_seen + count
             return replace(result, applied=False)
         self.cached_support = None
@@ -191,10 +199,10 @@ class Learner(HostCounters):
         return results
 
     def _reduce_gradients(self) -> None:
-        """Sum the gradients over data ranks, and make those of replicated parameters bit-equal on ranks that shard the latents."""
-        if (
-            not self.parallelism.data_group.is_single
-        ):  # a parameter without a gradient on this rank may have one on others, and all take part in the sum
+        """Sum the gradients over data ranks, each of which takes part with a gradient or zeros, and equalise those of replicated parameters."""
+        if self.parallelism.world.is_single:
+            return
+        if not self.parallelism.data_group.is_single:
             for parameter in self.sae.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and parameter.grad is None else parameter.grad
         gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
@@ -281,7 +289,6 @@ class Learner(HostCounters):
         self.rows_seen += rows
         self.silent_for.add_(rows).index_fill_(0, codes.latents, 0)
         self.parallelism.world.all_reduce_min_(self.silent_for)
-        # `batch_cut: local` gives each rank a threshold of its own.
         if self._forward_pass.parallelism.data_group.is_single and not self.parallelism.data_group.is_single:
             thresholds = [buffer for buffer in self.sae.buffers() if buffer.is_floating_point()]
             self.parallelism.world.all_reduce_sum_(*thresholds)
@@ -291,9 +298,3 @@ class Learner(HostCounters):
     def step_stats(self, x: Float[Tensor, "rows d_in"], result: ForwardResult) -> StepStats:
         """Loss, FVU, L0 and dead fraction of a step, over the rows of all ranks; `x` are this rank's rows."""
         return step_stats(x, result, compute_dead=lambda: self.dead, ranks=self.parallelism.world)
-
-
-def _apply_measured_k(learner: Learner, _: object = None) -> None:
-    """Set the SAE's k to `measured_k`, after a conversion or after a checkpoint was loaded."""
-    if learner.measured_k > 0:
-        pretrained.set_k(learner.sae, learner.measured_k.item())

@@ -64,6 +64,12 @@ def set_k(sae: AnySAE, k: float) -> None:
 PreActivations = Callable[[Tensor], Float[Tensor, "batch d_sae"]]
 
 
+def apply_measured_k(learner: Any, _: object = None) -> None:
+    """Set the k of a learner's SAE to its `measured_k`, after a conversion or after a checkpoint was loaded."""
+    if learner.measured_k > 0:
+        set_k(learner.sae, learner.measured_k.item())
+
+
 def pre_activations(sae: Any) -> PreActivations | None:
     """A function from raw activations to the values that an inference SAE compares with its thresholds; None without thresholds."""
     if not isinstance(getattr(sae, "threshold", None), Tensor):

@@ -22,7 +22,7 @@ from metasae_lightning.penalties import Critic, Penalties, Penalty, PenaltyLoss
 from metasae_lightning.sae import TrainingSAEConfig
 from metasae_lightning.sae.forward import BatchCut, Kernels
 from metasae_lightning.sae.forward_result import ForwardResult
-from metasae_lightning.sae.gpu_layout import match_parameters, store_encoder_by_latent
+from metasae_lightning.sae.gpu_layout import match_parameters
 from metasae_lightning.sae.init_from import InitFrom, InitReport
 from metasae_lightning.sae.learner import Learner, LearnerConfig
 from metasae_lightning.sae.nonfinite import attach_guards, longest_skip, restore_guards, skipped_steps
@@ -248,8 +248,6 @@ class JointSAE(LightningModule):
         """One optimiser for each SAE, and a learning rate schedule for each SAE that has one."""
         steps = self.trainer.estimated_stepping_batches
         learners = list(filter(None, (self.primary, self.meta)))
-        for learner in learners:
-            store_encoder_by_latent(learner.sae)
         optimizers = {learner.role: self._optimizer_callables[learner.role](learner.parameters()) for learner in learners}
         for role, optimizer in optimizers.items():
             if (scheduler := self._scheduler_callables[role]) is not None:

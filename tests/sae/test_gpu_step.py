@@ -19,7 +19,7 @@ from metasae_lightning.compute.gpu.host_reads import deferred_checks, given_numb
 from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.row_chunks import dry_run_scale
 from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
-from metasae_lightning.sae.gpu_layout import match_parameters, store_encoder_by_latent
+from metasae_lightning.sae.gpu_layout import match_parameters, store_encoder_for_device
 from metasae_lightning.step import Batch
 from metasae_lightning.training.joint import JointSAE
 from metasae_lightning.training.optimizers import adam
@@ -67,7 +67,7 @@ def fake_step(module: JointSAE, batch: int, reads: list[list[float]]) -> tuple[C
     learners = [learner for learner in (module.primary, module.meta) if learner is not None]
     for learner in learners:
         learner.initialized, learner.steps = True, 1
-        store_encoder_by_latent(learner.sae)
+        store_encoder_for_device(learner.sae)
     optimizers = [adam(learner.parameters()) for learner in learners]
     counters = []
     for _ in range(2):  # the first step makes the optimiser's state
@@ -160,7 +160,7 @@ def trained(module: JointSAE, *, gpu: bool, steps: int = 6, dtype: torch.dtype =
     with dry_run_scale(1.0, gpu=gpu):
         for learner in (module.primary, module.meta):
             if learner is not None:
-                store_encoder_by_latent(learner.sae)
+                store_encoder_for_device(learner.sae)
         optimizers = [adam(learner.parameters()) for learner in (module.primary, module.meta) if learner is not None]
         for step in range(steps):
             module.step(Batch(activations(step, 64).to(dtype)), *optimizers, last=step == steps - 1)
@@ -251,7 +251,7 @@ def test_a_cpus_optimiser_state_goes_on_with_an_encoder_stored_by_latent():
     second.load_state_dict(first.state_dict())
     with dry_run_scale(1.0, gpu=True):
         for learner in (second.primary, second.meta):
-            store_encoder_by_latent(learner.sae)  # type: ignore[union-attr]
+            store_encoder_for_device(learner.sae)  # type: ignore[union-attr]
         steps(second, range(3, 6), states)
     for key, value in uninterrupted.items():
         torch.testing.assert_close(second.state_dict()[key].double(), value.double(), rtol=1e-9, atol=1e-9, msg=key)

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metasae_lightning.compute.gpu.host_reads import are_positive, read_numbers
+from metasae_lightning.compute.gpu.host_reads import Then, are_positive, read_numbers
 from metasae_lightning.compute.gpu.passes import triton_kernels
-from metasae_lightning.compute.gpu.topk import CUT_FACTOR, MOST_VALUES, Candidates, Room, exact_largest, exact_largest_of_rows
+from metasae_lightning.compute.gpu.topk import MOST_VALUES, Candidates, CutFactor, Room, exact_largest, exact_largest_of_rows
 from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.row_chunks import scaled_size
 from metasae_lightning.compute.topk import TopK, topk_mask
@@ -17,7 +17,7 @@ from metasae_lightning.compute.topk_across_ranks import topk_across_ranks
 # Pre-activations that are computed at a time: 4 GiB of float32. Smaller batches are computed in one product.
 BLOCK = 2**30
 # Candidates for each selected value, in a batch and in a row.
-BATCH_ROOM, ROW_ROOM = 3, 2
+BATCH_ROOM, ROW_ROOM = 6, 2
 
 
 class GpuEncoder:
@@ -50,15 +50,19 @@ class GpuEncoder:
         self.n_rows, self.n_latents = len(x), W_enc.shape[1]
         self.world, self.tensor_group = parallelism.world, parallelism.tensor_group
         self._extra = extra
+        # The products of the only block, after a search that has left them as they were.
+        self._kept: Tensor | None = None
+        self._cut_factor = CutFactor()
         self.extra_latents = torch.empty(0, dtype=torch.long, device=x.device)
         self.extra_pre_acts = b_enc.new_empty(len(x), 0)
 
-    def top_k(self, k: float, *, per_row: bool, hint: Float[Tensor, ""] | None) -> TopK:
+    def top_k(self, k: float, *, per_row: bool, hint: Float[Tensor, ""] | None, cut_factor: CutFactor | None = None) -> TopK:
         """With `per_row` the `k` largest positive values of each row, else the `k * rows` largest positive values of the batch.
 
         With several ranks the result is this rank's part of the top-k over all of them. `hint` is the threshold of a similar batch, and is
-        not used with `per_row`. A good hint saves time; a bad one does not change the result.
+        not used with `per_row`. A good hint saves time; a bad one does not change the result. `cut_factor` is updated.
         """
+        self._cut_factor = cut_factor or self._cut_factor
         if per_row:
             return self._top_k_per_row(int(k))
         rows = self.n_rows if self.world.is_single else self.world.sum_scalar(self.n_rows, self.b_enc)
@@ -72,8 +76,16 @@ class GpuEncoder:
 
     def _top_k_of_batch(self, count: int, hint: Tensor | None) -> TopK:
         """The `count` largest positive values of the batch of a single process."""
-        largest = self._candidates(BATCH_ROOM * count, hint).largest(count)
-        if self._are_positive(largest.edge, largest.edge - largest.floor):
+        room, cut_factor = BATCH_ROOM * count, self._cut_factor
+        found = self._candidates(room, hint)
+        largest = found.largest(count)
+        numbers = [largest.edge, largest.edge - largest.floor]
+
+        def follow(edge: float, above_cut: float, spare: float) -> None:
+            cut_factor.update(edge, edge - above_cut, room + 1 - spare, count)
+
+        is_certain = self._are_positive(*numbers, found.spare, then=follow) if isinstance(found, Room) else self._are_positive(*numbers)
+        if is_certain:
             return self._result_at(largest.values[0], largest.places[0], largest.edge[0])
         values, places = self._exact_search(count)
         return self._result_at(values, places, values.min() if len(values) else None)
@@ -84,11 +96,16 @@ class GpuEncoder:
         candidates = found.largest(room) if isinstance(found, Room) else found
         mask = topk_across_ranks(candidates.values[0], count, self.world)
         # The largest floor of any rank, and whether a value at or below it could be among the largest of all ranks.
-        floor = found.floor.clone()
+        is_room = isinstance(found, Room)
+        floor = torch.where(found.spare > 0, found.cut, torch.inf) if isinstance(found, Room) else found.floor.clone()
         self.world.all_reduce_max_(floor)
         threshold = torch.where(mask.is_complete, mask.threshold, 0.0)
-        floor_here, edge, n_kept = self._read(floor, threshold, mask.keep.sum())
-        if floor_here < edge or floor_here <= 0:
+        floor_read, edge, n_kept, cut, n_above = self._read(
+            floor, threshold, mask.keep.sum(), *((found.cut, found.n_above) if isinstance(found, Room) else (floor, floor))
+        )
+        if is_room:
+            self._cut_factor.update(edge, cut, n_above, room // BATCH_ROOM)
+        if floor_read < edge or floor_read <= 0:
             kept = torch.nonzero_static(mask.keep, size=int(n_kept)).flatten()
             return self._result_at(candidates.values[0, kept], candidates.places[0, kept], mask.threshold)
         values, places = self._exact_search(count)
@@ -116,9 +133,11 @@ class GpuEncoder:
         """Candidates for the largest values of the batch: those above a cut, by a kernel, or the `room` largest."""
         has_keys = self.n_rows * self.n_latents < MOST_VALUES and triton_kernels(self.b_enc) is not None
         if hint is not None and has_keys:
-            above_cut = Room(room, hint * CUT_FACTOR)
+            above_cut = Room(room, hint * self._cut_factor.value)
             for rows in self._blocks():
-                above_cut.add(self._products(rows), self.b_enc, self.scale, rows.start)
+                products = self._products(rows)
+                above_cut.add(products, self.b_enc, self.scale, rows.start)
+                self._kept = products if rows.stop >= self.n_rows and not rows.start else None
             return above_cut
         candidates: Candidates | None = None
         for rows in self._blocks():
@@ -150,12 +169,18 @@ class GpuEncoder:
 
     def _activations(self, rows: slice) -> Tensor:
         """The activations of some rows, with their scale."""
-        pre_acts = self._products(rows).add_(self.b_enc)
+        products, self._kept = self._products(rows) if self._kept is None else self._kept, None
+        pre_acts = products.add_(self.b_enc)
         return pre_acts if self.scale is None else pre_acts.mul_(self.scale)
 
-    def _are_positive(self, *numbers: Tensor) -> bool:
-        """Whether all numbers are positive; the extra latents are computed if there are any."""
-        return are_positive(*numbers) if self._extra is None else all(number > 0 for number in self._read(*numbers))
+    def _are_positive(self, *numbers: Tensor, then: Then | None = None) -> bool:
+        """Whether all numbers are positive; the extra latents are computed if there are any. `then` gets the numbers."""
+        if self._extra is None:
+            return are_positive(*numbers, then=then)
+        read = self._read(*numbers)
+        if then is not None:
+            then(*read)
+        return all(number > 0 for number in read)
 
     def _read(self, *numbers: Tensor) -> list[float]:
         """Some numbers, which the host reads together with the number of extra latents; these latents' pre-activations follow."""

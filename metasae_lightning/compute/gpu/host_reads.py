@@ -4,13 +4,15 @@ A search for the largest values ends with a check that some numbers are positive
 every value that was not ranked. Within `deferred_checks` the host makes the check at the next read, so that two searches wait once.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
+Then = Callable[..., None]
+"""A function that gets numbers when they are read."""
 # Checks that were added and not made yet; whether further checks are added to them; and the given answers to reads.
 _CHECKS: ContextVar["DeferredChecks | None"] = ContextVar("checks", default=None)
 _IS_DEFERRING: ContextVar[bool] = ContextVar("is_deferring", default=False)
@@ -21,25 +23,29 @@ class DeferredChecks:
     """Checks that numbers are positive, which the host makes when it next reads any numbers."""
 
     def __init__(self) -> None:
-        self._unread: list[Tensor] = []
+        self._unread: list[tuple[list[Tensor], Then | None]] = []
         self._all_hold = True
 
-    def add(self, *numbers: Tensor) -> None:
-        """Add numbers that must be positive."""
-        self._unread += [number.view(1) for number in numbers]
+    def add(self, numbers: list[Tensor], then: "Then | None") -> None:
+        """Add numbers that must be positive, and a function that gets them when they are read."""
+        self._unread.append((numbers, then))
 
-    def take_unread(self) -> list[Tensor]:
-        """The numbers that were not read yet, which the caller must read and give to `check`."""
-        unread, self._unread = self._unread, []
-        return unread
+    def unread(self) -> list[Tensor]:
+        """The numbers that were not read yet. The caller must read them and give them to `check`."""
+        return [number for numbers, _ in self._unread for number in numbers]
 
-    def check(self, numbers: list[float]) -> None:
-        """Check numbers that were read."""
-        self._all_hold &= all(number > 0 for number in numbers)
+    def check(self, read: list[float]) -> None:
+        """Check the numbers that were not read before, now that they are."""
+        for numbers, then in self._unread:
+            values, read = read[: len(numbers)], read[len(numbers) :]
+            self._all_hold &= all(value > 0 for value in values)
+            if then is not None:
+                then(*values)
+        self._unread = []
 
     def all_hold(self) -> bool:
         """Whether all numbers are positive. The host waits for those that were not read yet."""
-        if unread := self.take_unread():
+        if unread := self.unread():
             self.check(_read(torch.cat(unread)))
         return self._all_hold
 
@@ -47,20 +53,26 @@ class DeferredChecks:
 def read_numbers(numbers: Tensor) -> list[float]:
     """The numbers in a vector. The host waits until the GPU has computed them, and makes the deferred checks."""
     checks = _CHECKS.get()
-    unread = [] if checks is None else checks.take_unread()
+    unread = [] if checks is None else checks.unread()
     read = _read(torch.cat([numbers, *unread]) if unread else numbers)
     if checks is not None:
         checks.check(read[len(numbers) :])
     return read[: len(numbers)]
 
 
-def are_positive(*numbers: Tensor) -> bool:
-    """Whether all numbers are positive; within `deferred_checks` True, and the check follows later."""
-    checks = _CHECKS.get()
+def are_positive(*numbers: Tensor, then: Then | None = None) -> bool:
+    """Whether all numbers are positive; within `deferred_checks` True, and the check follows later.
+
+    `then` gets the numbers when they are read.
+    """
+    checks, flat = _CHECKS.get(), [number.view(1) for number in numbers]
     if checks is not None and _IS_DEFERRING.get():
-        checks.add(*numbers)
+        checks.add(flat, then)
         return True
-    return all(number > 0 for number in read_numbers(torch.cat([number.view(1) for number in numbers])))
+    values = read_numbers(torch.cat(flat))
+    if then is not None:
+        then(*values)
+    return all(value > 0 for value in values)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ A search first ranks a fixed number of candidates and tells whether they certain
 all values, with shapes that depend on the data. Of equal values both keep the first by place, which is `row * n_latents + latent`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from metasae_lightning.compute.gpu.passes import triton_kernels
 
-# The cut that candidates exceed, as a fraction of the last threshold: more exceed it than are selected, and fewer than there is room for.
-CUT_FACTOR = 0.93
+# The number of values above the cut, for each selected value, that the cut aims at: half of the room.
+AIM = 3.0
 # The lower half of a key, from which the place is subtracted: of equal values the first has the largest key.
 LAST_PLACE = 2**32 - 1
 # Batches with fewer values are searched by keys: then the number of values above a cut, of 32 bits with a sign, does not overflow.
@@ -70,6 +71,31 @@ class Candidates(NamedTuple):
         return Largest(self.places.gather(1, selected), self.values.gather(1, selected), ranked[:, count - 1], floor)
 
 
+class CutFactor:
+    """The cut that candidates exceed, as a fraction of the last batch's threshold. It follows the values' distribution.
+
+    >>> factor = CutFactor()
+    >>> factor.update(edge=1.0, cut=0.9, n_above=90.0, count=10)  # three times fewer are wanted
+    >>> 0.93 < factor.value < 0.95
+    True
+    """
+
+    def __init__(self) -> None:
+        self.value = 0.93
+
+    def update(self, edge: float, cut: float, n_above: float, count: int) -> None:
+        """Take up that `n_above` values of a batch exceeded a cut, where `count` reached the edge.
+
+        Near the edge the number of values above a cut is taken to be a power of the cut. The factor moves half of the way to the cut at
+        which this number would be `AIM * count`. Where too few values exceeded the cut, the factor is squared.
+        """
+        if n_above <= 1.02 * count or not 0 < cut < edge:
+            self.value = max(self.value**2, 0.5)
+            return
+        wanted = (cut / edge) ** (math.log(AIM) / math.log(n_above / count))
+        self.value = min(max(math.sqrt(self.value * wanted), 0.5), 0.999)
+
+
 class Room:
     """The values of a batch above a cut, which a kernel finds in one pass over the pre-activations.
 
@@ -90,16 +116,16 @@ class Room:
         kernels.compact(products, bias, scale, self.cut, self.keys, self.n_above, first_row)
 
     @property
-    def floor(self) -> Float[Tensor, " group"]:
-        """The cut, which all values in the room exceed and no other does; infinity where values were dropped."""
-        return torch.where(self.n_above > len(self.keys), torch.inf, self.cut)
+    def spare(self) -> Int[Tensor, " 1"]:
+        """A number that is positive if no value was dropped: one more than the places left."""
+        return len(self.keys) + 1 - self.n_above
 
     def largest(self, count: int) -> Largest:
         """The `count` largest values in the room as those of one group; an empty place in the room is a value of 0 at place 0."""
         top = self.keys.topk(count, sorted=False).values
         places, order = (LAST_PLACE - (top & LAST_PLACE)).sort()
         values = values_of_keys(top[order])
-        return Largest(places[None], values[None], values.amin(0, keepdim=True), self.floor)
+        return Largest(places[None], values[None], values.amin(0, keepdim=True), self.cut[None])
 
 
 def keys_of(values: Float[Tensor, " value"], places: Int[Tensor, " value"]) -> Int[Tensor, " value"]:
