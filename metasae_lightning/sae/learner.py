@@ -199,7 +199,7 @@ class Learner(HostCounters):
         return results
 
     def _reduce_gradients(self) -> None:
-        """Sum the gradients over data ranks, each of which takes part with a gradient or zeros, and equalise those of replicated parameters."""
+        """Sum gradients over data ranks, of which one without a gradient gives zeros, and equalise those of replicated parameters."""
         if self.parallelism.world.is_single:
             return
         if not self.parallelism.data_group.is_single:
