@@ -14,6 +14,7 @@ from metasae_lightning import functional
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import BatchTopKTrainingSAEConfig
 from metasae_lightning.sae.learner import Learner, LearnerConfig
+from metasae_lightning.sae.step_graph import GraphedLearner, can_be_graphed
 
 # Steps whose rows are drawn together.
 DRAWN_AT_ONCE = 256
@@ -89,14 +90,19 @@ class Decomposition(Metric):
         with torch.enable_grad():
             config = LearnerConfig(dead_after=dead_after, decoder_rows="free", clip_grad_norm=1.0)
             critic = Learner(cfg, config, role="critic", seed=seed).to(rows.device)
-            optimizer = Adam(critic.parameters(), lr=self.lr, fused=True)
+            optimizer = Adam(critic.parameters(), lr=self.lr, fused=True, capturable=rows.is_cuda)
+            graphed = GraphedLearner(critic, optimizer) if can_be_graphed(critic, rows) else None
             generator = torch.Generator().manual_seed(seed)
             critic.initialize(rows)
             for begin in range(0, self.steps, DRAWN_AT_ONCE):
                 count = min(DRAWN_AT_ONCE, self.steps - begin)
                 # Indices of many steps are copied together: the host waits for each copy to a GPU.
                 for indices in torch.randint(len(rows), (count, self.batch_size), generator=generator).to(rows.device):
-                    critic.learn(rows.index_select(0, indices), optimizer, backward=lambda loss: loss.backward())
+                    batch = rows.index_select(0, indices)
+                    if graphed is not None:
+                        graphed.learn(batch)
+                    else:
+                        critic.learn(batch, optimizer, backward=lambda loss: loss.backward())
         return 1 - functional.fvu(rows, critic.reconstruct(rows)).item()
 
 

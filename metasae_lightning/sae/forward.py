@@ -126,8 +126,8 @@ class SparseForward(ForwardPass):
         super().__init__(sae)
         self.incremental_topk = incremental_topk
         # The smallest activation that the last top-k kept, where the next search begins.
-        self._last_cut: float | Tensor | None = None
-        self._cut_factor = compute.CutFactor()
+        self.last_cut: float | Tensor | None = None
+        self.cut_factor = compute.CutFactor()
         self._gradients = compute.BufferPool()
         # Fixed rows are overwritten in place. The rows of a new batch are not: the previous ones may still be in use.
         self._rows = compute.BufferPool() if incremental_topk is not None else None
@@ -200,11 +200,11 @@ class SparseForward(ForwardPass):
         """The top-k activations, and the pre-activations of the latents in the mask `dead` on every row."""
         sae = self.sae
         each_row = not isinstance(sae, BatchTopKTrainingSAE)
-        rule = compute.TopKRule(sae.cfg.k, each_row, self._last_cut, self._cut_factor, self.incremental_topk, self.parallelism)
+        rule = compute.TopKRule(sae.cfg.k, each_row, self.last_cut, self.cut_factor, self.incremental_topk, self.parallelism)
         origin = replicated(local(sae.b_dec), self.parallelism.tensor_group) if sae.cfg.apply_b_dec_to_input else None
         buffers: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if fresh_gradients else {}
         encoded = compute.encode(z, local(sae.W_enc), local(sae.b_enc), rule, origin=origin, scale=self._norms, extra=dead, **buffers)
-        self._last_cut = encoded.threshold
+        self.last_cut = encoded.threshold
         return encoded
 
     def _encode_support(self, z: Tensor, rows: Tensor, columns: Tensor) -> compute.Encoded:

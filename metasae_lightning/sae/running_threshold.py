@@ -11,6 +11,6 @@ def update_threshold(sae: BatchTopKTrainingSAE, threshold: float | Tensor, *, ma
     old, rate = sae.topk_threshold, sae.cfg.topk_threshold_lr
     if isinstance(threshold, Tensor):
         new = torch.where(threshold.isinf(), old, threshold) if may_be_infinite else threshold
-        sae.topk_threshold = torch.add((1 - rate) * old, new, alpha=rate)
+        old.mul_(1 - rate).add_(new, alpha=rate)
     else:
         sae.topk_threshold = (1 - rate) * old + rate * threshold

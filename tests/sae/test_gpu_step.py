@@ -20,6 +20,8 @@ from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.row_chunks import dry_run_scale
 from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
 from metasae_lightning.sae.gpu_layout import match_parameters, store_encoder_for_device
+from metasae_lightning.sae.learner import Learner, LearnerConfig
+from metasae_lightning.sae.step_graph import GraphedLearner
 from metasae_lightning.step import Batch
 from metasae_lightning.training.joint import JointSAE
 from metasae_lightning.training.optimizers import adam
@@ -292,3 +294,30 @@ def test_where_triton_starts_no_kernel_torchs_functions_are_used(monkeypatch: py
         assert passes.triton_kernels(tensor) is None
     kernels.unit_rows = lambda *_: None
     assert starts_on(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("room", [6, 2, 1])
+def test_a_graphed_step_equals_a_step_and_one_that_fails_is_taken_again(room: int, monkeypatch: pytest.MonkeyPatch, interpreted: list[int]):
+    """The graph is replaced by the function that it would record. With little room some or all searches fail."""
+    assert not interpreted
+    monkeypatch.setattr(encoder, "BATCH_ROOM", room)
+    for module in (passes, row_passes):  # only the kernel that finds candidates is needed here, and the interpreter is slow
+        monkeypatch.setattr(module, "triton_kernels", lambda tensor: None)
+
+    def learner() -> tuple[Learner, Adam]:
+        made = Learner(config("batchtopk"), LearnerConfig(dead_after=10**6, clip_grad_norm=0.5), role="critic", seed=0)
+        made.initialize(activations(0))
+        return made, Adam(made.parameters(), lr=1e-3, fused=True)
+
+    with dry_run_scale(1.0, gpu=True):
+        (plain, plain_optimizer), (graphed, graphed_optimizer) = learner(), learner()
+        steps = GraphedLearner(graphed, graphed_optimizer, capture=lambda step: step)
+        for step in range(10):
+            plain.learn(activations(step), plain_optimizer, backward=Tensor.backward)
+            steps.learn(activations(step))
+    assert steps.retaken == 0 if room == 6 else steps.retaken > 0
+    assert plain.state_dict().keys() == graphed.state_dict().keys()
+    for key, value in plain.state_dict().items():
+        assert torch.equal(graphed.state_dict()[key], value), key
+    moments = zip(plain_optimizer.state.values(), graphed_optimizer.state.values(), strict=True)
+    assert all(torch.equal(a[name], b[name]) for a, b in moments for name in ("step", "exp_avg", "exp_avg_sq"))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metasae_lightning.compute.gpu.host_reads import Then, are_positive, read_numbers
+from metasae_lightning.compute.gpu.host_reads import Then, are_positive, is_deferring, read_numbers
 from metasae_lightning.compute.gpu.passes import triton_kernels
 from metasae_lightning.compute.gpu.topk import MOST_VALUES, Candidates, CutFactor, Room, exact_largest, exact_largest_of_rows
 from metasae_lightning.compute.process_group import Parallelism
@@ -177,6 +177,8 @@ class GpuEncoder:
         """Whether all numbers are positive; the extra latents are computed if there are any. `then` gets the numbers."""
         if self._extra is None:
             return are_positive(*numbers, then=then)
+        if is_deferring():  # the step is taken as one without extra latents
+            return are_positive(*numbers, 1 - self._extra.sum(), then=None if then is None else lambda *read: then(*read[: len(numbers)]))
         read = self._read(*numbers)
         if then is not None:
             then(*read)

@@ -30,6 +30,11 @@ class DeferredChecks:
         """Add numbers that must be positive, and a function that gets them when they are read."""
         self._unread.append((numbers, then))
 
+    def take(self) -> "list[tuple[list[Tensor], Then | None]]":
+        """The numbers that were not read yet, each with its function. The caller must read and check them."""
+        unread, self._unread = self._unread, []
+        return unread
+
     def unread(self) -> list[Tensor]:
         """The numbers that were not read yet. The caller must read them and give them to `check`."""
         return [number for numbers, _ in self._unread for number in numbers]
@@ -58,6 +63,11 @@ def read_numbers(numbers: Tensor) -> list[float]:
     if checks is not None:
         checks.check(read[len(numbers) :])
     return read[: len(numbers)]
+
+
+def is_deferring() -> bool:
+    """Whether checks are deferred now."""
+    return _IS_DEFERRING.get()
 
 
 def are_positive(*numbers: Tensor, then: Then | None = None) -> bool:
