@@ -1,4 +1,4 @@
-"""Formulas over the rows of a large matrix that are written to memory at hand: in chunks on a CPU, in one pass on a GPU."""
+"""Formulas over the rows of a large matrix, with results in existing memory: in chunks on a CPU, all rows at once on a GPU."""
 
 import torch
 from jaxtyping import Float

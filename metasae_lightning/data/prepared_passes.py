@@ -1,4 +1,4 @@
-"""The tokens of forward passes, prepared on the host: contexts, masks and indices, pinned where a GPU reads them."""
+"""The tokens of forward passes, prepared on the host: contexts, masks and indices. What a GPU reads is in pinned memory."""
 
 import hashlib
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ class PreparedPass:
     row_indices: Int[Tensor, " row"]
     """Indices of the trainable tokens among all tokens of the pass."""
     documents: Int[Tensor, "context position"] | None
-    """The number of each token's document in its context; None where attention is to be causal."""
+    """The number of each token's document in its context; None if attention is only causal."""
     digest: str
     """A hash of the tokens."""
     position: dict[str, Any]
@@ -33,7 +33,7 @@ class PreparedPass:
     next_position: dict[str, Any]
     """The position in the corpus after this pass."""
     read_position: dict[str, Any]
-    """The position in the corpus after everything that was read to pack this pass."""
+    """The position in the corpus after all text that was read to pack this pass."""
 
 
 def prepare_passes(packed: PackedTokens, source: TokenizedDocuments, batching: Batching, *, pin: bool) -> Iterator[PreparedPass]:
@@ -43,7 +43,7 @@ def prepare_passes(packed: PackedTokens, source: TokenizedDocuments, batching: B
         packed: The contexts.
         source: The documents that are packed; their tokenizer names the special tokens.
         batching: Sizes and masks.
-        pin: Whether tokens and indices go to pinned memory, from which a GPU copies them without a wait.
+        pin: Whether tokens, row indices and documents are in pinned memory, from which a GPU copies them without a wait of the host.
     """
     special = torch.tensor(special_ids(source.tokenizer), dtype=torch.long)
     separator = None if batching.cross_document_attention or not packed.separator else packed.separator[0]
@@ -62,7 +62,7 @@ def prepare_passes(packed: PackedTokens, source: TokenizedDocuments, batching: B
 
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. The host does not wait for a copy to a GPU: it is made from pinned memory.
+    """The tensor on `device`. The host does not wait for a copy to a GPU, because it is from pinned memory.
 
     >>> copy_to(torch.tensor([3]), torch.device("cpu")).tolist()
     [3]

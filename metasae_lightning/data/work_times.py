@@ -1,4 +1,4 @@
-"""When the parts of a run work, on the host's clock or on a GPU's, and the share of the time that each of them takes."""
+"""When each part of a run works, by the host's clock or by the GPU's, and each part's share of the time."""
 
 import time
 from collections import deque
@@ -14,8 +14,8 @@ Span = tuple[float, float]
 class WorkTimes:
     """The times at which one kind of work ran in a window of time.
 
-    On a CPU they are read from the clock. On a GPU they are CUDA events on the current stream, so the times are those at which the GPU came
-    to the work and finished it. Events are only read when they are complete; the host never waits. Nothing is recorded before `start`.
+    On a CPU they are read from the clock. On a GPU they are CUDA events on the current stream, so the times are those at which the GPU
+    began and finished the work. Read `spans` only when `is_complete`; then the host never waits. Nothing is recorded before `start`.
 
     Args:
         device: The device that works.
@@ -25,7 +25,7 @@ class WorkTimes:
         self.device = device
         self._begin: Any = None
         self._end: Any = None
-        # Pairs of the marks at which work began and ended. A beginning before the window is None, an end to come too.
+        # Pairs of marks at which work began and ended. The first is None if work began before the window, the second if work goes on.
         self._work: deque[list[Any]] = deque()
         self._current: list[Any] = [None, None]
 
@@ -64,13 +64,13 @@ class WorkTimes:
         return self._end is not None
 
     def is_complete(self) -> bool:
-        """Whether a window has ended and all of it is in the past, so that `spans` can read it."""
+        """Whether a window has ended on the device too, so that `spans` can read it."""
         return self._end is not None and _is_past(self._end)
 
     def spans(self) -> tuple[list[Span], float]:
         """The times of work in the window that `end_window` ended and the window's length, in seconds from its beginning.
 
-        Work that goes on after the window counts in both windows, in each with its part.
+        Work that goes on after the window counts in each of the windows with its part there.
         """
         seconds, spans, continued = _seconds(self._begin, self._end), list[Span](), deque[list[Any]]()
         while self._work:
@@ -111,7 +111,7 @@ class StreamTimes:
 
 
 def shares(seconds: float, *, model: Sequence[Span], sae: Sequence[Span], text: Sequence[Span]) -> dict[str, float]:
-    """The shares of a window of time, whose sum is one, that go to the model, the SAE, waiting for text and the host.
+    """The shares of a window of time, whose sum is one, that go to the model, the SAE, the wait for text, and the host.
 
     A moment at which the model and the SAE both work counts half for each. A moment at which neither works counts as `text` if the
     stream waits for text, and otherwise as `host`.
@@ -134,7 +134,7 @@ def shares(seconds: float, *, model: Sequence[Span], sae: Sequence[Span], text: 
 
 
 def _is_past(mark: Any) -> bool:
-    """Whether a mark is in the past. A time of the clock is; an event is once the GPU has come to it."""
+    """Whether a mark is in the past. A time of the clock always is; an event is once the GPU has reached it."""
     return isinstance(mark, float) or mark.query()
 
 

@@ -1,4 +1,4 @@
-"""Codes in tensors of a fixed size, which a GPU computes without a wait of the host for the number of active latents."""
+"""Codes in tensors of a fixed size, so that the host need not wait for the number of active latents."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from metasae_lightning.step import Codes
 class PaddedCodes:
     """The nonzero activations of each token, followed by zeros.
 
-    A token with more active latents than there is room for keeps the first of them; `lengths` tells.
+    A token with more active latents than there is room for keeps the first of them; its entry of `lengths` counts all.
 
     >>> padded = PaddedCodes.from_dense(torch.tensor([[0.0, 2.0, 0.0], [3.0, 0.0, 1.0]]), room=2)
     >>> padded.latents.tolist(), padded.values.tolist(), padded.lengths.tolist()
@@ -21,9 +21,9 @@ class PaddedCodes:
     """
 
     latents: Int[Tensor, "row room"]
-    """The active latents of each token, ascending; 0 in the places that are free."""
+    """The active latents of each token, ascending; 0 in free places."""
     values: Float[Tensor, "row room"]
-    """Their activations; 0 in the places that are free."""
+    """Their activations; 0 in free places."""
     lengths: Int[Tensor, " row"]
     """Number of active latents of each token."""
     d_sae: int
@@ -41,19 +41,19 @@ class PaddedCodes:
 
     @classmethod
     def concatenate(cls, parts: "list[PaddedCodes]") -> "PaddedCodes":
-        """The codes of consecutive tokens, in as much room."""
+        """The codes of the tokens of all parts, in order. All parts have the same room, and so has the result."""
         latents, values, lengths = (torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "values", "lengths"))
         return cls(latents, values, lengths, parts[0].d_sae)
 
     def with_zeros(self) -> Codes:
-        """The codes with a zero in each free place, as nonzeros of latent 0."""
+        """The codes in which each free place is an entry of latent 0 with the value 0."""
         rows, room = self.latents.shape
         tokens = torch.arange(rows, device=self.latents.device).repeat_interleave(room, output_size=rows * room)
         return Codes(tokens, self.latents.flatten(), self.values.flatten(), (rows, self.d_sae))
 
 
 def room_for(lengths: Int[Tensor, " row"]) -> int:
-    """Room for the active latents of other tokens, from those of some tokens: twice the most of any token, rounded up to 32.
+    """Room for the active latents of similar tokens: twice the largest of `lengths`, rounded up to a multiple of 32; at least 32.
 
     >>> room_for(torch.tensor([3, 17]))
     64

@@ -1,4 +1,4 @@
-"""Entries of result caches that a GPU still computes, written many at a time."""
+"""Entries of result caches that a GPU still computes. Many are written at a time."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 
 from metasae_lightning.evaluation.result_cache import Entry, ResultCache
 
-# Bytes of entries on a GPU before the host waits for them and writes them.
+# Bytes of entries on a GPU above which the host waits for them and writes them.
 MAX_BYTES = 2**29
 
 Finish = Callable[[Entry], Entry]
@@ -31,11 +31,11 @@ class _Pending:
 class PendingEntries:
     """Writes entries to result caches. Entries on a GPU are collected, so that the host waits once for many of them.
 
-    An entry whose tensors are all on the CPU is written at once. The end of the `with` block writes all entries, also where the block is
-    left by an interrupt.
+    An entry whose tensors are all on the CPU is written at once, with all collected entries. The end of the `with` block writes the rest,
+    also after an interrupt from the keyboard, but not after another exception.
 
     Args:
-        max_bytes: Bytes of entries on a GPU that are collected at most.
+        max_bytes: Bytes of collected entries on a GPU above which all are written.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
@@ -74,5 +74,5 @@ class PendingEntries:
 
 
 def wait_for_copies(device: torch.device) -> None:
-    """Wait until all copies from a device that were begun before have ended, as a copy after them does."""
+    """Wait until all earlier copies from a device have ended, by one more copy that the device makes after them."""
     torch.zeros(1, device=device).cpu()

@@ -1,4 +1,4 @@
-"""The strongest firings of each latent: on a CPU with numpy passage by passage, on a GPU by sorts of many passages."""
+"""The strongest firings of each latent: on a CPU by numpy, passage by passage; on a GPU by sorting many passages at once."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from metasae_lightning.compute.row_chunks import is_blocked
 from metasae_lightning.evaluation.collect import CollectedCodes
 
-# Firings that a GPU sorts at once.
+# Number of collected firings from which a GPU sorts them.
 SORTED_AT_ONCE = 2**22
 
 
@@ -24,7 +24,7 @@ class Hits:
     """Latent, document, passage, and position in the passage of each firing."""
 
     def best(self, count: int) -> "Hits":
-        """The strongest firing of each latent in each of its `count` best documents, sorted by latent, its strongest firing first."""
+        """The strongest firing of each latent in each of its `count` best documents, sorted by latent, then strongest first."""
         latent, document = self.places[:, 0], self.places[:, 1]
         order = np.lexsort((-self.values, document, latent))
         latent, document = latent[order], document[order]
@@ -99,7 +99,7 @@ def best_by_latent(
 ) -> tuple[Float[Tensor, " best"], Int[Tensor, "best 4"]]:
     """The strongest firing of each latent in each of its `count` best documents: `count` places for each latent, strongest first.
 
-    `places` has columns as in `Hits`, with document ids below 2^31. The value of a free place is -inf. No shape depends on the values.
+    `places` has columns as in `Hits`, with document ids below 2^31. The value of a free place is -inf. Shapes do not depend on the values.
     """
     order = values.sort(descending=True, stable=True).indices
     group = places[:, 0] * 2**31 + places[:, 1]

@@ -1,4 +1,4 @@
-"""Firings of latents on tokens, and on how many tokens two latents fire together, counted exactly."""
+"""Firings of latents on tokens, and exact counts of the tokens on which two latents fire together."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -28,9 +28,9 @@ class Firings(ABC):
 
     @staticmethod
     def of(latents: Int[Tensor, " nnz"], lengths: Int[Tensor, " token"], d_sae: int) -> "Firings":
-        """The firings with the active latents of all tokens, in token order, and the number of active latents of each token.
+        """The firings of `latents`, the active latents of all tokens in token order; each token has `lengths` of them.
 
-        On a CPU they are a sparse matrix, on a GPU they stay on it.
+        On a CPU they are a sparse matrix; on a GPU they are indices on that GPU.
         """
         if is_blocked(latents):
             pointers = np.concatenate([[0], np.cumsum(lengths.numpy(), dtype=np.int64)])
@@ -132,7 +132,7 @@ class DeviceFirings(Firings):
     def cofirings(self, other: "DeviceFirings", rows: int) -> Iterator[tuple[int, Float[Tensor, "row other"]]]:
         """Yield the first latent and the counts of each tile.
 
-        Every sum of a product is a number of tokens of one chunk. In float32 it is exact, because a chunk has fewer than 2^24 tokens; the
+        Every entry of a product is a number of tokens of one chunk. In float32 it is exact, because a chunk has fewer than 2^24 tokens; the
         chunks are added in float64.
         """
         chunk_tokens = max(1, min(EXACT_TOKENS - 1, DENSE_ELEMENTS // max(self.size[1], other.size[1])))
@@ -153,7 +153,7 @@ class DeviceFirings(Firings):
         return torch.searchsorted(self.rows, torch.tensor(tokens, device=self.rows.device)).tolist()
 
     def dense(self, tokens: slice, firings: slice) -> Float[Tensor, "token d_sae"]:
-        """The dense matrix of ones and zeros for some tokens, whose firings are at `firings`."""
+        """The dense matrix of ones and zeros for some tokens; `firings` are the indices of their firings."""
         rows, latents = self.rows[firings] - tokens.start, self.latents[firings]
         # Ones and zeros are exact in bfloat16, which GPUs multiply fastest.
         dtype = torch.bfloat16 if rows.device.type == "cuda" else torch.float32

@@ -1,4 +1,4 @@
-"""The order of an encoder's numbers in a GPU's memory: latent by latent, as its gradient is computed."""
+"""The order of an encoder's weights in a GPU's memory: latent by latent, the order in which its gradient is computed."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from metasae_lightning.compute.row_chunks import is_blocked
 
 
 def store_encoder_for_device(sae: nn.Module) -> None:
-    """Store `W_enc` latent by latent on a GPU, and row by row on a CPU; its shape stays. One that is divided among ranks is left alone.
+    """Store `W_enc` latent by latent on a GPU, and row by row on a CPU; its shape stays. A `W_enc` divided among ranks is not changed.
 
     Optimisers must be made after this.
     """
@@ -19,7 +19,7 @@ def store_encoder_for_device(sae: nn.Module) -> None:
 
 
 def match_parameters(optimizer: Optimizer) -> None:
-    """Store each tensor of the optimiser's state in its parameter's order; a checkpoint from another device may have another one."""
+    """Store each tensor of the optimiser's state in its parameter's order; a checkpoint from another device may have another order."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             is_plain = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)

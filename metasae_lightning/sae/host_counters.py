@@ -1,4 +1,4 @@
-"""Counters of a module that live on the host, where reading them never waits for a GPU, and that checkpoints keep as tensors."""
+"""Counters of a module as Python numbers. Reading them never waits for a GPU; checkpoints keep them as tensors."""
 
 from typing import Any
 

@@ -1,7 +1,8 @@
 """A learner's training step as a CUDA graph: the host starts all of its kernels with one call.
 
 The graph holds a step whose search for the largest activations has enough candidates and whose latents are all alive. Whether that was so
-is known when the graph has run. Where it was not, the graph has changed nothing, and the step is taken again without it.
+is known when the graph has run. If it was not, the graph has changed no weight, buffer or optimiser state, and the step is taken again
+without it.
 """
 
 # pyright: reportPrivateUsage=false
@@ -20,8 +21,8 @@ from metasae_lightning.sae.forward import SparseForward
 from metasae_lightning.sae.learner import Learner
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
-"""Records what a function does on the GPU, and returns a function that does it again."""
-# Steps that are taken before the capture: they make the optimiser's state, compile kernels and find a cut.
+"""A function that records what another function does on the GPU. It returns a function that does the same again."""
+# Number of steps before the capture. They create the optimiser's state, compile kernels and find a cut.
 STEPS_BEFORE = 4
 
 
@@ -71,7 +72,7 @@ class GraphedLearner:
         self.learner.learn(x, self.optimizer, backward=lambda loss: loss.backward())
 
     def _set_hint(self, edge: float) -> None:
-        """Set the next step's hint. The graph multiplies it by the factor of the capture, so the present factor is put in here."""
+        """Set the next step's hint. The graph multiplies it by the cut factor of the capture, so that is divided out here."""
         self._hint.fill_(edge * self._forward_pass.cut_factor.value / self._captured_factor)
         self._forward_pass.last_cut = self._hint
 
@@ -87,7 +88,7 @@ class GraphedLearner:
         """The step that is recorded."""
         learner = self.learner
         optimizer: Any = self.optimizer
-        # The optimiser changes no weight in a step that fails, but rows of unit length change their last bits when they are scaled again.
+        # The optimiser changes no weight in a step that fails, but rescaling rows of unit length changes their last bits.
         rescaled = [learner.W_dec.detach()] if learner.config.decoder_rows == "unit" else []
         state = [learner.silent_for, *learner.sae.buffers(), *rescaled]
         before = [tensor.clone() for tensor in state]
@@ -120,7 +121,7 @@ def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def can_be_graphed(learner: Learner, x: Tensor) -> bool:
-    """Whether a learner's steps on rows such as these can be a CUDA graph."""
+    """Whether a learner's steps on rows like `x` can be a CUDA graph."""
     is_sparse = isinstance(learner._forward_pass, SparseForward) and type(learner.sae) is BatchTopKTrainingSAE
     is_plain = learner.guard is None and learner.config.micro_batches == 1 and learner.parallelism.world.is_single
     return x.is_cuda and is_sparse and is_plain

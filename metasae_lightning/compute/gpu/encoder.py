@@ -1,4 +1,5 @@
-"""Top-k over the pre-activations of a batch on a GPU: one product, one search of it, and one wait of the host."""
+"""Top-k over the pre-activations of a batch on a GPU: one product, one search of it, and, where the search suffices, one
+read by the host."""
 
 from collections.abc import Iterator
 
@@ -14,9 +15,9 @@ from metasae_lightning.compute.row_chunks import scaled_size
 from metasae_lightning.compute.topk import TopK, topk_mask
 from metasae_lightning.compute.topk_across_ranks import topk_across_ranks
 
-# Pre-activations that are computed at a time: 4 GiB of float32. Smaller batches are computed in one product.
+# Largest number of pre-activations that are computed at a time: 4 GiB of float32. A smaller batch is computed in one product.
 BLOCK = 2**30
-# Candidates for each selected value, in a batch and in a row.
+# Number of candidates for each selected value: of a search over a batch, and over a row.
 BATCH_ROOM, ROW_ROOM = 6, 2
 
 
@@ -29,10 +30,10 @@ class GpuEncoder:
         x: The batch.
         W_enc: The encoder.
         b_enc: The encoder's bias. All results have its data type.
-        scale: Factors that affect the ranking and the threshold, and not the returned values; None is 1.
+        scale: A factor for each latent. It affects the ranking and the threshold, but not the returned values. None is 1.
         extra: Mask of the latents whose pre-activations on every row `top_k` stores in `extra_pre_acts`; None is no latent.
-        parallelism: Its `world` are the ranks whose batches share one threshold, its `tensor_group` those with other latents of the same
-            rows.
+        parallelism: Its `world` are the ranks whose batches share one threshold, its `tensor_group` the ranks with other latents of
+            the same rows.
     """
 
     def __init__(
@@ -50,17 +51,17 @@ class GpuEncoder:
         self.n_rows, self.n_latents = len(x), W_enc.shape[1]
         self.world, self.tensor_group = parallelism.world, parallelism.tensor_group
         self._extra = extra
-        # The products of the only block, after a search that has left them as they were.
+        # The products of the batch, if it is one block and a search has left them unchanged.
         self._kept: Tensor | None = None
         self._cut_factor = CutFactor()
         self.extra_latents = torch.empty(0, dtype=torch.long, device=x.device)
         self.extra_pre_acts = b_enc.new_empty(len(x), 0)
 
     def top_k(self, k: float, *, per_row: bool, hint: Float[Tensor, ""] | None, cut_factor: CutFactor | None = None) -> TopK:
-        """With `per_row` the `k` largest positive values of each row, else the `k * rows` largest positive values of the batch.
+        """The `k` largest positive values of each row if `per_row`, else the `k * rows` largest positive values of the batch.
 
-        With several ranks the result is this rank's part of the top-k over all of them. `hint` is the threshold of a similar batch, and is
-        not used with `per_row`. A good hint saves time; a bad one does not change the result. `cut_factor` is updated.
+        With several ranks the result is this rank's part of the top-k over all of them. `hint` is the threshold of a similar batch; it
+        is not used with `per_row`. A good hint saves time; a bad one does not change the result. A search with a hint updates `cut_factor`.
         """
         self._cut_factor = cut_factor or self._cut_factor
         if per_row:
@@ -95,7 +96,7 @@ class GpuEncoder:
         found = self._candidates(room := BATCH_ROOM * -(-count // self.world.world_size), hint)
         candidates = found.largest(room) if isinstance(found, Room) else found
         mask = topk_across_ranks(candidates.values[0], count, self.world)
-        # The largest floor of any rank, and whether a value at or below it could be among the largest of all ranks.
+        # The largest floor of any rank: no value that is missing among the candidates exceeds it. It is infinite where a room overflowed.
         is_room = isinstance(found, Room)
         floor = torch.where(found.spare > 0, found.cut, torch.inf) if isinstance(found, Room) else found.floor.clone()
         self.world.all_reduce_max_(floor)
@@ -120,7 +121,8 @@ class GpuEncoder:
         rows = torch.arange(len(values) * k_here, device=values.device) // k_here
         if self.tensor_group.is_single and len(values) and self._are_positive(edges.amin(), (edges - floors).amin()):
             return self._result(values.flatten(), rows, columns.flatten(), None)
-        # Some row has fewer positive values, or a value that ties with its smallest selected one and may be missing among the candidates.
+        # Latents are divided among ranks, some row has fewer than `k` positive values, or some row's smallest selected value may tie with a
+        # value that is not a candidate.
         (margin,) = self._read((edges - floors).masked_fill(edges <= 0, torch.inf).amin()) if len(values) else (1.0,)
         if margin <= 0:
             exact = [exact_largest_of_rows(self._activations(block), k_here) for block in self._blocks()]
@@ -130,7 +132,7 @@ class GpuEncoder:
         return self._result(values.flatten()[selected], rows[selected], columns.flatten()[selected], None)
 
     def _candidates(self, room: int, hint: Tensor | None) -> Room | Candidates:
-        """Candidates for the largest values of the batch: those above a cut, by a kernel, or the `room` largest."""
+        """Candidates for the largest values of the batch: those that a kernel finds above a cut, or the `room` largest."""
         has_keys = self.n_rows * self.n_latents < MOST_VALUES and triton_kernels(self.b_enc) is not None
         if hint is not None and has_keys:
             above_cut = Room(room, hint * self._cut_factor.value)
@@ -174,10 +176,10 @@ class GpuEncoder:
         return pre_acts if self.scale is None else pre_acts.mul_(self.scale)
 
     def _are_positive(self, *numbers: Tensor, then: Then | None = None) -> bool:
-        """Whether all numbers are positive; the extra latents are computed if there are any. `then` gets the numbers."""
+        """Whether all numbers are positive; `then` gets them. Computes the extra latents' pre-activations, unless checks are deferred."""
         if self._extra is None:
             return are_positive(*numbers, then=then)
-        if is_deferring():  # the step is taken as one without extra latents
+        if is_deferring():  # one more check: that there are no extra latents
             return are_positive(*numbers, 1 - self._extra.sum(), then=None if then is None else lambda *read: then(*read[: len(numbers)]))
         read = self._read(*numbers)
         if then is not None:
@@ -185,7 +187,7 @@ class GpuEncoder:
         return all(number > 0 for number in read)
 
     def _read(self, *numbers: Tensor) -> list[float]:
-        """Some numbers, which the host reads together with the number of extra latents; these latents' pre-activations follow."""
+        """Read some numbers together with the number of extra latents, then compute these latents' pre-activations."""
         parts = [number.view(1) for number in numbers] + ([] if self._extra is None else [self._extra.sum().view(1)])
         if not parts:
             return []
@@ -197,7 +199,7 @@ class GpuEncoder:
         return read
 
     def _result_at(self, scaled: Tensor, places: Tensor, threshold: Tensor | None) -> TopK:
-        """The selected values without their scale, with their rows and latents by their places."""
+        """The selected values without their scale; rows and latents follow from the places."""
         return self._result(scaled, places // self.n_latents, places % self.n_latents, threshold)
 
     def _result(self, scaled: Tensor, rows: Tensor, columns: Tensor, threshold: Tensor | None) -> TopK:
@@ -222,7 +224,7 @@ def full_precision_product(x: Float[Tensor, "row d_in"], W: Float[Tensor, "d_in 
         return _product_on_cpu(x, W, dtype)
 
 
-# One operator, so that a dry run counts neither the conversions nor their memory, which a GPU's product does not need.
+# A dry run counts one operator. A GPU's product needs no conversions, so a dry run must not count them or their memory.
 @torch.library.custom_op("metasae_lightning::product_on_cpu", mutates_args=())
 def _product_on_cpu(x: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) @ W.to(dtype)

@@ -1,7 +1,7 @@
-"""The GPU path's reads of numbers on the host: each makes the host wait for the GPU, so all of them are made here.
+"""Reads of numbers by the host. Each makes the host wait for the GPU, so the searches of the GPU path make all of theirs here.
 
 A search for the largest values ends with a check that some numbers are positive: the smallest selected value, and how much it exceeds
-every value that was not ranked. Within `deferred_checks` the host makes the check at the next read, so that two searches wait once.
+every value that was not ranked. A check within `deferred_checks` is made at the host's next read, so that two searches need one wait.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -13,7 +13,7 @@ from torch import Tensor
 
 Then = Callable[..., None]
 """A function that gets numbers when they are read."""
-# Checks that were added and not made yet; whether further checks are added to them; and the given answers to reads.
+# The deferred checks that the next read makes; whether checks are deferred now; the given answers to reads.
 _CHECKS: ContextVar["DeferredChecks | None"] = ContextVar("checks", default=None)
 _IS_DEFERRING: ContextVar[bool] = ContextVar("is_deferring", default=False)
 _ANSWERS: ContextVar[Iterator[list[float]] | None] = ContextVar("answers", default=None)
@@ -40,7 +40,7 @@ class DeferredChecks:
         return [number for numbers, _ in self._unread for number in numbers]
 
     def check(self, read: list[float]) -> None:
-        """Check the numbers that were not read before, now that they are."""
+        """Check the values of the numbers that `unread` returned."""
         for numbers, then in self._unread:
             values, read = read[: len(numbers)], read[len(numbers) :]
             self._all_hold &= all(value > 0 for value in values)
@@ -49,7 +49,7 @@ class DeferredChecks:
         self._unread = []
 
     def all_hold(self) -> bool:
-        """Whether all numbers are positive. The host waits for those that were not read yet."""
+        """Whether all added numbers are positive. The host waits for those that were not read yet."""
         if unread := self.unread():
             self.check(_read(torch.cat(unread)))
         return self._all_hold
@@ -71,7 +71,7 @@ def is_deferring() -> bool:
 
 
 def are_positive(*numbers: Tensor, then: Then | None = None) -> bool:
-    """Whether all numbers are positive; within `deferred_checks` True, and the check follows later.
+    """Whether all numbers are positive; within `deferred_checks` always True, and the check is made later.
 
     `then` gets the numbers when they are read.
     """
@@ -89,7 +89,7 @@ def are_positive(*numbers: Tensor, then: Then | None = None) -> bool:
 def deferred_checks() -> Generator[DeferredChecks]:
     """Defer the checks of `are_positive` within the context. Whoever uses what was computed there must ask `all_hold` first."""
     checks = DeferredChecks()
-    _CHECKS.set(checks)  # it stays after the context, for the next read
+    _CHECKS.set(checks)  # not reset: the next read may come after the context
     token = _IS_DEFERRING.set(True)
     try:
         yield checks
@@ -99,7 +99,7 @@ def deferred_checks() -> Generator[DeferredChecks]:
 
 @contextmanager
 def given_numbers(answers: Iterable[list[float]]) -> Generator[None]:
-    """Take what is read from `answers`, in order, for fake tensors, which have no data."""
+    """Answer each read with the next of `answers`: fake tensors have no data to read."""
     token = _ANSWERS.set(iter(answers))
     try:
         yield

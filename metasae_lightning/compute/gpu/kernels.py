@@ -1,4 +1,4 @@
-"""Triton's kernels as passes of the GPU path: the functions of `torch_forms` by name and result, and those that only kernels have."""
+"""Triton's kernels as passes of the GPU path: the functions of `torch_forms`, and those that have no form in torch."""
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,7 +22,7 @@ def product(
     *,
     long_rows: bool = False,
 ) -> Float[Tensor, "row d"]:
-    """`S dense`. `long_rows`: rows may have many more nonzeros than most, so several programs divide each."""
+    """`S dense`. `long_rows`: some rows may have many more nonzeros than most, so several programs share one."""
     if long_rows:
         return sparse_kernels.product_and_sums(values, columns, pointers, dense)[0]
     return sparse_kernels.product(values, columns, pointers, dense)

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 LARGEST_BLOCK = 4096
-"""Columns that one program holds in registers; a wider row is cut in pieces of this width."""
+"""Columns that one program holds in registers; a wider row is divided into pieces of this width."""
 TILE_ROWS = 4
 """Rows of a matrix that a program loads together, so that enough loads are in flight."""
 
 
 def width_constants(width: int) -> dict[str, int]:
-    """The constants of a kernel over rows of `width` columns: the power of two it works in, and the number of such pieces in a row.
+    """The constants of a kernel over rows of `width` columns: the width of a piece, a power of two, and the number of pieces.
 
     >>> width_constants(1280)
     {'WIDTH': 1280, 'BLOCK': 2048, 'PIECES': 1}
@@ -25,7 +25,7 @@ def width_constants(width: int) -> dict[str, int]:
 
 
 def warps(block: int) -> int:
-    """Warps of a program, so that a thread holds 8 columns of each row.
+    """Warps of a program, so that a thread holds at most 8 columns of each row.
 
     >>> warps(2048)
     8
@@ -34,7 +34,7 @@ def warps(block: int) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Tensor | float], constants: Mapping[str, int], n_warps: int) -> None:
-    """Start a kernel on the device of its first argument, which is a tensor. Every kernel of the package is started here."""
+    """Start a kernel on the device of its first argument, a tensor. Every kernel of the package is started here."""
     first = arguments[0]
     assert isinstance(first, Tensor)
     # A kernel starts on the current device, whatever device its tensors are on.

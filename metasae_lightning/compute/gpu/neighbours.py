@@ -1,4 +1,4 @@
-"""Nearest neighbours among rows in chunks, on a GPU: all chunks at once, in a fixed number of pieces, with sums in a fixed order."""
+"""Nearest neighbours among rows in chunks on a GPU: all chunks at once, in at most `PIECES` pieces, with sums in a fixed order."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from metasae_lightning.compute.process_group import ProcessGroup
 from metasae_lightning.compute.sparse_matrix import Pattern
 
-# Pieces of the matrix of cosines: each chunk's rows are divided into so many, and the pieces of all chunks are computed together.
+# Number of pieces into which a rank's rows of each chunk are divided. The same piece of all chunks is computed at once.
 PIECES = 8
 
 
@@ -19,7 +19,7 @@ def sum_of_squared_cosines(
 ) -> Float[Tensor, ""]:
     """The sum over rows of the squared cosine to the nearest other row of the row's chunk; `units` have length 1.
 
-    A chunk is `chunk_size` consecutive entries of `permuted`; the last one may be smaller. Each of the ranks sums over some rows of every
+    A chunk is `chunk_size` consecutive entries of `permuted`; the last chunk may be smaller. Each rank sums over some rows of each
     chunk.
 
     >>> units = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
@@ -32,7 +32,7 @@ def sum_of_squared_cosines(
 
 @torch.no_grad()
 def _nearest_in_chunks(units: Tensor, permuted: Tensor, chunk_size: int, ranks: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Indices of this rank's rows, and of the nearest other row of each one's chunk. A row that is alone in its chunk is left out."""
+    """Indices of this rank's rows, and of the nearest other row in the same chunk. A row that is alone in its chunk is left out."""
     count = len(permuted)
     n_chunks = -(-count // chunk_size)
     padded = torch.cat([permuted, permuted[:1].expand(n_chunks * chunk_size - count)]).view(n_chunks, chunk_size)

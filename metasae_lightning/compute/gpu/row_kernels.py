@@ -1,4 +1,4 @@
-"""Kernels over the rows of a dense matrix, a program a row: unit rows, gradients without their radial part, decomposability."""
+"""Kernels over the rows of a dense matrix, one program for each row: unit rows, gradients without their radial part, decomposability."""
 
 from typing import no_type_check
 
@@ -65,9 +65,9 @@ def without_radial_kernel(gradient, W, squares, gradient_stride, W_stride, WIDTH
 
 
 def without_radial_(gradient: Float[Tensor, "row d"], W: Float[Tensor, "row d"]) -> Float[Tensor, " row"]:
-    """Take from each row of `gradient`, in place, its part along `u = W_i / max(||W_i||, 1e-12)`: `g - (g . u) u`.
+    """Subtract from each row of `gradient`, in place, its part along `u = W_i / max(||W_i||, 1e-12)`: `g - (g . u) u`.
 
-    Returns the squared norm of each row afterwards.
+    Returns the squared norm of each row of the result.
     """
     constants, squares = width_constants(W.shape[1]), gradient.new_empty(len(W))
     arguments = [gradient, W, squares, row_stride(gradient), row_stride(W)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from metasae_lightning.compute.gpu.launch import launch
 
 BLOCK_ROWS, BLOCK_COLUMNS, WARPS = 16, 512, 16
-"""The part of the pre-activations that one program reads, and its warps: 16 values a thread, so that two programs fit on an H100."""
+"""Rows and columns that a program reads, and its warps: 16 values a thread, so that two programs fit on a multiprocessor of an H100."""
 
 
 @triton.jit(do_not_specialize=["n_rows", "n", "room", "first_row"])
@@ -47,7 +47,7 @@ def compact_kernel(
         start = tl.atomic_add(count, total, sem="relaxed")
         before_column = start + tl.cumsum(in_column, axis=0) - in_column
         slot = (before_column[None, :] + tl.cumsum(ones, axis=0) - 1).to(tl.uint32)
-        # A place is below 2^32, so that of the block's first entry loses nothing but zeros.
+        # A place is below 2^32, so 32 bits hold that of the block's first entry.
         rank = (0xFFFFFFFF - ((first.to(tl.int64) + first_row) * n + first_column)).to(tl.uint32) - offset.to(tl.uint32)
         key = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | rank.to(tl.int64)
         tl.store(keys + slot, key, mask=above & (slot < room))
@@ -64,8 +64,8 @@ def compact(
 ) -> None:
     """Append a key to `keys` for each entry of `(products + bias) * scale` above `cut` and above 0, and add their number to `count`.
 
-    The order of the keys differs from run to run. Their set does not, unless there are more than fit: the number counts those that were
-    dropped as well. With the bits of the value as an integer, `key = bits * 2^32 + (2^32 - 1 - place)` and
+    The order of the keys differs from run to run. Their set does not, unless more entries are above the cut than keys fit: the others are
+    dropped, and counted as well. With the bits of the value as an integer, `key = bits * 2^32 + (2^32 - 1 - place)` and
     `place = (first_row + row) * n + column`, so that keys are unique and rank by value, equal values by place. Every place is below 2^32.
     A count of 2^31 or more reads as negative.
     """

@@ -1,4 +1,4 @@
-"""Kernels over a sparse matrix `S` in CSR form: products with a dense matrix, entries of a product at the nonzeros, the error of a batch.
+"""Kernels over a sparse matrix `S` in CSR form: products with a dense matrix, entries of a product at the nonzeros, a batch's error.
 
 `values` and `columns` are those of the nonzeros of S, ordered by row, and `pointers` says where each row begins.
 """
@@ -13,13 +13,13 @@ from torch import Tensor
 from metasae_lightning.compute.gpu.launch import TILE_ROWS, launch, row_stride, warps, width_constants
 
 SEGMENT = 128
-"""Nonzeros of a row that one program of `product_and_sums` adds; a longer row has several programs."""
+"""Nonzeros of a row that one program of `product_and_sums` adds; several programs add a longer row."""
 
 
 @triton.jit
 @no_type_check
 def row_sums(values, columns, begin, end, dense, stride, at, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """The sum over `begin <= j < end` of `values[j] * dense[columns[j], at]`, and of `values[j]` in ROWS parts."""
+    """The sum over `begin <= j < end` of `values[j] * dense[columns[j], at]`, and the sum of `values[j]` in ROWS parts."""
     lane = tl.arange(0, ROWS)
     inside = (at < WIDTH)[None, :]
     total = tl.zeros([BLOCK], tl.float32)
@@ -30,7 +30,7 @@ def row_sums(values, columns, begin, end, dense, stride, at, WIDTH: tl.constexpr
     for j in range(begin, end, ROWS):
         tile = tl.load(dense + column[:, None] * stride + at[None, :], mask=taken[:, None] & inside, other=0.0)
         weight = value
-        # The next rows' numbers are read while these rows are on their way.
+        # The next rows' columns and values are loaded while these rows are.
         following = j + ROWS + lane
         taken = following < end
         column = tl.load(columns + following, mask=taken, other=0).to(tl.int64)
@@ -67,7 +67,7 @@ def product_kernel(
     values, columns, pointers, ends, dense, into, sums, stride, n_rows,
     SPLIT: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """A piece of one row of `S dense`. If rows are split: of one segment, the programs after the rows' having the further segments."""
+    """A piece of one row of `S dense`. With SPLIT, a piece of one segment: first each row's first segment, then the further segments."""
     program = tl.program_id(0)
     row = program
     offset = tl.zeros([], tl.int32)
@@ -89,7 +89,7 @@ def product_kernel(
 @triton.jit(do_not_specialize=["n_rows"])
 @no_type_check
 def join_segments_kernel(ends, into, sums, n_rows, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr):
-    """A piece of one row: the sum of its segments in their order, by the program of the first further one."""
+    """A piece of one row: the sum of its segments in their order. The program of the row's first further segment adds them."""
     program = tl.program_id(0)
     row = owner(ends, program, n_rows)
     if (row < n_rows) & (first_of(ends, row) == program):
@@ -114,7 +114,7 @@ def join_segments_kernel(ends, into, sums, n_rows, ROWS: tl.constexpr, WIDTH: tl
 def product(
     values: Float[Tensor, " nnz"], columns: Int[Tensor, " nnz"], pointers: Int[Tensor, " pointer"], dense: Float[Tensor, "column d"]
 ) -> Float[Tensor, "row d"]:
-    """`S dense`, a program a row: for rows of similar length."""
+    """`S dense` with one program for each row: for rows of similar length."""
     n_rows, constants = len(pointers) - 1, width_constants(dense.shape[1])
     into = dense.new_empty(n_rows, dense.shape[1])
     arguments: list[Any] = [values, columns, pointers, pointers, dense, into, into, row_stride(dense), n_rows]
@@ -126,9 +126,9 @@ def product(
 def product_and_sums(
     values: Float[Tensor, " nnz"], columns: Int[Tensor, " nnz"], pointers: Int[Tensor, " pointer"], dense: Float[Tensor, "column d"]
 ) -> tuple[Float[Tensor, "row d"], Float[Tensor, " row"]]:
-    """`S dense`, and the sum of each row of S, for rows of any length: a long row is added in segments, then these in their order.
+    """`S dense`, and the sum of each row of S, for rows of any length: a long row is summed by segments, then these in their order.
 
-    The first segment of a row is its own program's. The further segments of all rows, `nnz / SEGMENT` at most, are numbered from row to
+    The row's own program adds its first segment. The further segments of all rows, `nnz / SEGMENT` at most, are numbered from row to
     row; their sums are written behind the rows of the result, in the same storage.
     """
     n_rows, constants = len(pointers) - 1, width_constants(dense.shape[1])
@@ -184,7 +184,7 @@ def reconstruction_error_kernel(
     values, columns, pointers, W_dec, b_dec, x, difference, sampled_into, errors, W_stride, x_stride,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One row: its difference from x, then the products of that difference with the decoder rows just read."""
+    """One row: its difference from x, then the products of that difference with the decoder rows of its nonzeros."""
     row = tl.program_id(0).to(tl.int64)
     begin = tl.load(pointers + row)
     end = tl.load(pointers + row + 1)

@@ -1,7 +1,7 @@
 """Exact top-k on a GPU with shapes that do not depend on the data, so that the host waits once.
 
-A search first ranks a fixed number of candidates and tells whether they certainly contain the largest values. Where they do not, it ranks
-all values, with shapes that depend on the data. Of equal values both keep the first by place, which is `row * n_latents + latent`.
+A search first ranks candidates and tells whether they certainly contain the largest values. Where they may not, a second search ranks
+all values; its shapes depend on the data. Of equal values both searches select the first by place, which is `row * n_latents + latent`.
 """
 
 import math
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from metasae_lightning.compute.gpu.passes import triton_kernels
 
-# The number of values above the cut, for each selected value, that the cut aims at: half of the room.
+# Number of values for each selected value that should exceed the cut: half of the room.
 AIM = 3.0
 # The lower half of a key, from which the place is subtracted: of equal values the first has the largest key.
 LAST_PLACE = 2**32 - 1
-# Batches with fewer values are searched by keys: then the number of values above a cut, of 32 bits with a sign, does not overflow.
+# Batches with fewer values are searched by keys: then their number above a cut fits an int32.
 MOST_VALUES = 2**31
 
 
@@ -29,7 +29,7 @@ class Largest(NamedTuple):
     edge: Float[Tensor, " group"]
     """The smallest of the values."""
     floor: Float[Tensor, " group"]
-    """A number that no other value of the group exceeds. Where it is below `edge`, no other value belongs among the largest."""
+    """A number that none of the group's other values exceeds. If it is below `edge`, none of them is among the largest."""
 
 
 class Candidates(NamedTuple):
@@ -48,14 +48,14 @@ class Candidates(NamedTuple):
         return cls(places, values.gather(1, places), room == values.shape[1])
 
     def merge(self, later: "Candidates", room: int) -> "Candidates":
-        """The `room` largest of these candidates and those of another part of each group, whose places come after all of these."""
+        """The `room` largest of these candidates and `later` ones, from another part of each group whose places come after these."""
         places, values = torch.cat([self.places, later.places], 1), torch.cat([self.values, later.values], 1)
         merged = Candidates.of_groups(values, room)
         return Candidates(places.gather(1, merged.places), merged.values, merged.has_all and self.has_all and later.has_all)
 
     @property
     def floor(self) -> Float[Tensor, " group"]:
-        """A number that no value of the group exceeds which is no candidate."""
+        """A number that none of the group's values that are not candidates exceeds."""
         return self.values.new_full(self.values.shape[:1], -torch.inf) if self.has_all else self.values.amin(1)
 
     def largest(self, count: int) -> Largest:
@@ -72,7 +72,7 @@ class Candidates(NamedTuple):
 
 
 class CutFactor:
-    """The cut that candidates exceed, as a fraction of the last batch's threshold. It follows the values' distribution.
+    """The cut that candidates exceed, as a fraction of the last batch's threshold. It adapts to the distribution of the values.
 
     >>> factor = CutFactor()
     >>> factor.update(edge=1.0, cut=0.9, n_above=90.0, count=10)  # three times fewer are wanted
@@ -84,10 +84,10 @@ class CutFactor:
         self.value = 0.93
 
     def update(self, edge: float, cut: float, n_above: float, count: int) -> None:
-        """Take up that `n_above` values of a batch exceeded a cut, where `count` reached the edge.
+        """Adapt to a batch in which `n_above` values exceeded `cut` and `count` values reached `edge`.
 
-        Near the edge the number of values above a cut is taken to be a power of the cut. The factor moves half of the way to the cut at
-        which this number would be `AIM * count`. Where too few values exceeded the cut, the factor is squared.
+        The number of values above a cut is assumed to be a power of the cut. On a logarithmic scale, the factor moves halfway to the
+        cut that `AIM * count` values would exceed. If too few values exceeded the cut, the factor is squared. It is never below 0.5.
         """
         if n_above <= 1.02 * count or not 0 < cut < edge:
             self.value = max(self.value**2, 0.5)
@@ -100,13 +100,13 @@ class Room:
     """The values of a batch above a cut, which a kernel finds in one pass over the pre-activations.
 
     Args:
-        size: The number of values that there is room for; more are counted, and dropped.
-        cut: A number on the device.
+        size: Number of values that the room holds; further values are counted and dropped.
+        cut: The cut, on the device.
     """
 
     def __init__(self, size: int, cut: Float[Tensor, ""]) -> None:
         self.cut, self.n_above = cut, torch.zeros(1, dtype=torch.int32, device=cut.device)
-        # An empty place in the room is the value 0 at place 0: the key of place 2^32 - 1 would be a row that the batch does not have.
+        # The key of an empty place in the room is that of the value 0 at place 0. A key of 0 would mean place 2^32 - 1, beyond the batch.
         self.keys = torch.full((size,), LAST_PLACE, dtype=torch.int64, device=cut.device)
 
     def add(self, products: Float[Tensor, "row latent"], bias: Tensor, scale: Tensor | None, first_row: int) -> None:
@@ -117,11 +117,11 @@ class Room:
 
     @property
     def spare(self) -> Int[Tensor, " 1"]:
-        """A number that is positive if no value was dropped: one more than the places left."""
+        """A number that is positive if no value was dropped: one more than the number of empty places."""
         return len(self.keys) + 1 - self.n_above
 
     def largest(self, count: int) -> Largest:
-        """The `count` largest values in the room as those of one group; an empty place in the room is a value of 0 at place 0."""
+        """The `count` largest values in the room, as one group. An empty place in the room is a value of 0 at place 0."""
         top = self.keys.topk(count, sorted=False).values
         places, order = (LAST_PLACE - (top & LAST_PLACE)).sort()
         values = values_of_keys(top[order])
@@ -129,7 +129,7 @@ class Room:
 
 
 def keys_of(values: Float[Tensor, " value"], places: Int[Tensor, " value"]) -> Int[Tensor, " value"]:
-    """Integers that are ordered as the positive float32 values are, and equal values by their place, the first one largest.
+    """Integers in the order of the positive float32 values; of equal values the first by place has the largest.
 
     >>> keys = keys_of(torch.tensor([2.0, 1.0, 2.0]), torch.tensor([0, 1, 2]))
     >>> keys.argsort(descending=True).tolist(), values_of_keys(keys).tolist()

@@ -1,6 +1,6 @@
-"""The passes of a step over a sparse matrix, by torch's own functions: for a GPU without Triton, and as the kernels' formulas.
+"""The passes of a step over a sparse matrix, by torch's own functions: for tensors that Triton's kernels do not take.
 
-`S` is a sparse matrix in CSR form, ordered by row: `values` and `columns` of its nonzeros, and `pointers`, where each row begins.
+`S` is a sparse matrix in CSR form, ordered by row: `values` and `columns` of its nonzeros, and `pointers` to where each row begins.
 """
 
 import torch
@@ -19,7 +19,7 @@ def product(
     *,
     long_rows: bool = False,
 ) -> Float[Tensor, "row d"]:
-    """`S dense`. `long_rows`: rows may have many more nonzeros than most; only kernels treat them differently."""
+    """`S dense`. `long_rows`: some rows may have many more nonzeros than most; this form ignores it."""
     return torch.ops.aten._embedding_bag(dense, columns, pointers[:-1], False, SUM, False, values)[0]
 
 
@@ -34,7 +34,7 @@ def sampled(
     rows: Int[Tensor, " nnz"], columns: Int[Tensor, " nnz"], a: Float[Tensor, "row d"], b: Float[Tensor, "column d"]
 ) -> Float[Tensor, " nnz"]:
     """The entries of `a b^T` at the nonzeros of S."""
-    # The backward pass of an embedding bag in its weights: the bag of each nonzero is its row, and the offsets are not read.
+    # The gradient of an embedding bag with respect to its weights. A nonzero's bag is its row; the argument for offsets is not read.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, columns, columns, rows, SUM)
 
 
