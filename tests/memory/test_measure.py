@@ -137,7 +137,8 @@ def test_a_dry_run_predicts_the_full_size(name: str, monkeypatch: pytest.MonkeyP
 def test_a_gpus_step_is_measured_on_the_gpus_code_path(monkeypatch: pytest.MonkeyPatch):
     model = joint(d_in=64, d_sae=8192, meta=False)
     on_cpu, on_gpu = (measure.measure_training(model, 4096, gpu=gpu).evaluation.bytes for gpu in (False, True))
-    assert on_gpu == pytest.approx(4 * 4096 * 8192, rel=0.15) and on_gpu > 4 * on_cpu
+    # The candidates take a quarter more: six for each of 32 selected values of a row.
+    assert 1 < on_gpu / (4 * 4096 * 8192) < 1.35 and on_gpu > 4 * on_cpu
     monkeypatch.setattr(encoder, "BLOCK", topk.BLOCK)
     assert measure.measure_training(model, 4096, gpu=True).evaluation.bytes < 0.8 * on_gpu
 
