@@ -68,9 +68,9 @@ def recorded_launches(width: int) -> dict[str, Launch]:
         sparse_kernels.product(values, columns, pointers, W)
         sparse_kernels.product_and_sums(values, columns, pointers, W)
         sparse_kernels.sampled(columns, columns, W, W)
-        sparse_kernels.reconstruction_error(values, columns, pointers, W, W[0], W)
+        sparse_kernels.reconstruction_error(values, columns, columns, pointers, W, W[0], W)
         row_kernels.unit_rows(W, W)
-        row_kernels.without_radial_(W, W)
+        row_kernels.remove_radial(W, W)
         row_kernels.decomposability(W, W, 1.0)
     return launches
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metasae_lightning import functional
 from metasae_lightning.callbacks.every_tokens import EveryTokens
+from metasae_lightning.compute.transfers import wait_for_copies
 from metasae_lightning.sae.export import ExportRecord, export
 from metasae_lightning.sae.nonfinite import first_nonfinite
 from metasae_lightning.step import Batch
@@ -56,7 +57,7 @@ class Export(Observer):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait once for the copies of all batches; the host waited for none of them."""
-        torch.zeros(1, device=pl_module.device).cpu()  # a copy after them ends after them
+        wait_for_copies(pl_module.device)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Export the SAEs where `every_tokens` tokens were trained on since the last export."""

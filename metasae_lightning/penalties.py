@@ -18,6 +18,7 @@ from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.row_chunks import is_blocked, mean_over_rows, step_permutation
 from metasae_lightning.compute.row_passes import write_unit_rows
 from metasae_lightning.compute.sharding import full, local, local_rows
+from metasae_lightning.compute.transfers import copy_to
 from metasae_lightning.errors import InputError
 from metasae_lightning.schedules import warm_up
 
@@ -218,7 +219,7 @@ class Orthogonality(Penalty):
         if step % self.every:
             return local(W_dec).new_zeros(())
         W_dec = full(W_dec)
-        permuted = step_permutation(len(W_dec), step=step, seed=self.seed, device=W_dec.device)
+        permuted = copy_to(step_permutation(len(W_dec), step=step, seed=self.seed), W_dec.device)
         if not is_blocked(W_dec):
             chunk_size = -(-len(permuted) // -(-len(permuted) // self.chunk_size))
             total = sum_of_squared_cosines(functional.unit_rows(W_dec), permuted, chunk_size, parallelism.world)

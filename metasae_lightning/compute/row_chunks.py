@@ -89,16 +89,9 @@ def mean_over_rows(
     return _MeanOverRows.apply(W, others, value_and_slope, indices)  # type: ignore[return-value]
 
 
-def step_permutation(rows: int, *, step: int, seed: int = 0, device: torch.device | None = None) -> Int[Tensor, " row"]:
+def step_permutation(rows: int, *, step: int, seed: int = 0) -> Int[Tensor, " row"]:
     """A random permutation that depends on the step and the seed only: the same after a resume. It leaves the global random state alone."""
-    return to_device(torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)), device)
-
-
-def to_device(tensor: Tensor, device: torch.device | None) -> Tensor:
-    """A tensor of the host on another device; the host does not wait for a GPU."""
-    if device is None or device.type != "cuda":
-        return tensor if device is None else tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
 
 
 class _MeanOverRows(torch.autograd.Function):

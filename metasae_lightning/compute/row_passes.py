@@ -1,4 +1,4 @@
-"""Formulas over the rows of a large matrix, with results in existing memory: in chunks on a CPU, all rows at once on a GPU."""
+"""Formulas over the rows of a large matrix, each computed in the way that is fast on its device."""
 
 import torch
 from jaxtyping import Float
@@ -37,3 +37,18 @@ def remove_radial(gradient: Float[Tensor, "row d"], W: Float[Tensor, "row d"]) -
     for gradient_rows, rows in row_chunks(gradient, W.detach()):
         unit = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         gradient_rows.sub_((gradient_rows * unit).sum(-1, keepdim=True) * unit)
+
+
+def centred_rows(x: Float[Tensor, "row d"]) -> tuple[Float[Tensor, "row d"], Float[Tensor, "row 1"], Float[Tensor, "row 1"]]:
+    """Each row minus its mean, the means, and the standard deviations.
+
+    >>> centred_rows(torch.tensor([[1.0, 3.0]]))[0].tolist()
+    [[-1.0, 1.0]]
+    """
+    if not is_blocked(x):
+        std, mean = torch.std_mean(x, -1, keepdim=True)
+        return x - mean, mean, std
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    # On a CPU torch's `std` takes ten times as long.
+    return centred, mean, torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5

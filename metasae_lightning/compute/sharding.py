@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
-from metasae_lightning.compute.row_chunks import to_device
+from metasae_lightning.compute.transfers import copy_to
 
 
 def shard_parameters(module: nn.Module, mesh: Any, dimensions: Mapping[str, int]) -> None:
@@ -83,7 +83,7 @@ def local_rows(decoder: Tensor, indices: Int[Tensor, " row"] | None, parallelism
     if not parallelism.data_group.is_single:
         indices = torch.arange(len(local(decoder))) if indices is None else indices
         indices = indices[parallelism.data_group.even_slice(len(indices))]
-    return None if indices is None else to_device(indices, decoder.device)
+    return None if indices is None else copy_to(indices, decoder.device)
 
 
 def all_reduce_sum(tensor: Tensor, group: ProcessGroup) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metasae_lightning.compute.transfers import copy_to
 from metasae_lightning.corpora.base import Corpus
 from metasae_lightning.corpora.prefetch import Producer
 from metasae_lightning.corpora.tokenization import TokenizedDocuments
 from metasae_lightning.data.batching import Batching, StreamSlice
 from metasae_lightning.data.forward_passes import RowReader
-from metasae_lightning.data.prepared_passes import copy_to
 from metasae_lightning.data.shuffle import BatchMove
 from metasae_lightning.data.stream import PreparedBatch, Stream
 from metasae_lightning.data.work_times import StreamTimes

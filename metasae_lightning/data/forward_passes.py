@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from metasae_lightning.compute.transfers import copy_to
 from metasae_lightning.corpora.prefetch import Producer
 from metasae_lightning.corpora.tokenization import PackedTokens, TokenizedDocuments
 from metasae_lightning.data.batching import Batching
 from metasae_lightning.data.masks import document_mask, documents_in_contexts, same_document
-from metasae_lightning.data.prepared_passes import PreparedPass, copy_to, prepare_passes
+from metasae_lightning.data.prepared_passes import PreparedPass, prepare_passes
 from metasae_lightning.data.work_times import StreamTimes
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm.base import LanguageModel

@@ -59,14 +59,3 @@ def prepare_passes(packed: PackedTokens, source: TokenizedDocuments, batching: B
         next_position = packed.state()
         yield PreparedPass(tokens, mask, rows, documents, digest, position, next_position, packed.read_position)
         position = next_position
-
-
-def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. The host does not wait for a copy to a GPU, because it is from pinned memory.
-
-    >>> copy_to(torch.tensor([3]), torch.device("cpu")).tolist()
-    [3]
-    """
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device, non_blocking=device.type == "cuda")
-    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)

@@ -151,7 +151,7 @@ def decoder(subject: EvaluatedSAE) -> dict[str, Any]:
 
 def critic(subject: EvaluatedSAE, settings: Settings) -> dict[str, float]:
     """Fractions of the variance of the decoder and of its nulls that fresh meta SAEs explain. Each meta SAE has a cache entry."""
-    metric = Decomposition(seeds=settings.critic_seeds, steps=settings.critic_steps)
+    metric = Decomposition(seeds=settings.critic_seeds, steps=settings.critic_steps, cuda_graph=settings.cuda_graph)
     metric.update(subject.W_dec)
 
     def explained(name: str, rows: Tensor, seed: int) -> float:

@@ -6,8 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
+from metasae_lightning.compute.transfers import wait_for_copies
 from metasae_lightning.evaluation.result_cache import Entry, ResultCache
 
 # Bytes of entries on a GPU above which the host waits for them and writes them.
@@ -71,8 +70,3 @@ class PendingEntries:
             wait_for_copies(device)
         for item, entry in zip(pending, copies, strict=True):
             item.cache.put(item.name, item.key, item.finish(entry))
-
-
-def wait_for_copies(device: torch.device) -> None:
-    """Wait until all earlier copies from a device have ended, by one more copy that the device makes after them."""
-    torch.zeros(1, device=device).cpu()

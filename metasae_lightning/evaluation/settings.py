@@ -20,6 +20,7 @@ class Settings:
         splice_tokens: Predicted tokens to measure the language model's loss on, with the reconstruction spliced in; 0 skips this.
         critic_seeds: Number of fresh meta SAEs (critics) trained on the decoder and on each null; 0 skips this.
         critic_steps: Training steps of each critic.
+        cuda_graph: On a GPU, train critics by a CUDA graph: the same critics in less time.
         contexts: Top documents to store for each latent; 0 stores none.
         resamples: Bootstrap resamples of documents for intervals, and permutations of documents for p values.
         memory_gib: Memory for counting pairs of latents, in GiB, beside the firings.
@@ -33,6 +34,7 @@ class Settings:
     splice_tokens: int = 8_192
     critic_seeds: int = 3
     critic_steps: int = 1500
+    cuda_graph: bool = True
     contexts: int = 3
     resamples: int = 1000
     memory_gib: float = 2.0

@@ -36,6 +36,7 @@ class Decomposition(Metric):
         share: Latents of a meta SAE, as a share of the number of rows.
         k: Active latents per row.
         lr: Adam's learning rate.
+        cuda_graph: On a GPU, replay a training step as a CUDA graph: the same weights in less time.
 
     >>> metric = Decomposition(seeds=1, steps=20, batch_size=32)
     >>> metric.update(torch.eye(8).repeat(4, 1))
@@ -47,7 +48,16 @@ class Decomposition(Metric):
     rows: list[Tensor]
 
     def __init__(
-        self, *, seeds: int = 3, steps: int = 1500, batch_size: int = 1024, share: float = 0.25, k: int = 4, lr: float = 5e-4, **kwargs: Any
+        self,
+        *,
+        seeds: int = 3,
+        steps: int = 1500,
+        batch_size: int = 1024,
+        share: float = 0.25,
+        k: int = 4,
+        lr: float = 5e-4,
+        cuda_graph: bool = True,
+        **kwargs: Any,
     ) -> None:
         # Every rank has the same decoder, so nothing is synchronised.
         super().__init__(**{"sync_on_compute": False, **kwargs})
@@ -55,6 +65,7 @@ class Decomposition(Metric):
             if value < 1:
                 raise InputError(f"Decomposition: {name} must be at least 1, got {value}")
         self.seeds, self.steps, self.batch_size, self.share, self.k, self.lr = seeds, steps, batch_size, share, k, lr
+        self.cuda_graph = cuda_graph
         self.add_state("rows", [], dist_reduce_fx=None)
 
     def update(self, W_dec: Float[Tensor, "d_sae d_in"]) -> None:
@@ -91,7 +102,7 @@ class Decomposition(Metric):
             config = LearnerConfig(dead_after=dead_after, decoder_rows="free", clip_grad_norm=1.0)
             critic = Learner(cfg, config, role="critic", seed=seed).to(rows.device)
             optimizer = Adam(critic.parameters(), lr=self.lr, fused=True, capturable=rows.is_cuda)
-            graphed = GraphedLearner(critic, optimizer) if can_be_graphed(critic, rows) else None
+            graphed = GraphedLearner(critic, optimizer) if self.cuda_graph and can_be_graphed(critic, rows) else None
             generator = torch.Generator().manual_seed(seed)
             critic.initialize(rows)
             for begin in range(0, self.steps, DRAWN_AT_ONCE):

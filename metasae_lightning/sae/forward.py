@@ -131,7 +131,6 @@ class SparseForward(ForwardPass):
         self._gradients = compute.BufferPool()
         # Fixed rows are overwritten in place. The rows of a new batch are not: the previous ones may still be in use.
         self._rows = compute.BufferPool() if incremental_topk is not None else None
-        self._no_loss: Tensor | None = None
         self._level_ends: Tensor | None = None
         self._rows_of_support = 0
 
@@ -162,13 +161,16 @@ class SparseForward(ForwardPass):
             difference = reconstructions[-1].detach() - z
             inner = zip(self._widths[:-1], reconstructions, strict=False)
             losses |= {f"inner_mse_loss_{width}": _error(reconstruction, z) for width, reconstruction in inner}
-        auxiliary = self._auxiliary_loss(residuals, dead_latents, encoded.extra_pre_acts, dead_rows) if any_dead else self._zero_loss(z)
-        losses["auxiliary_reconstruction_loss"] = auxiliary
+        first, *inner_losses = losses.values()
+        loss = sum(inner_losses, start=first)
+        losses["auxiliary_reconstruction_loss"] = z.new_zeros(())
+        if any_dead:
+            auxiliary = self._auxiliary_loss(residuals, dead_latents, encoded.extra_pre_acts, dead_rows)
+            losses["auxiliary_reconstruction_loss"], loss = auxiliary, loss + auxiliary
         codes = self._codes(encoded)
         if isinstance(self.sae, BatchTopKTrainingSAE) and encoded.threshold is not None:
             update_threshold(self.sae, encoded.threshold, may_be_infinite=not self.parallelism.world.is_single)
-        parts = [loss for loss in losses.values() if loss is not self._no_loss]
-        return ForwardResult(sum(parts[1:], start=parts[0]), losses, codes, lambda: z + difference)
+        return ForwardResult(loss, losses, codes, lambda: z + difference)
 
     @torch.no_grad()
     def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
@@ -189,12 +191,6 @@ class SparseForward(ForwardPass):
             reconstruction = encoded.pattern.product(encoded.values, local(self.sae.W_dec), buffer)
             self.parallelism.tensor_group.all_reduce_sum_(reconstruction)
             return self._codes(encoded), reconstruction.add_(local(self.sae.b_dec))
-
-    def _zero_loss(self, like: Tensor) -> Tensor:
-        """A constant 0 as the loss of no dead latents, made once."""
-        if self._no_loss is None or (self._no_loss.dtype, self._no_loss.device) != (like.dtype, like.device):
-            self._no_loss = like.new_zeros(())
-        return self._no_loss
 
     def _encode(self, z: Tensor, dead: Tensor | None, fresh_gradients: bool) -> compute.Encoded:
         """The top-k activations, and the pre-activations of the latents in the mask `dead` on every row."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metasae_lightning.compute.row_chunks import is_blocked
+from metasae_lightning.compute.row_passes import centred_rows
 from metasae_lightning.errors import InputError
 
 Undo = tuple[Tensor, ...]
@@ -71,13 +71,7 @@ class LayerNorm(Normalizer):
 
     def normalize(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Undo]:
         """Each token minus its mean, divided by its standard deviation plus 1e-5."""
-        if is_blocked(x):
-            mean = x.mean(-1, keepdim=True)
-            centred = x - mean
-            std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5  # torch's std is ten times as slow
-        else:
-            std, mean = torch.std_mean(x, -1, keepdim=True)
-            centred = x - mean
+        centred, mean, std = centred_rows(x)
         return centred / (std + 1e-5), (std, mean)
 
     def restore(self, z: Float[Tensor, "batch d_in"], undo: Undo) -> Float[Tensor, "batch d_in"]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from metasae_lightning.compute.gpu.host_reads import deferred_checks
+from metasae_lightning.compute.gpu.passes import triton_kernels
 from metasae_lightning.sae.forward import SparseForward
 from metasae_lightning.sae.learner import Learner
 
@@ -57,7 +58,7 @@ class GraphedLearner:
         replay()
         numbers = self._numbers.tolist()
         if self._then is not None:
-            self._then(*numbers[:3])
+            self._then(*numbers)
         learner.steps, learner.updates, learner.rows_seen = counters
         if all(number > 0 for number in numbers):
             learner.steps, learner.updates, learner.rows_seen = counters[0] + 1, counters[1] + 1, counters[2] + len(x)
@@ -124,4 +125,4 @@ def can_be_graphed(learner: Learner, x: Tensor) -> bool:
     """Whether a learner's steps on rows like `x` can be a CUDA graph."""
     is_sparse = isinstance(learner._forward_pass, SparseForward) and type(learner.sae) is BatchTopKTrainingSAE
     is_plain = learner.guard is None and learner.config.micro_batches == 1 and learner.parallelism.world.is_single
-    return x.is_cuda and is_sparse and is_plain
+    return triton_kernels(x) is not None and is_sparse and is_plain

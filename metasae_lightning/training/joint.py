@@ -247,7 +247,7 @@ class JointSAE(LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimiser for each SAE, and a learning rate schedule for each SAE that has one."""
         steps = self.trainer.estimated_stepping_batches
-        learners = list(filter(None, (self.primary, self.meta)))
+        learners = filter(None, (self.primary, self.meta))
         optimizers = {learner.role: self._optimizer_callables[learner.role](learner.parameters()) for learner in learners}
         for role, optimizer in optimizers.items():
             if (scheduler := self._scheduler_callables[role]) is not None:

@@ -137,10 +137,13 @@ def test_a_dry_run_predicts_the_full_size(name: str, monkeypatch: pytest.MonkeyP
 def test_a_gpus_step_is_measured_on_the_gpus_code_path(monkeypatch: pytest.MonkeyPatch):
     model = joint(d_in=64, d_sae=8192, meta=False)
     on_cpu, on_gpu = (measure.measure_training(model, 4096, gpu=gpu).evaluation.bytes for gpu in (False, True))
-    # The candidates take a quarter more: six for each of 32 selected values of a row.
-    assert 1 < on_gpu / (4 * 4096 * 8192) < 1.35 and on_gpu > 4 * on_cpu
+    # Six candidates for each of 32 selected values of a row, each with its value and three indices while they are sorted.
+    candidates = 6 * 32 * 4096
+    assert on_gpu == pytest.approx(4 * 4096 * 8192 + 28 * candidates, rel=0.02) and on_gpu > 4 * on_cpu
+    # In blocks, the candidates of two blocks are held at once.
     monkeypatch.setattr(encoder, "BLOCK", topk.BLOCK)
-    assert measure.measure_training(model, 4096, gpu=True).evaluation.bytes < 0.8 * on_gpu
+    in_blocks = measure.measure_training(model, 4096, gpu=True).evaluation.bytes
+    assert in_blocks == pytest.approx(4 * topk.BLOCK + 55 * candidates, rel=0.02)
 
 
 # Nearly all memory of a meta step is decoder rows x meta latents, which ranks divide; the gradients of its weights are not divided.
@@ -148,7 +151,7 @@ def test_several_ranks_divide_the_memory_of_a_meta_step():
     one_rank, eight_ranks = (
         measure.measure_training(joint(d_sae=8192, d_in=64), 256, gpu=True, ranks=ranks).meta.bytes for ranks in (1, 8)
     )
-    assert 0.9 * one_rank / 8 < eight_ranks < one_rank / 5
+    assert eight_ranks == pytest.approx(one_rank / 8, rel=0.05)
 
 
 # Nearly all memory here is rows x d_sae, and is freed before the next micro-batch begins.

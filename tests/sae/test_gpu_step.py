@@ -18,6 +18,7 @@ from metasae_lightning.compute.gpu import encoder, passes, topk
 from metasae_lightning.compute.gpu.host_reads import deferred_checks, given_numbers
 from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.row_chunks import dry_run_scale
+from metasae_lightning.metrics import decomposition
 from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
 from metasae_lightning.sae.gpu_layout import match_parameters, store_encoder_for_device
 from metasae_lightning.sae.learner import Learner, LearnerConfig
@@ -321,3 +322,23 @@ def test_a_graphed_step_equals_a_step_and_one_that_fails_is_taken_again(room: in
         assert torch.equal(graphed.state_dict()[key], value), key
     moments = zip(plain_optimizer.state.values(), graphed_optimizer.state.values(), strict=True)
     assert all(torch.equal(a[name], b[name]) for a, b in moments for name in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_counts_above_two_to_the_24th_are_read_exactly():
+    """float32 has no such odd numbers; one number in float64 makes all of them float64."""
+    x, W_enc, extra = torch.ones(2, 3), torch.ones(3, 4), torch.tensor([True, False, True, False])
+    with dry_run_scale(1.0, gpu=True):
+        search = encoder.GpuEncoder(x, W_enc, torch.zeros(4), None, extra, Parallelism())
+        assert search._read(torch.tensor(0.5), torch.tensor(2**24 + 1)) == [0.5, 2**24 + 1]  # pyright: ignore[reportPrivateUsage]
+    assert search.extra_latents.tolist() == [0, 2] and search.extra_pre_acts.tolist() == [[3.0, 3.0]] * 2
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_critics_are_graphed_where_they_can_be_unless_that_is_switched_off(is_on: bool, monkeypatch: pytest.MonkeyPatch):
+    batches = list[int]()
+    graphed = SimpleNamespace(learn=lambda x: batches.append(len(x)))
+    monkeypatch.setattr(decomposition, "can_be_graphed", lambda critic, rows: True)
+    monkeypatch.setattr(decomposition, "GraphedLearner", lambda critic, optimizer: graphed)
+    metric = decomposition.Decomposition(seeds=1, steps=7, batch_size=8, cuda_graph=is_on)
+    metric.variance_explained(torch.nn.functional.normalize(torch.randn(40, 6), dim=-1), seed=0)
+    assert batches == ([8] * 7 if is_on else [])

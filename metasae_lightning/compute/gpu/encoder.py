@@ -97,14 +97,12 @@ class GpuEncoder:
         candidates = found.largest(room) if isinstance(found, Room) else found
         mask = topk_across_ranks(candidates.values[0], count, self.world)
         # The largest floor of any rank: no value that is missing among the candidates exceeds it. It is infinite where a room overflowed.
-        is_room = isinstance(found, Room)
-        floor = torch.where(found.spare > 0, found.cut, torch.inf) if isinstance(found, Room) else found.floor.clone()
+        floor, of_room = found.floor.clone(), [found.cut, found.n_above] if isinstance(found, Room) else []
         self.world.all_reduce_max_(floor)
         threshold = torch.where(mask.is_complete, mask.threshold, 0.0)
-        floor_read, edge, n_kept, cut, n_above = self._read(
-            floor, threshold, mask.keep.sum(), *((found.cut, found.n_above) if isinstance(found, Room) else (floor, floor))
-        )
-        if is_room:
+        floor_read, edge, n_kept, *of_room = self._read(floor, threshold, mask.keep.sum(dtype=torch.float64), *of_room)
+        if of_room:
+            cut, n_above = of_room
             self._cut_factor.update(edge, cut, n_above, room // BATCH_ROOM)
         if floor_read < edge or floor_read <= 0:
             kept = torch.nonzero_static(mask.keep, size=int(n_kept)).flatten()
@@ -188,7 +186,9 @@ class GpuEncoder:
 
     def _read(self, *numbers: Tensor) -> list[float]:
         """Read some numbers together with the number of extra latents, then compute these latents' pre-activations."""
-        parts = [number.view(1) for number in numbers] + ([] if self._extra is None else [self._extra.sum().view(1)])
+        # One number in float64 makes all of them float64, in which counts are exact.
+        n_extra_latents = [] if self._extra is None else [self._extra.sum(dtype=torch.float64).view(1)]
+        parts = [number.view(1) for number in numbers] + n_extra_latents
         if not parts:
             return []
         read = read_numbers(torch.cat(parts) if len(parts) > 1 else parts[0])
@@ -221,15 +221,16 @@ def full_precision_product(x: Float[Tensor, "row d_in"], W: Float[Tensor, "d_in 
             return x @ W
         if x.device.type == "cuda" and dtype == torch.float32 and hasattr(torch.ops.aten.mm, "dtype"):
             return torch.mm(x, W, out_dtype=dtype)
-        return _product_on_cpu(x, W, dtype)
+        return _widened_product(x, W, dtype)
 
 
-# A dry run counts one operator. A GPU's product needs no conversions, so a dry run must not count them or their memory.
-@torch.library.custom_op("metasae_lightning::product_on_cpu", mutates_args=())
-def _product_on_cpu(x: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
+# For a CPU, and for a torch whose product cannot return another data type. One operator: a dry run on a CPU must count neither the
+# conversions nor their memory, because a GPU's product needs none.
+@torch.library.custom_op("metasae_lightning::widened_product", mutates_args=())
+def _widened_product(x: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) @ W.to(dtype)
 
 
-@_product_on_cpu.register_fake
+@_widened_product.register_fake
 def _(x: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape[0], W.shape[1], dtype=dtype)

@@ -39,8 +39,8 @@ def unit_rows(W: Float[Tensor, "row d"], into: Float[Tensor, "row d"]) -> None:
 
 @triton.jit
 @no_type_check
-def without_radial_kernel(gradient, W, squares, gradient_stride, W_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr):
-    """One row of a gradient without its part along the row of W, and the squared norm of the result."""
+def remove_radial_kernel(gradient, W, gradient_stride, W_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr):
+    """One row of a gradient without its part along the row of W."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     square = 0.0
@@ -53,26 +53,17 @@ def without_radial_kernel(gradient, W, squares, gradient_stride, W_stride, WIDTH
         along += tl.sum(g * w, axis=0)
     norm = tl.maximum(tl.sqrt(square), SMALLEST_NORM)
     radial = along / (norm * norm)
-    left = 0.0
     for piece in tl.static_range(PIECES):
         column = piece * BLOCK + lane
         w = tl.load(W + row * W_stride + column, mask=column < WIDTH, other=0.0)
         g = tl.load(gradient + row * gradient_stride + column, mask=column < WIDTH, other=0.0)
-        g -= radial * w
-        tl.store(gradient + row * gradient_stride + column, g, mask=column < WIDTH)
-        left += tl.sum(g * g, axis=0)
-    tl.store(squares + row, left)
+        tl.store(gradient + row * gradient_stride + column, g - radial * w, mask=column < WIDTH)
 
 
-def without_radial_(gradient: Float[Tensor, "row d"], W: Float[Tensor, "row d"]) -> Float[Tensor, " row"]:
-    """Subtract from each row of `gradient`, in place, its part along `u = W_i / max(||W_i||, 1e-12)`: `g - (g . u) u`.
-
-    Returns the squared norm of each row of the result.
-    """
-    constants, squares = width_constants(W.shape[1]), gradient.new_empty(len(W))
-    arguments = [gradient, W, squares, row_stride(gradient), row_stride(W)]
-    launch(without_radial_kernel, (len(W),), arguments, constants, warps(constants["BLOCK"]))
-    return squares
+def remove_radial(gradient: Float[Tensor, "row d"], W: Float[Tensor, "row d"]) -> None:
+    """Subtract from each row of `gradient`, in place, its part along `u = W_i / max(||W_i||, 1e-12)`: `g - (g . u) u`."""
+    constants = width_constants(W.shape[1])
+    launch(remove_radial_kernel, (len(W),), [gradient, W, row_stride(gradient), row_stride(W)], constants, warps(constants["BLOCK"]))
 
 
 @triton.jit

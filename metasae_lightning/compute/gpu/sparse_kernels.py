@@ -112,9 +112,16 @@ def join_segments_kernel(ends, into, sums, n_rows, ROWS: tl.constexpr, WIDTH: tl
 
 
 def product(
-    values: Float[Tensor, " nnz"], columns: Int[Tensor, " nnz"], pointers: Int[Tensor, " pointer"], dense: Float[Tensor, "column d"]
+    values: Float[Tensor, " nnz"],
+    columns: Int[Tensor, " nnz"],
+    pointers: Int[Tensor, " pointer"],
+    dense: Float[Tensor, "column d"],
+    *,
+    long_rows: bool = False,
 ) -> Float[Tensor, "row d"]:
-    """`S dense` with one program for each row: for rows of similar length."""
+    """`S dense`, with one program for each row. `long_rows`: some rows may be much longer than most, so several programs share one."""
+    if long_rows:
+        return product_and_sums(values, columns, pointers, dense)[0]
     n_rows, constants = len(pointers) - 1, width_constants(dense.shape[1])
     into = dense.new_empty(n_rows, dense.shape[1])
     arguments: list[Any] = [values, columns, pointers, pointers, dense, into, into, row_stride(dense), n_rows]
@@ -214,15 +221,16 @@ def reconstruction_error_kernel(
 
 def reconstruction_error(
     values: Float[Tensor, " nnz"],
+    rows: Int[Tensor, " nnz"],
     columns: Int[Tensor, " nnz"],
     pointers: Int[Tensor, " pointer"],
     W_dec: Float[Tensor, "column d"],
     b_dec: Float[Tensor, " d"],
     x: Float[Tensor, "row d"],
-) -> tuple[Float[Tensor, "row d"], Float[Tensor, " nnz"], Float[Tensor, " row"]]:
-    """The difference `S W_dec + b_dec - x`, its products with the decoder rows at the nonzeros, and its squared norm for each row."""
+) -> tuple[Float[Tensor, "row d"], Float[Tensor, " nnz"], Float[Tensor, ""]]:
+    """The difference `S W_dec + b_dec - x`, its products with the decoder rows at the nonzeros, and the sum of its squares."""
     constants = {"ROWS": TILE_ROWS} | width_constants(x.shape[1])
     difference, products, errors = x.new_empty(x.shape), values.new_empty(len(values)), x.new_empty(len(x))
     arguments: list[Any] = [values, columns, pointers, W_dec, b_dec, x, difference, products, errors, row_stride(W_dec), row_stride(x)]
     launch(reconstruction_error_kernel, (len(x),), arguments, constants, warps(constants["BLOCK"]))
-    return difference, products, errors
+    return difference, products, errors.sum()

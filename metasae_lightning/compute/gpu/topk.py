@@ -116,6 +116,11 @@ class Room:
         kernels.compact(products, bias, scale, self.cut, self.keys, self.n_above, first_row)
 
     @property
+    def floor(self) -> Float[Tensor, " group"]:
+        """The cut, which no value outside the room exceeds; infinity if values were dropped."""
+        return torch.where(self.spare > 0, self.cut, torch.inf)
+
+    @property
     def spare(self) -> Int[Tensor, " 1"]:
         """A number that is positive if no value was dropped: one more than the number of empty places."""
         return len(self.keys) + 1 - self.n_above
@@ -128,18 +133,12 @@ class Room:
         return Largest(places[None], values[None], values.amin(0, keepdim=True), self.cut[None])
 
 
-def keys_of(values: Float[Tensor, " value"], places: Int[Tensor, " value"]) -> Int[Tensor, " value"]:
-    """Integers in the order of the positive float32 values; of equal values the first by place has the largest.
-
-    >>> keys = keys_of(torch.tensor([2.0, 1.0, 2.0]), torch.tensor([0, 1, 2]))
-    >>> keys.argsort(descending=True).tolist(), values_of_keys(keys).tolist()
-    ([0, 2, 1], [2.0, 1.0, 2.0])
-    """
-    return values.view(torch.int32).long() << 32 | (LAST_PLACE - places)
-
-
 def values_of_keys(keys: Int[Tensor, " value"]) -> Float[Tensor, " value"]:
-    """The float32 values of keys."""
+    """The float32 values of keys: the upper half of a key are the bits of its value.
+
+    >>> values_of_keys(torch.tensor([2.0, 1.5]).view(torch.int32).long() << 32 | LAST_PLACE).tolist()
+    [2.0, 1.5]
+    """
     return (keys >> 32).int().view(torch.float32)
 
 
