@@ -35,6 +35,21 @@ def heartbeat(seconds: float = 0.0) -> None:
         last_heartbeat[0] = time.monotonic() + seconds
 
 
+class StopRequest:
+    """Whether a thread should end.
+
+    Ctrl-C can interrupt the caller's thread anywhere. The locks of `threading.Event` and `threading.Semaphore` are taken by Python code, which
+    an interrupt can leave between taking a lock and releasing it: the next call then waits forever. So this is a plain attribute, and free
+    slots are counted by a `SimpleQueue`, whose methods an interrupt cannot divide.
+    """
+
+    made = False
+
+    def make(self) -> None:
+        """Ask the thread to end."""
+        self.made = True
+
+
 class Failure:
     """An exception on its way from the thread to the caller."""
 
@@ -55,13 +70,16 @@ class Producer(Iterator[T], Generic[T]):
     def __init__(self, items: Iterator[T], *, ahead: int = 2, name: str = "producer", stall_seconds: float | None = None):
         self.name, self.stall_seconds = name, stall_seconds
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._free_slots, self._producing, self._stop = threading.Semaphore(ahead), threading.Lock(), threading.Event()
+        self._free_slots: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(ahead):
+            self._free_slots.put(None)
+        self._producing, self._stop = threading.Lock(), StopRequest()
         self._ending: Any = None
         # The thread holds no reference to this object, so that garbage collection of the object ends the thread.
         self._last_heartbeat = [time.monotonic()]
         args = (items, self._ready, self._free_slots, self._producing, self._stop, self._last_heartbeat)
         self._thread = threading.Thread(target=_produce, args=args, name=name, daemon=True)
-        self._finalizer = weakref.finalize(self, self._stop.set)
+        self._finalizer = weakref.finalize(self, self._stop.make)
         self._thread.start()
 
     def __next__(self) -> T:
@@ -69,7 +87,7 @@ class Producer(Iterator[T], Generic[T]):
         if self._ending is None:
             item = self._wait()
             if item is not END and not isinstance(item, Failure):
-                self._free_slots.release()
+                self._free_slots.put(None)
                 return item
             self._ending = item
             self.close()
@@ -103,30 +121,31 @@ class Producer(Iterator[T], Generic[T]):
     def close(self, seconds: float = 5.0) -> None:
         """Stop the thread after its current item. A thread that does not end within `seconds` is left behind, as a daemon."""
         self._ending = self._ending or END
-        self._stop.set()
+        self._stop.make()
         deadline = time.monotonic() + seconds
         while self._thread.is_alive() and self._thread is not threading.current_thread() and time.monotonic() < deadline:
-            self._free_slots.release()
+            self._free_slots.put(None)
             self._thread.join(POLL_SECONDS)
 
 
 def _produce(
     items: Iterator[Any],
     ready: Any,
-    free_slots: threading.Semaphore,
+    free_slots: queue.SimpleQueue[None],
     producing: Any,
-    stop: threading.Event,
+    stop: StopRequest,
     last_heartbeat: list[float],
 ) -> None:
     """The thread's loop: wait for a free slot, make one item and put it in the queue."""
     item: Any = None
     _current.last_heartbeat = last_heartbeat
     while item is not END and not isinstance(item, Failure):
-        while not free_slots.acquire(timeout=POLL_SECONDS):
-            if stop.is_set():
+        while not stop.made:
+            with suppress(queue.Empty):
+                free_slots.get(timeout=POLL_SECONDS)
                 break
         with producing:
-            if stop.is_set():
+            if stop.made:
                 break
             item = _next_entry(items)
             ready.put(item)
