@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
     pattern: Pattern
     """Their rows and latents."""
     extra_latents: Int[Tensor, " extra"]
-    """The latents of the mask `extra`."""
+    """The latents of the mask `extra`, and padding after them where `n_extra` is not None."""
     extra_pre_acts: Float[Tensor, "row extra"]
     """Pre-activations of the extra latents on every row, before any scale."""
     threshold: float | Tensor | None
@@ -38,6 +38,8 @@ class Encoded(NamedTuple):
 
     On a GPU it is a tensor, which the host need not wait for; with several ranks it is infinite where nothing is active.
     """
+    n_extra: Float[Tensor, ""] | None = None
+    """The number of extra latents before their padding; None where there is no padding."""
 
 
 @dataclass
@@ -52,6 +54,8 @@ class TopKRule:
     """On a GPU, where the search starts as a fraction of `hint`; the search updates it."""
     incremental: IncrementalTopK | None = None
     """Incremental search, for rows that move little from one batch to the next."""
+    padded_extra: int | None = None
+    """On a GPU, the number of extra latents of the last batch with their padding; None leaves the padding out."""
     parallelism: Parallelism = field(default_factory=Parallelism)
     """Its `world`: the ranks whose batches share one threshold. Its `tensor_group`: the ranks with other latents of the same rows."""
 
@@ -74,10 +78,10 @@ def encode(
     `W_enc` uses the lower precision, and everything else uses the precision of the weights. The pool `gradients` holds the gradient of
     `W_enc`, and the pool `rows` holds `x - origin`; earlier results of these names in the pools are overwritten.
     """
-    found: list[tuple[Pattern, Tensor, float | Tensor | None]] = []
+    found: list[tuple[Pattern, Tensor, float | Tensor | None, Tensor | None]] = []
     values, extra_pre_acts = _Encode.apply(x, W_enc, b_enc, origin, extra, scale, rule, gradients, rows, found)  # type: ignore[misc]
-    pattern, extra_latents, threshold = found[0]
-    return Encoded(values, pattern, extra_latents, extra_pre_acts, threshold)
+    pattern, extra_latents, threshold, n_extra = found[0]
+    return Encoded(values, pattern, extra_latents, extra_pre_acts, threshold, n_extra)
 
 
 def decode(
@@ -104,7 +108,7 @@ class _Encode(torch.autograd.Function):
 
     The selection has zero gradient: gradients flow through the active latents, and through the pre-activations of the extra latents.
 
-    The forward pass appends the pattern, the extra latents and the threshold to the list `found`.
+    The forward pass appends the pattern, the extra latents, the threshold and the number of extra latents to the list `found`.
     """
 
     @staticmethod
@@ -119,12 +123,13 @@ class _Encode(torch.autograd.Function):
         rule: TopKRule,
         gradient_buffers: BufferPool | None,
         row_buffers: BufferPool | None,
-        found: list[tuple[Pattern, Tensor, float | Tensor | None]],
+        found: list[tuple[Pattern, Tensor, float | Tensor | None, Tensor | None]],
     ) -> tuple[Tensor, Tensor]:
         x = x if origin is None else torch.sub(x, origin, out=buffer_or_new(row_buffers, "x", x.shape, x))
         encoder, selected = _select(x, W_enc, b_enc, scale, extra, rule)
         ctx.pattern = Pattern(selected.rows, selected.columns, (len(x), W_enc.shape[1]))
-        found.append((ctx.pattern, encoder.extra_latents, selected.threshold))
+        n_extra = encoder.n_extra if isinstance(encoder, GpuEncoder) else None
+        found.append((ctx.pattern, encoder.extra_latents, selected.threshold, n_extra))
         ctx.save_for_backward(x, W_enc, encoder.extra_latents)
         ctx.has_origin, ctx.gradient_buffers = origin is not None, gradient_buffers
         ctx.set_materialize_grads(False)
@@ -161,7 +166,7 @@ def _select(
 ) -> tuple[BlockwiseEncoder | GpuEncoder, TopK]:
     """The encoder of the batch's device, which has the extra latents, and the active latents."""
     if not is_blocked(x):
-        gpu_encoder = GpuEncoder(x, W_enc, b_enc, scale, extra, rule.parallelism)
+        gpu_encoder = GpuEncoder(x, W_enc, b_enc, scale, extra, rule.parallelism, padded_extra=rule.padded_extra)
         hint = rule.hint if isinstance(rule.hint, Tensor) and rule.hint.device == x.device else None
         return gpu_encoder, gpu_encoder.top_k(rule.k, per_row=rule.per_row, hint=hint, cut_factor=rule.cut_factor)
     encoder = BlockwiseEncoder(x, W_enc, b_enc, scale, extra, rule.parallelism)

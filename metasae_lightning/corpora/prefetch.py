@@ -38,9 +38,9 @@ def heartbeat(seconds: float = 0.0) -> None:
 class StopRequest:
     """Whether a thread should end.
 
-    Ctrl-C can interrupt the caller's thread anywhere. The locks of `threading.Event` and `threading.Semaphore` are taken by Python code, which
-    an interrupt can leave between taking a lock and releasing it: the next call then waits forever. So this is a plain attribute, and free
-    slots are counted by a `SimpleQueue`, whose methods an interrupt cannot divide.
+    Ctrl-C can interrupt the caller's thread anywhere. The locks of `threading.Event` and `threading.Semaphore` are taken by Python code: an
+    interrupt can come after a lock is taken and before it is released, and then the next call waits forever. So this is an attribute, and
+    free slots are counted by a `SimpleQueue`, whose methods an interrupt cannot divide.
     """
 
     made = False

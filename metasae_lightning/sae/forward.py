@@ -12,10 +12,10 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
 from metasae_lightning import compute
-from metasae_lightning.compute.gpu.host_reads import read_numbers
-from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
+from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.sharding import all_reduce_sum, local, replicated, shard_offset
 from metasae_lightning.errors import InputError
+from metasae_lightning.sae.auxiliary_loss import auxiliary_loss, squared_error
 from metasae_lightning.sae.forward_result import ForwardResult
 from metasae_lightning.sae.pretrained import AnySAE
 from metasae_lightning.sae.running_threshold import update_threshold
@@ -128,6 +128,8 @@ class SparseForward(ForwardPass):
         # The smallest activation that the last top-k kept, where the next search begins.
         self.last_cut: float | Tensor | None = None
         self.cut_factor = compute.CutFactor()
+        self.padded_dead = 0
+        """On a GPU, the number of dead latents of the last training batch with their padding."""
         self._gradients = compute.BufferPool()
         # Fixed rows are overwritten in place. The rows of a new batch are not: the previous ones may still be in use.
         self._rows = compute.BufferPool() if incremental_topk is not None else None
@@ -157,15 +159,18 @@ class SparseForward(ForwardPass):
             losses, residuals = {"mse_loss": error}, [difference.neg()] if any_dead else []
         else:
             reconstructions, dead_rows = self._decode_levels(encoded, dead_latents, W_dec, b_dec, buffers)
-            losses, residuals = {"mse_loss": _error(reconstructions[-1], z)}, list(z - reconstructions.detach())
+            losses, residuals = {"mse_loss": squared_error(reconstructions[-1], z)}, list(z - reconstructions.detach())
             difference = reconstructions[-1].detach() - z
             inner = zip(self._widths[:-1], reconstructions, strict=False)
-            losses |= {f"inner_mse_loss_{width}": _error(reconstruction, z) for width, reconstruction in inner}
+            losses |= {f"inner_mse_loss_{width}": squared_error(reconstruction, z) for width, reconstruction in inner}
         first, *inner_losses = losses.values()
         loss = sum(inner_losses, start=first)
         losses["auxiliary_reconstruction_loss"] = z.new_zeros(())
         if any_dead:
-            auxiliary = self._auxiliary_loss(residuals, dead_latents, encoded.extra_pre_acts, dead_rows)
+            widths = self._auxiliary_widths
+            auxiliary = self.sae.cfg.aux_loss_coefficient * auxiliary_loss(
+                residuals[-len(widths) :], encoded, dead_rows, widths=widths, first_latent=self._first, norms=self._norms, ranks=ranks
+            )
             losses["auxiliary_reconstruction_loss"], loss = auxiliary, loss + auxiliary
         codes = self._codes(encoded)
         if isinstance(self.sae, BatchTopKTrainingSAE) and encoded.threshold is not None:
@@ -196,11 +201,15 @@ class SparseForward(ForwardPass):
         """The top-k activations, and the pre-activations of the latents in the mask `dead` on every row."""
         sae = self.sae
         each_row = not isinstance(sae, BatchTopKTrainingSAE)
-        rule = compute.TopKRule(sae.cfg.k, each_row, self.last_cut, self.cut_factor, self.incremental_topk, self.parallelism)
+        rule = compute.TopKRule(sae.cfg.k, each_row, self.last_cut, self.cut_factor, self.incremental_topk, parallelism=self.parallelism)
+        # Padding is left out where the host needs the dead latents' number: of each level, or of each rank.
+        if dead is not None and len(self._auxiliary_widths) == 1 and self.parallelism.tensor_group.is_single:
+            rule.padded_extra = self.padded_dead
         origin = replicated(local(sae.b_dec), self.parallelism.tensor_group) if sae.cfg.apply_b_dec_to_input else None
         buffers: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if fresh_gradients else {}
         encoded = compute.encode(z, local(sae.W_enc), local(sae.b_enc), rule, origin=origin, scale=self._norms, extra=dead, **buffers)
         self.last_cut = encoded.threshold
+        self.padded_dead = self.padded_dead if dead is None else len(encoded.extra_latents)
         return encoded
 
     def _encode_support(self, z: Tensor, rows: Tensor, columns: Tensor) -> compute.Encoded:
@@ -237,46 +246,16 @@ class SparseForward(ForwardPass):
         """The matryoshka widths; for other architectures the number of latents alone."""
         return getattr(self.sae.cfg, "matryoshka_widths", [self.sae.cfg.d_sae])
 
+    @property
+    def _auxiliary_widths(self) -> list[int]:
+        """The widths whose dead latents have an auxiliary loss each."""
+        return self._widths if getattr(self.sae.cfg, "use_matryoshka_aux_loss", False) else self._widths[-1:]
+
     def _codes(self, encoded: compute.Encoded) -> Codes:
         """The activations as SAELens reports them: times the decoder rows' norms, where the architecture multiplies by them."""
         values, norms = encoded.values.detach(), self._norms
         scaled = values if norms is None else values * norms[encoded.pattern.columns]
         return Codes(encoded.pattern.rows, encoded.pattern.columns, scaled, encoded.pattern.shape)
-
-    def _auxiliary_loss(self, residuals: list[Tensor], dead_latents: Tensor, acts: Tensor, dead_rows: Tensor) -> Tensor:
-        """SAELens's auxiliary loss: how well the largest dead latents reconstruct the residual that the active ones leave.
-
-        With `use_matryoshka_aux_loss`, the sum over levels: the dead latents of each level reconstruct the residual of that level.
-        """
-        widths = self._widths if getattr(self.sae.cfg, "use_matryoshka_aux_loss", False) else self._widths[-1:]
-        borders = [0, *self._ends_below(dead_latents, widths)]
-        norms, k_aux, total, ranks = self._norms, dead_rows.shape[1] // 2, dead_rows.new_zeros(()), self.parallelism.tensor_group
-        for begin, end, residual in zip(borders[:-1], borders[1:], residuals[-len(widths) :], strict=True):
-            counts = ranks.gather_int(end - begin, dead_rows)
-            if not sum(counts):
-                continue
-            level_acts = acts[:, begin:end]
-            if sum(counts) > k_aux:
-                scores = level_acts.detach() if norms is None else level_acts.detach() * norms[dead_latents[begin:end]]
-                level_acts = level_acts * _topk_mask(scores, k_aux, max(counts), ranks)
-            total = total + min(sum(counts) / k_aux, 1.0) * _error(all_reduce_sum(level_acts @ dead_rows[begin:end], ranks), residual)
-        return self.sae.cfg.aux_loss_coefficient * total
-
-    def _ends_below(self, dead_latents: Tensor, widths: list[int]) -> list[int]:
-        """The number of dead latents of this rank's shard below each width; the host waits if there are several widths."""
-        if len(widths) == 1:
-            return [len(dead_latents)]
-        ends = dead_latents.new_tensor(widths) - self._first
-        return [int(count) for count in read_numbers(torch.searchsorted(dead_latents, ends))]
-
-
-def _topk_mask(scores: Tensor, k: int, max_columns: int, ranks: ProcessGroup) -> Tensor:
-    """Mask of each row's `k` largest scores among the columns of all ranks, each of which has at most `max_columns`."""
-    local_columns = scores.topk(min(k, scores.shape[1]), sorted=False).indices
-    padding = min(k, max_columns) - local_columns.shape[1]
-    candidates = torch.nn.functional.pad(scores.gather(1, local_columns), (0, padding), value=-torch.inf)
-    is_kept = compute.topk_mask(candidates, k, ranks)[:, : local_columns.shape[1]]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, local_columns, is_kept)
 
 
 def _split_by_level(pattern: compute.Pattern, widths: Tensor) -> tuple[compute.Pattern, Tensor]:
@@ -287,8 +266,3 @@ def _split_by_level(pattern: compute.Pattern, widths: Tensor) -> tuple[compute.P
     level = torch.bucketize(pattern.columns, widths, right=True)
     rows, order = (level * pattern.shape[0] + pattern.rows).sort(stable=True)
     return compute.Pattern(rows, pattern.columns[order], (len(widths) * pattern.shape[0], pattern.shape[1])), order
-
-
-def _error(reconstruction: Tensor, z: Tensor) -> Tensor:
-    """Squared error summed over dimensions, mean over rows."""
-    return (reconstruction - z).square().sum(-1).mean()

@@ -34,6 +34,8 @@ class GpuEncoder:
         extra: Mask of the latents whose pre-activations on every row `top_k` stores in `extra_pre_acts`; None is no latent.
         parallelism: Its `world` are the ranks whose batches share one threshold, its `tensor_group` the ranks with other latents of
             the same rows.
+        padded_extra: The number of extra latents of the last batch with their padding. Deferred checks expect the same padding for this
+            batch. None pads nothing.
     """
 
     def __init__(
@@ -44,16 +46,20 @@ class GpuEncoder:
         scale: Tensor | None,
         extra: Bool[Tensor, " d_sae"] | None,
         parallelism: Parallelism,
+        *,
+        padded_extra: int | None = None,
     ) -> None:
         device = x.device.type
         product_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else b_enc.dtype
         self.x, self.W_enc, self.b_enc, self.scale = x.to(product_dtype), W_enc.to(product_dtype), b_enc, scale
         self.n_rows, self.n_latents = len(x), W_enc.shape[1]
         self.world, self.tensor_group = parallelism.world, parallelism.tensor_group
-        self._extra = extra
+        self._extra, self._padded_extra = extra, padded_extra
         # The products of the batch, if it is one block and a search has left them unchanged.
         self._kept: Tensor | None = None
         self._cut_factor = CutFactor()
+        self.n_extra: Tensor | None = None
+        """Number of extra latents before their padding; None without padding."""
         self.extra_latents = torch.empty(0, dtype=torch.long, device=x.device)
         self.extra_pre_acts = b_enc.new_empty(len(x), 0)
 
@@ -177,8 +183,11 @@ class GpuEncoder:
         """Whether all numbers are positive; `then` gets them. Computes the extra latents' pre-activations, unless checks are deferred."""
         if self._extra is None:
             return are_positive(*numbers, then=then)
-        if is_deferring():  # one more check: that there are no extra latents
-            return are_positive(*numbers, 1 - self._extra.sum(), then=None if then is None else lambda *read: then(*read[: len(numbers)]))
+        if is_deferring():  # two more checks: that the padding is that of the last batch
+            n_extra, padded = self._extra.sum(dtype=torch.float64), self._padded_extra or 0
+            self._find_extra_latents(n_extra, padded)
+            at_most, more_than = padded + 1 - n_extra, n_extra - (padded_size(padded) // 2 if padded else -1)
+            return are_positive(*numbers, at_most, more_than, then=None if then is None else lambda *read: then(*read[: len(numbers)]))
         read = self._read(*numbers)
         if then is not None:
             then(*read)
@@ -187,16 +196,28 @@ class GpuEncoder:
     def _read(self, *numbers: Tensor) -> list[float]:
         """Read some numbers together with the number of extra latents, then compute these latents' pre-activations."""
         # One number in float64 makes all of them float64, in which counts are exact.
-        n_extra_latents = [] if self._extra is None else [self._extra.sum(dtype=torch.float64).view(1)]
-        parts = [number.view(1) for number in numbers] + n_extra_latents
+        n_extra = None if self._extra is None else self._extra.sum(dtype=torch.float64)
+        parts = [number.view(1) for number in numbers] + ([] if n_extra is None else [n_extra.view(1)])
         if not parts:
             return []
         read = read_numbers(torch.cat(parts) if len(parts) > 1 else parts[0])
-        if self._extra is not None and (n_extra := int(read.pop())):
-            self.extra_latents = torch.nonzero_static(self._extra, size=n_extra).flatten()
-            W_enc = self.W_enc.index_select(1, self.extra_latents)
-            self.extra_pre_acts = full_precision_product(self.x, W_enc, self.b_enc.dtype) + self.b_enc[self.extra_latents]
+        if n_extra is not None:
+            count = int(read.pop())
+            self._find_extra_latents(n_extra, count if self._padded_extra is None else min(padded_size(count), self.n_latents))
         return read
+
+    def _find_extra_latents(self, n_extra: Tensor, padded: int) -> None:
+        """The extra latents, padded to the number `padded`, and their pre-activations."""
+        assert self._extra is not None
+        if not padded:
+            return
+        self.extra_latents = torch.nonzero_static(self._extra, size=padded).flatten()
+        if self._padded_extra is not None:
+            self.n_extra, places = n_extra, torch.arange(padded, device=self.x.device)
+            # Any latent will do as padding, because its activations are set to 0. Different ones, so that no row is added to many times.
+            self.extra_latents = torch.where(places < n_extra, self.extra_latents, places)
+        W_enc = self.W_enc.index_select(1, self.extra_latents)
+        self.extra_pre_acts = full_precision_product(self.x, W_enc, self.b_enc.dtype) + self.b_enc[self.extra_latents]
 
     def _result_at(self, scaled: Tensor, places: Tensor, threshold: Tensor | None) -> TopK:
         """The selected values without their scale; rows and latents follow from the places."""
@@ -205,6 +226,15 @@ class GpuEncoder:
     def _result(self, scaled: Tensor, rows: Tensor, columns: Tensor, threshold: Tensor | None) -> TopK:
         """The selected values without their scale, with their rows and latents."""
         return TopK(scaled if self.scale is None else scaled / self.scale[columns], rows, columns, threshold)
+
+
+def padded_size(count: int) -> int:
+    """The power of two that a number of extra latents is padded to, so that its changes rarely change a shape.
+
+    >>> [padded_size(count) for count in (0, 1, 5, 64)]
+    [0, 1, 8, 64]
+    """
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 def _largest_of_block(activations: Float[Tensor, "row latent"], count: int) -> tuple[Tensor, Tensor]:
