@@ -97,7 +97,7 @@ def main() -> None:
                     error = (penalty_gradient(fast, step, **options) - exact).norm() / exact.norm()
                     errors.setdefault(name, []).append(error.item())
             if step % 50 == 49:
-                searches = fast.meta._forward_pass.incremental_topk.searches  # type: ignore[union-attr]
+                searches = fast.meta.forward_pass.incremental_topk.searches  # type: ignore[union-attr]
                 maxima = ", ".join(f"{name} {max(map(abs, relative)):.1e}" for name, relative in differences.items())
                 print(
                     f"step {step + 1}: loss {losses['sparse']:.4f}, largest difference from dense: {maxima}; {searches} searches",

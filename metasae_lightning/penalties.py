@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metasae_lightning import functional
 from metasae_lightning.compute.buffers import SHARED, buffer_or_new
-from metasae_lightning.compute.gpu.host_reads import DeferredChecks, deferred_checks
+from metasae_lightning.compute.gpu.host_reads import DeferredChecks, deferred_checks, is_deferring
 from metasae_lightning.compute.gpu.neighbours import sum_of_squared_cosines
 from metasae_lightning.compute.gpu.passes import passes_for
 from metasae_lightning.compute.process_group import Parallelism
@@ -21,6 +21,7 @@ from metasae_lightning.compute.sharding import full, local, local_rows
 from metasae_lightning.compute.transfers import copy_to
 from metasae_lightning.errors import InputError
 from metasae_lightning.schedules import warm_up
+from metasae_lightning.step import ExtraLoss, ExtraTerm
 
 Critic = Callable[[Float[Tensor, "d_sae d_in"]], Float[Tensor, "d_sae d_in"]]
 """The frozen meta SAE as a function from unit decoder rows to their reconstruction. It computes no gradient and changes no state. The
@@ -35,6 +36,8 @@ class Penalty(nn.Module, ABC):
     """
 
     needs_critic: bool = False
+    uses_step: bool = True
+    """Whether the value depends on the number of the step. If not, a CUDA graph may compute it at every step."""
 
     def __init__(self, weight: float, warm_up_steps: int = 0) -> None:
         super().__init__()
@@ -68,6 +71,12 @@ class Penalties(nn.ModuleDict):
     def named(self) -> list[tuple[str, Penalty]]:
         """Pairs of name and penalty."""
         return list(self.items())  # pyright: ignore[reportReturnType]
+
+    def constants(self, step: int, *, critic_is_trained: bool) -> tuple[float, ...] | None:
+        """The Python values that the penalties of a step depend on; None where one of them depends on the step's number itself."""
+        if any(penalty.uses_step for _, penalty in self.named()):
+            return None
+        return (critic_is_trained, *(penalty.weight * warm_up(step, penalty.warm_up_steps) for _, penalty in self.named()))
 
     def loss(self, W_dec: Tensor, critic: Critic | None, step: int, parallelism: Parallelism) -> tuple[Tensor | None, dict[str, Tensor]]:
         """This rank's share of the weighted penalty loss, and the value of each penalty whose weight is not 0 at this step.
@@ -115,11 +124,12 @@ class Penalties(nn.ModuleDict):
         return known
 
 
-class PenaltyLoss:
-    """The penalty loss of a step: computed at once, with the checks of the critic's top-k deferred, and given out when they hold.
+class PenaltyLoss(ExtraLoss):
+    """The penalty loss of a step. The checks of the critic's top-k are made with the step's own.
 
     Args:
         compute: Returns the loss, or None, and the penalties' values by name. It is called again if a check fails.
+        constants: The Python values that `compute` depends on; None where it depends on the step's number.
         before_retry: Called before `compute` is called again.
         is_single: Whether one process trains. Several ranks check at once: a rank alone that computes again would wait for the others.
     """
@@ -127,21 +137,32 @@ class PenaltyLoss:
     def __init__(
         self,
         compute: Callable[[], tuple[Tensor | None, dict[str, Tensor]]],
-        before_retry: Callable[[], None] | None = None,
         *,
+        constants: tuple[Any, ...] | None = None,
+        before_retry: Callable[[], None] | None = None,
         is_single: bool = True,
     ) -> None:
-        self._compute, self._before_retry = compute, before_retry
-        with deferred_checks() if is_single else nullcontext(DeferredChecks()) as self._checks:
-            self.total, self.values = compute()
+        self._compute, self._constants, self._before_retry, self._is_single = compute, constants, before_retry, is_single
+        self._checks, self._term = DeferredChecks(), ExtraTerm()
 
-    def __call__(self) -> Tensor | None:
+    @property
+    def constants(self) -> tuple[Any, ...] | None:
+        """The Python values that the loss depends on; None where it depends on the step's number."""
+        return self._constants
+
+    def start(self) -> None:
+        """Compute the loss, with its checks deferred."""
+        # Whoever defers checks already makes these as well.
+        with deferred_checks() if self._is_single and not is_deferring() else nullcontext(DeferredChecks()) as self._checks:
+            self._term = ExtraTerm(*self._compute())
+
+    def finish(self) -> ExtraTerm:
         """The loss, after the checks."""
         if not self._checks.all_hold():
             if self._before_retry is not None:
                 self._before_retry()
-            self.total, self.values = self._compute()
-        return self.total
+            self._term = ExtraTerm(*self._compute())
+        return self._term
 
 
 @final
@@ -161,6 +182,7 @@ class Decomposability(Penalty):
         if not 0 < rows <= 1:
             raise InputError(f"Decomposability: rows is the fraction of decoder rows that a step uses, above 0 and up to 1, got {rows}")
         self.sigma_sq, self.rows, self.seed = sigma_sq, rows, seed
+        self.uses_step = rows < 1
 
     def forward(self, W_dec: Float[Tensor, "d_sae d_in"], critic: Critic | None, step: int) -> Float[Tensor, ""]:
         """Mean decomposability of all rows, or of the rows drawn for this step."""

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -126,6 +127,31 @@ class Codes:
 def _count(indices: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " size"]:
     """How often each index below `size` occurs. `torch.bincount` would wait for a GPU, to find the largest index."""
     return indices.new_zeros(size).scatter_add_(0, indices, torch.ones_like(indices))
+
+
+class ExtraTerm(NamedTuple):
+    """A loss that is added to that of a step's rows, without its graph."""
+
+    loss: Float[Tensor, ""] | None = None
+    """The loss; None where it has no gradient."""
+    values: Mapping[str, Tensor] = MappingProxyType({})
+    """Figures to log, by name."""
+
+
+@runtime_checkable
+class ExtraLoss(Protocol):
+    """Computes a loss that is added to that of a step's rows."""
+
+    @property
+    def constants(self) -> tuple[Any, ...] | None:
+        """The Python values that the loss depends on, beside tensors; None where it depends on the step's number."""
+
+    def start(self) -> None:
+        """Compute the loss. The host's next read tells whether it is right."""
+
+    def finish(self) -> ExtraTerm:
+        """The loss with its graph, after the checks."""
+        ...
 
 
 @dataclass(frozen=True)

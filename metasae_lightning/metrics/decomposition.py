@@ -13,8 +13,8 @@ from torchmetrics import Metric
 from metasae_lightning import functional
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import BatchTopKTrainingSAEConfig
+from metasae_lightning.sae.graphed_learner import GraphedLearner, can_be_graphed
 from metasae_lightning.sae.learner import Learner, LearnerConfig
-from metasae_lightning.sae.step_graph import GraphedLearner, can_be_graphed
 
 # Steps whose rows are drawn together.
 DRAWN_AT_ONCE = 256

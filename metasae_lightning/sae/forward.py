@@ -200,8 +200,9 @@ class SparseForward(ForwardPass):
     def _encode(self, z: Tensor, dead: Tensor | None, fresh_gradients: bool) -> compute.Encoded:
         """The top-k activations, and the pre-activations of the latents in the mask `dead` on every row."""
         sae = self.sae
-        each_row = not isinstance(sae, BatchTopKTrainingSAE)
-        rule = compute.TopKRule(sae.cfg.k, each_row, self.last_cut, self.cut_factor, self.incremental_topk, parallelism=self.parallelism)
+        rule = compute.TopKRule(
+            sae.cfg.k, self.is_per_row, self.last_cut, self.cut_factor, self.incremental_topk, parallelism=self.parallelism
+        )
         # Padding is left out where the host needs the dead latents' number: of each level, or of each rank.
         if dead is not None and len(self._auxiliary_widths) == 1 and self.parallelism.tensor_group.is_single:
             rule.padded_extra = self.padded_dead
@@ -230,6 +231,11 @@ class SparseForward(ForwardPass):
         reconstructions, dead_rows = compute.decode(encoded.values[order], pattern, W_dec, dead_latents, buffers)
         reconstructions = all_reduce_sum(reconstructions, self.parallelism.tensor_group)
         return reconstructions.view(len(self._widths), -1, reconstructions.shape[1]).cumsum(0) + b_dec, dead_rows
+
+    @property
+    def is_per_row(self) -> bool:
+        """Whether each row has k active latents, and not the batch `k` per row on average."""
+        return not isinstance(self.sae, BatchTopKTrainingSAE)
 
     @property
     def _norms(self) -> Tensor | None:

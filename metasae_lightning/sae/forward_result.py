@@ -1,7 +1,7 @@
 """The result of one training forward pass, and how results of several micro-batches or several ranks are put together."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metasae_lightning import functional
 from metasae_lightning.compute.process_group import ProcessGroup
-from metasae_lightning.step import Codes, StepStats
+from metasae_lightning.step import Codes, ExtraTerm, StepStats
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ForwardResult:
     """One training forward pass. Its reconstruction is in normalised space if `ForwardPass` made it, in raw space if `Learner` did."""
 
     loss: Tensor
-    """The architecture's training loss, with its graph."""
+    """The architecture's training loss; with its graph before the backward pass."""
     losses: Mapping[str, Tensor]
     """The terms of the loss, by SAELens's names."""
     codes: Codes
@@ -27,6 +27,8 @@ class ForwardResult:
     """Computes `reconstruction` (below) on first access."""
     applied: bool = True
     """Whether the optimiser step was applied; false where it was skipped because of a NaN or infinity."""
+    extra: ExtraTerm = field(default_factory=ExtraTerm)
+    """The loss that was added to that of the rows."""
 
     @cached_property
     def reconstruction(self) -> Float[Tensor, "row d_in"]:

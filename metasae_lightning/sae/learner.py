@@ -4,8 +4,9 @@ The primary and the meta SAE are both learners. The primary reads activations, t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,36 +26,14 @@ from metasae_lightning.sae.forward_result import ForwardResult, concatenate_resu
 from metasae_lightning.sae.gpu_layout import store_encoder_for_device
 from metasae_lightning.sae.host_counters import HostCounters
 from metasae_lightning.sae.init_from import InitFrom, InitReport
+from metasae_lightning.sae.learner_config import LearnerConfig
 from metasae_lightning.sae.nonfinite import NonFiniteGuard, step_tensors
 from metasae_lightning.sae.normalizers import make_normalizer
-from metasae_lightning.step import Codes, StepStats
+from metasae_lightning.sae.step_graph import StepGradients, StepGraph
+from metasae_lightning.step import Codes, ExtraLoss, ExtraTerm, StepStats
 
 Backward = Callable[[Tensor], None]
 """Runs the backward pass of a loss."""
-ExtraLoss = Callable[[], Tensor | None]
-"""Computes a loss that is added to that of a step's rows, or gives None."""
-
-
-@dataclass(frozen=True)
-class LearnerConfig:
-    """How a learner trains its SAE, apart from the SAE's own SAELens config."""
-
-    dead_after: int
-    """A latent that was silent for this many rows is dead."""
-    decoder_rows: Literal["unit", "free"] = "unit"
-    """`unit`: remove the radial part of the decoder's gradient and renormalise the rows after each step. `free`: do neither."""
-    b_dec_init: Literal["zeros", "mean", "geometric_median"] = "zeros"
-    """The decoder bias, computed from the first rows."""
-    micro_batches: int = 1
-    """Number of parts that the rows of a step are split into; their gradients are accumulated."""
-    clip_grad_norm: float | None = None
-    """Largest norm of the SAE's gradient; None does not clip."""
-    kernels: forward.Kernels = "sparse"
-    """`sparse`: kernels that skip zeros, for the top-k family. `dense`: SAELens's own forward pass."""
-    n_fixed_rows: int = 0
-    """Number of rows of a batch that holds the same, slowly moving rows at every call (decoder rows); 0 for new rows at every call."""
-    init_from: InitFrom | None = None
-    """The SAE whose weights training starts from."""
 
 
 class Learner(HostCounters):
@@ -79,7 +58,8 @@ class Learner(HostCounters):
         super().__init__()
         self.role, self.config, self.parallelism = role, config, Parallelism()
         self.sae = pretrained.build(cfg, role=role, seed=seed)
-        self._forward_pass = forward.forward_pass_for(self.sae, config.kernels, n_fixed_rows=config.n_fixed_rows)
+        self.forward_pass = forward.forward_pass_for(self.sae, config.kernels, n_fixed_rows=config.n_fixed_rows)
+        self.step_graph = StepGraph([self.forward_pass]) if config.cuda_graph and config.micro_batches == 1 else None
         self.guard: NonFiniteGuard | None = None
         self.normalizer = make_normalizer(cfg.normalize_activations, cfg.d_in)
         self.register_buffer("silent_for", torch.zeros(cfg.d_sae, dtype=torch.int64, device=cfg.device))
@@ -98,13 +78,20 @@ class Learner(HostCounters):
     def join(self, parallelism: Parallelism, cut: forward.BatchCut) -> None:
         """Train together with other ranks: each has part of a step's rows or part of the latents, and all make the same step."""
         self.parallelism = parallelism
-        self._forward_pass.join(parallelism, cut)
+        self.forward_pass.join(parallelism, cut)
+        if not parallelism.world.is_single:
+            self.step_graph = None
+
+    def add_critic(self, critic: "Learner") -> None:
+        """Tell which other learner the extra loss of a step reads."""
+        if self.step_graph is not None:
+            self.step_graph.forward_passes.append(critic.forward_pass)
 
     def divide(self, mesh: Any) -> None:
         """Shard the latents over the ranks of a mesh, before optimisers are made: their state is then sharded too."""
         if isinstance(self.W_dec, DTensor):
             return
-        self._forward_pass.check_divisible()
+        self.forward_pass.check_divisible()
         if self.sae.cfg.d_sae % mesh.size():
             raise InputError(f"{self.role}.d_sae must be a multiple of the {mesh.size()} ranks that divide it, got {self.sae.cfg.d_sae}")
         shard_parameters(self.sae, mesh, forward.LATENTS)
@@ -130,7 +117,7 @@ class Learner(HostCounters):
             return None
         report: InitReport | None = None
         # Every rank has the same rows here, so nothing is reduced over data ranks. Full precision, since the results are kept for the run.
-        parallelism, self._forward_pass.parallelism = self._forward_pass.parallelism, self.parallelism.tensor_only
+        parallelism, self.forward_pass.parallelism = self.forward_pass.parallelism, self.parallelism.tensor_only
         with torch.autocast(x.device.type, enabled=False):
             self.normalizer.fit(x)
             if self.config.init_from is not None:
@@ -139,7 +126,7 @@ class Learner(HostCounters):
                 copy_into(self.sae.b_dec, self.normalizer.normalize(x)[0].mean(0))
             elif self.config.b_dec_init == "geometric_median":
                 copy_into(self.sae.b_dec, functional.geometric_median(self.normalizer.normalize(x)[0]))
-        self._forward_pass.parallelism = parallelism
+        self.forward_pass.parallelism = parallelism
         self.initialized = True
         return report
 
@@ -153,50 +140,62 @@ class Learner(HostCounters):
         return source.compare(self.sae.cfg.architecture(), codes.l0, functional.fvu(x, reconstruction).item())
 
     def learn(
-        self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, extra_loss: ExtraLoss = lambda: None
+        self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, extra_loss: ExtraLoss | None = None
     ) -> ForwardResult:
         """One optimiser step on the rows of all ranks, in micro-batches.
 
-        `extra_loss` gives this rank's share of a loss that is summed over ranks, or None; it is called and added once, after the
-        backward pass of the rows' loss. Ranks that shard the latents exchange their rows, and each computes on all of them.
+        `extra_loss` gives this rank's share of a loss that is summed over ranks; it is added once, after the backward pass of the rows'
+        loss. Ranks that shard the latents exchange their rows, and each computes on all of them.
 
         The order is that of arXiv 2406.04093, with the renormalisation last: gradient, removal of its radial part, clipping, step,
         unit rows. A step that the guard skips changes only `rows_seen` and the guard's counts; its result has `applied=False`.
         """
         optimizer.zero_grad()
-        updates = self.updates
         if self.guard is not None:
             self.guard.remember(self._forward_state())
         count, local_rows = int(self.parallelism.world.sum_scalar(len(x), x)), self.parallelism.tensor_group.rank_slice(len(x), x)
-        results = self._backward_micro_batches(self.parallelism.tensor_group.all_gather_rows(x), count, backward)
-        if (extra := extra_loss()) is not None:  # in a backward pass of its own, which adds its gradient to that of the loss in place
-            backward(extra)
+        compute = partial(self.compute_gradients, count=count, backward=backward, extra_loss=extra_loss)
+        constants, rows = () if extra_loss is None else extra_loss.constants, self.parallelism.tensor_group.all_gather_rows(x)
+        graph = None if constants is None else self.step_graph
+        gradients = compute(rows) if graph is None or constants is None else graph.gradients(rows, compute, constants)
+        # SAELens does not update its threshold when no latent fires.
+        updates = sum(self.parallelism.world.sum_scalar(part.codes.values.numel(), rows) > 0 for part in gradients.results)
         self._reduce_gradients()
-        result = concatenate_results(results)
+        result = replace(concatenate_results(gradients.results), extra=gradients.extra)
         if not self.parallelism.tensor_group.is_single:
             result = result.select_rows(local_rows, self._gather_codes(result.codes))
         if self.guard is not None and self.guard.skips(
-            step_tensors(self.role, self.sae, result.loss, extra), self._forward_state(), self.parallelism.world
+            step_tensors(self.role, self.sae, result.loss, result.extra.loss), self._forward_state(), self.parallelism.world
         ):
-            self.updates, self.rows_seen = updates, self.rows_seen + count
+            self.rows_seen += count
             return replace(result, applied=False)
-        self.cached_support = None
+        self.cached_support, self.updates = None, self.updates + updates
         self._constrain_gradient()
         optimizer.step()
         self._renormalize()
         self._update_statistics(result.codes, count)
         return result
 
-    def _backward_micro_batches(self, x: Tensor, count: int, backward: Backward) -> list[ForwardResult]:
-        """Forward and backward pass of each micro-batch; `count` is the number of rows over all ranks, which losses are divided by."""
+    def compute_gradients(self, x: Tensor, *, count: int, backward: Backward, extra_loss: ExtraLoss | None = None) -> StepGradients:
+        """Forward and backward pass of each micro-batch and of the extra loss; results have no graph.
+
+        `count` is the number of rows over all ranks, which losses are divided by.
+        """
         results: list[ForwardResult] = []
+        if extra_loss is not None:
+            extra_loss.start()
         # Every rank makes the same number of parts, because the ranks communicate in each of them.
         for i, rows in enumerate(x.tensor_split(self.config.micro_batches)):
             # Some optimisers' zero_grad keeps the gradient: it then lies in the buffer that a fresh gradient would be written to.
-            results.append(self._forward(rows, fresh_gradients=i == 0 and self.W_dec.grad is None))
-            loss, share = results[-1].loss, len(rows) / count
-            backward(loss if share == 1 else loss * share)
-        return results
+            result = self._forward(rows, fresh_gradients=i == 0 and self.W_dec.grad is None)
+            share = len(rows) / count
+            backward(result.loss if share == 1 else result.loss * share)
+            results.append(replace(result, loss=result.loss.detach()))
+        loss, values = ExtraTerm() if extra_loss is None else extra_loss.finish()
+        if loss is not None:  # in a backward pass of its own, which adds its gradient to that of the rows' loss in place
+            backward(loss)
+            loss = loss.detach()
+        return StepGradients(results, ExtraTerm(loss, {name: value.detach() for name, value in values.items()}))
 
     def _reduce_gradients(self) -> None:
         """Sum gradients over data ranks, of which one without a gradient gives zeros, and equalise those of replicated parameters."""
@@ -217,11 +216,11 @@ class Learner(HostCounters):
     @property
     def cached_support(self) -> tuple[Tensor, Tensor] | None:
         """Rows and latents of the nonzeros that `read` with `reuse_support` keeps; None from an applied step to the next such call."""
-        return self._forward_pass.cached_support
+        return self.forward_pass.cached_support
 
     @cached_support.setter
     def cached_support(self, indices: tuple[Tensor, Tensor] | None) -> None:
-        self._forward_pass.cached_support = indices
+        self.forward_pass.cached_support = indices
 
     @torch.no_grad()
     def read(
@@ -247,7 +246,7 @@ class Learner(HostCounters):
     def _read_local(self, x: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
         """Codes in all latents and reconstruction of rows that are the same on all ranks that shard the latents."""
         z, undo = self.normalizer.normalize(x)
-        codes, reconstruction = self._forward_pass.read(z, reuse_support=reuse_support, reuse_output=reuse_output)
+        codes, reconstruction = self.forward_pass.read(z, reuse_support=reuse_support, reuse_output=reuse_output)
         return self._gather_codes(codes), self.normalizer.restore(reconstruction, undo).to(x.dtype)
 
     def _gather_codes(self, codes: Codes) -> Codes:
@@ -257,13 +256,12 @@ class Learner(HostCounters):
     def _forward(self, x: Tensor, *, fresh_gradients: bool) -> ForwardResult:
         """The training forward pass on raw rows; the loss is in normalised space, the reconstruction in raw space."""
         z, undo = self.normalizer.normalize(x)
-        out = self._forward_pass.train(z, dead=self.dead, step=self.steps, fresh_gradients=fresh_gradients)
-        if self.parallelism.world.sum_scalar(out.codes.values.numel(), z):  # SAELens does not update its threshold when no latent fires
-            self.updates += 1
+        out = self.forward_pass.train(z, dead=self.dead, step=self.steps, fresh_gradients=fresh_gradients)
         loss, losses = out.loss, {name: value.detach() for name, value in out.losses.items()}
         if not len(x):  # the mean over no rows is NaN; its weight in the step's loss is 0
             loss, losses = loss.nan_to_num(), {name: value.nan_to_num() for name, value in losses.items()}
-        return ForwardResult(loss, losses, out.codes, lambda: self.normalizer.restore(out.reconstruction, undo))
+        rebuild = out.rebuild  # without the loss, which holds the graph
+        return ForwardResult(loss, losses, out.codes, lambda: self.normalizer.restore(rebuild(), undo))
 
     @torch.no_grad()
     def _constrain_gradient(self) -> None:
@@ -289,7 +287,7 @@ class Learner(HostCounters):
         self.rows_seen += rows
         self.silent_for.add_(rows).index_fill_(0, codes.latents, 0)
         self.parallelism.world.all_reduce_min_(self.silent_for)
-        if self._forward_pass.parallelism.data_group.is_single and not self.parallelism.data_group.is_single:
+        if self.forward_pass.parallelism.data_group.is_single and not self.parallelism.data_group.is_single:
             thresholds = [buffer for buffer in self.sae.buffers() if buffer.is_floating_point()]
             self.parallelism.world.all_reduce_sum_(*thresholds)
             for threshold in thresholds:

@@ -1,128 +1,175 @@
-"""A learner's training step as a CUDA graph: the host starts all of its kernels with one call.
+"""The gradient of a learner's step as a CUDA graph: the host starts all of its kernels with one call.
 
-The graph holds a step whose search for the largest activations has enough candidates and whose latents are all alive. Whether that was so
-is known when the graph has run. If it was not, the graph has changed no weight, buffer or optimiser state, and the step is taken again
-without it.
+A graph holds one course of a step: the search for the largest activations has enough candidates, and the dead latents fit the same padding
+as before. Whether that was so is known when the graph has run. If it was not, nothing has changed, and the gradient is computed again
+without the graph. The optimiser's step is not in the graph, so that optimisers and learning rate schedules work as they do without one.
 """
 
-# pyright: reportPrivateUsage=false
-
+import copy
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from torch import Tensor
-from torch.optim import Adam
 
-from metasae_lightning.compute.gpu.host_reads import deferred_checks
 from metasae_lightning.compute.gpu.passes import triton_kernels
-from metasae_lightning.sae.forward import SparseForward
-from metasae_lightning.sae.learner import Learner
+from metasae_lightning.sae.forward import ForwardPass, SparseForward
+from metasae_lightning.sae.recording import Capture, Compute, Recording, StepGradients
 
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
-"""A function that records what another function does on the GPU. It returns a function that does the same again."""
-# Number of steps before the capture. They create the optimiser's state, compile kernels and find a cut.
+# Number of equal steps before a recording. They compile kernels and find a cut. It doubles with each recording.
 STEPS_BEFORE = 4
+# Number of replays that are compared with a step without the graph, bit by bit.
+COMPARED = 2
+# Multiplications of the encoder's product above which a step is not recorded: the GPU is then slower than the host.
+MOST_MULTIPLICATIONS = 2**39
 
 
-class GraphedLearner:
-    """Takes steps of a learner on batches of one size, in a single process, at a constant learning rate.
+class StepGraph:
+    """Computes the gradients of a learner's steps by a CUDA graph, where that is possible and pays, and otherwise without.
+
+    After some steps that differ in nothing but their rows and weights, a step is recorded. The first replays are compared with a step
+    without the graph: if any bit differs, a warning says so and the graph is not used.
 
     Args:
-        learner: A batch top-k SAE for which `can_be_graphed` is true.
-        optimizer: Its fused Adam, made with `capturable`.
+        forward_passes: Those of a step: the trained SAE's, and after it those of SAEs that are read.
         capture: How a step is recorded; the default is a CUDA graph.
     """
 
-    def __init__(self, learner: Learner, optimizer: Adam, capture: Capture | None = None) -> None:
-        assert isinstance(learner._forward_pass, SparseForward)
-        self.learner, self.optimizer, self._capture = learner, optimizer, capture or cuda_graph
-        self._forward_pass = learner._forward_pass
-        self._steps = 0
-        self._replay: Callable[[], None] | None = None
-        self.retaken = 0
-        """Number of steps that were taken again without the graph."""
+    def __init__(self, forward_passes: list[ForwardPass], capture: Capture | None = None) -> None:
+        self.forward_passes, self._capture = forward_passes, capture or cuda_graph
+        self._key: tuple[Any, ...] = ()
+        self._equal_steps = self._compared = self._recordings = 0
+        self._recording: Recording | None = None
+        self._is_off = False
+        self.replayed = 0
+        """Number of steps whose gradient the graph computed."""
 
-    def learn(self, x: Float[Tensor, "rows d_in"]) -> None:
-        """One step on the rows."""
-        self._steps += 1
-        if self._steps <= STEPS_BEFORE or not isinstance(self._forward_pass.last_cut, Tensor):
-            self._learn_eagerly(x)
-            return
-        learner = self.learner
-        counters = learner.steps, learner.updates, learner.rows_seen
-        replay = self._replay or self._prepare(x)
-        self._x.copy_(x)
-        replay()
-        numbers = self._numbers.tolist()
-        if self._then is not None:
-            self._then(*numbers)
-        learner.steps, learner.updates, learner.rows_seen = counters
-        if all(number > 0 for number in numbers):
-            learner.steps, learner.updates, learner.rows_seen = counters[0] + 1, counters[1] + 1, counters[2] + len(x)
-            self._set_hint(numbers[0])
-        else:
-            self.retaken += 1
-            self._forward_pass.last_cut = None
-            self._learn_eagerly(x)
-            self._set_hint(float(self._forward_pass.last_cut or 0.0))
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StepGraph":
+        return StepGraph(copy.deepcopy(self.forward_passes, memo), self._capture)
 
-    def _learn_eagerly(self, x: Tensor) -> None:
-        self.learner.learn(x, self.optimizer, backward=lambda loss: loss.backward())
+    def gradients(self, x: Float[Tensor, "rows d_in"], compute: Compute, constants: tuple[Any, ...]) -> StepGradients:
+        """The result of `compute(x)`, with the parameters' gradients.
 
-    def _set_hint(self, edge: float) -> None:
-        """Set the next step's hint. The graph multiplies it by the cut factor of the capture, so that is divided out here."""
-        self._hint.fill_(edge * self._forward_pass.cut_factor.value / self._captured_factor)
-        self._forward_pass.last_cut = self._hint
+        `constants` are the Python values that `compute` depends on: where they differ from those of the last step, nothing is replayed.
+        """
+        if self._is_off or not self._can_record(x):
+            return compute(x)
+        key = (*constants, *self._surroundings(x))
+        if key != self._key:
+            self._key, self._equal_steps, self._recording = key, 0, None
+        self._equal_steps += 1
+        if self._equal_steps <= STEPS_BEFORE * 2**self._recordings or not all(_has_cut(each) for each in self._sparse):
+            return compute(x)
+        if self._recording is None and not self._record(x, compute):
+            return compute(x)
+        assert self._recording is not None
+        if self._compared < COMPARED:
+            return self._compare(self._recording, x, compute)
+        if not self._recording.replay(x):
+            return compute(x)
+        self.replayed += 1
+        return self._recording.outputs()
 
-    def _prepare(self, x: Tensor) -> Callable[[], None]:
-        """Make the tensors that the graph reads, and record it."""
-        assert isinstance(self._forward_pass.last_cut, Tensor)
-        self._x, self._hint = x.clone(), self._forward_pass.last_cut.detach().clone()
-        self._captured_factor = self._forward_pass.cut_factor.value
-        self._replay = self._capture(self._step)
-        return self._replay
+    def clear(self) -> None:
+        """Free the recording and its memory."""
+        self._key, self._recording = (), None
 
-    def _step(self) -> None:
-        """The step that is recorded."""
-        learner = self.learner
-        optimizer: Any = self.optimizer
-        # The optimiser changes no weight in a step that fails, but rescaling rows of unit length changes their last bits.
-        rescaled = [learner.W_dec.detach()] if learner.config.decoder_rows == "unit" else []
-        state = [learner.silent_for, *learner.sae.buffers(), *rescaled]
-        before = [tensor.clone() for tensor in state]
-        optimizer.zero_grad()
-        self._forward_pass.last_cut = self._hint
-        with deferred_checks() as checks:
-            result = learner._forward(self._x, fresh_gradients=True)
-        ((numbers, self._then),) = checks.take()
-        self._numbers = torch.cat(numbers)
-        failed = (self._numbers <= 0).any()
-        result.loss.backward()
-        learner._constrain_gradient()
-        # Torch's fused optimisers make no step where this is 1.
-        optimizer.found_inf = failed.float()
-        optimizer.step()
-        del optimizer.found_inf
-        learner._renormalize()
-        learner._update_statistics(result.codes, len(self._x))
-        for tensor, old in zip(state, before, strict=True):
-            tensor.copy_(torch.where(failed, old, tensor))
+    @property
+    def _sparse(self) -> list[SparseForward]:
+        return [each for each in self.forward_passes if isinstance(each, SparseForward)]
+
+    def _can_record(self, x: Tensor) -> bool:
+        """Whether steps on rows like `x` can be recorded, and the host is slower than the GPU."""
+        if triton_kernels(x) is None or len(self._sparse) < len(self.forward_passes):
+            return False
+        return len(x) * self.forward_passes[0].sae.W_enc.numel() <= MOST_MULTIPLICATIONS
+
+    def _surroundings(self, x: Tensor) -> tuple[Any, ...]:
+        """What a recording depends on beside the rows' values: shapes, data types, autocast, and where weights and buffers lie."""
+        device = x.device.type
+        tensors = [tensor for each in self._sparse for tensor in (*each.sae.parameters(), *each.sae.buffers())]
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        paddings = [each.padded_dead for each in self._sparse]
+        return (x.shape, x.dtype, x.device, autocast, *paddings, *(tensor.data_ptr() for tensor in tensors))
+
+    def _record(self, x: Tensor, compute: Compute) -> bool:
+        """Record a step; returns whether that worked. If it did not, a warning says so and steps go on without a graph."""
+        self._recordings, self._compared = self._recordings + 1, 0
+        try:
+            self._recording = Recording(x, compute, self._sparse, self._capture)
+        except RuntimeError as error:
+            self._turn_off(f"a step cannot be recorded as a CUDA graph ({' '.join(str(error).split())[:200]})")
+        for parameter in self.forward_passes[0].sae.parameters():
+            parameter.grad = None
+        return self._recording is not None
+
+    def _compare(self, recording: Recording, x: Tensor, compute: Compute) -> StepGradients:
+        """Compute a step without the graph and with it, and compare all bits; the result is that without."""
+        sae, cuts = self.forward_passes[0].sae, [each.last_cut for each in self._sparse]
+        parameters, buffers = list(sae.parameters()), list(sae.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        computed = compute(x)
+        gradients, after, new_cuts = [p.grad for p in parameters], [b.clone() for b in buffers], [each.last_cut for each in self._sparse]
+        self._restore(zip(buffers, before, strict=True), cuts)
+        if recording.replay(x):
+            self._compared += 1
+            replayed = recording.outputs()
+            is_equal = all(_same_bits(p.grad, gradient) for p, gradient in zip(parameters, gradients, strict=True))
+            is_equal &= all(_same_bits(b, value) for b, value in zip(buffers, after, strict=True))
+            is_equal &= all(_same_bits(a, b) for a, b in zip(_figures(replayed), _figures(computed), strict=True))
+            if not is_equal:
+                self._turn_off("a step by CUDA graph differs from one without")
+        self._restore(zip(buffers, after, strict=True), new_cuts)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return computed
+
+    def _restore(self, buffers: Any, cuts: list[float | Tensor | None]) -> None:
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for each, cut in zip(self._sparse, cuts, strict=True):
+            each.last_cut = cut
+
+    def _turn_off(self, reason: str) -> None:
+        self._is_off, self._recording = True, None
+        warnings.warn(f"{reason}: steps go on without one, which takes longer", stacklevel=2)
+
+
+def _has_cut(forward_pass: SparseForward) -> bool:
+    """Whether a search begins at a cut that is on the device, or needs none."""
+    return forward_pass.is_per_row or isinstance(forward_pass.last_cut, Tensor)
+
+
+def _figures(gradients: StepGradients) -> list[Tensor | None]:
+    (result,), extra = gradients.results, gradients.extra
+    codes = result.codes
+    return [result.loss, *result.losses.values(), codes.rows, codes.latents, codes.values, extra.loss, *extra.values.values()]
+
+
+def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are equal bit by bit, or both are missing."""
+    if a is None or b is None:
+        return a is b
+    return torch.equal(*(tensor.detach().reshape(-1).contiguous().view(torch.uint8) for tensor in (a, b)))
 
 
 def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """Record a step as a CUDA graph; returns its replay."""
+    """Record a step as a CUDA graph; returns its replay. All graphs of a device share their memory, because their replays take turns."""
+    return _captured(step, pool=_first_graph(torch.cuda.current_device()).pool()).replay
+
+
+@cache
+def _first_graph(device: int) -> torch.cuda.CUDAGraph:
+    """A graph that keeps the memory of a device's graphs: torch cannot record into a pool whose graphs are all gone."""
+    return _captured(lambda: torch.zeros(1, device=f"cuda:{device}"), pool=None)
+
+
+def _captured(step: Callable[[], Any], pool: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    # The outer context restores the stream if the capture fails. Other threads may wait and allocate while this one records.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()
-    return graph.replay
-
-
-def can_be_graphed(learner: Learner, x: Tensor) -> bool:
-    """Whether a learner's steps on rows like `x` can be a CUDA graph."""
-    is_sparse = isinstance(learner._forward_pass, SparseForward) and type(learner.sae) is BatchTopKTrainingSAE
-    is_plain = learner.guard is None and learner.config.micro_batches == 1 and learner.parallelism.world.is_single
-    return triton_kernels(x) is not None and is_sparse and is_plain
+    return graph

@@ -121,7 +121,7 @@ def train_module(**settings: object) -> JointSAE:
 
 def test_training_with_incremental_top_k_equals_training_with_dense_kernels():
     fast, slow = train_module(), train_module(kernels="dense")
-    assert fast.meta._forward_pass.incremental_topk.searches < 17 + 6  # type: ignore[union-attr]
+    assert fast.meta.forward_pass.incremental_topk.searches < 17 + 6  # type: ignore[union-attr]
     for name, tensor in slow.state_dict().items():
         torch.testing.assert_close(fast.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 

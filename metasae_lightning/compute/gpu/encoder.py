@@ -139,7 +139,7 @@ class GpuEncoder:
         """Candidates for the largest values of the batch: those that a kernel finds above a cut, or the `room` largest."""
         has_keys = self.n_rows * self.n_latents < MOST_VALUES and triton_kernels(self.b_enc) is not None
         if hint is not None and has_keys:
-            above_cut = Room(room, hint * self._cut_factor.value)
+            above_cut = Room(room, self._cut_factor.cut(hint))
             for rows in self._blocks():
                 products = self._products(rows)
                 above_cut.add(products, self.b_enc, self.scale, rows.start)

@@ -82,6 +82,16 @@ class CutFactor:
 
     def __init__(self) -> None:
         self.value = 0.93
+        self._on_device: Tensor | None = None
+
+    def store_on_device(self, like: Float[Tensor, ""]) -> None:
+        """Keep the value on the device of `like` too, where a CUDA graph reads it."""
+        if self._on_device is None or self._on_device.device != like.device:
+            self._on_device = like.new_full((), self.value)
+
+    def cut(self, hint: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """The cut, from the last batch's threshold."""
+        return hint * (self.value if self._on_device is None else self._on_device)
 
     def update(self, edge: float, cut: float, n_above: float, count: int) -> None:
         """Adapt to a batch in which `n_above` values exceeded `cut` and `count` values reached `edge`.
@@ -91,9 +101,11 @@ class CutFactor:
         """
         if n_above <= 1.02 * count or not 0 < cut < edge:
             self.value = max(self.value**2, 0.5)
-            return
-        wanted = (cut / edge) ** (math.log(AIM) / math.log(n_above / count))
-        self.value = min(max(math.sqrt(self.value * wanted), 0.5), 0.999)
+        else:
+            wanted = (cut / edge) ** (math.log(AIM) / math.log(n_above / count))
+            self.value = min(max(math.sqrt(self.value * wanted), 0.5), 0.999)
+        if self._on_device is not None:
+            self._on_device.fill_(self.value)
 
 
 class Room:
