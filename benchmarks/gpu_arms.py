@@ -16,7 +16,7 @@ Step = Callable[[Tensor], Any]
 """Takes one training step on a batch of activations."""
 
 MACRO, META = 10, 5
-JOINT = "ours, joint 10/5"
+JOINT, JOINT_WITHOUT_GRAPH = "ours, joint 10/5", "ours, joint 10/5, no graph"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=3e-4, betas=(0.9, 0.99), fused=True)
 
 
-def joint_sae(size: Size, device: torch.device, *, joint: bool = False, by_row: bool = False) -> tuple[Any, list[Any]]:
+def joint_sae(
+    size: Size, device: torch.device, *, joint: bool = False, by_row: bool = False, cuda_graph: bool = True
+) -> tuple[Any, list[Any]]:
     """A `JointSAE` and its optimisers, with top-k over the batch or by row, alone or joint with its meta SAE."""
     from sae_lens import BatchTopKTrainingSAEConfig, TopKTrainingSAEConfig
 
@@ -73,6 +75,7 @@ def joint_sae(size: Size, device: torch.device, *, joint: bool = False, by_row: 
         n_m=META,
         b_dec_init="mean",
         dead_after_tokens=10**9,
+        cuda_graph=cuda_graph,
     ).to(device)
     return module, [adam(module.primary.parameters()), *([adam(module.meta.parameters())] if joint else [])]
 
@@ -89,14 +92,20 @@ def our_step(module: Any, optimizers: list[Any], device: torch.device, *, bf16: 
 
 
 def ours(size: Size, device: torch.device) -> dict[str, Step]:
-    """The solo SAE."""
-    subject = joint_sae(size, device)
-    return {"ours, solo": our_step(*subject, device), "ours, solo, fp32": our_step(*subject, device, bf16=False)}
+    """The solo SAE, with a CUDA graph and without. A graph is recorded for one precision, so that each arm has an SAE of its own."""
+    return {
+        "ours, solo": our_step(*joint_sae(size, device), device),
+        "ours, solo, no graph": our_step(*joint_sae(size, device, cuda_graph=False), device),
+        "ours, solo, fp32": our_step(*joint_sae(size, device), device, bf16=False),
+    }
 
 
 def ours_joint(size: Size, device: torch.device) -> dict[str, Step]:
-    """The joint SAE, exact; its figures are means over macro-steps of 10 primary and 5 meta steps."""
-    return {JOINT: our_step(*joint_sae(size, device, joint=True), device)}
+    """The joint SAE, exact, with a CUDA graph and without; its figures are means over macro-steps of 10 primary and 5 meta steps."""
+    return {
+        JOINT: our_step(*joint_sae(size, device, joint=True), device),
+        JOINT_WITHOUT_GRAPH: our_step(*joint_sae(size, device, joint=True, cuda_graph=False), device),
+    }
 
 
 def ours_by_row(size: Size, device: torch.device) -> dict[str, Step]:

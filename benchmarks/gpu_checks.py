@@ -1,6 +1,6 @@
 """Whether training on the device gives the weights that float64 gives on the CPU, for every architecture of the top-k family."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ class Problem:
 
 
 PROBLEM, TINY = Problem(64, 512, 256, 8, 6), Problem(16, 64, 32, 4, 2)
+# Steps of a run by CUDA graph, of which the first are computed without it; and the variants that are run by graph.
+GRAPH_STEPS = 32
+GRAPH_VARIANTS = ("joint", "dead latents", "clipped")
 # What each variant changes: the primary's config, the module, and its penalties.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "joint": ({}, {}, ("decomposability",)),
@@ -38,7 +41,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-def module_of(architecture: str, variant: str, problem: Problem) -> Any:
+def module_of(architecture: str, variant: str, problem: Problem, *, cuda_graph: bool = True) -> Any:
     """A `JointSAE` on the CPU in float32; the same arguments give the same weights."""
     import sae_lens
 
@@ -58,6 +61,7 @@ def module_of(architecture: str, variant: str, problem: Problem) -> Any:
         {name: every[name] for name in names},
         n_p=2,
         n_m=1,
+        cuda_graph=cuda_graph,
         **{"b_dec_init": "mean", "dead_after_tokens": 10**9, **of_module},
     )
 
@@ -133,6 +137,20 @@ def check(arm: str, architecture: str, variant: str, problem: Problem, results: 
     return [arm, f"{error:.1e}", f"{single_error:.1e}", single_tensor, f"{loss_error:.1e}", note or "ok"]
 
 
+def check_graph(arm: str, architecture: str, variant: str, problem: Problem, results: Results) -> list[str]:
+    """Train one variant in float32 with a CUDA graph and without, and compare the weights bit by bit."""
+    problem = replace(problem, steps=GRAPH_STEPS)
+    modules = [module_of(architecture, variant, problem, cuda_graph=on) for on in (True, False)]
+    by_graph, without = (Trained.of(module, problem, results.device, torch.float32) for module in modules)
+    error, tensor = by_graph.difference(without)
+    replayed = [learner.step_graph.replayed for learner in (modules[0].primary, modules[0].meta)]
+    note = f"{tensor} DIFFERS" if error else "" if min(replayed) else "NO STEP WAS REPLAYED" if results.device.type == "cuda" else "no GPU"
+    results.failed += "DIFFERS" in note or "NO STEP" in note
+    results.add("checks", "", arm, "with a CUDA graph against without", error, "relative", note)
+    results.add("checks", "", arm, "replayed steps of the primary", replayed[0], f"of {GRAPH_STEPS}", note)
+    return [arm, f"{error:.1e}", f"{replayed[0]} and {replayed[1]}", note or "ok"]
+
+
 def run(results: Results, budget: Budget, *, tiny: bool) -> None:
     """Check every architecture and variant, and print the table; the tiny form checks each variant with one of the architectures."""
     rows: list[list[str]] = []
@@ -146,3 +164,14 @@ def run(results: Results, budget: Budget, *, tiny: bool) -> None:
                 rows.append(check(arm, architecture, variant, TINY if tiny else PROBLEM, results))
     header = ["check", "float64", "float32", "by its tensor", "bf16 loss", "verdict"]
     print_table("largest relative difference of a weight from the CPU's in float64, after a few joint steps", header, rows)
+    rows = []
+    for variant in GRAPH_VARIANTS:
+        for architecture in ARCHITECTURES[:1] if tiny else ARCHITECTURES:
+            arm = f"{architecture.removesuffix('TrainingSAEConfig')}, {variant}"
+            if budget.is_over("checks"):
+                results.skip("checks", "", arm, budget.reason("checks"))
+                continue
+            with results.attempt("checks", "", arm):
+                rows.append(check_graph(arm, architecture, variant, TINY if tiny else PROBLEM, results))
+    title = f"{GRAPH_STEPS} steps in float32 with a CUDA graph against steps without"
+    print_table(title, ["check", "difference", "replayed: primary and meta", "verdict"], rows)

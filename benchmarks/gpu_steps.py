@@ -4,11 +4,16 @@ import statistics
 import time
 
 import torch
-from gpu_arms import JOINT, MACRO, SIZES, SUBJECTS, Step
+from gpu_arms import JOINT, JOINT_WITHOUT_GRAPH, MACRO, SIZES, SUBJECTS, Step
 from gpu_results import Budget, Results, free_memory, print_table, synchronize
 from torch import Tensor
 
 WARM_UP, JOINT_RUNS = 2, 3
+# Our first steps: a CUDA graph is recorded after some equal steps, of the primary, the critic and the meta SAE.
+OUR_WARM_UP, MACRO_STEPS_BEFORE = 8, 3
+
+
+JOINTS = (JOINT, JOINT_WITHOUT_GRAPH)
 
 
 def batches(size: str, device: torch.device, count: int) -> list[Tensor]:
@@ -62,7 +67,8 @@ class Measured:
         """Take an arm's first steps, which allocate and compile, and keep its peak over what was allocated before its subject was built."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        milliseconds(step, self.inputs, MACRO if arm == JOINT else WARM_UP, self.device)
+        count = MACRO_STEPS_BEFORE * MACRO if arm in JOINTS else OUR_WARM_UP if arm.startswith("ours") else WARM_UP
+        milliseconds(step, self.inputs, count, self.device)
         if self.device.type == "cuda":
             self.peaks[arm] = (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
         self.arms[arm] = step
@@ -75,10 +81,10 @@ class Measured:
         joint_runs = min(JOINT_RUNS, runs)
         for index in range(runs):
             for arm in list(self.arms):
-                if arm == JOINT and index % (runs // joint_runs):
+                if arm in JOINTS and index % (runs // joint_runs):
                     continue
                 with self.results.attempt("step", self.size, arm):
-                    count = MACRO if arm == JOINT else 1
+                    count = MACRO if arm in JOINTS else 1
                     self.times.setdefault(arm, []).append(milliseconds(self.arms[arm], self.inputs, count, self.device))
                     continue
                 del self.arms[arm]

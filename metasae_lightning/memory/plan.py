@@ -224,6 +224,12 @@ def _training_items(model: JointSAE, data: Any, trainer: Any, dtype_factor: int,
         decoder_rows = model.meta_rows or len(model.primary.W_dec)
         size = f"{-(-decoder_rows // ranks):,} decoder rows, when latents are dead"
         yield _temporary_item("a meta step", device, memory.meta, size, "lower meta.d_sae or meta_rows", phase="decoder")
+    if device_type == "cuda" and trainer.world_size == 1:
+        decoder_rows = model.meta_rows or len(model.primary.W_dec)
+        steps = ((model.primary, memory.primary, rows), *(() if model.meta is None else ((model.meta, memory.meta, decoder_rows),)))
+        kept = sum(peak.bytes for learner, peak, n in steps if learner.step_graph is not None and learner.step_graph.pays(n))
+        if kept:
+            yield MemoryItem("CUDA graphs", device, kept, "what recorded steps keep between steps", "cuda_graph: false")
     yield _temporary_item("a held-out batch", device, memory.evaluation, f"{rows:,} rows", "lower batch_size", phase="batch")
     if trainer.world_size > 1 and shards == 1:
         buckets = measure.trained_bytes(model) * dtype_factor

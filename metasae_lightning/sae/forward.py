@@ -12,6 +12,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
 from metasae_lightning import compute
+from metasae_lightning.compute.gpu.encoder import LEAST_PADDED
 from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.sharding import all_reduce_sum, local, replicated, shard_offset
 from metasae_lightning.errors import InputError
@@ -210,7 +211,8 @@ class SparseForward(ForwardPass):
         buffers: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if fresh_gradients else {}
         encoded = compute.encode(z, local(sae.W_enc), local(sae.b_enc), rule, origin=origin, scale=self._norms, extra=dead, **buffers)
         self.last_cut = encoded.threshold
-        self.padded_dead = self.padded_dead if dead is None else len(encoded.extra_latents)
+        if dead is not None:  # the smallest padding suits a batch without dead latents too
+            self.padded_dead = len(encoded.extra_latents) or min(self.padded_dead, LEAST_PADDED)
         return encoded
 
     def _encode_support(self, z: Tensor, rows: Tensor, columns: Tensor) -> compute.Encoded:

@@ -21,7 +21,7 @@ from metasae_lightning.sae.recording import Capture, Compute, Recording, StepGra
 
 # Number of equal steps before a recording. They compile kernels and find a cut. It doubles with each recording.
 STEPS_BEFORE = 4
-# Number of replays that are compared with a step without the graph, bit by bit.
+# Number of replays that are compared with a step without the graph.
 COMPARED = 2
 # Multiplications of the encoder's product above which a step is not recorded: the GPU is then slower than the host.
 MOST_MULTIPLICATIONS = 2**39
@@ -31,7 +31,7 @@ class StepGraph:
     """Computes the gradients of a learner's steps by a CUDA graph, where that is possible and pays, and otherwise without.
 
     After some steps that differ in nothing but their rows and weights, a step is recorded. The first replays are compared with a step
-    without the graph: if any bit differs, a warning says so and the graph is not used.
+    without the graph: if any value differs, a warning says so and the graph is not used.
 
     Args:
         forward_passes: Those of a step: the trained SAE's, and after it those of SAEs that are read.
@@ -73,6 +73,10 @@ class StepGraph:
         self.replayed += 1
         return self._recording.outputs()
 
+    def pays(self, n_rows: int) -> bool:
+        """Whether a step on so many rows takes the host longer than the GPU, as far as that is known."""
+        return n_rows * self.forward_passes[0].sae.W_enc.numel() <= MOST_MULTIPLICATIONS
+
     def clear(self) -> None:
         """Free the recording and its memory."""
         self._key, self._recording = (), None
@@ -82,10 +86,8 @@ class StepGraph:
         return [each for each in self.forward_passes if isinstance(each, SparseForward)]
 
     def _can_record(self, x: Tensor) -> bool:
-        """Whether steps on rows like `x` can be recorded, and the host is slower than the GPU."""
-        if triton_kernels(x) is None or len(self._sparse) < len(self.forward_passes):
-            return False
-        return len(x) * self.forward_passes[0].sae.W_enc.numel() <= MOST_MULTIPLICATIONS
+        """Whether steps on rows like `x` can be recorded, and that pays."""
+        return triton_kernels(x) is not None and len(self._sparse) == len(self.forward_passes) and self.pays(len(x))
 
     def _surroundings(self, x: Tensor) -> tuple[Any, ...]:
         """What a recording depends on beside the rows' values: shapes, data types, autocast, and where weights and buffers lie."""
@@ -107,7 +109,7 @@ class StepGraph:
         return self._recording is not None
 
     def _compare(self, recording: Recording, x: Tensor, compute: Compute) -> StepGradients:
-        """Compute a step without the graph and with it, and compare all bits; the result is that without."""
+        """Compute a step without the graph and with it, and compare all results; those without it are returned."""
         sae, cuts = self.forward_passes[0].sae, [each.last_cut for each in self._sparse]
         parameters, buffers = list(sae.parameters()), list(sae.buffers())
         before = [buffer.clone() for buffer in buffers]
@@ -117,10 +119,8 @@ class StepGraph:
         if recording.replay(x):
             self._compared += 1
             replayed = recording.outputs()
-            is_equal = all(_same_bits(p.grad, gradient) for p, gradient in zip(parameters, gradients, strict=True))
-            is_equal &= all(_same_bits(b, value) for b, value in zip(buffers, after, strict=True))
-            is_equal &= all(_same_bits(a, b) for a, b in zip(_figures(replayed), _figures(computed), strict=True))
-            if not is_equal:
+            pairs = [*zip((p.grad for p in parameters), gradients, strict=True), *zip(buffers, after, strict=True)]
+            if not all(_are_equal(a, b) for a, b in [*pairs, *zip(_figures(replayed), _figures(computed), strict=True)]):
                 self._turn_off("a step by CUDA graph differs from one without")
         self._restore(zip(buffers, after, strict=True), new_cuts)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -149,11 +149,11 @@ def _figures(gradients: StepGradients) -> list[Tensor | None]:
     return [result.loss, *result.losses.values(), codes.rows, codes.latents, codes.values, extra.loss, *extra.values.values()]
 
 
-def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors are equal bit by bit, or both are missing."""
+def _are_equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors have the same shape and values, NaN for NaN, or both are missing."""
     if a is None or b is None:
         return a is b
-    return torch.equal(*(tensor.detach().reshape(-1).contiguous().view(torch.uint8) for tensor in (a, b)))
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from metasae_lightning import functional
-from metasae_lightning.compute.buffers import SHARED
 from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
 from metasae_lightning.compute.row_chunks import step_permutation
 from metasae_lightning.compute.sharding import full, local, local_rows
@@ -28,7 +27,7 @@ from metasae_lightning.sae.learner import Learner, LearnerConfig
 from metasae_lightning.sae.nonfinite import attach_guards, longest_skip, restore_guards, skipped_steps
 from metasae_lightning.schedules import bind_schedule, meta_steps_after, meta_steps_in
 from metasae_lightning.step import Batch, Evaluation, StepOutput, StepStats
-from metasae_lightning.training import argument_checks
+from metasae_lightning.training import argument_checks, step_memory
 from metasae_lightning.training.logging_interval import is_logged
 from metasae_lightning.training.optimizers import adam
 
@@ -222,14 +221,15 @@ class JointSAE(LightningModule):
         """Check trainer and data, join the other ranks, and set up penalties."""
         if stage == "fit":
             argument_checks.check_trainer(self.trainer)
+            step_memory.record_no_hooks(self, self.trainer)
         self.join(ProcessGroup.default(), getattr(self.trainer.strategy, "device_mesh", None))
         argument_checks.check_data(getattr(self.trainer, "datamodule", None), self.hook, self.primary.sae.cfg.d_in)
         for penalty in self.penalties.values():
             penalty.setup(self.trainer)  # pyright: ignore
 
     def teardown(self, stage: str) -> None:
-        """Free the buffers that the process's SAEs share."""
-        SHARED.clear()
+        """Free the memory that training keeps between steps."""
+        step_memory.free(self)
 
     def configure_model(self) -> None:
         """Do nothing: Lightning's strategies require this hook for sharding, and `setup` has sharded the primary already."""

@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from metasae_lightning.compute.buffers import SHARED
 from metasae_lightning.errors import InputError
 from metasae_lightning.step import Batch, StepOutput
+from metasae_lightning.training import step_memory
 from metasae_lightning.training.arm_callbacks import copy_observers_per_arm
 from metasae_lightning.training.joint import JointSAE
 from metasae_lightning.training.logging_interval import is_logged
@@ -80,8 +80,8 @@ class SideBySide(LightningModule):
                 arm.setup(stage)
 
     def teardown(self, stage: str) -> None:
-        """Free the buffers that all arms share."""
-        SHARED.clear()
+        """Free the memory that training keeps between steps."""
+        step_memory.free(self)
 
     def configure_model(self) -> None:
         """Do nothing: Lightning's strategies require this hook for sharding, and `setup` has sharded the arms already."""

@@ -24,6 +24,7 @@ from metasae_lightning.memory import plan as planning
 from metasae_lightning.memory.plan import memory_plan
 from metasae_lightning.memory.table import MemoryItem, MemoryPlan
 from metasae_lightning.penalties import Decomposability, Penalty
+from metasae_lightning.sae import step_graph
 from tests.cli.test_recipes import save_at_true_width
 from tests.helpers.architectures import config
 from tests.helpers.models import Texts, documents, save_model
@@ -131,6 +132,21 @@ def test_every_item_is_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert by_name(plan)["its forward pass"].phase == ""
     assert by_name(plan)["a primary step"].small_bytes == 0
     assert {item.device for item in plan.items} == {"cpu", "cuda:0"}
+
+
+def test_recorded_steps_are_planned_on_one_gpu_where_steps_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def plan(*gpus: int, **settings: Any) -> dict[str, MemoryItem]:
+        model = JointSAE(config("batchtopk", d_in=32), config("batchtopk", 12, d_in=32), {"d": Decomposability(0.3)}, **settings)
+        return by_name(memory_plan(model, activations(tmp_path), trainer_on_gpus(*gpus)))
+
+    items = plan(0)
+    assert items["CUDA graphs"].bytes == items["a primary step"].bytes + items["a meta step"].bytes
+    assert items["CUDA graphs"].phase == "" and items["CUDA graphs"].device == "cuda:0"
+    assert plan(0, micro_batches=2)["CUDA graphs"].bytes == items["a meta step"].bytes
+    assert "CUDA graphs" not in plan(0, cuda_graph=False)
+    assert "CUDA graphs" not in plan(0, 1)
+    monkeypatch.setattr(step_graph, "MOST_MULTIPLICATIONS", 1000)
+    assert "CUDA graphs" not in plan(0)
 
 
 # `cuda` and `auto` mean the SAE's device: under a second name its free memory would be counted twice.

@@ -21,8 +21,8 @@ from metasae_lightning.compute.row_chunks import dry_run_scale
 from metasae_lightning.metrics import decomposition
 from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
 from metasae_lightning.sae.gpu_layout import match_parameters, store_encoder_for_device
-from metasae_lightning.sae.learner import Learner, LearnerConfig
 from metasae_lightning.sae.graphed_learner import GraphedLearner
+from metasae_lightning.sae.learner import Learner, LearnerConfig
 from metasae_lightning.step import Batch
 from metasae_lightning.training.joint import JointSAE
 from metasae_lightning.training.optimizers import adam

@@ -17,6 +17,8 @@ from metasae_lightning.compute.topk_across_ranks import topk_across_ranks
 
 # Largest number of pre-activations that are computed at a time: 4 GiB of float32. A smaller batch is computed in one product.
 BLOCK = 2**30
+# Smallest number that extra latents are padded to.
+LEAST_PADDED = 256
 # Number of candidates for each selected value: of a search over a batch, and over a row.
 BATCH_ROOM, ROW_ROOM = 6, 2
 
@@ -186,7 +188,7 @@ class GpuEncoder:
         if is_deferring():  # two more checks: that the padding is that of the last batch
             n_extra, padded = self._extra.sum(dtype=torch.float64), self._padded_extra or 0
             self._find_extra_latents(n_extra, padded)
-            at_most, more_than = padded + 1 - n_extra, n_extra - (padded_size(padded) // 2 if padded else -1)
+            at_most, more_than = padded + 1 - n_extra, n_extra - (padded_size(padded) // 2 if padded > LEAST_PADDED else -1)
             return are_positive(*numbers, at_most, more_than, then=None if then is None else lambda *read: then(*read[: len(numbers)]))
         read = self._read(*numbers)
         if then is not None:
@@ -231,10 +233,10 @@ class GpuEncoder:
 def padded_size(count: int) -> int:
     """The power of two that a number of extra latents is padded to, so that its changes rarely change a shape.
 
-    >>> [padded_size(count) for count in (0, 1, 5, 64)]
-    [0, 1, 8, 64]
+    >>> [padded_size(count) for count in (0, 1, 5, 300)]
+    [0, 256, 256, 512]
     """
-    return 1 << (count - 1).bit_length() if count else 0
+    return max(1 << (count - 1).bit_length(), LEAST_PADDED) if count else 0
 
 
 def _largest_of_block(activations: Float[Tensor, "row latent"], count: int) -> tuple[Tensor, Tensor]:
