@@ -94,8 +94,8 @@ class StepGraph:
         device = x.device.type
         tensors = [tensor for each in self._sparse for tensor in (*each.sae.parameters(), *each.sae.buffers())]
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        paddings = [each.padded_dead for each in self._sparse]
-        return (x.shape, x.dtype, x.device, autocast, *paddings, *(tensor.data_ptr() for tensor in tensors))
+        padded_dead = self._sparse[0].padded_dead
+        return (x.shape, x.dtype, x.device, autocast, padded_dead, *(tensor.data_ptr() for tensor in tensors))
 
     def _record(self, x: Tensor, compute: Compute) -> bool:
         """Record a step; returns whether that worked. If it did not, a warning says so and steps go on without a graph."""

@@ -24,7 +24,8 @@ from metasae_lightning.sae.gpu_layout import store_encoder_for_device
 from metasae_lightning.step import Batch
 from metasae_lightning.training import step_memory
 from metasae_lightning.training.joint import JointSAE
-from tests.helpers.architectures import activations, config
+from metasae_lightning.training.side_by_side import SideBySide
+from tests.helpers.architectures import Batches, activations, config
 from tests.helpers.tape import as_kernel, tape
 
 STEPS = 24
@@ -241,3 +242,21 @@ def test_recorded_steps_are_freed_after_training():
     assert all(graph is not None and graph._recording is not None for graph in graphs)  # pyright: ignore[reportPrivateUsage]
     module.teardown("fit")
     assert all(graph is not None and graph._recording is None for graph in graphs)  # pyright: ignore[reportPrivateUsage]
+
+
+def test_lightning_trains_arms_by_graph_to_the_same_bits(tmp_path: Path):
+    """Each arm has its own graph; Lightning counts every optimiser's step."""
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    found: list[tuple[int, dict[str, Tensor]]] = []
+    for cuda_graph in (True, False):
+        arms = {"solo": joint(penalties={}, cuda_graph=cuda_graph), "joint": joint(cuda_graph=cuda_graph)}
+        trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, enable_model_summary=False, **options)
+        trainer.fit(SideBySide(arms), train_dataloaders=Batches(20))
+        found.append(
+            (trainer.global_step, {f"{name}.{key}": value for name, arm in arms.items() for key, value in arm.state_dict().items()})
+        )
+        assert [min(replayed(arm), default=0) > 0 for arm in arms.values()] == [cuda_graph] * 2
+    (steps, by_graph), (steps_without, without) = found
+    assert steps == steps_without == 20 + 20 + 20
+    for key, value in without.items():
+        assert torch.equal(by_graph[key], value), key
