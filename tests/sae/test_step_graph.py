@@ -21,7 +21,7 @@ from metasae_lightning.compute.row_chunks import dry_run_scale
 from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
 from metasae_lightning.sae import forward, step_graph
 from metasae_lightning.sae.gpu_layout import store_encoder_for_device
-from metasae_lightning.step import Batch
+from metasae_lightning.step import Batch, StepOutput
 from metasae_lightning.training import step_memory
 from metasae_lightning.training.joint import JointSAE
 from metasae_lightning.training.side_by_side import SideBySide
@@ -100,6 +100,13 @@ def test_a_joint_run_by_graph_has_the_bits_of_one_without(settings: dict[str, An
     module = joint(**settings)
     assert_same_run(module, joint(**settings, cuda_graph=False))
     assert all(count > 10 for count in replayed(module))
+
+
+def test_while_a_penaltys_weight_rises_steps_are_computed_without_a_graph():
+    penalties: list[dict[str, Penalty]] = [{"p": Decomposability(0.3, warm_up_steps=12)} for _ in range(2)]
+    module = joint(penalties=penalties[0])
+    assert_same_run(module, joint(penalties=penalties[1], cuda_graph=False))
+    assert 0 < replayed(module)[0] <= STEPS - 12 - step_graph.STEPS_BEFORE
 
 
 @pytest.mark.parametrize("name", ["topk", "matryoshka_batchtopk"])
@@ -199,12 +206,18 @@ def test_another_batch_size_is_computed_without_the_graph():
         assert torch.equal(module.state_dict()[key], value), key
 
 
-def test_a_reconstruction_that_a_later_step_has_overwritten_is_an_error():
-    module = joint(penalties={})
-    optimizer = Adam(module.primary.parameters())
-    store_encoder_for_device(module.primary.sae)
-    outputs = [module.step(Batch(activations(step, 32)), optimizer) for step in range(12)]
+def test_a_reconstruction_that_a_later_step_has_overwritten_is_an_error_and_codes_and_losses_are_kept():
+    module, without = joint(penalties={}), joint(penalties={}, cuda_graph=False)
+    found: list[list[StepOutput]] = []
+    for each in (module, without):
+        optimizer = Adam(each.primary.parameters())
+        store_encoder_for_device(each.primary.sae)
+        found.append([each.step(Batch(activations(step, 32)), optimizer) for step in range(12)])
+    outputs, expected = found
     assert replayed(module)[0] > 2
+    for output, other in zip(outputs, expected, strict=True):
+        assert torch.equal(output.codes.values, other.codes.values) and torch.equal(output.codes.latents, other.codes.latents)
+        assert torch.equal(output.codes.rows, other.codes.rows) and torch.equal(output.loss, other.loss)
     assert outputs[-1].reconstruction.isfinite().all()
     with pytest.raises(RuntimeError, match="overwritten by a later step"):
         _ = outputs[-2].reconstruction
