@@ -40,6 +40,7 @@ FLOORS = {
     "compute": 1,
     "step": 1,
     "atomic_files": 1,
+    "plain_pickle": 1,
     "redaction": 1,
     "errors": 0,
     "lazy_exports": 0,

@@ -20,6 +20,7 @@ from metasae_lightning.cli.grid import expand, select_arms
 from metasae_lightning.cli.loggers import default_loggers
 from metasae_lightning.cli.parser_errors import parser_error_line
 from metasae_lightning.cli.plugins import argument_names, class_names, load_plugins
+from metasae_lightning.cli.resume import check_checkpoint
 from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.memory.plan import print_and_check_plan
@@ -113,8 +114,11 @@ class MetasaeCLI(LightningCLI):
         """The folder of this run."""
         return Path(self._get(self.config, "run"))
 
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from the checkpoint. Lightning would take the model's class and arguments from it, if it has any."""
+
     def before_instantiate_classes(self) -> None:
-        """Reject a missing checkpoint, and a new run in a folder that holds a run already or cannot be written to.
+        """Reject a missing, damaged or crafted checkpoint, and a new run in a folder that holds a run already or cannot be written to.
 
         `--ckpt_path last` becomes the newest intact checkpoint; a `fit` that SLURM restarted resumes from it without being asked. Only
         `fit` writes a config.yaml.
@@ -125,8 +129,8 @@ class MetasaeCLI(LightningCLI):
         run, checkpoint = self.run_directory, self._get(self.config, "ckpt_path")
         if checkpoint == "last" or (checkpoint is None and self.subcommand == "fit" and is_restarted_job(run)):
             checkpoint = self.config[str(self.subcommand)]["ckpt_path"] = last_checkpoint(run)
-        if checkpoint not in (None, "last", "best", "hpc") and "://" not in checkpoint and not Path(checkpoint).exists():
-            raise InputError(f"--ckpt_path {checkpoint}: there is no such file")
+        elif checkpoint is not None:
+            check_checkpoint(checkpoint)
         if self.subcommand != "fit" and checkpoint is None:
             raise InputError(
                 f"--ckpt_path is missing: name the checkpoint to {self.subcommand}, such as {run / 'checkpoints' / 'last.ckpt'}"

@@ -1,8 +1,8 @@
 """Activations on disk, in the format that SAELens's CacheActivationsRunner writes and its ActivationsStore reads."""
 
 import hashlib
+import io
 import json
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -142,7 +142,7 @@ class ShardWriter:
         self.shards: dict[str, int] = {}
         self.reader_state: Any = None
         with suppress(FileNotFoundError):
-            begun_with, self.shards, self.reader_state = pickle.loads((path / PROGRESS).read_bytes())
+            begun_with, self.shards, self.reader_state = _read_progress(path / PROGRESS)
             if begun_with != self.description:
                 raise InputError(f"cache: {path} was begun for something else ({begun_with}): name another folder")
             check_sizes(path, self.shards)
@@ -160,10 +160,16 @@ class ShardWriter:
                 size = draft.stat().st_size
                 draft.replace(self.path / name)
                 self.shards[name], self.reader_state = size, reader_state()
-                write_bytes(self.path / PROGRESS, pickle.dumps((self.description, self.shards, self.reader_state)))
+                self._write_progress()
         finally:
             draft.unlink(missing_ok=True)
         return contexts
+
+    def _write_progress(self) -> None:
+        """Write the progress file: the description, the shards, and the state of the reader, which holds tensors."""
+        content = io.BytesIO()
+        torch.save((self.description, self.shards, self.reader_state), content)
+        write_bytes(self.path / PROGRESS, content.getvalue())
 
     def finish(self) -> None:
         """Write the files that `datasets.load_from_disk` needs beside the shards."""
@@ -201,6 +207,20 @@ def finish(path: Path, description: Mapping[str, Any], metadata: Mapping[str, An
     for split in shards:
         for file in [path / split / PROGRESS, *(path / split).glob(f".{PROGRESS}.*")]:
             file.unlink(missing_ok=True)
+
+
+def _read_progress(file: Path) -> Any:
+    """The content of a progress file, which holds tensors and plain values alone; any other is refused."""
+    try:
+        description, shards, reader_state = torch.load(file, weights_only=True)
+        return description, dict(shards), reader_state
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises many types on damaged bytes
+        raise InputError(
+            f"cache: {file} was refused, and nothing in it was run: it is damaged, of an older version or holds more than tensors and "
+            f"plain values; remove {file.parent} and write it again"
+        ) from error
 
 
 def _json(path: Path) -> Any:

@@ -6,18 +6,24 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from metasae_lightning.atomic_files import remove, replace
 from metasae_lightning.errors import InputError
-from metasae_lightning.training.checkpoint_files import (
+from metasae_lightning.training.checkpoint_files import damage_error, find_damage, find_refusal, write_error
+from metasae_lightning.training.checkpoint_folder import (
     IDLE_OPTIMIZERS,
     METADATA,
-    damage_error,
-    find_damage,
+    load_parts,
+    load_plain,
     part_checksums,
     write_checksums,
-    write_error,
 )
 
 
@@ -84,6 +90,8 @@ class Sharded(ModelParallelStrategy):
         """
         try:
             super().save_checkpoint(checkpoint, draft, storage_options)
+            if self.global_rank == 0 and (refusal := find_refusal(draft / METADATA)):
+                return f"rank 0: what was written {refusal}"
             return part_checksums(draft, self.global_rank)
         except CheckpointException as error:
             return describe_failures(error)
@@ -91,31 +99,39 @@ class Sharded(ModelParallelStrategy):
             return f"rank {self.global_rank}: {error}"
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, a folder or a file, into the sharded module and its optimisers. A damaged or misfitting one is an error."""
+        """Read a checkpoint, a folder or a file, into the sharded module and its optimisers. A damaged or misfitting one is an error.
+
+        A checkpoint is read as tensors and plain values whatever `weights_only` is: no code in it is run.
+        """
         path = Path(self.broadcast(checkpoint_path))
         damage = [find_damage(path) if self.global_rank == 0 else None]
         torch.distributed.broadcast_object_list(damage)
         if damage[0]:
             raise damage_error(path, damage[0])
         try:
-            return self._load_folder(path, weights_only) if path.is_dir() else self._load_file(path)
+            return self._load_folder(path) if path.is_dir() else self._load_file(path)
         except CheckpointException as error:
             raise InputError(f"the checkpoint {path} is of another run than this: {describe_failures(error)}") from error
         # torch raises these for tensors that are missing or have another size.
         except (RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"the checkpoint {path} is of another run than this: {' '.join(str(error).split())}") from error
 
-    def _load_folder(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
-        """Read a checkpoint folder with Lightning's reader. Optimisers without a step are left out: the reader expects a state."""
-        idle = torch.load(path / METADATA, mmap=True, map_location="cpu", weights_only=False).get(IDLE_OPTIMIZERS, {})
-        all_optimizers = list(self.optimizers)
-        self.optimizers = [optimizer for number, optimizer in enumerate(all_optimizers) if number not in idle]
-        try:
-            checkpoint = super().load_checkpoint(path, weights_only=weights_only)
-        finally:
-            self.optimizers = all_optimizers
-        for number, groups in idle.items() if len(all_optimizers) > max(idle, default=0) else ():  # else the module reports the misfit
-            all_optimizers[number].load_state_dict({"state": {}, "param_groups": groups})
+    def _load_folder(self, path: Path) -> dict[str, Any]:
+        """Read this rank's shard from a checkpoint folder. Returns the content that is not sharded."""
+        assert self.model is not None and self.lightning_module is not None
+        checkpoint = load_plain(path / METADATA)
+        idle: dict[int, Any] = checkpoint.pop(IDLE_OPTIMIZERS, {})
+        state: dict[str, Any] = {"state_dict": get_model_state_dict(self.model)}
+        load_parts(state, path)
+        self.model.load_state_dict(state["state_dict"], strict=self.lightning_module.strict_loading)
+        for number, groups in idle.items():
+            self.optimizers[number].load_state_dict({"state": {}, "param_groups": groups})
+        moving = [optimizer for number, optimizer in enumerate(self.optimizers) if number not in idle]
+        for number, optimizer in enumerate(moving):
+            state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
+            load_parts(state, path)
+            options = StateDictOptions(cpu_offload=True)
+            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"], options=options)
         return checkpoint
 
     def _load_file(self, path: Path) -> dict[str, Any]:
@@ -124,7 +140,7 @@ class Sharded(ModelParallelStrategy):
         Lightning's own reader numbers parameters as if there were one optimiser.
         """
         assert self.model is not None
-        checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=False)
+        checkpoint = load_plain(path)
         unsharded = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=unsharded)
         names = {parameter: name for name, parameter in self.model.named_parameters()}

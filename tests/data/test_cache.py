@@ -1,6 +1,7 @@
 """Activation caches: same batches as the model, interchange with SAELens, resumed writes, damaged caches, caches of other settings."""
 
 import json
+import pickle
 import random
 import re
 import shutil
@@ -23,6 +24,7 @@ from metasae_lightning.data.batching import StreamSlice
 from metasae_lightning.data.cached_stream import CachedStream
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import HuggingFaceLM
+from tests.helpers.checkpoints import RunsCode
 from tests.helpers.command_line import CommandLine
 from tests.helpers.models import save_model
 
@@ -240,6 +242,19 @@ def test_a_missing_and_an_unfinished_cache_are_refused(inputs: Path, tmp_path: P
     (tmp_path / "begun" / "train").mkdir(parents=True)
     with pytest.raises(InputError, match="is not finished: run metasae cache again"):
         data(inputs, tmp_path / "begun").setup()
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch", "damaged", "another object"])
+def test_a_crafted_progress_file_is_refused(inputs: Path, tmp_path: Path, kind: str):
+    progress, hostile = tmp_path / "cache" / "train" / ".progress", RunsCode(tmp_path / "made")
+    progress.parent.mkdir(parents=True)
+    progress.write_bytes(pickle.dumps(({}, {}, hostile)) if kind == "pickle" else b"damaged")
+    if kind in ("torch", "another object"):
+        with progress.open("wb") as file:
+            torch.save(({}, {}, hostile) if kind == "torch" else 1, file)
+    with pytest.raises(InputError, match=r"train/\.progress was refused, and nothing in it was run.*; remove \S+/cache/train and"):
+        data(inputs, tmp_path / "cache").write_cache()
+    assert not (tmp_path / "made").exists()
 
 
 def recipe(inputs: Path, folder: Path) -> Path:

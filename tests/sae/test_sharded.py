@@ -13,15 +13,10 @@ from metasae_lightning import atomic_files
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import load_pretrained
 from metasae_lightning.training import JointSAE
-from metasae_lightning.training.checkpoint_files import (
-    find_damage,
-    link_and_prune,
-    merge_parts,
-    newest_intact,
-    part_checksums,
-    write_checksums,
-)
+from metasae_lightning.training.checkpoint_files import find_damage, link_and_prune, newest_intact
+from metasae_lightning.training.checkpoint_folder import merge_parts, part_checksums, write_checksums
 from tests.helpers.architectures import config
+from tests.helpers.checkpoints import write_parts
 from tests.helpers.command_line import CommandLine
 
 ROOT = Path(__file__).parents[2]
@@ -106,11 +101,11 @@ def test_an_unsharded_checkpoint_of_arms_is_sharded_when_loaded(tmp_path: Path):
 def test_an_incomplete_checkpoint_folder_is_skipped(tmp_path: Path):
     for number in (1, 2):
         draft = tmp_path / f".tokens={number}.ckpt.draft"
-        draft.mkdir()
-        for rank in (0, 1):
-            (draft / f"__{rank}_0.distcp").write_bytes(bytes([number, rank]) * 50)
-        (draft / ".metadata").write_bytes(b"offsets of tensors")
-        assert set(part_checksums(draft, 0)) == {"__0_0.distcp", ".metadata"} and set(part_checksums(draft, 1)) == {"__1_0.distcp"}
+        write_parts(draft, {"state_dict": {"weights": torch.full((4,), float(number))}})
+        (draft / "__1_0.distcp").write_bytes(b"\2\1" * 50)
+        assert set(part_checksums(draft, 0)) == {"__0_0.distcp", ".metadata", "meta.pt"} and set(part_checksums(draft, 1)) == {
+            "__1_0.distcp"
+        }
         write_checksums(draft, {**part_checksums(draft, 0), **part_checksums(draft, 1)})
         atomic_files.replace(draft, tmp_path / f"tokens={number}.ckpt")
         os.utime(tmp_path / f"tokens={number}.ckpt", ns=(number, number))
