@@ -20,7 +20,7 @@ from metasae_lightning.cli.grid import expand, select_arms
 from metasae_lightning.cli.loggers import default_loggers
 from metasae_lightning.cli.parser_errors import parser_error_line
 from metasae_lightning.cli.plugins import argument_names, class_names, load_plugins
-from metasae_lightning.cli.resume import check_checkpoint
+from metasae_lightning.cli.resume import RunSettings, check_checkpoint, check_settings, is_path
 from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.memory.plan import print_and_check_plan
@@ -99,8 +99,7 @@ class MetasaeCLI(LightningCLI):
 
     def _expand(self, subcommand: str) -> None:
         """Replace the options for arms by the SideBySide model that they describe: config.yaml then shows the trained model."""
-        args, parser = self.config[subcommand], self._subcommand_parsers[subcommand]
-        tree = yaml.safe_load(parser.dump(args, skip_none=False))
+        tree, parser = self._config_tree(subcommand), self._subcommand_parsers[subcommand]
         arms, grid, only = (tree.pop(key) for key in ("arms", "grid", "only"))
         if not (arms or grid or only):
             return
@@ -108,6 +107,10 @@ class MetasaeCLI(LightningCLI):
             select_arms(tree["model"], only) if not (arms or grid) else expand(tree["model"], arms or {}, grid or {}, only or ())
         )
         self.config[subcommand] = parser.parse_object(tree)
+
+    def _config_tree(self, subcommand: str) -> dict[str, Any]:
+        """A command's config in plain values."""
+        return yaml.safe_load(self._subcommand_parsers[subcommand].dump(self.config[subcommand], skip_none=False))
 
     @property
     def run_directory(self) -> Path:
@@ -138,6 +141,8 @@ class MetasaeCLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_callback = None
             return
+        if checkpoint and is_path(checkpoint):
+            check_settings(Path(checkpoint), self._config_tree("fit"))
         if not checkpoint and any((run / name).exists() for name in ("checkpoints", "saes", "arms")):
             raise InputError(f"--run {run} holds a run already: name another, or resume it with --ckpt_path last")
         nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
@@ -188,7 +193,10 @@ class MetasaeCLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "fit":
+            trainer.callbacks.insert(0, RunSettings(self._config_tree("fit")))  # pyright: ignore[reportAttributeAccessIssue]
+        return trainer
 
     def test(self, **kwargs: Any) -> None:
         """Test without Lightning's own table: the Summary callback prints one."""

@@ -12,6 +12,8 @@ from metasae_lightning.errors import InputError, did_you_mean
 RANK_ENDED = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|NCCL.*(?:remote process exited|Timeout)|Timed out waiting"
 )
+# Torch's first complaint about a state that the module does not have, or has in another size.
+MISFIT = re.compile(r"Error\(s\) in loading state_dict for \w+: (.+?)(?:\. |\.?$)")
 
 
 def machine_error_line(error: OSError | RuntimeError) -> str:
@@ -23,6 +25,8 @@ def machine_error_line(error: OSError | RuntimeError) -> str:
     words = " ".join(str(error).split())
     if not isinstance(error, OSError) and RANK_ENDED.search(words):
         return f"another rank has ended, and this one cannot go on without it; --ckpt_path last resumes from the last checkpoint ({words})"
+    if misfit := MISFIT.search(words):
+        return f"the checkpoint is of another run than this: {misfit[1][:200]}"
     if not isinstance(error, OSError) or error.errno is None:
         return ""
     return f"{error.filename}: {error.strerror}" if error.filename else words
