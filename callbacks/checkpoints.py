@@ -2,12 +2,15 @@
 
 import os
 import signal
+import stat
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,17 +21,18 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.training.checkpoint_files import link_and_prune
 
 # Signals that ask for a checkpoint, the most urgent last. The ranks agree on the most urgent one that any of them has received.
-SIGNALS = [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT] if hasattr(signal, "SIGUSR1") else [signal.SIGTERM, signal.SIGINT]
+SIGNALS = [getattr(signal, name) for name in ("SIGUSR1", "SIGHUP", "SIGTERM", "SIGINT") if hasattr(signal, name)]
 
 
 class Checkpoints(Checkpoint):
     """Write checkpoints, from which a run can be resumed, into `checkpoints/`: at intervals, at the end of training, and on a signal.
 
-    The signals are SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, a batch system's warning; each is caught only where Lightning or Python handles
-    it. After a signal the current step is finished, and all ranks write one checkpoint together. Then SIGTERM and SIGINT end the run.
-    After SIGUSR1 Lightning asks the batch system to start the run again, and the batch system ends this process. A signal during a
-    validation waits until the first step after it. A second Ctrl-C ends the run at once. A signal during the last step changes nothing:
-    the run ends as usual.
+    The signals are SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal or the ssh session has ended) and SIGUSR1, a batch system's warning.
+    SIGHUP is caught unless it is ignored, as under `nohup`; each other is caught only where Lightning or Python handles it. After a signal
+    the current step is finished, and all ranks write one checkpoint together. Then SIGTERM, SIGINT and SIGHUP end the run, and the
+    process exits with 128 and the signal's number. After SIGUSR1 Lightning asks the batch system to start the run again, and the batch
+    system ends this process. A signal during a validation waits until the first step after it. A second Ctrl-C ends the run at once. A
+    signal during the last step changes nothing: the run ends as usual.
 
     Where a validation follows a step, the checkpoint of that step is written after the validation. A run that is resumed from it then
     does not skip the validation.
@@ -53,18 +57,18 @@ class Checkpoints(Checkpoint):
         self._previous_handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start the token counter and the clock, and catch each of `SIGNALS` that has a handler already.
+        """Start the token counter and the clock, and catch each of `SIGNALS` that has a handler already, and SIGHUP.
 
-        A signal without a handler keeps its default action. Outside the main thread no signal is caught. A resumed run counts from its
-        number of tokens so far.
+        Another signal without a handler keeps its default action. Outside the main thread no signal is caught. A resumed run counts from
+        its number of tokens so far.
         """
         self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
         self._counter.restart(pl_module.rows_seen)
         self._saved_at, self._received, self._postponed = time.monotonic(), 0, 0
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                # A signal that nobody handles keeps its default action.
-                if signal.getsignal(number) not in (None, signal.SIG_DFL, signal.SIG_IGN):
+                unhandled = (None, signal.SIG_IGN) if number.name == "SIGHUP" else (None, signal.SIG_DFL, signal.SIG_IGN)
+                if signal.getsignal(number) not in unhandled:
                     self._previous_handlers[number] = signal.signal(number, self._receive)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -127,6 +131,8 @@ class Checkpoints(Checkpoint):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: store the most urgent signal; a second Ctrl-C raises KeyboardInterrupt at once."""
+        if signal.Signals(number).name == "SIGHUP":
+            leave_terminal()
         if number == signal.SIGINT and self._received == SIGNALS.index(signal.SIGINT) + 1:
             raise KeyboardInterrupt
         if number == signal.SIGINT:
@@ -137,27 +143,37 @@ class Checkpoints(Checkpoint):
     def _obey(self, trainer: Any, number: signal.Signals) -> None:
         """Do what a signal asks for, after its checkpoint was written.
 
-        SIGINT raises KeyboardInterrupt. SIGTERM sets the stop flag of Lightning's loop. SIGUSR1 calls Lightning's handler, which asks the
-        batch system for a restart.
+        SIGTERM, SIGHUP and SIGINT end the process. SIGUSR1 calls Lightning's handler, which asks the batch system for a restart.
         """
         rank_zero_info(f"{number.name}: a checkpoint is written to {self.dirpath}; --ckpt_path last resumes from it")
         self._received = 0
+        if number.name == "SIGUSR1":
+            if handler := self._previous_handlers.get(number):
+                # Lightning's handler asks the batch system to start the run again; the batch system ends this process.
+                handler(number, None)
+            return
+        self._restore_handlers()
         if number == signal.SIGINT:
-            self._restore_handlers()
-            raise KeyboardInterrupt
-        if number == signal.SIGTERM:
-            self._restore_handlers()
-            # Lightning's loop reads this flag on every rank, and ends.
-            trainer._signal_connector.received_sigterm = True
-        elif handler := self._previous_handlers.get(number):
-            # Lightning's handler asks the batch system to start the run again; the batch system ends this process.
-            handler(number, None)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a further Ctrl-C may not interrupt the end of the run
+        # Lightning's launcher kills all ranks when one that it has started ends with another status than 0.
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        is_launched = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+        raise SystemExit(0 if is_launched else 128 + number)
 
     def _restore_handlers(self) -> None:
         """Install again the handlers that the signals had before training."""
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers = {}
+
+
+def leave_terminal(streams: Sequence[int] = (1, 2)) -> None:
+    """Let what is printed to a terminal go nowhere: writing to one that has ended is an error. Files and pipes are left alone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 def validates(trainer: Any) -> bool:

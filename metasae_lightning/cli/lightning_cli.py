@@ -1,6 +1,7 @@
 """LightningCLI with a folder for each run, arms and grids, and the `cache` command."""
 
 import os
+import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from metasae_lightning import callbacks
 from metasae_lightning.cli.grid import expand, select_arms
@@ -214,8 +216,23 @@ def one_line_errors() -> Generator[None]:
 
 
 def run(words: list[str]) -> int:
-    """Parse and run a command of LightningCLI; returns the exit status."""
+    """Parse and run a command of LightningCLI; returns the exit status, which for a stopped run is 128 and the signal's number."""
     load_plugins()
+    try:
+        run_command(words)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits with 1 behind it
+            raise KeyboardInterrupt from stop
+        if isinstance(stop.code, int) and stop.code > 128:
+            return stop.code
+        if isinstance(stop, SIGTERMException):  # of a run without Checkpoints
+            return 128 + signal.SIGTERM
+        raise
+    return 0
+
+
+def run_command(words: list[str]) -> None:
+    """Parse and run a command of LightningCLI."""
     strict = {"exit_on_error": False, "allow_abbrev": False}
     MetasaeCLI(
         LightningModule,
@@ -232,4 +249,3 @@ def run(words: list[str]) -> int:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )
-    return 0

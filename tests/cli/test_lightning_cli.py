@@ -3,13 +3,15 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from metasae_lightning import callbacks, corpora
-from metasae_lightning.cli import main
+from metasae_lightning.cli import lightning_cli, main
 from metasae_lightning.cli.commands import COMMANDS
 from metasae_lightning.cli.parser_errors import import_hint
 from metasae_lightning.cli.plugins import argument_names, class_names, load_plugins
@@ -80,3 +82,33 @@ def test_a_missing_module_of_the_current_folder_is_an_error_that_says_how_to_imp
     assert "python -m metasae_lightning.cli" in import_hint("No module named 'mine'")
     (tmp_path / "ours").mkdir()
     assert "python -m metasae_lightning.cli" in import_hint("No module named 'ours.penalties'")
+
+
+def interrupt_as_lightning_does(words: list[str]) -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def end_as_lightning_does_on_sigterm(words: list[str]) -> None:
+    raise SIGTERMException
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        (interrupt_as_lightning_does, 130),
+        (end_as_lightning_does_on_sigterm, 143),
+        (lambda words: sys.exit(129), 129),
+        (lambda words: None, 0),
+    ],
+)
+def test_a_run_that_was_told_to_stop_has_the_exit_status_of_the_signal(
+    end: Callable[[list[str]], None], status: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(lightning_cli, "run_command", end)
+    assert main(["fit", "-c", "synthetic"]) == status
+    monkeypatch.setattr(lightning_cli, "run_command", lambda words: sys.exit(1))  # the control: another end is not hidden
+    with pytest.raises(SystemExit, match=r"^1$"):
+        main(["fit", "-c", "synthetic"])

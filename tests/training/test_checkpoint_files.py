@@ -19,7 +19,7 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file
 
-from metasae_lightning.callbacks import Checkpoints
+from metasae_lightning.callbacks import Checkpoints, checkpoints
 from metasae_lightning.cli import main
 from metasae_lightning.data import SyntheticDataModule
 from metasae_lightning.data.synthetic import SyntheticModelConfig
@@ -173,22 +173,42 @@ def test_the_newest_checkpoints_are_kept_and_last_links_to_the_newest(tmp_path: 
     assert (tmp_path / "checkpoints" / "last.ckpt").resolve().name == "tokens=768.ckpt"
 
 
-@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, SystemExit)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 def test_a_stop_signal_writes_a_checkpoint_after_the_step_and_the_run_resumes(
-    number: signal.Signals, raised: type[BaseException], tmp_path: Path
+    number: signal.Signals, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(checkpoints, "leave_terminal", lambda: None)  # pytest's own, where it has one
     uninterrupted = fit_joint(tmp_path / "whole")
     before = signal.getsignal(number)
     if number == signal.SIGINT:  # a shell's background jobs ignore it
         signal.signal(number, signal.default_int_handler)
-    with pytest.raises(raised):
+    with pytest.raises(SystemExit, match=f"^{status}$"):
         fit_joint(tmp_path, Checkpoints(), SendSignal(4, number))
-    signal.signal(number, before)  # Lightning ignores SIGINT after the first one
+    signal.signal(number, before)  # SIGINT is ignored after the first one
     checkpoint, damaged = newest_intact([tmp_path / "checkpoints"])
     assert checkpoint is not None and checkpoint.name == "tokens=320.ckpt" and not damaged
     resumed = fit_joint(tmp_path / "resumed", Checkpoints(), checkpoint=checkpoint)
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in uninterrupted.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_an_ignored_hangup_stays_ignored(tmp_path: Path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    fit_joint(tmp_path, Checkpoints(), SendSignal(4, signal.SIGHUP))
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+    assert newest_intact([tmp_path / "checkpoints"])[0] == tmp_path / "checkpoints" / "tokens=768.ckpt"
+
+
+def test_after_a_hangup_nothing_is_printed_to_the_terminal_and_a_file_is_still_written_to(tmp_path: Path):
+    master, terminal = os.openpty()
+    with (tmp_path / "out").open("w") as file:
+        checkpoints.leave_terminal((terminal, file.fileno()))
+        os.close(master)
+        os.write(terminal, b"gone")
+        os.write(file.fileno(), b"kept")
+    os.close(terminal)
+    assert (tmp_path / "out").read_text() == "kept"
 
 
 class RecordValidations(Callback):
@@ -282,6 +302,7 @@ def test_two_ranks_killed_or_stopped_and_resumed_equal_an_uninterrupted_run(tmp_
         _, stderr = process.communicate(timeout=200)
         # The third run resumes from the checkpoint that the second wrote on SIGTERM.
         assert ("SIGTERM: a checkpoint is written" in stderr) == (signal_number == signal.SIGTERM), stderr[-3000:]
+        assert process.returncode == (143 if signal_number == signal.SIGTERM else -signal.SIGKILL)
         assert not (run / "saes").exists(), "the run ended before the signal"
     newest, _ = newest_intact([run / "checkpoints"])
     assert newest is not None
