@@ -22,6 +22,8 @@ from metasae_lightning.training.checkpoint_files import link_and_prune
 
 # Signals that ask for a checkpoint, the most urgent last. The ranks agree on the most urgent one that any of them has received.
 SIGNALS = [getattr(signal, name) for name in ("SIGUSR1", "SIGHUP", "SIGTERM", "SIGINT") if hasattr(signal, name)]
+# The first checkpoints of a run: at this share of its batches, though not before so many seconds, and after a minute.
+EARLY_SHARE, EARLIEST_SECONDS, EARLY_SECONDS = 0.01, 10.0, 60.0
 
 
 class Checkpoints(Checkpoint):
@@ -37,6 +39,9 @@ class Checkpoints(Checkpoint):
     Where a validation follows a step, the checkpoint of that step is written after the validation. A run that is resumed from it then
     does not skip the validation.
 
+    Where an interval is set, two more checkpoints are written soon after the start: at 1 % of the batches, not before ten seconds, and
+    after a minute.
+
     Args:
         every_tokens: Number of training tokens between two checkpoints, over all ranks; null sets no interval in tokens.
         every_minutes: Minutes between two checkpoints; null sets no interval in time.
@@ -49,7 +54,9 @@ class Checkpoints(Checkpoint):
                 raise InputError(f"Checkpoints: {name} must be more than 0, got {value}")
         self.every_tokens, self.every_minutes, self.keep = every_tokens, every_minutes, keep
         self.dirpath: Path | None = None
-        self._counter, self._saved_at = EveryTokens(every_tokens), 0.0
+        self._counter, self._started_at, self._saved_at = EveryTokens(every_tokens), 0.0, 0.0
+        # Batches since the start of training, and how many of the two checkpoints after the start were due.
+        self._batches, self._early = 0, 0
         # A signal is stored as its index in SIGNALS plus one; 0 is none.
         self._received = 0
         # What `_request` returned at a step that a validation follows: the checkpoint is written after the validation.
@@ -64,7 +71,8 @@ class Checkpoints(Checkpoint):
         """
         self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
         self._counter.restart(pl_module.rows_seen)
-        self._saved_at, self._received, self._postponed = time.monotonic(), 0, 0
+        self._started_at = self._saved_at = time.monotonic()
+        self._batches, self._early, self._received, self._postponed = 0, 0, 0, 0
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 unhandled = (None, signal.SIG_IGN) if number.name == "SIGHUP" else (None, signal.SIG_DFL, signal.SIG_IGN)
@@ -77,7 +85,8 @@ class Checkpoints(Checkpoint):
         After the last step `on_train_end` writes it.
         """
         tokens = pl_module.rows_seen
-        request = self._request(tokens, next(pl_module.parameters()))
+        self._batches += 1
+        request = self._request(tokens, trainer.num_training_batches, next(pl_module.parameters()))
         # After the last step, `on_train_end` writes the checkpoint, once everything else is written.
         if request and not trainer.is_last_batch:
             if validates(trainer):
@@ -100,16 +109,23 @@ class Checkpoints(Checkpoint):
         """Restore Lightning's signal handlers."""
         self._restore_handlers()
 
-    def _request(self, tokens: int, like: Any) -> int:
+    def _request(self, tokens: int, batches: float, like: Any) -> int:
         """The checkpoint request that all ranks agree on: the largest code of any rank, 0 for none.
 
         A code is `2 * i + due`. `i` is the number of the received signal in `SIGNALS`, counted from 1, or 0 without a signal. `due` is 1 if
         an interval has ended.
         """
         due = self._counter.is_due(tokens)
+        due |= self._is_early_due(batches)
         due |= self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
         # Clocks differ, and a signal reaches one rank before another: the ranks decide together.
         return int(ProcessGroup.default().max_scalar(2 * self._received + due, like))
+
+    def _is_early_due(self, batches: float) -> bool:
+        """Whether one of the two checkpoints soon after the start is due, in a run of this many batches."""
+        seconds, before = time.monotonic() - self._started_at, self._early
+        self._early = (seconds >= EARLIEST_SECONDS and self._batches >= EARLY_SHARE * batches) + (seconds >= EARLY_SECONDS)
+        return self._early > before and (self.every_tokens, self.every_minutes) != (None, None)
 
     def _answer(self, trainer: Trainer, tokens: int, request: int) -> None:
         """Write a checkpoint and then, where the request came from a signal, do what `_obey` does for that signal."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -171,6 +172,34 @@ def test_the_newest_checkpoints_are_kept_and_last_links_to_the_newest(tmp_path: 
     tokens_of_checkpoints = sorted(int(path.stem.split("=")[1]) for path in (tmp_path / "checkpoints").glob("tokens=*.ckpt"))
     assert tokens_of_checkpoints == [512, 640, 768]  # every second batch of 64 tokens, and the end
     assert (tmp_path / "checkpoints" / "last.ckpt").resolve().name == "tokens=768.ckpt"
+
+
+class SlowSteps(Callback):
+    """Moves the clock of `Checkpoints` on by `seconds` at each step."""
+
+    def __init__(self, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.seconds = 0.0, seconds
+        monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.now += self.seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options", "expected"),
+    [
+        (6.0, {}, [128, 640, 768]),  # after ten seconds, after a minute, and the end of 12 steps
+        (60.0, {"every_minutes": None, "every_tokens": 9999}, [64, 768]),
+        (6.0, {"every_minutes": None}, [768]),  # no interval
+        (0.1, {}, [768]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_two_checkpoints_are_written_soon_after_the_start(
+    seconds: float, options: dict[str, Any], expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fit_joint(tmp_path, SlowSteps(seconds, monkeypatch), Checkpoints(**{"keep": 9, **options}))
+    assert sorted(int(path.stem.split("=")[1]) for path in (tmp_path / "checkpoints").glob("tokens=*.ckpt")) == expected
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
