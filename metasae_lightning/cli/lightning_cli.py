@@ -28,6 +28,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.memory.plan import print_and_check_plan
 from metasae_lightning.memory.weightless import is_weightless, needs_values, weightless_config
 from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO, is_restarted_job, last_checkpoint
+from metasae_lightning.training.larger_budget import LargerBudget
 
 
 class SaveConfigOnFirstBatch(SaveConfigCallback):
@@ -69,6 +70,9 @@ class MetasaeTrainer(Trainer):
 
 class MetasaeCLI(LightningCLI):
     """LightningCLI with a folder for each run, and one-line errors."""
+
+    _may_grow = False
+    """Whether a finished run goes on with a larger budget: the user named its checkpoint."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -132,6 +136,7 @@ class MetasaeCLI(LightningCLI):
             self.save_config_callback = None
             return
         run, checkpoint = self.run_directory, self._get(self.config, "ckpt_path")
+        self._may_grow = checkpoint is not None  # a finished run that SLURM started again has nothing to do
         if checkpoint == "last" or (checkpoint is None and self.subcommand == "fit" and is_restarted_job(run)):
             checkpoint = self.config[str(self.subcommand)]["ckpt_path"] = last_checkpoint(run)
         elif checkpoint is not None:
@@ -144,7 +149,7 @@ class MetasaeCLI(LightningCLI):
             self.save_config_callback = None
             return
         if checkpoint and is_path(checkpoint):
-            check_settings(Path(checkpoint), self._config_tree("fit"))
+            check_settings(Path(checkpoint), self._config_tree("fit"), may_grow=self._may_grow)
         if not checkpoint and any((run / name).exists() for name in ("checkpoints", "saes", "arms")):
             raise InputError(f"--run {run} holds a run already: name another, or resume it with --ckpt_path last")
         nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
@@ -197,7 +202,8 @@ class MetasaeCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "fit":
-            trainer.callbacks.insert(0, RunSettings(self._config_tree("fit")))  # pyright: ignore[reportAttributeAccessIssue]
+            own = [RunSettings(self._config_tree("fit")), *([LargerBudget()] if self._may_grow else [])]
+            trainer.callbacks[:0] = own  # pyright: ignore[reportAttributeAccessIssue]
         return trainer
 
     def test(self, **kwargs: Any) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from metasae_lightning import run_folder
@@ -14,6 +13,7 @@ from metasae_lightning.cli.entry import rank
 from metasae_lightning.errors import InputError
 from metasae_lightning.training.checkpoint_files import damage_error, find_damage
 from metasae_lightning.training.checkpoint_folder import METADATA, load_plain
+from metasae_lightning.training.larger_budget import is_finished, set_rate, used_up
 
 CONFIG = "config"
 """Key in a checkpoint: the run's config."""
@@ -24,6 +24,8 @@ FREE = re.compile(
     r"|data\.init_args\.(?:tokens|validation_tokens|test_tokens)"
 )
 """Settings of the model and the data that may differ from the checkpoint's."""
+TOKENS = "data.init_args.tokens"
+"""The budget."""
 STREAM = "ActivationsDataModule"
 """The data module whose stream compares its own settings with the checkpoint's."""
 
@@ -43,17 +45,20 @@ def is_path(checkpoint: str) -> bool:
     return checkpoint not in ("last", "best", "hpc") and "://" not in checkpoint
 
 
-def check_settings(checkpoint: Path, config: Mapping[str, Any]) -> None:
+def check_settings(checkpoint: Path, config: Mapping[str, Any], *, may_grow: bool = False) -> None:
     """Reject settings that shape weights, stream or schedule and are not those of the checkpoint; say in one line which others differ.
 
-    A checkpoint without settings, of an older version, is compared with the config of its run, and not at all where there is none.
+    With `may_grow`, a finished run is rejected unless its budget of tokens is larger than it was. A checkpoint without settings, of an
+    older version, is compared with the config of its run, and not at all where there is none.
     """
-    saved = load_plain(checkpoint / METADATA if checkpoint.is_dir() else checkpoint).get(CONFIG)
+    content = load_plain(checkpoint / METADATA if checkpoint.is_dir() else checkpoint)
+    saved = content.get(CONFIG)
     file = run_folder.config_file(checkpoint.resolve().parents[1])
     saved = saved or (run_folder.read_config(file) if file.exists() else None)
     if saved is None:
         return
-    changes = differences(settings(saved), settings(config))
+    then, now = settings(saved), settings(config)
+    changes = differences(then, now)
     fixed = [change for key, change in changes.items() if not may_change(key, config)]
     if fixed:
         more = f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""
@@ -61,6 +66,8 @@ def check_settings(checkpoint: Path, config: Mapping[str, Any]) -> None:
             f"the checkpoint {checkpoint} goes on with its own settings alone ({'; '.join(fixed[:3])}{more}): weights of penalties, "
             "learning rates, the budget, callbacks and devices may change"
         )
+    if may_grow and is_finished(content) and (tokens := then.get(TOKENS)) and now.get(TOKENS, 0) <= tokens:
+        raise used_up(tokens)
     if changes and not rank():
         sys.stderr.write(f"metasae: goes on with other settings than the checkpoint's: {'; '.join(changes.values())}\n")
 
@@ -149,11 +156,3 @@ class RunSettings(Callback):
 def base_rate(group: Mapping[str, Any]) -> float:
     """The learning rate of a parameter group before its schedule."""
     return float(group.get("initial_lr", group["lr"]))
-
-
-def set_rate(group: dict[str, Any], rate: float) -> None:
-    """Set a parameter group's learning rate, in place where a CUDA graph reads it from a tensor."""
-    if isinstance(group["lr"], torch.Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate

@@ -117,7 +117,7 @@ class ActivationStream(Stream):
         base = None
         if reached:
             furthest = max(reached, key=lambda position: (position["epoch"], (position["reader"] or {"documents": 0})["documents"]))
-            base = {"place": furthest, "taken": 0, "waiting": []}
+            base = self._base_after(furthest)
             documents = (furthest["reader"] or {"documents": 0})["documents"]
             log.warning(
                 "restored on %d ranks instead of %d: goes on at document %d of epoch %d; what the buffers held is left out, and batches "
@@ -125,6 +125,10 @@ class ActivationStream(Stream):
             )  # fmt: skip
         self._position = {"batches": n_batches, "origin": n_batches, "base": base, "cursor": None, "reached": base and base["place"]}
         self._length = None
+
+    def _base_after(self, reached: dict[str, Any]) -> dict[str, Any]:
+        """The position of the tokens at the beginning of the next document."""
+        return {"place": reached, "taken": 0, "waiting": []}
 
     def _available(self, base: dict[str, Any] | None) -> int:
         """Number of rows from `base` to the end of the split, at most the budget of tokens; the smallest number of any rank.

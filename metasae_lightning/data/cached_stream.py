@@ -67,6 +67,10 @@ class CachedStream(Stream):
         self._position = {"batches": n_batches, "origin": n_batches, "base": base, "cursor": None, "reached": base}
         self._length = None
 
+    def _base_after(self, reached: Any) -> Any:
+        """The same epoch and context."""
+        return reached
+
     def _contents(self) -> tuple[Tensor, Tensor]:
         """Indices of the split's contexts, and the mask of trainable tokens of all contexts in the folder."""
         if self._split_contents is None:

@@ -128,16 +128,36 @@ class Stream(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the position of a stream that had the same description.
 
-        Another description is refused, and another length where rows would come twice.
+        Another description is refused, and another length where rows would come twice. A stream at its end goes on where it is longer now.
+        Where it ended inside a block, it goes on after the data that it has read, with a warning: a longer stream would have shuffled the
+        rows of that block with others.
         """
         self._check_description(state)
         self._position = {key: value for key, value in state.items() if key not in ("stream", "length")}
         self._length = None
-        self._check_length(state)
+        if len(self) != state["length"]:
+            self._position.pop("shelf", None)  # a saved buffer does not have the rows of a longer stream
+        if len(self) > state["batches"] == state["length"] and self._rows_in_block(state):
+            log.warning(
+                "the stream goes on after its last block of %d rows, which were shuffled among each other", self._rows_in_block(state)
+            )
+            base = self._base_after(state["reached"])
+            self._position |= {"origin": state["batches"], "base": base, "cursor": None}
+            self._length = None
+        else:
+            self._check_length(state)
 
     @abstractmethod
     def load_other_world_size(self, states: list[dict[str, Any]]) -> None:
         """Continue from states of a run with another number of ranks, after all data that any rank has read; warn that batches differ."""
+
+    @abstractmethod
+    def _base_after(self, reached: Any) -> Any:
+        """The `base` of a stream that goes on after everything that was read up to `reached`."""
+
+    def _rows_in_block(self, state: dict[str, Any]) -> int:
+        """Number of rows of the block that the state is in, up to the state; 0 between two blocks."""
+        return (state["batches"] - state["origin"]) * self.batching.batch_size % self.batching.block_size
 
     def _check_description(self, state: dict[str, Any], ignored: tuple[str, ...] = ()) -> None:
         """Refuse a state of a stream whose description differs, except in the `ignored` keys."""

@@ -308,6 +308,35 @@ def test_a_larger_budget_is_refused_from_within_the_last_block_of_the_smaller_on
     assert same(batches(restored), batches(stream(lm, tokens=960))[36:])
 
 
+@pytest.mark.parametrize("checkpoint_buffer", ["tokens", "activations"])
+@pytest.mark.parametrize(("tokens", "at"), [(576, 36), (640, 35)])
+def test_a_longer_stream_goes_on_with_its_own_batches(lm, tokens, at, checkpoint_buffer):
+    saved, restored = (stream(lm, tokens=tokens, checkpoint_buffer=checkpoint_buffer) for tokens in (tokens, 960))
+    iterator = iter(saved)
+    list(islice(iterator, at))  # all 36 batches, which fill 6 blocks; or 35 of 40, whose last block is shorter than in the longer stream
+    restored.load_state_dict(saved.state_dict())
+    iterator.close()
+    assert same(batches(restored), batches(stream(lm, tokens=960))[at:])
+
+
+def test_a_stream_at_its_end_inside_a_block_goes_on_after_every_document_that_it_has_read(lm, forward_inputs, caplog):
+    texts = documents(300)
+    saved, restored = stream(lm, texts), stream(lm, texts, tokens=960)  # 40 batches, 6 a block
+    batches(saved, 40)
+    read_before = texts_of(forward_inputs, lm)
+    forward_inputs.clear()
+    restored.load_state_dict(saved.state_dict())
+    rest = batches(restored)
+    assert "the stream goes on after its last block of 64 rows" in caplog.text and len(rest) == 20
+    assert read_before and texts_of(forward_inputs, lm) and read_before.isdisjoint(texts_of(forward_inputs, lm))
+    # It is resumed as any other.
+    stopped, resumed = stream(lm, texts, tokens=960), stream(lm, texts, tokens=960)
+    stopped.load_state_dict(saved.state_dict())
+    batches(stopped, 7)
+    resumed.load_state_dict(stopped.state_dict())
+    assert same(batches(resumed), rest[7:])
+
+
 def test_state_of_another_model_revision_is_refused_in_both_directions(lm, tmp_path):
     no_revision, with_revision = stream(lm), stream(lm)
     with_revision.language_model = copy.copy(lm)
