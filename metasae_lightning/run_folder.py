@@ -22,6 +22,11 @@ def record_file(run: Path) -> Path:
     return run / "evaluation.json"
 
 
+def lock_file(run: Path) -> Path:
+    """The path of the lock file of a run that is being trained."""
+    return run / ".fit.lock"
+
+
 def arm_folder(run: Path, arm: str) -> Path:
     """The folder of one arm of a run with several arms."""
     return run / "arms" / arm

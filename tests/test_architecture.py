@@ -41,6 +41,7 @@ FLOORS = {
     "step": 1,
     "atomic_files": 1,
     "plain_pickle": 1,
+    "file_lock": 1,
     "redaction": 1,
     "errors": 0,
     "lazy_exports": 0,

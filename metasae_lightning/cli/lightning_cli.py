@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from metasae_lightning import callbacks
+from metasae_lightning import callbacks, run_folder
 from metasae_lightning.cli.grid import expand, select_arms
 from metasae_lightning.cli.loggers import default_loggers
 from metasae_lightning.cli.parser_errors import parser_error_line
@@ -25,10 +25,14 @@ from metasae_lightning.cli.plugins import argument_names, class_names, load_plug
 from metasae_lightning.cli.resume import RunSettings, check_checkpoint, check_settings, is_path
 from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
+from metasae_lightning.file_lock import file_lock
 from metasae_lightning.memory.plan import print_and_check_plan
 from metasae_lightning.memory.weightless import is_weightless, needs_values, weightless_config
 from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO, is_restarted_job, last_checkpoint
 from metasae_lightning.training.larger_budget import LargerBudget
+
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK")
+"""Variables that launchers set before a process knows its rank; one that is not 0 means another rank than the first."""
 
 
 class SaveConfigOnFirstBatch(SaveConfigCallback):
@@ -69,10 +73,19 @@ class MetasaeTrainer(Trainer):
 
 
 class MetasaeCLI(LightningCLI):
-    """LightningCLI with a folder for each run, and one-line errors."""
+    """LightningCLI with a folder for each run, and one-line errors.
+
+    Args:
+        resources: Releases the lock of the run's folder once the command has ended.
+        arguments: Those of LightningCLI.
+    """
 
     _may_grow = False
     """Whether a finished run goes on with a larger budget: the user named its checkpoint."""
+
+    def __init__(self, *, resources: ExitStack, **arguments: Any) -> None:
+        self._resources = resources
+        super().__init__(**arguments)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -136,6 +149,8 @@ class MetasaeCLI(LightningCLI):
             self.save_config_callback = None
             return
         run, checkpoint = self.run_directory, self._get(self.config, "ckpt_path")
+        if self.subcommand == "fit":
+            self._lock_run(run)
         self._may_grow = checkpoint is not None  # a finished run that SLURM started again has nothing to do
         if checkpoint == "last" or (checkpoint is None and self.subcommand == "fit" and is_restarted_job(run)):
             checkpoint = self.config[str(self.subcommand)]["ckpt_path"] = last_checkpoint(run)
@@ -152,9 +167,14 @@ class MetasaeCLI(LightningCLI):
             check_settings(Path(checkpoint), self._config_tree("fit"), may_grow=self._may_grow)
         if not checkpoint and any((run / name).exists() for name in ("checkpoints", "saes", "arms")):
             raise InputError(f"--run {run} holds a run already: name another, or resume it with --ckpt_path last")
+
+    def _lock_run(self, run: Path) -> None:
+        """Lock the run's folder, on the first rank, until the command ends; reject one that cannot be written to or is being trained."""
         nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
             raise InputError(f"--run {run}: {nearest} is not a directory that can be written to")
+        if not any(os.environ.get(name, "0") not in ("", "0") for name in RANKS):
+            self._resources.enter_context(file_lock(run_folder.lock_file(run), f"--run {run}"))
 
     def before_fit(self) -> None:
         """Print the memory plan, reject a run that does not fit in memory, and build the model with its weights."""
@@ -225,7 +245,8 @@ def run(words: list[str]) -> int:
     """Parse and run a command of LightningCLI; returns the exit status, which for a stopped run is 128 and the signal's number."""
     load_plugins()
     try:
-        run_command(words)
+        with ExitStack() as resources:
+            run_command(words, resources)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits with 1 behind it
             raise KeyboardInterrupt from stop
@@ -237,12 +258,13 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def run_command(words: list[str]) -> None:
-    """Parse and run a command of LightningCLI."""
+def run_command(words: list[str], resources: ExitStack) -> None:
+    """Parse and run a command of LightningCLI; `resources` holds the lock of the run's folder."""
     strict = {"exit_on_error": False, "allow_abbrev": False}
     MetasaeCLI(
-        LightningModule,
-        LightningDataModule,
+        resources=resources,
+        model_class=LightningModule,
+        datamodule_class=LightningDataModule,
         trainer_class=MetasaeTrainer,
         subclass_mode_model=True,
         subclass_mode_data=True,

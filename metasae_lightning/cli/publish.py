@@ -19,6 +19,7 @@ from metasae_lightning.evaluation.evaluate import versions
 from metasae_lightning.evaluation.held_out_text import json_values, split_stream, stream_cache_key
 from metasae_lightning.evaluation.matched_l0 import validation_activations
 from metasae_lightning.evaluation.saes import EvaluatedSAE, device_of, select_hook
+from metasae_lightning.file_lock import file_lock
 from metasae_lightning.redaction import redact
 from metasae_lightning.report import model_card
 from metasae_lightning.run_folder import arm_record, read_record
@@ -69,13 +70,19 @@ def publish_saes(args: Namespace) -> int:
     for key in ("model_name", "dataset_path"):
         if (value := sae.metadata.get(key)) and Path(str(value)).exists() and key not in overrides:
             log.warning("%s is %s, a local path: give its public name with --%s NAME", key, value, key)
-    destination, record = publish_run(
-        sae, data_for(sae, args), dest, recipe_of(sae), name=args.id, tokens=args.tokens, replace=args.replace, overrides=overrides
-    )
+    with file_lock(lock_file(args.dest, sae.run), str(args.dest)):
+        destination, record = publish_run(
+            sae, data_for(sae, args), dest, recipe_of(sae), name=args.id, tokens=args.tokens, replace=args.replace, overrides=overrides
+        )
     measured = record["measured"]
     Console().print(f"{record['id']}: FVU {measured['fvu']:.4f}, L0 {measured['l0']:.2f} on {measured['tokens']:,} validation tokens")
     Console().print(f"published: {destination}", soft_wrap=True)
     return 0
+
+
+def lock_file(dest: str, run: Path) -> Path:
+    """The lock file of a publication: beside a local folder, or in the run's folder for a repository on the Hub."""
+    return run / ".publish.lock" if dest.startswith(HUB) else Path(dest).absolute().with_name(f".{Path(dest).name}.publish.lock")
 
 
 def publish_run(

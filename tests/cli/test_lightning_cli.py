@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -84,14 +85,14 @@ def test_a_missing_module_of_the_current_folder_is_an_error_that_says_how_to_imp
     assert "python -m metasae_lightning.cli" in import_hint("No module named 'ours.penalties'")
 
 
-def interrupt_as_lightning_does(words: list[str]) -> None:
+def interrupt_as_lightning_does(*_: Any) -> None:
     try:
         raise KeyboardInterrupt
     except KeyboardInterrupt:
         sys.exit(1)
 
 
-def end_as_lightning_does_on_sigterm(words: list[str]) -> None:
+def end_as_lightning_does_on_sigterm(*_: Any) -> None:
     raise SIGTERMException
 
 
@@ -100,15 +101,15 @@ def end_as_lightning_does_on_sigterm(words: list[str]) -> None:
     [
         (interrupt_as_lightning_does, 130),
         (end_as_lightning_does_on_sigterm, 143),
-        (lambda words: sys.exit(129), 129),
-        (lambda words: None, 0),
+        (lambda *_: sys.exit(129), 129),
+        (lambda *_: None, 0),
     ],
 )
 def test_a_run_that_was_told_to_stop_has_the_exit_status_of_the_signal(
-    end: Callable[[list[str]], None], status: int, monkeypatch: pytest.MonkeyPatch
+    end: Callable[..., None], status: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(lightning_cli, "run_command", end)
     assert main(["fit", "-c", "synthetic"]) == status
-    monkeypatch.setattr(lightning_cli, "run_command", lambda words: sys.exit(1))  # the control: another end is not hidden
+    monkeypatch.setattr(lightning_cli, "run_command", lambda *_: sys.exit(1))  # the control: another end is not hidden
     with pytest.raises(SystemExit, match=r"^1$"):
         main(["fit", "-c", "synthetic"])
