@@ -7,8 +7,8 @@ import gc
 import os
 import pkgutil
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 
 from metasae_lightning.cli.commands import COMMANDS, LIGHTNING, Command, is_lightning_test, overview
 from metasae_lightning.cli.console_output import progress_on_stderr, quiet_lightning
@@ -72,16 +72,14 @@ def run(words: list[str], owns_process: bool) -> int:
 
     arguments = parse(parser_for(command), words[1:])
     implementation = pkgutil.resolve_name(command.implementation)
-    keep_memory(owns_process)
-    with quiet_lightning(), progress_on_stderr():
+    with kept_memory(owns_process), quiet_lightning(), progress_on_stderr():
         return implementation(arguments)
 
 
 def run_lightning(words: list[str], owns_process: bool) -> int:
     """Import LightningCLI and run one of its commands; returns the exit status."""
     run_command = pkgutil.resolve_name(LIGHTNING)
-    keep_memory(owns_process)
-    with quiet_lightning():
+    with kept_memory(owns_process), quiet_lightning():
         return run_command(words)
 
 
@@ -97,13 +95,20 @@ def print_help(command: Command) -> None:
         parser_for(command).print_help()
 
 
-def keep_memory(owns_process: bool) -> None:
+@contextmanager
+def kept_memory(owns_process: bool) -> Generator[None, None, None]:
     """Exclude imported modules from garbage collection, and keep freed memory for the next step. Does nothing unless `owns_process`."""
-    if owns_process and "torch" in sys.modules:
-        from metasae_lightning.memory.malloc import keep_freed_blocks
+    if not (owns_process and "torch" in sys.modules):
+        yield
+        return
+    from metasae_lightning.memory.malloc import keep_freed_blocks
 
-        gc.freeze()
-        keep_freed_blocks()
+    gc.freeze()
+    keep_freed_blocks()
+    try:
+        yield
+    finally:
+        gc.unfreeze()  # the interpreter frees modules at its end; Triton's bindings print a line for each object that is left
 
 
 def find_command(words: Sequence[str]) -> Command:

@@ -1,5 +1,6 @@
 """The command line answers at once what needs no computation, and finds each command."""
 
+import gc
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 from metasae_lightning.cli import main
 from metasae_lightning.cli.commands import COMMANDS, TABLE
+from metasae_lightning.cli.entry import run
 from metasae_lightning.cli.recipes import RECIPES, is_recipe, recipe_names, recipe_path, summary, with_recipe_paths
 from metasae_lightning.errors import InputError
 
@@ -51,6 +53,17 @@ def test_an_answer_without_computation_imports_nothing_heavy(case: str):
     )
     assert in_new_process(code) == [status, []]
     assert time.monotonic() - begin < SECONDS
+
+
+# Triton's bindings would print a line for each object that the interpreter does not free at its end.
+def test_a_command_in_its_own_process_freezes_modules_only_while_it_runs(monkeypatch: pytest.MonkeyPatch):
+    frozen: list[int] = []
+    monkeypatch.setattr("metasae_lightning.memory.malloc.keep_freed_blocks", lambda: frozen.append(gc.get_freeze_count()))
+    monkeypatch.setattr("metasae_lightning.cli.recipes.list_recipes", lambda args: 1 // 0)
+    before = gc.get_freeze_count()
+    with pytest.raises(ZeroDivisionError):
+        run(["recipes"], owns_process=True)
+    assert frozen[0] > before and gc.get_freeze_count() == 0
 
 
 def test_importing_the_package_imports_nothing_heavy():
