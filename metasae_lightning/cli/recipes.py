@@ -6,7 +6,9 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from metasae_lightning.errors import InputError
+import yaml
+
+from metasae_lightning.errors import InputError, one_line
 
 RECIPES = Path(__file__).parents[1] / "configs"
 FLAGS = ("-c", "--config")
@@ -56,8 +58,10 @@ def with_recipe_paths(words: Sequence[str], data_is_recipe: bool = False) -> lis
 def _resolved(words: Sequence[str], data_is_recipe: bool) -> Iterator[str]:
     for before, word in zip(["", *words], words, strict=False):
         flag, equals, value = word.partition("=")
-        if equals and flag == "--config":
-            yield f"{flag}={recipe_path(value, flag)}"
+        if equals and flag in FLAGS:
+            yield f"--config={recipe_path(value, flag)}"
+        elif word.startswith("-c") and word not in FLAGS:  # -cNAME
+            yield f"--config={recipe_path(word.removeprefix('-c'))}"
         elif before in FLAGS or (before == "--data" and data_is_recipe):
             yield recipe_path(word, before)
         elif before == "--data" and not Path(word).exists() and word.removesuffix(".yaml") in recipe_names():
@@ -69,14 +73,51 @@ def _resolved(words: Sequence[str], data_is_recipe: bool) -> Iterator[str]:
 def recipe_path(word: str, flag: str = "-c") -> str:
     """The path of a shipped recipe for its name; a file's path, or YAML text, stays as it is.
 
-    Any other word is an `InputError`, which names the option `flag`.
+    Any other word, and a file that holds no settings, is an `InputError`, which names the option `flag`.
     """
     shipped = RECIPES / f"{word.removesuffix('.yaml')}.yaml"
-    is_yaml_text = not re.fullmatch(r"[^\s:{}\[\]]+", word)
-    if is_yaml_text or Path(word).exists():
+    if not word:
+        raise InputError(f"{flag} needs a file or a recipe (`metasae recipes` lists the recipes)")
+    if exists(word):
+        check_settings(read_text(Path(word), flag), f"{flag} {word}")
+        return word
+    if not re.fullmatch(r"[^\s:{}\[\]]+", word):  # YAML text
+        check_settings(word, flag)
         return word
     if shipped.parent == RECIPES and shipped.exists():
         return str(shipped)
     closest = difflib.get_close_matches(Path(word).stem, recipe_names(), n=1)
     hint = f"did you mean {closest[0]}?" if closest else "`metasae recipes` lists the recipes"
     raise InputError(f"{flag} {word}: there is no such file or recipe ({hint})")
+
+
+def exists(word: str) -> bool:
+    """Whether a word is the path of something that exists. YAML text may be longer than a path can be."""
+    try:
+        return Path(word).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def read_text(path: Path, flag: str) -> str:
+    """The content of a file; an `InputError`, which names the option `flag`, if it is a folder or no UTF-8 text."""
+    if path.is_dir():
+        raise InputError(f"{flag} {path}: a folder is no recipe: name a file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{flag} {path}: the file is not UTF-8 text (byte {error.start + 1}): save it as UTF-8") from error
+
+
+def check_settings(text: str, source: str) -> None:
+    """Reject a text that is no YAML, or holds no settings by name; the `InputError` names its `source`."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise InputError(f"{source}: not YAML: {place}{error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{source}: not YAML: {one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{source}: there are no settings, `key: value`, in it")

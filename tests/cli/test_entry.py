@@ -100,6 +100,10 @@ def test_a_commands_help_has_one_example_of_that_command(name: str, capsys: pyte
         (["fit", "-c", "quickstrt"], "-c quickstrt: there is no such file or recipe (did you mean quickstart?)"),
         (["fit", "--config=soloo"], "--config soloo: there is no such file or recipe (did you mean solo?)"),
         (["fit", "-c", "quickstart", "-c", "folder/contrl.yaml"], "(did you mean control?)"),
+        (["fit", "-cquickstrat"], "-c quickstrat: there is no such file or recipe (did you mean quickstart?)"),
+        (["fit", "-c=quickstrat"], "-c quickstrat: there is no such file or recipe (did you mean quickstart?)"),
+        (["fit", "-c", "{arms: null"], "-c: not YAML: line 1, column 12: expected ',' or '}'"),
+        (["fit", "-c", ""], "-c needs a file or a recipe"),
         (["fit", "-c", "xyzzy"], "-c xyzzy: there is no such file or recipe (`metasae recipes` lists the recipes)"),
         (["evaluate", "runs/a", "--data", "quickstrt"], "--data quickstrt: there is no such file or recipe (did you mean quickstart?)"),
         (["compare", "a", "b", "--rul", "rate"], "there is no option rul (did you mean rule?)"),
@@ -111,6 +115,31 @@ def test_a_mistake_is_one_line_that_offers_the_closest_name(words: list[str], sa
     output = capsys.readouterr()
     assert output.out == "" and output.err.startswith("metasae: error: ") and output.err.count("\n") == 1
     assert says in output.err
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "there are no settings, `key: value`, in it"),
+        (b"# a comment", "there are no settings"),
+        (b"- a", "there are no settings"),
+        (b"5", "there are no settings"),
+        (b"# caf\xe9", "the file is not UTF-8 text (byte 6): save it as UTF-8"),
+        (b"a:\n\tb: 1", "not YAML: line 2, column 1: found character"),
+        (b"a: 2001-99-99", "not YAML: month must be in 1..12"),
+        (b"[" * 5000, "not YAML: "),
+        (None, "a folder is no recipe: name a file"),
+    ],
+)
+@pytest.mark.parametrize("words", [["fit", "-c"], ["cache", "-c", "synthetic", "--config"], ["evaluate", "run", "--data"]])
+def test_a_file_without_settings_is_one_line_that_names_it(
+    words: list[str], content: bytes | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "recipe.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert main([*words, str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"metasae: error: {words[-1]} {path}: ") and says in error and error.count("\n") == 1
 
 
 def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch):
@@ -159,7 +188,8 @@ def test_a_recipe_name_becomes_a_path_and_everything_else_stays(tmp_path: Path, 
     ]
     assert with_recipe_paths(["evaluate", "solo", "--data", "solo"], data_is_recipe=True) == ["evaluate", "solo", "--data", solo]
     assert recipe_path("{arms: null}") == "{arms: null}" and recipe_path("arms: null") == "arms: null"
-    (tmp_path / "solo").touch()
+    assert with_recipe_paths(["fit", "-csolo", "-c=solo"]) == ["fit", f"--config={solo}", f"--config={solo}"]
+    (tmp_path / "solo").write_text("arms: null")
     assert recipe_path("solo") == "solo"
     with pytest.raises(InputError, match="no such file or recipe"):
         recipe_path("../solo")
