@@ -62,18 +62,36 @@ class Corpus(ABC):
 
 
 def check_held_out(corpus: Corpus, held_out: float, *, seed: int, ranks: int, stall_seconds: float) -> None:
-    """Raise an error before training if the corpus has fewer validation documents than ranks.
+    """Raise an error before training if the corpus has fewer training documents, or fewer validation documents, than ranks.
 
-    Documents are read in the order of `seed` until there are enough. After `stall_seconds` seconds without a document, an error is raised.
+    Documents are read in the order of `seed` until there are enough; those without text do not count. The error says what the text lacks.
+    After `stall_seconds` seconds without a document, an error is raised. With `held_out` 0, only training documents are needed.
     """
-    missing = ranks
+    missing: dict[Split, int] = {"train": ranks, "validation": ranks if held_out else 0, "test": 0}
+    n_documents, different = 0, set[int]()
     with closing(Producer(corpus.documents(seed=seed), name=f"corpus {corpus.description()}", stall_seconds=stall_seconds)) as documents:
         for document in documents:
-            missing -= split_of(document, held_out) == "validation"
-            if not missing:
+            if not (document.strip() if isinstance(document, str) else document):
+                continue
+            n_documents += 1
+            different.add(hash(document if isinstance(document, str) else tuple(document)))
+            missing[split_of(document, held_out)] -= 1
+            if max(missing.values()) <= 0:
                 return
+    name = corpus.description()
+    if not n_documents:
+        raise InputError(f"corpus: there is no text in {name}")
+    if len(different) == 1:
+        problem = "is one document" if n_documents == 1 else f"is {n_documents:,} equal documents"
+        raise InputError(
+            f"corpus: all text of {name} {problem}, and documents are held out whole, equal ones together: "
+            "divide it into different documents (in a .txt file by blank lines)"
+        )
+    if missing["train"] > 0:
+        raise InputError(f"corpus: {name} has {len(different):,} different documents: too few to train on with held_out: {held_out}")
     raise InputError(
-        f"held_out: a fraction of {held_out} of the documents of {corpus.description()} is too small to validate on: "
+        f"held_out: a fraction of {held_out} of the documents of {name} is too small to validate on: "
+        f"of {len(different):,} different documents {'none is' if missing['validation'] == ranks else 'too few are'} held out; "
         "raise it, or set it to 0 to train without validation"
     )
 

@@ -1,5 +1,6 @@
 """Settings of an activation stream: its batches, and the part of the data that one rank reads."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -8,6 +9,7 @@ import torch
 from metasae_lightning.corpora.base import Split
 from metasae_lightning.corpora.tokenization import Exhausted
 from metasae_lightning.errors import InputError
+from metasae_lightning.lm.base import LanguageModel
 
 Storage = Literal["float32", "bfloat16", "float16"]
 
@@ -94,3 +96,16 @@ def check_numbers(batching: Batching, tokens: int, prefetch: int | None, stall_s
         raise InputError(f"prefetch must be at least 0, got {prefetch}")
     if stall_seconds <= 0:
         raise InputError(f"stall_seconds must be more than 0, got {stall_seconds}")
+
+
+def cautions(batching: Batching, language_model: LanguageModel) -> Iterator[str]:
+    """What to warn of: documents that should be kept apart and that the loaded model cannot keep apart, and nothing held out."""
+    name, has_eos = language_model.name, language_model.tokenizer.eos_token_id is not None
+    if not (batching.cross_document_attention or (has_eos and language_model.can_separate_documents(batching.context_size))):
+        reason = "" if has_eos else ", since its tokenizer has no EOS to end documents with"
+        yield (
+            f"{name} cannot be kept from attending across the documents of a context{reason}: it does "
+            "(cross_document_attention: true says that this is meant)"
+        )
+    if not batching.held_out:
+        yield "held_out: 0 holds nothing out: no validation, and what is exported is not checked on fresh activations"

@@ -12,7 +12,7 @@ from torch import Tensor
 from metasae_lightning.corpora.base import Corpus, Split, check_held_out
 from metasae_lightning.corpora.tokenization import Exhausted, special_ids
 from metasae_lightning.data.activation_stream import ActivationStream
-from metasae_lightning.data.batching import Batching, Storage, StreamSlice, check_numbers
+from metasae_lightning.data.batching import Batching, Storage, StreamSlice, cautions, check_numbers
 from metasae_lightning.data.cache_folder import CACHED, ActivationCache, fingerprint
 from metasae_lightning.data.cached_stream import CachedStream, write
 from metasae_lightning.data.stream import Batches, Stream
@@ -119,13 +119,13 @@ class ActivationsDataModule(LightningDataModule):
         )
         self.cache = None if cache is None else ActivationCache(cache)
         self.reading_cache = True
-        self._warned = False
+        self._warned = self._text_checked = False
         self._saved_states: list[dict[str, Any]] = []
         self._train_stream: Stream | None = None
         check_numbers(self.batching, tokens, prefetch, stall_seconds)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the cache, or load the model up to its last hook and, for a fit, refuse a corpus with too few validation documents."""
+        """Open the cache, or load the model up to its last hook and, for a fit, refuse a corpus with too few documents."""
         if self.cache is not None and self.reading_cache:
             try:
                 tokenizer = fingerprint(self.language_model.load_tokenizer())
@@ -133,30 +133,21 @@ class ActivationsDataModule(LightningDataModule):
                 tokenizer = None
             self.cache.open(self.activations_description(), self.language_model.hooks, tokenizer)
             return
+        if stage == "fit":
+            self.check_text(rank_and_world_size(self)[1])
         if (strategy := self._strategy) is not None:
             self.language_model.set_device(device.assign_device(self.language_model.requested_device, strategy))
         self.language_model.load()
-        self._warn_once()
-        if stage == "fit" and self.batching.held_out:
-            ranks, seed = rank_and_world_size(self)[1], self.batching.seed
-            check_held_out(self.corpus, self.batching.held_out, seed=seed, ranks=ranks, stall_seconds=self.stall_seconds)
+        for text in () if self._warned else cautions(self.batching, self.language_model):
+            rank_zero_warn(text)
+        self._warned = True
 
-    def _warn_once(self) -> None:
-        """Warn, at the first setup, if documents should be kept apart and the model cannot, and if nothing is held out."""
-        if self._warned:
-            return
-        self._warned, name = True, self.language_model.name
-        has_eos = self.language_model.tokenizer.eos_token_id is not None
-        if not (
-            self.batching.cross_document_attention or (has_eos and self.language_model.can_separate_documents(self.batching.context_size))
-        ):
-            reason = "" if has_eos else ", since its tokenizer has no EOS to end documents with"
-            rank_zero_warn(
-                f"{name} cannot be kept from attending across the documents of a context{reason}: it does "
-                "(cross_document_attention: true says that this is meant)"
-            )
-        if not self.batching.held_out:
-            rank_zero_warn("held_out: 0 holds nothing out: no validation, and what is exported is not checked on fresh activations")
+    def check_text(self, ranks: int) -> None:
+        """Refuse, once, text that is missing or has too few documents to train and validate on, before the language model is loaded."""
+        if not self._text_checked and not (self.cache is not None and self.reading_cache):
+            held_out, seed = self.batching.held_out, self.batching.seed
+            check_held_out(self.corpus, held_out, seed=seed, ranks=ranks, stall_seconds=self.stall_seconds)
+            self._text_checked = True
 
     def stream(self, split: Split, tokens: int) -> Stream:
         """A new stream of this rank's part of `tokens` tokens of a split."""
@@ -245,6 +236,7 @@ class ActivationsDataModule(LightningDataModule):
         if self.cache is None:
             raise InputError("cache: name the folder to write, --data.init_args.cache FOLDER")
         self.reading_cache = False
+        self.check_text(1)
         self.setup()
         lm = self.language_model
         # A cache contains each document once: its reader makes the later epochs.

@@ -3,6 +3,7 @@
 import ast
 import gzip
 import json
+import re
 import sysconfig
 import warnings
 from collections import Counter
@@ -14,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from metasae_lightning.corpora import Corpus, HubText, InMemory, PythonDocs, SavedDataset, TextFiles, split_of
+from metasae_lightning.corpora import Corpus, HubText, InMemory, PythonDocs, SavedDataset, TextFiles, check_held_out, split_of
 from metasae_lightning.corpora.python_docs import _docstrings
 from metasae_lightning.errors import InputError
 
@@ -357,3 +358,27 @@ def test_docstrings_are_the_same_as_those_found_by_ast_walk(tmp_path):
     expected = [ast.get_docstring(node) for node in ast.walk(ast.parse(NESTED)) if isinstance(node, kinds)]
     assert list(_docstrings(tmp_path / "nested.py")) == expected and len(expected) == 8
     assert list(_docstrings(tmp_path / "single.py")) == []
+
+
+@pytest.mark.parametrize(
+    ("documents", "held_out", "says"),
+    [
+        ([], 0.05, "corpus: there is no text in the notes"),
+        ([" ", "\n\t", []], 0.0, "corpus: there is no text in the notes"),
+        (["one giant line " * 1000], 0.05, "corpus: all text of the notes is one document, and documents are held out whole"),
+        (["the same"] * 2000, 0.05, "corpus: all text of the notes is 2,000 equal documents, and documents are held out whole"),
+        ([[1, 2]] * 3, 0.05, "corpus: all text of the notes is 3 equal documents"),
+        ([f"text {i}" for i in range(50)], 1e-9, "too small to validate on: of 50 different documents none is held out"),
+        ([f"text {i}" for i in range(3)], 0.49, "corpus: the notes has 3 different documents: too few to train on"),
+    ],
+)
+def test_an_error_about_held_out_text_says_what_the_text_lacks(documents, held_out, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        check_held_out(InMemory(documents, "the notes"), held_out, seed=0, ranks=2, stall_seconds=10)
+
+
+def test_one_document_is_enough_where_nothing_is_held_out():
+    corpus = InMemory(["text"])
+    assert check_held_out(corpus, 0.0, seed=0, ranks=1, stall_seconds=10) is None
+    with pytest.raises(InputError, match="is one document"):
+        check_held_out(corpus, 0.05, seed=0, ranks=1, stall_seconds=10)

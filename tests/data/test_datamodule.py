@@ -210,6 +210,15 @@ def test_too_few_documents_to_validate_on_are_refused_before_training(folder, tm
     assert not recorder.trained
 
 
+def test_text_is_checked_before_the_language_model_is_loaded(folder, tmp_path):
+    data = activations(folder)
+    data.corpus = TextFiles(str(tmp_path / "missing.txt"))
+    for use in (lambda: trainer(tmp_path).fit(BatchRecorder(), data), lambda: data.check_text(1)):
+        with pytest.raises(InputError, match=r"paths: '.*missing.txt' does not exist"):
+            use()
+    assert data.language_model._root is None
+
+
 # Export before the first validation reads held-out activations itself, and must select this SAE's hook.
 def test_export_before_validation_measures_the_sae_on_its_own_hook(folder, tmp_path):
     data = activations(folder, tokens=64)
