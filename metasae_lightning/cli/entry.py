@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get("METASAE_DEBUG"):
             raise
         return print_error(parser_error_line(error))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         from metasae_lightning.cli.parser_errors import machine_error_line
 
         if os.environ.get("METASAE_DEBUG") or not (line := machine_error_line(error)):

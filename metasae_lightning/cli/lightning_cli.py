@@ -23,6 +23,7 @@ from metasae_lightning.cli.loggers import default_loggers
 from metasae_lightning.cli.parser_errors import parser_error_line
 from metasae_lightning.cli.plugins import argument_names, class_names, load_plugins
 from metasae_lightning.cli.resume import RunSettings, check_checkpoint, check_settings, is_path
+from metasae_lightning.cli.start import HeldLines, check_accelerator, check_run, clean_failed_start
 from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.file_lock import file_lock
@@ -85,7 +86,8 @@ class MetasaeCLI(LightningCLI):
 
     def __init__(self, *, resources: ExitStack, **arguments: Any) -> None:
         self._resources = resources
-        super().__init__(**arguments)
+        with HeldLines() as self.held_lines:
+            super().__init__(**arguments)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -176,13 +178,20 @@ class MetasaeCLI(LightningCLI):
         if not any(os.environ.get(name, "0") not in ("", "0") for name in RANKS):
             self._resources.enter_context(file_lock(run_folder.lock_file(run), f"--run {run}"))
 
+    def after_instantiate_classes(self) -> None:
+        """Print the lines held back, unless a memory plan is still to come."""
+        if self.subcommand != "fit":
+            self.held_lines.release()
+
     def before_fit(self) -> None:
-        """Print the memory plan, reject a run that does not fit in memory, and build the model with its weights."""
+        """Reject what cannot be trained, print the memory plan of what can, and build the model with its weights."""
+        check_run(self.model, self.datamodule, self.trainer, resumes=self._get(self.config, "ckpt_path") is not None)
         print_and_check_plan(self.model, self.datamodule, self.trainer, self._get(self.config, "memory_gib"))
         if is_weightless(self.model):
             parser, model = self._subcommand_parsers["fit"], Namespace(model=self._get(self.config, "model"))
             with one_line_errors():
                 self.model = parser.instantiate_classes(model, instantiate_groups=False)["model"]
+        self.held_lines.release()
 
     def instantiate_classes(self) -> None:
         """Build the classes.
@@ -211,6 +220,7 @@ class MetasaeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer in the run's folder. By default `fit` logs to CSV and TensorBoard there, and other commands log nothing."""
         args: dict[str, Any] = self._get(self.config_init, "trainer")
+        check_accelerator(args.get("accelerator"))
         run = str(self.run_directory)
         kwargs.setdefault("default_root_dir", run)
         if args.get("logger") in (None, True):
@@ -225,6 +235,11 @@ class MetasaeCLI(LightningCLI):
             own = [RunSettings(self._config_tree("fit")), *([LargerBudget()] if self._may_grow else [])]
             trainer.callbacks[:0] = own  # pyright: ignore[reportAttributeAccessIssue]
         return trainer
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; a run that fails before it has written anything leaves no folder."""
+        with clean_failed_start(self.run_directory):
+            self.trainer.fit(**kwargs)
 
     def test(self, **kwargs: Any) -> None:
         """Test without Lightning's own table: the Summary callback prints one."""

@@ -15,21 +15,36 @@ RANK_ENDED = re.compile(
 # Torch's first complaint about a state that the module does not have, or has in another size.
 MISFIT = re.compile(r"Error\(s\) in loading state_dict for \w+: (.+?)(?:\. |\.?$)")
 
+# Torch's messages, and those of the C++ library, when memory cannot be allocated.
+OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|std::bad_alloc", re.IGNORECASE)
 
-def machine_error_line(error: OSError | RuntimeError) -> str:
-    """The line for an error of the system or the end of another rank; an empty string for a bug of this program.
+
+def machine_error_line(error: OSError | RuntimeError | MemoryError) -> str:
+    """The line for an error of the system, too little memory, or the end of another rank; an empty string for a bug of this program.
 
     >>> machine_error_line(FileNotFoundError(2, "No such file", "a.txt")), machine_error_line(RuntimeError("a bug"))
     ('a.txt: No such file', '')
     """
     words = " ".join(str(error).split())
-    if not isinstance(error, OSError) and RANK_ENDED.search(words):
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(words):
+        return out_of_memory_line(words)
+    if isinstance(error, RuntimeError) and RANK_ENDED.search(words):
         return f"another rank has ended, and this one cannot go on without it; --ckpt_path last resumes from the last checkpoint ({words})"
     if misfit := MISFIT.search(words):
         return f"the checkpoint is of another run than this: {misfit[1][:200]}"
     if not isinstance(error, OSError) or error.errno is None:
         return ""
     return f"{error.filename}: {error.strerror}" if error.filename else words
+
+
+def out_of_memory_line(message: str) -> str:
+    """The line for memory that could not be allocated.
+
+    >>> out_of_memory_line("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes. Error code 12")
+    'memory: 64 bytes could not be allocated: this needs more memory than there is'
+    """
+    size = re.search(r"tried to allocate (\d[\d.,]* ?\w+)", message, re.IGNORECASE)
+    return f"memory: {size[1] if size else 'a block'} could not be allocated: this needs more memory than there is"
 
 
 def parser_error_line(error: BaseException, keys: Iterable[str] = (), names: Iterable[str] = ()) -> str:
@@ -44,6 +59,8 @@ def parser_error_line(error: BaseException, keys: Iterable[str] = (), names: Ite
         if isinstance(cause, InputError):
             return str(cause)
     text = re.sub(r"\s+", " ", str(error)).strip()
+    if OUT_OF_MEMORY.search(text):
+        return out_of_memory_line(text)
     for pattern, line in (
         (
             r"class_path '([^']+)': Option '([^']+)' is not accepted",

@@ -49,9 +49,7 @@ class RowReader:
         stall_seconds: float | None = None,
         times: StreamTimes | None = None,
     ):
-        limit = language_model.n_ctx
-        if limit is not None and batching.context_size > limit:
-            raise InputError(f"context_size must be at most {limit}, the model's longest context, got {batching.context_size}")
+        language_model.check_context_size(batching.context_size)
         cursor = cursor or {"tokens": None, "number": 0}
         self.documents, self.language_model, self.batching, self.first_row = documents, language_model, batching, first_row
         self.number: int = cursor["number"]

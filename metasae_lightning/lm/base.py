@@ -248,6 +248,11 @@ class LanguageModel(Predictor, ABC):
                     return getattr(config, name)
         return None
 
+    def check_context_size(self, size: int) -> None:
+        """Refuse contexts of more tokens than the model takes."""
+        if self.n_ctx is not None and size > self.n_ctx:
+            raise InputError(f"context_size must be at most {self.n_ctx}, the model's longest context, got {size}")
+
     def description(self) -> dict[str, Any]:
         """The model, backend, dtype and arguments: everything that determines the activations, except the hooks."""
         kwargs = {key: str(value) for key, value in sorted(redact(self.model_kwargs).items())}

@@ -152,10 +152,14 @@ class LanguageModelMemory:
     """Bytes of parameters and buffers; shared storages count once."""
     forward: PeakMemory
     """Peak of one forward pass, including the activations."""
+    widths: dict[str, int]
+    """The width of the activations at each hook."""
 
 
 def measure_language_model(model: LanguageModel, contexts: int, positions: int, *, separate_documents: bool = False) -> LanguageModelMemory:
     """Memory of a language model's weights and forward pass, from running the model's own code on torch's meta device.
+
+    More `positions` than the model takes are an `InputError`.
 
     Args:
         model: The model, which is not loaded.
@@ -164,6 +168,7 @@ def measure_language_model(model: LanguageModel, contexts: int, positions: int, 
         separate_documents: Whether a mask separates documents, if the model takes one.
     """
     skeleton = model.skeleton()
+    skeleton.check_context_size(positions)
     tokens = torch.zeros(contexts, positions, dtype=torch.long, device="meta")
     mask = torch.ones(contexts, positions, positions, dtype=torch.bool, device="meta") if separate_documents else None
     with _FusedAttention():
@@ -171,8 +176,9 @@ def measure_language_model(model: LanguageModel, contexts: int, positions: int, 
             forward = AllocationTracker().peak_of(lambda: skeleton.activations(tokens, mask))
         except (TypeError, ValueError, RuntimeError, NotImplementedError):  # a model that takes no such mask runs without it
             forward = AllocationTracker().peak_of(lambda: skeleton.activations(tokens))
-    root = skeleton._loaded_root()  # pyright: ignore[reportPrivateUsage]
-    return LanguageModelMemory(module_bytes(root), forward)
+        outputs = skeleton._hook_outputs(tokens[:1, :2], None)  # pyright: ignore[reportPrivateUsage]
+    root, widths = skeleton._loaded_root(), [output.shape[-1] for output in outputs]  # pyright: ignore[reportPrivateUsage]
+    return LanguageModelMemory(module_bytes(root), forward, dict(zip(skeleton.hooks, widths, strict=True)))
 
 
 def learners(model: JointSAE) -> dict[str, Learner]:

@@ -16,16 +16,17 @@ from metasae_lightning.lm.device import assign_device
 from metasae_lightning.memory import measure, scaled_copies
 from metasae_lightning.memory.measure import PeakMemory
 from metasae_lightning.memory.table import GIB, MemoryItem, MemoryPlan, format_mib
+from metasae_lightning.training.argument_checks import check_widths
 from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO
 from metasae_lightning.training.joint import JointSAE
-from metasae_lightning.training.side_by_side import SideBySide
+from metasae_lightning.training.side_by_side import SideBySide, errors_name_arm
 
 # Memory limit of a control group, version 2 and 1: containers and batch systems enforce it; the machine's own figures ignore it.
 CONTROL_GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def print_and_check_plan(model: Any, data: Any, trainer: Any, limit_gib: float | None = None) -> None:
-    """Print the plan of a run to stderr, and raise an `InputError` if the run does not fit in memory.
+    """Raise an `InputError` if a run does not fit in memory, else print its plan to stderr.
 
     `limit_gib` replaces the available memory of each device. If the plan fails with any other error than an `InputError`, the error is
     printed and the run goes on without a plan.
@@ -36,6 +37,8 @@ def print_and_check_plan(model: Any, data: Any, trainer: Any, limit_gib: float |
         weights = weights_plan(model, trainer)
         if not weights.fits(_available(weights, trainer, None)):  # nor would the dry run fit, which needs a part of the memory of a step
             weights.check(_available(weights, trainer, limit_gib))
+            sys.stderr.write("memory: no plan (--memory_gib allows more than there is, and the weights alone take more)\n")
+            return
         plan = memory_plan(model, data, trainer)
         available = _available(plan, trainer, limit_gib)
     except InputError:
@@ -44,9 +47,9 @@ def print_and_check_plan(model: Any, data: Any, trainer: Any, limit_gib: float |
     except Exception as error:
         sys.stderr.write(f"memory: no plan ({type(error).__name__}: {error})\n")
         return
+    plan.check(available)
     if trainer.is_global_zero:
         Console(stderr=True).print(plan.table(available))
-    plan.check(available)
 
 
 def _available(plan: MemoryPlan, trainer: Any, limit_gib: float | None) -> dict[str, int]:
@@ -96,7 +99,7 @@ def memory_plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> Memory
     shards = getattr(trainer.strategy, "shards", 1)
     rank_parts = [scaled_copies.rank_part(arm, shards) if shards > 1 else arm for arm in arms]
     sections = {
-        "language model": _language_model_items(data, trainer.strategy),
+        "language model": _language_model_items(model, data, trainer.strategy),
         "shuffle buffer": _buffer_items(arms[0], data, trainer.strategy),
         "SAEs": _combine_arms([_sae_items(part, str(device), dtype_factor) for part in rank_parts]),
         "training": _combine_arms([_training_items(part, data, trainer, dtype_factor, shards) for part in rank_parts]),
@@ -154,8 +157,8 @@ def _temporary_item(name: str, device: str, peak: PeakMemory, explanation: str, 
     return MemoryItem(name, device, peak.bytes, explanation, remedy, phase, small_bytes=peak.small_bytes if device == "cpu" else 0)
 
 
-def _language_model_items(data: Any, strategy: Any) -> Iterator[MemoryItem]:
-    """The language model's weights, its forward pass, and loading it."""
+def _language_model_items(saes: JointSAE | SideBySide, data: Any, strategy: Any) -> Iterator[MemoryItem]:
+    """The language model's weights, its forward pass, and loading it. SAEs of another width than its activations are an `InputError`."""
     model = getattr(data, "language_model", None)
     if model is None or getattr(data, "cache", None) is not None:
         return
@@ -163,6 +166,9 @@ def _language_model_items(data: Any, strategy: Any) -> Iterator[MemoryItem]:
     contexts, positions = _data_argument(data, "forward_batch"), _data_argument(data, "context_size")
     separate_documents = not _data_argument(data, "cross_document_attention", True)
     memory = measure.measure_language_model(model, contexts, positions, separate_documents=separate_documents)
+    for arm, module in ({"": saes} if isinstance(saes, JointSAE) else saes.arms).items():
+        with errors_name_arm(arm):
+            check_widths(memory.widths, module.hook, module.primary.W_dec.shape[1])
     dtype = str(model.dtype).removeprefix("torch.")
     remedy = "dtype: bfloat16" if model.dtype == torch.float32 else "read an earlier layer"
     yield MemoryItem("language model", device, memory.weights, f"{model.name} up to {', '.join(model.hooks)}, {dtype}", remedy)

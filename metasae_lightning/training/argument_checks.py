@@ -1,6 +1,7 @@
 """Checks of JointSAE's arguments, trainer and data: each error is one line."""
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from metasae_lightning.compute.process_group import ProcessGroup
-from metasae_lightning.errors import InputError
+from metasae_lightning.errors import InputError, one_line
 from metasae_lightning.penalties import Penalty
 from metasae_lightning.sae import TrainingSAEConfig
 from metasae_lightning.sae.learner import Learner
+from metasae_lightning.schedules import bind_schedule, meta_steps_in
 from metasae_lightning.training.strategy import Sharded
 
 CHOICES = {"kernels": ("sparse", "dense"), "critic_supports": ("exact", "macro_step"), "non_finite": ("stop", "skip")}
@@ -69,7 +71,11 @@ def check_optional_values(
 
 def check_data(data: Any, hook: str | None, d_in: int) -> None:
     """Check that the data have the hook, and that its activations are as wide as the SAE."""
-    widths: dict[str, int] = getattr(data, "widths", {})
+    check_widths(getattr(data, "widths", {}), hook, d_in)
+
+
+def check_widths(widths: Mapping[str, int], hook: str | None, d_in: int) -> None:
+    """Check that `hook`, or the only hook, is among the `widths` by hook, and that its activations are as wide as the SAE."""
     if (hook is None and len(widths) > 1) or (hook is not None and hook not in widths):
         raise InputError(f"hook: the data give {', '.join(widths) or 'no hook with a name'}: name one of them, got {hook}")
     width = widths.get(hook) if hook else next(iter(widths.values()), None)
@@ -126,3 +132,39 @@ def open_init_from(primary: Learner, meta: Learner | None, trainer: Any, hook: s
             learner.config.init_from.open(learner.role, learner.sae.cfg)
             if learner is primary and metadata is not None:
                 learner.config.init_from.check(metadata(*([hook] if hook else [])))
+
+
+def check_optimizers(model: Any, steps: float) -> None:
+    """Make the optimiser and the schedule of each SAE for one number: a wrong argument is then an `InputError` before anything is loaded.
+
+    Args:
+        model: The JointSAE.
+        steps: Primary steps of the run, as far as known; infinite if not.
+    """
+    for role in ("primary", "meta") if model.meta is not None else ("primary",):
+        with argument_errors(f"{role}_optimizer"):
+            optimizer = model._optimizer_callables[role]([torch.nn.Parameter(torch.zeros(1))])
+        if (make_schedule := model._scheduler_callables[role]) is not None:
+            with argument_errors(f"{role}_scheduler"):
+                schedule = make_schedule(optimizer)
+            sae_steps = steps if role == "primary" else meta_steps_in(steps, n_p=model.n_p, n_m=model.n_m)
+            if steps != float("inf"):
+                bind_schedule(schedule, sae_steps, role)
+
+
+@contextmanager
+def argument_errors(name: str) -> Generator[None, None, None]:
+    """Raise a library's error about its arguments as an `InputError` that begins with `name`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise InputError(f"{name}: {one_line(error)}") from error
+
+
+def check_init_from(model: Any) -> None:
+    """Open the SAEs given by `init_from`, and check their widths; a model that is then loaded opens them again."""
+    for learner in filter(None, (model.primary, model.meta)):
+        if learner.config.init_from is not None:
+            learner.config.init_from.open(learner.role, learner.sae.cfg)

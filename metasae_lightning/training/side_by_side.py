@@ -152,10 +152,12 @@ class SideBySide(LightningModule):
 
 @contextmanager
 def errors_name_arm(name: str) -> Generator[None, None, None]:
-    """Begin the message of an InputError with the arm's name."""
+    """Begin the message of an InputError with the arm's name, unless the name is empty."""
     try:
         yield
     except InputError as error:
+        if not name:
+            raise
         raise InputError(f"arms.{name}: {error}") from error
 
 

@@ -213,16 +213,34 @@ def fit(run: Path, *flags: str) -> int:
 def test_a_run_over_the_limit_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert fit(tmp_path / "run", "--memory_gib", "0.01") == 2
     error = capsys.readouterr().err
-    assert re.search(r"^metasae: error: memory: the run needs \d\.\d\d GiB on cpu, and 0\.01 are available", error, re.MULTILINE)
-    assert "cpu, peak" in error
+    assert re.fullmatch(r"metasae: error: memory: the run needs \d\.\d\d GiB on cpu, and 0\.01 are available .*\n", error)
     assert not (tmp_path / "run").exists()
 
 
 def test_no_model_is_loaded_for_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(LanguageModel, "load", lambda self: pytest.fail("loaded"))
     name = f"--data.init_args.language_model.init_args.name={save_model(tmp_path / 'model', 'llama', layers=16)}"
-    assert main(["fit", "-c", "quickstart", "--run", str(tmp_path / "run"), "--memory_gib", "0.1", name]) == 2
-    assert "language model" in capsys.readouterr().err
+    words = ["fit", "-c", "quickstart", "--run", str(tmp_path / "run"), "--data.init_args.context_size", "64", name]
+    capsys.readouterr()
+    for change, says in (
+        (["--memory_gib", "0.1", *(f"--model.init_args.{sae}.init_args.d_in=32" for sae in ("primary", "meta"))], "memory: the run needs"),
+        (["--data.init_args.context_size", "65"], "context_size must be at most 64, the model's longest context, got 65"),
+        ([], "arms.solo: primary.d_in is 576, but the activations are 32 wide: set d_in: 32"),
+    ):
+        assert main([*words, *change]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("metasae: error: ") and error.count("\n") == 1 and says in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_limit_above_the_machines_memory_ends_in_one_line_where_memory_cannot_be_allocated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    sizes = ["--model.init_args.primary.init_args.d_sae", "1_000_000_000_000_000"]
+    assert fit(tmp_path / "run", "--memory_gib", "1e15", *sizes) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "metasae: error: memory: 256000000000000000 bytes could not be allocated: this needs more memory than there is"
+    assert "no plan (--memory_gib allows more than there is" in lines[0] and len(lines) == 2 and not (tmp_path / "run").exists()
 
 
 # A limit that the user sets is not checked against the machine, which has no million GiB.

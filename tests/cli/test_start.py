@@ -1,0 +1,106 @@
+"""A run that cannot begin: one line, before anything is loaded, and nothing left behind."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from metasae_lightning.cli import main
+from metasae_lightning.cli.start import HeldLines, clean_failed_start
+from metasae_lightning.errors import InputError
+from metasae_lightning.lm.base import LanguageModel
+from metasae_lightning.training import JointSAE
+
+SCHEDULE = "{class_path: torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr: 1, total_steps: 0}}"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["synthetic", "--model.init_args.primary_optimizer.init_args.lr", "-1"], "primary_optimizer: Invalid learning rate: -1.0"),
+        (["synthetic", "--model.init_args.primary_scheduler", SCHEDULE], "primary_scheduler: Expected positive integer total_steps"),
+        (["synthetic", "--trainer.accelerator", "gpu"], "trainer.accelerator: gpu is not there: there is cpu alone"),
+        (["quickstart", "--model.init_args.init_from", "missing"], "arms.solo: init_from: 'missing' is neither a folder nor"),
+        (["quickstart", "-c", "solo", "--data.init_args.validation_tokens", "1"], "validation_tokens must fill a batch of 1024, got 1"),
+        (
+            ["quickstart", "-c", "solo", "--data.init_args.tokens", "2048", "--model.init_args.primary_scheduler.init_args.warmup", "50"],
+            "the run has 2",
+        ),
+        (
+            ["quickstart", "-c", "solo", "--data.init_args.corpus", "TextFiles", "--data.init_args.corpus.init_args.paths", "missing.txt"],
+            "paths: 'missing.txt' does not exist",
+        ),
+    ],
+)
+def test_a_run_that_cannot_begin_is_one_line_and_leaves_nothing(
+    words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("metasae_lightning.cli.start.count_gpus", lambda: 0)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    monkeypatch.setattr(LanguageModel, "load", lambda self: pytest.fail("loaded"))
+    assert main(["fit", "-c", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("metasae: error: ") and error.count("\n") == 1 and says in error
+    assert not list(tmp_path.iterdir())
+
+
+# Loggers have begun their files by then.
+@pytest.mark.parametrize("error", [InputError("no"), KeyboardInterrupt(), ZeroDivisionError()])
+def test_an_error_before_the_first_step_leaves_no_folder(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(self: JointSAE) -> None:
+        assert list(tmp_path.rglob("events.out.tfevents.*"))
+        raise error
+
+    monkeypatch.setattr(JointSAE, "on_train_start", fail)
+    words = ["fit", "-c", "synthetic", "--data.init_args.tokens", "1024", "--run", str(tmp_path / "a" / "b")]
+    if isinstance(error, InputError):
+        assert main(words) == 2
+    else:
+        with pytest.raises((SystemExit, ZeroDivisionError)):
+            main(words)
+    assert not list(tmp_path.iterdir())
+
+
+def write_files_and_fail(run: Path) -> None:
+    for name in ("empty", "full"):
+        logger = TensorBoardLogger(str(run), name=name, version="")
+        logger.log_metrics({"x": 1.0} if name == "full" else {})
+        assert logger.experiment
+        logger.finalize("failed")
+    (run / "new" / "folder").mkdir(parents=True)
+    raise ZeroDivisionError
+
+
+def test_only_files_without_content_are_removed(tmp_path: Path):
+    run = tmp_path / "runs" / "a"
+    (run / "empty").mkdir(parents=True)
+    with pytest.raises(ZeroDivisionError), clean_failed_start(run):
+        write_files_and_fail(run)
+    assert sorted(path.name.split(".")[0] for path in run.rglob("*")) == ["empty", "events", "full"]
+
+
+def write_lines(logger: logging.Logger, error: Exception, held: HeldLines, released: bool) -> None:
+    if released:
+        held.release()
+    logger.info("a line")
+    warnings.warn("a warning", stacklevel=1)
+    raise error
+
+
+@pytest.mark.parametrize("error", [InputError("no"), ZeroDivisionError()])
+@pytest.mark.parametrize("released", [True, False])
+def test_lines_are_held_back_until_they_are_released(released: bool, error: Exception, monkeypatch: pytest.MonkeyPatch):
+    printed: list[str] = []
+    logger, target = logging.getLogger("lightning.pytorch"), logging.StreamHandler()
+    monkeypatch.setattr(logger, "handlers", [target])
+    monkeypatch.setattr(target, "emit", lambda record: printed.append(record.getMessage()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: printed.append(str(message))
+        with pytest.raises(type(error)), HeldLines() as held:
+            write_lines(logger, error, held, released)
+    assert printed == (["a line", "a warning"] if released or isinstance(error, ZeroDivisionError) else [])
+    assert logger.handlers == [target]
