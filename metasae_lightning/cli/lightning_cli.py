@@ -21,7 +21,7 @@ from metasae_lightning import callbacks, run_folder
 from metasae_lightning.cli.grid import expand, select_arms
 from metasae_lightning.cli.loggers import default_loggers
 from metasae_lightning.cli.parser_errors import parser_error_line
-from metasae_lightning.cli.plugins import argument_names, class_names, load_plugins
+from metasae_lightning.cli.plugins import argument_names, argument_options, class_names, load_plugins
 from metasae_lightning.cli.resume import RunSettings, check_checkpoint, check_settings, is_path
 from metasae_lightning.cli.start import HeldLines, check_accelerator, check_run, clean_failed_start
 from metasae_lightning.data.datamodule import ActivationsDataModule
@@ -116,7 +116,8 @@ class MetasaeCLI(LightningCLI):
                 self._expand(subcommand)
         except ArgumentError as error:
             keys = {key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys(branches=True)}
-            raise InputError(parser_error_line(error, keys | argument_names(), class_names() | set(callbacks.__all__))) from error
+            names = class_names() | set(callbacks.__all__)
+            raise InputError(parser_error_line(error, keys | argument_names(), names, argument_options())) from error
 
     def _expand(self, subcommand: str) -> None:
         """Replace the options for arms by the SideBySide model that they describe: config.yaml then shows the trained model."""

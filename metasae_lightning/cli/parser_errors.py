@@ -3,8 +3,9 @@
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from metasae_lightning.errors import InputError, did_you_mean
 
@@ -47,10 +48,13 @@ def out_of_memory_line(message: str) -> str:
     return f"memory: {size[1] if size else 'a block'} could not be allocated: this needs more memory than there is"
 
 
-def parser_error_line(error: BaseException, keys: Iterable[str] = (), names: Iterable[str] = ()) -> str:
+def parser_error_line(
+    error: BaseException, keys: Iterable[str] = (), names: Iterable[str] = (), options: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """The line for a parser's error, or for any other error that a user's input causes.
 
-    `keys` are the options of the parser, `names` the classes that YAML may name; the line offers the closest of them.
+    `keys` are the options of the parser, `names` the classes that YAML may name; the line offers the closest of them. `options` are the
+    full options of arguments that are given by their names alone.
 
     >>> parser_error_line(ValueError('Errors: - Parser key "n_p": Expected a <class \\'int\\'>. Got value: ten - Expected a None'))
     'n_p: expected int, got ten'
@@ -81,8 +85,8 @@ def parser_error_line(error: BaseException, keys: Iterable[str] = (), names: Ite
             r"Parser key \"([\w.]+)\": .*?Expected an? (.+?) - Expected a <class 'NoneType'> Given value type: \S+ \S+ Given value: (.+)$",
             lambda m: f"{m[0]}: expected {readable_type(m[1])}, got {m[2]}",
         ),
-        (r"does not accept (?:nested key|option) '([^']+)'()", lambda m: f"there is no option {m[0]}{closest_option(m[0], keys)}"),
-        (r"unrecognized arguments: --(\S+?)(?:=| |$)()", lambda m: f"there is no option {m[0]}{closest_option(m[0], keys)}"),
+        (r"does not accept (?:nested key|option) '([^']+)'()", lambda m: f"there is no option {m[0]}{closest_option(m[0], keys, options)}"),
+        (r"unrecognized arguments: --(\S+?)(?:=| |$)()", lambda m: f"there is no option {m[0]}{closest_option(m[0], keys, options)}"),
     ):
         matches = re.findall(pattern, text)
         if matches:
@@ -90,12 +94,14 @@ def parser_error_line(error: BaseException, keys: Iterable[str] = (), names: Ite
     return re.split(r" - Expected a <class 'NoneType'>| Given value type:", text)[0]
 
 
-def closest_option(option: str, keys: Iterable[str]) -> str:
-    """A suffix that offers the option closest to a mistyped dotted one, or to its first part.
+def closest_option(option: str, keys: Iterable[str], options: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A suffix that offers the option closest to a mistyped dotted one, or to its first part; the full option for an argument's name.
 
-    >>> closest_option("primry.init_args.k", ["primary", "seed"])
-    ' (did you mean primary?)'
+    >>> closest_option("primry.init_args.k", ["primary", "seed"]), closest_option("n_p", ["n_p"], {"n_p": "--model.n_p"})
+    (' (did you mean primary?)', ': write --model.n_p')
     """
+    if option in options:
+        return f": write {options[option]}"
     known = set(keys)
     return did_you_mean(option, known) or did_you_mean(option.partition(".")[0], {key.partition(".")[0] for key in known})
 

@@ -9,9 +9,11 @@ from jsonargparse.typing import register_type
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 from metasae_lightning.corpora.base import Corpus
+from metasae_lightning.data import ActivationsDataModule, SyntheticDataModule
 from metasae_lightning.lm.base import LanguageModel
 from metasae_lightning.penalties import Penalty
 from metasae_lightning.sae import SAEMetadata
+from metasae_lightning.training import JointSAE
 
 BASES = (Penalty, Corpus, LanguageModel, Callback, LightningModule, LightningDataModule)
 PACKAGES = tuple(f"metasae_lightning{package}" for package in ("", ".callbacks", ".corpora", ".data", ".lm", ".training"))
@@ -36,6 +38,15 @@ def argument_names() -> set[str]:
     """The argument names of this package's classes that YAML can name."""
     ours = [cls for base in BASES for cls in descendants(base) if cls.__module__.startswith("metasae_lightning.")]
     return {name for cls in ours for name in inspect.signature(cls).parameters}
+
+
+def argument_options() -> dict[str, str]:
+    """The option of each argument of the model and of the data modules, such as `--model.n_p`, by the argument's name.
+
+    A recipe with arms has the same options: its model is what the arms change.
+    """
+    owners = {"data": (ActivationsDataModule, SyntheticDataModule), "model": (JointSAE,)}
+    return {name: f"--{key}.{name}" for key, classes in owners.items() for cls in classes for name in inspect.signature(cls).parameters}
 
 
 def descendants(cls: type) -> Iterator[type]:

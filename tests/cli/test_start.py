@@ -22,6 +22,8 @@ SCHEDULE = "{class_path: torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr
         (["synthetic", "--model.init_args.primary_optimizer.init_args.lr", "-1"], "primary_optimizer: Invalid learning rate: -1.0"),
         (["synthetic", "--model.init_args.primary_scheduler", SCHEDULE], "primary_scheduler: Expected positive integer total_steps"),
         (["synthetic", "--trainer.accelerator", "gpu"], "trainer.accelerator: gpu is not there: there is cpu alone"),
+        (["quickstart", "--init_from", "runs/a"], "there is no option init_from: write --model.init_from"),
+        (["quickstart", "--tokens=2048"], "there is no option tokens: write --data.tokens"),
         (["quickstart", "--model.init_args.init_from", "missing"], "arms.solo: init_from: 'missing' is neither a folder nor"),
         (["quickstart", "-c", "solo", "--data.init_args.validation_tokens", "1"], "validation_tokens must fill a batch of 1024, got 1"),
         (
