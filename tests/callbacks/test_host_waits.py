@@ -1,5 +1,6 @@
 """Callbacks that look at a step or a batch without a wait for the device."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -7,8 +8,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from metasae_lightning import SyntheticDataModule
 from metasae_lightning.callbacks import Export, TokenProgress
 from metasae_lightning.callbacks import token_progress as module
+from metasae_lightning.data.synthetic import SyntheticModelConfig
+from metasae_lightning.penalties import Decomposability
+from metasae_lightning.training import JointSAE, SideBySide
+from tests.helpers.architectures import config
 from tests.helpers.device_calls import DeviceCalls
 
 QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
@@ -50,3 +56,25 @@ def test_progress_without_a_terminal_reads_a_step_for_each_line_only(monkeypatch
     for number in range(4):
         progress.on_train_batch_end(trainer, run, {"output": f"{number}"}, None, number)
     assert described == ["3"] and capsys.readouterr().err == "5 tokens, 0/s, step 3\n"
+
+
+# The only meta phase of a sequential run takes minutes.
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_shows_the_steps_of_a_long_meta_phase(
+    terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    arms = {
+        "a": JointSAE(config("topk", d_in=64), config("topk", d_in=64, d_sae=12), {"d": Decomposability(0.0)}, n_p=100, n_m=3),
+        "b": JointSAE(config("topk", d_in=64)),
+    }
+    data = SyntheticDataModule(SyntheticModelConfig(num_features=16, hidden_dim=64, seed=0), tokens=1024, batch_size=512)
+    progress = TokenProgress(line_seconds=0.0)
+    run = Trainer(
+        **{**QUIET, "enable_progress_bar": True}, default_root_dir=tmp_path, callbacks=[progress], max_epochs=1, limit_val_batches=0
+    )
+    run.fit(SideBySide(arms), datamodule=data)
+    error = capsys.readouterr().err
+    for step in (1, 2, 3):
+        assert (f"a meta step {step} of 3" if terminal else f"1,024 tokens, a meta step {step} of 3\n") in error
+    assert error.count("meta step") == 3 and not progress._hooks
