@@ -65,7 +65,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def model_args(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a config's model; those of `SideBySide` hold the arms."""
-    return (config.get("model") or {}).get("init_args") or {}
+    model = config.get("model")
+    return (model.get("init_args") or {}) if isinstance(model, dict) else {}
 
 
 def exported_arms(run: Path) -> list[str]:

@@ -23,10 +23,11 @@ from metasae_lightning.cli.loggers import default_loggers
 from metasae_lightning.cli.parser_errors import parser_error_line
 from metasae_lightning.cli.plugins import argument_names, argument_options, class_names, load_plugins
 from metasae_lightning.cli.resume import RunSettings, check_checkpoint, check_settings, is_path
-from metasae_lightning.cli.start import HeldLines, check_accelerator, check_run, clean_failed_start
+from metasae_lightning.cli.start import HeldLines, check_accelerator, check_cache, check_run, check_writable, clean_failed_start
 from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.file_lock import file_lock
+from metasae_lightning.memory.cache_plan import print_and_check_cache_plan
 from metasae_lightning.memory.plan import print_and_check_plan
 from metasae_lightning.memory.weightless import is_weightless, needs_values, weightless_config
 from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO, is_restarted_job, last_checkpoint
@@ -68,8 +69,7 @@ class MetasaeTrainer(Trainer):
             shard_gib: Size of a shard, in GiB. An interrupted cache continues after its last complete shard.
             store: Type of the stored activations.
         """
-        if not isinstance(datamodule, ActivationsDataModule):
-            raise InputError(f"data: only ActivationsDataModule has activations to cache, got {type(datamodule).__name__}")
+        assert isinstance(datamodule, ActivationsDataModule)  # `check_cache` has seen to it
         datamodule.write_cache(shard_gib=shard_gib, dtype=store)
 
 
@@ -152,6 +152,8 @@ class MetasaeCLI(LightningCLI):
             self.save_config_callback = None
             return
         run, checkpoint = self.run_directory, self._get(self.config, "ckpt_path")
+        if not self._get(self.config, "run"):
+            raise InputError("--run needs the name of a folder")
         if self.subcommand == "fit":
             self._lock_run(run)
         self._may_grow = checkpoint is not None  # a finished run that SLURM started again has nothing to do
@@ -173,15 +175,13 @@ class MetasaeCLI(LightningCLI):
 
     def _lock_run(self, run: Path) -> None:
         """Lock the run's folder, on the first rank, until the command ends; reject one that cannot be written to or is being trained."""
-        nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
-        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-            raise InputError(f"--run {run}: {nearest} is not a directory that can be written to")
+        check_writable(run, "--run")
         if not any(os.environ.get(name, "0") not in ("", "0") for name in RANKS):
             self._resources.enter_context(file_lock(run_folder.lock_file(run), f"--run {run}"))
 
     def after_instantiate_classes(self) -> None:
         """Print the lines held back, unless a memory plan is still to come."""
-        if self.subcommand != "fit":
+        if self.subcommand not in ("fit", "cache"):
             self.held_lines.release()
 
     def before_fit(self) -> None:
@@ -192,6 +192,12 @@ class MetasaeCLI(LightningCLI):
             parser, model = self._subcommand_parsers["fit"], Namespace(model=self._get(self.config, "model"))
             with one_line_errors():
                 self.model = parser.instantiate_classes(model, instantiate_groups=False)["model"]
+        self.held_lines.release()
+
+    def before_cache(self) -> None:
+        """Reject what cannot be cached, and print the memory plan of what can."""
+        check_cache(self.datamodule, self._get(self.config, "shard_gib"))
+        print_and_check_cache_plan(self.datamodule, self.trainer, self._get(self.config, "memory_gib"))
         self.held_lines.release()
 
     def instantiate_classes(self) -> None:

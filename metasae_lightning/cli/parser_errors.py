@@ -63,6 +63,8 @@ def parser_error_line(
         if isinstance(cause, InputError):
             return str(cause)
     text = re.sub(r"\s+", " ", str(error)).strip()
+    if line := nested_value_line(text):
+        return line
     if OUT_OF_MEMORY.search(text):
         return out_of_memory_line(text)
     for pattern, line in (
@@ -91,7 +93,19 @@ def parser_error_line(
         matches = re.findall(pattern, text)
         if matches:
             return line(matches[-1])
-    return re.split(r" - Expected a <class 'NoneType'>| Given value type:", text)[0]
+    text = re.split(r" - Expected a <class 'NoneType'>| Given value type:", text)[0]
+    return re.sub(r"^.*Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - ", "", text)
+
+
+def nested_value_line(text: str) -> str:
+    """The line for a value of a wrong type of a dotted option such as `--model.n_p`; empty for any other text.
+
+    >>> nested_value_line("Expected a <class 'int'> - Expected a <class 'NoneType'> Given value: NestedArg(key='n_p', val='x')")
+    'n_p: expected int, got x'
+    """
+    nested = re.search(r"NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$", text)
+    types = [name for name in re.findall(r"Expected an? <class '([\w.]+)'>", text) if name != "NoneType"]
+    return f"{nested[1]}: expected {' or '.join(dict.fromkeys(types))}, got {nested[2]}" if nested and types else ""
 
 
 def closest_option(option: str, keys: Iterable[str], options: Mapping[str, str] = MappingProxyType({})) -> str:

@@ -35,24 +35,35 @@ def print_and_check_plan(model: Any, data: Any, trainer: Any, limit_gib: float |
         raise InputError(f"memory_gib must be more than 0, or null for what is free, got {limit_gib}")
     try:
         weights = weights_plan(model, trainer)
-        if not weights.fits(_available(weights, trainer, None)):  # nor would the dry run fit, which needs a part of the memory of a step
-            weights.check(_available(weights, trainer, limit_gib))
+        if not weights.fits(available_by_device(weights, trainer, None)):  # nor would the dry run fit, a part of a step
+            weights.check(available_by_device(weights, trainer, limit_gib))
             sys.stderr.write("memory: no plan (--memory_gib allows more than there is, and the weights alone take more)\n")
             return
         plan = memory_plan(model, data, trainer)
-        available = _available(plan, trainer, limit_gib)
+        available = available_by_device(plan, trainer, limit_gib)
     except InputError:
         raise
     # A failed plan is no reason not to train.
     except Exception as error:
         sys.stderr.write(f"memory: no plan ({type(error).__name__}: {error})\n")
         return
+    check_and_print(plan, available, trainer)
+
+
+def check_and_print(plan: MemoryPlan, available: dict[str, int], trainer: Any) -> None:
+    """Raise an `InputError` if a plan does not fit in memory, else print it on rank zero."""
     plan.check(available)
     if trainer.is_global_zero:
         Console(stderr=True).print(plan.table(available))
 
 
-def _available(plan: MemoryPlan, trainer: Any, limit_gib: float | None) -> dict[str, int]:
+def process_item(of_saes: int = 0) -> MemoryItem:
+    """What this process holds, without the bytes `of_saes`, which have items of their own."""
+    resident = psutil.Process().memory_info().rss - of_saes
+    return MemoryItem("this process", "cpu", resident, "Python, its libraries and what is loaded already")
+
+
+def available_by_device(plan: MemoryPlan, trainer: Any, limit_gib: float | None) -> dict[str, int]:
     """Bytes that the run may use on each device of a plan: the limit, or the available memory without one."""
     if limit_gib is not None:
         return dict.fromkeys(plan.devices, round(limit_gib * GIB))
@@ -99,7 +110,7 @@ def memory_plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> Memory
     shards = getattr(trainer.strategy, "shards", 1)
     rank_parts = [scaled_copies.rank_part(arm, shards) if shards > 1 else arm for arm in arms]
     sections = {
-        "language model": _language_model_items(model, data, trainer.strategy),
+        "language model": language_model_items(model, data, trainer.strategy),
         "shuffle buffer": _buffer_items(arms[0], data, trainer.strategy),
         "SAEs": _combine_arms([_sae_items(part, str(device), dtype_factor) for part in rank_parts]),
         "training": _combine_arms([_training_items(part, data, trainer, dtype_factor, shards) for part in rank_parts]),
@@ -116,8 +127,7 @@ def memory_plan(model: JointSAE | SideBySide, data: Any, trainer: Any) -> Memory
                 raise
             unplanned.append(f"{section} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
     # Last, because planning imports what the run imports anyway. SAEs that are built already have items of their own.
-    resident = psutil.Process().memory_info().rss - (measure.host_bytes(model) if device.type == "cpu" else 0)
-    process = MemoryItem("this process", "cpu", resident, "Python, its libraries and what is loaded already")
+    process = process_item(measure.host_bytes(model) if device.type == "cpu" else 0)
     return MemoryPlan((process, *items), tuple(unplanned))
 
 
@@ -157,16 +167,16 @@ def _temporary_item(name: str, device: str, peak: PeakMemory, explanation: str, 
     return MemoryItem(name, device, peak.bytes, explanation, remedy, phase, small_bytes=peak.small_bytes if device == "cpu" else 0)
 
 
-def _language_model_items(saes: JointSAE | SideBySide, data: Any, strategy: Any) -> Iterator[MemoryItem]:
+def language_model_items(saes: JointSAE | SideBySide | None, data: Any, strategy: Any) -> Iterator[MemoryItem]:
     """The language model's weights, its forward pass, and loading it. SAEs of another width than its activations are an `InputError`."""
     model = getattr(data, "language_model", None)
-    if model is None or getattr(data, "cache", None) is not None:
+    if model is None or (getattr(data, "cache", None) is not None and getattr(data, "reading_cache", True)):
         return
     device = str(assign_device(model.requested_device, strategy))
     contexts, positions = _data_argument(data, "forward_batch"), _data_argument(data, "context_size")
     separate_documents = not _data_argument(data, "cross_document_attention", True)
     memory = measure.measure_language_model(model, contexts, positions, separate_documents=separate_documents)
-    for arm, module in ({"": saes} if isinstance(saes, JointSAE) else saes.arms).items():
+    for arm, module in ({} if saes is None else {"": saes} if isinstance(saes, JointSAE) else saes.arms).items():
         with errors_name_arm(arm):
             check_widths(memory.widths, module.hook, module.primary.W_dec.shape[1])
     dtype = str(model.dtype).removeprefix("torch.")

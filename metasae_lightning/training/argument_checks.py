@@ -137,10 +137,14 @@ def open_init_from(primary: Learner, meta: Learner | None, trainer: Any, hook: s
 def check_optimizers(model: Any, steps: float) -> None:
     """Make the optimiser and the schedule of each SAE for one number: a wrong argument is then an `InputError` before anything is loaded.
 
+    A meta SAE whose latents would always be dead is an `InputError` too.
+
     Args:
         model: The JointSAE.
         steps: Primary steps of the run, as far as known; infinite if not.
     """
+    if model.meta is not None and model.meta.config.dead_after < 1:
+        raise InputError("meta_dead_after_steps must be at least 1")
     for role in ("primary", "meta") if model.meta is not None else ("primary",):
         with argument_errors(f"{role}_optimizer"):
             optimizer = model._optimizer_callables[role]([torch.nn.Parameter(torch.zeros(1))])

@@ -1,14 +1,16 @@
 """A run that cannot begin: one line, before anything is loaded, and nothing left behind."""
 
 import logging
+import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from metasae_lightning.cli import main
-from metasae_lightning.cli.start import HeldLines, clean_failed_start
+from metasae_lightning.cli.start import HeldLines, check_intervals, clean_failed_start
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm.base import LanguageModel
 from metasae_lightning.training import JointSAE
@@ -21,6 +23,10 @@ SCHEDULE = "{class_path: torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr
     [
         (["synthetic", "--model.init_args.primary_optimizer.init_args.lr", "-1"], "primary_optimizer: Invalid learning rate: -1.0"),
         (["synthetic", "--model.init_args.primary_scheduler", SCHEDULE], "primary_scheduler: Expected positive integer total_steps"),
+        (["synthetic", "--model.meta_dead_after_steps", "-1"], "meta_dead_after_steps must be at least 1"),
+        (["synthetic", "--model.hook", "blocks.0"], "hook: the data give synthetic: name one of them, got blocks.0"),
+        (["synthetic", "--data.validation_tokens", "-1"], "validation_tokens must fill a batch of 1024, got -1"),
+        (["synthetic", "--model.clip_grad_norm", "nan"], "clip_grad_norm: expected float, got nan"),
         (["synthetic", "--trainer.accelerator", "gpu"], "trainer.accelerator: gpu is not there: there is cpu alone"),
         (["quickstart", "--init_from", "runs/a"], "there is no option init_from: write --model.init_from"),
         (["quickstart", "--tokens=2048"], "there is no option tokens: write --data.tokens"),
@@ -47,6 +53,27 @@ def test_a_run_that_cannot_begin_is_one_line_and_leaves_nothing(
     error = capsys.readouterr().err
     assert error.startswith("metasae: error: ") and error.count("\n") == 1 and says in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"max_epochs": 0}, "trainer.max_epochs must be at least 1, got 0"),
+        ({"log_every_n_steps": -1}, "trainer.log_every_n_steps must be at least 0, got -1"),
+        ({"val_check_interval": 0}, "trainer.val_check_interval must be more than 0 and at most the run's 9 steps, got 0"),
+        ({"val_check_interval": 10}, "trainer.val_check_interval must be more than 0 and at most the run's 9 steps, got 10"),
+        (
+            {"accumulate_grad_batches": 2},
+            "trainer.accumulate_grad_batches: the model takes its own optimiser steps: set model.micro_batches",
+        ),
+        ({"gradient_clip_val": 1.0}, "trainer.gradient_clip_val: the model takes its own optimiser steps: set model.clip_grad_norm"),
+    ],
+)
+def test_options_of_the_trainer_that_no_run_can_have_are_refused(change: dict[str, float], says: str):
+    given = {"max_epochs": 1, "log_every_n_steps": 10, "val_check_interval": 9, "accumulate_grad_batches": 1, "gradient_clip_val": None}
+    check_intervals(SimpleNamespace(**given, check_val_every_n_epoch=1), 9)
+    with pytest.raises(InputError, match=f"^{re.escape(says)}"):
+        check_intervals(SimpleNamespace(**{**given, **change}, check_val_every_n_epoch=1), 9)
 
 
 # Loggers have begun their files by then.
@@ -106,3 +133,37 @@ def test_lines_are_held_back_until_they_are_released(released: bool, error: Exce
             write_lines(logger, error, held, released)
     assert printed == (["a line", "a warning"] if released or isinstance(error, ZeroDivisionError) else [])
     assert logger.handlers == [target]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["synthetic"], "data: only ActivationsDataModule has activations to cache, got SyntheticDataModule"),
+        (["quickstart", "--data.cache", "out", "--shard_gib", "0"], "shard_gib must be more than 0, got 0.0"),
+        (["quickstart", "--data.cache", "run"], "cache: run holds a run: name another folder"),
+        (["quickstart", "--data.cache", "out", "--data.context_size", "9000"], "context_size must be at most 8192"),
+    ],
+)
+def test_a_cache_that_cannot_be_written_is_one_line_and_leaves_nothing(
+    words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(LanguageModel, "load", lambda self: pytest.fail("loaded"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    assert main(["cache", "-c", *words, "--model.meta=null", "--model.penalties={}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("metasae: error: ") and error.count("\n") == 1 and says in error
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_cache_prints_its_memory_plan_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def load(self: LanguageModel) -> None:
+        raise InputError(capsys.readouterr().err)
+
+    monkeypatch.setattr(LanguageModel, "load", load)
+    assert main(["cache", "-c", "quickstart", "--data.cache", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "language model" in error and "its forward pass" in error and "cpu, peak" in error and "SAE" not in error
