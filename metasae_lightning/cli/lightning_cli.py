@@ -1,6 +1,5 @@
 """LightningCLI with a folder for each run, arms and grids, and the `cache` command."""
 
-import os
 import signal
 import sys
 from collections.abc import Generator
@@ -17,24 +16,20 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from metasae_lightning import callbacks, run_folder
+from metasae_lightning import callbacks
 from metasae_lightning.cli.grid import expand, select_arms
 from metasae_lightning.cli.loggers import default_loggers
 from metasae_lightning.cli.parser_errors import parser_error_line
 from metasae_lightning.cli.plugins import argument_names, argument_options, class_names, load_plugins
 from metasae_lightning.cli.resume import RunSettings, check_checkpoint, check_settings, is_path
-from metasae_lightning.cli.start import HeldLines, check_accelerator, check_cache, check_run, check_writable, clean_failed_start
+from metasae_lightning.cli.start import HeldLines, check_accelerator, check_cache, check_run, clean_failed_start, lock_run
 from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
-from metasae_lightning.file_lock import file_lock
 from metasae_lightning.memory.cache_plan import print_and_check_cache_plan
 from metasae_lightning.memory.plan import print_and_check_plan
 from metasae_lightning.memory.weightless import is_weightless, needs_values, weightless_config
 from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO, is_restarted_job, last_checkpoint
 from metasae_lightning.training.larger_budget import LargerBudget
-
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK")
-"""Variables that launchers set before a process knows its rank; one that is not 0 means another rank than the first."""
 
 
 class SaveConfigOnFirstBatch(SaveConfigCallback):
@@ -155,7 +150,7 @@ class MetasaeCLI(LightningCLI):
         if not self._get(self.config, "run"):
             raise InputError("--run needs the name of a folder")
         if self.subcommand == "fit":
-            self._lock_run(run)
+            lock_run(run, self._resources)
         self._may_grow = checkpoint is not None  # a finished run that SLURM started again has nothing to do
         if checkpoint == "last" or (checkpoint is None and self.subcommand == "fit" and is_restarted_job(run)):
             checkpoint = self.config[str(self.subcommand)]["ckpt_path"] = last_checkpoint(run)
@@ -172,12 +167,6 @@ class MetasaeCLI(LightningCLI):
             check_settings(Path(checkpoint), self._config_tree("fit"), may_grow=self._may_grow)
         if not checkpoint and any((run / name).exists() for name in ("checkpoints", "saes", "arms")):
             raise InputError(f"--run {run} holds a run already: name another, or resume it with --ckpt_path last")
-
-    def _lock_run(self, run: Path) -> None:
-        """Lock the run's folder, on the first rank, until the command ends; reject one that cannot be written to or is being trained."""
-        check_writable(run, "--run")
-        if not any(os.environ.get(name, "0") not in ("", "0") for name in RANKS):
-            self._resources.enter_context(file_lock(run_folder.lock_file(run), f"--run {run}"))
 
     def after_instantiate_classes(self) -> None:
         """Print the lines held back, unless a memory plan is still to come."""

@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +15,17 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
+from metasae_lightning import run_folder
 from metasae_lightning.data import ActivationsDataModule, SyntheticDataModule
 from metasae_lightning.errors import InputError
+from metasae_lightning.file_lock import file_lock
 from metasae_lightning.lm.device import count_gpus, describe_devices
 from metasae_lightning.training.argument_checks import check_data, check_init_from, check_optimizers, check_trainer
 from metasae_lightning.training.joint import JointSAE
 from metasae_lightning.training.side_by_side import SideBySide, errors_name_arm
 
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK")
+"""Variables that launchers set before a process knows its rank; one that is not 0 means another rank than the first."""
 LIGHTNING_LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 
 
@@ -150,6 +154,13 @@ def check_validation_tokens(data: ActivationsDataModule | SyntheticDataModule, b
 def arms_of(model: Any) -> dict[str, JointSAE]:
     """The SAEs that a run trains: its arms by name, or one without a name; none of a user's own module."""
     return model.arms if isinstance(model, SideBySide) else {"": model} if isinstance(model, JointSAE) else {}
+
+
+def lock_run(run: Path, resources: ExitStack) -> None:
+    """Lock a run's folder, on the first rank, until `resources` are released; reject one that cannot be written to or is being trained."""
+    check_writable(run, "--run")
+    if not any(os.environ.get(name, "0") not in ("", "0") for name in RANKS):
+        resources.enter_context(file_lock(run_folder.lock_file(run), f"--run {run}"))
 
 
 @contextmanager
