@@ -95,7 +95,7 @@ def check_run(model: Any, data: Any, trainer: Any, *, resumes: bool) -> None:
             if not resumes:
                 check_init_from(arm)
     if isinstance(data, ActivationsDataModule | SyntheticDataModule):
-        check_validation_tokens(data, batch_size, trainer)
+        check_validation_tokens(data, trainer)
     if isinstance(data, ActivationsDataModule):
         data.check_text(trainer.world_size)
 
@@ -140,9 +140,10 @@ def check_intervals(trainer: Any, steps: float) -> None:
             raise InputError(f"trainer.{option}: the model takes its own optimiser steps: set model.{instead}")
 
 
-def check_validation_tokens(data: ActivationsDataModule | SyntheticDataModule, batch_size: int, trainer: Any) -> None:
+def check_validation_tokens(data: ActivationsDataModule | SyntheticDataModule, trainer: Any) -> None:
     """Reject fewer validation tokens than a batch on each rank, unless the run does not validate."""
-    held_out = data.batching.held_out if isinstance(data, ActivationsDataModule) else 1.0
+    is_text = isinstance(data, ActivationsDataModule)
+    held_out, batch_size = (data.batching.held_out, data.batching.batch_size) if is_text else (1.0, data.batch_size)
     if held_out and trainer.limit_val_batches != 0 and data.validation_tokens // trainer.world_size < batch_size:
         ranks = f" on each of {trainer.world_size} ranks" if trainer.world_size > 1 else ""
         raise InputError(
