@@ -41,6 +41,7 @@ def test_a_fit_command_in_the_documents_parses(command: str, monkeypatch: pytest
     monkeypatch.setattr(MetasaeCLI, "_run_subcommand", lambda self, subcommand: None)
     (tmp_path / "last.ckpt").touch()
     monkeypatch.setattr(lightning_cli, "last_checkpoint", lambda run: "last.ckpt")  # for commands that resume a run
+    monkeypatch.setattr(lightning_cli, "check_settings", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
     for name, overlay in OVERLAYS.items():
         Path(name).write_text(overlay)
