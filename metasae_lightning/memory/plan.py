@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,15 +13,13 @@ from rich.console import Console
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm.device import assign_device
 from metasae_lightning.memory import measure, scaled_copies
+from metasae_lightning.memory.available import available_bytes, processes_on_machine
 from metasae_lightning.memory.measure import PeakMemory
 from metasae_lightning.memory.table import GIB, MemoryItem, MemoryPlan, format_mib
 from metasae_lightning.training.argument_checks import check_widths
 from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO
 from metasae_lightning.training.joint import JointSAE
 from metasae_lightning.training.side_by_side import SideBySide, errors_name_arm
-
-# Memory limit of a control group, version 2 and 1: containers and batch systems enforce it; the machine's own figures ignore it.
-CONTROL_GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def print_and_check_plan(model: Any, data: Any, trainer: Any, limit_gib: float | None = None) -> None:
@@ -68,27 +65,6 @@ def available_by_device(plan: MemoryPlan, trainer: Any, limit_gib: float | None)
     if limit_gib is not None:
         return dict.fromkeys(plan.devices, round(limit_gib * GIB))
     return {device: available_bytes(device, processes_on_machine(trainer)) for device in plan.devices}
-
-
-def processes_on_machine(trainer: Any) -> int:
-    """Number of processes of the run on this machine."""
-    return max(1, getattr(trainer.strategy, "num_processes", 1))
-
-
-def available_bytes(device: str, processes: int = 1) -> int:
-    """The bytes that this process may use on a device.
-
-    On a GPU: its free memory and what this process has reserved. On a CPU: an equal share of the machine's free memory, and what this
-    process holds already; at most its share of the control group's limit.
-    """
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(torch.device(device))[0] + torch.cuda.memory_reserved(torch.device(device))
-    resident = psutil.Process().memory_info().rss
-    available = psutil.virtual_memory().available // processes + resident
-    for file in (Path(path) for path in CONTROL_GROUP_LIMITS):
-        if file.exists() and (limit := file.read_text().strip()).isdigit():
-            available = min(available, int(limit) // processes)
-    return available
 
 
 def weights_plan(model: JointSAE | SideBySide, trainer: Any) -> MemoryPlan:

@@ -20,6 +20,7 @@ from metasae_lightning.callbacks import Export
 from metasae_lightning.cli import main
 from metasae_lightning.errors import InputError
 from metasae_lightning.lm import HuggingFaceLM, LanguageModel, device
+from metasae_lightning.memory import available
 from metasae_lightning.memory import plan as planning
 from metasae_lightning.memory.plan import memory_plan
 from metasae_lightning.memory.table import MemoryItem, MemoryPlan
@@ -286,13 +287,13 @@ def test_a_wrong_hook_is_an_error_of_the_plan(tmp_path: Path):
 def test_a_control_groups_limit_bounds_the_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "max").write_text("max\n")
     (tmp_path / "limit").write_text("123456\n")
-    monkeypatch.setattr(planning, "CONTROL_GROUP_LIMITS", (str(tmp_path / "none"), str(tmp_path / "max")))
-    assert planning.available_bytes("cpu") > 2**27
-    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: SimpleNamespace(available=400 * 2**30))
-    assert planning.available_bytes("cpu", 4) < 110 * 2**30 < planning.available_bytes("cpu")
-    monkeypatch.setattr(planning, "CONTROL_GROUP_LIMITS", (str(tmp_path / "max"), str(tmp_path / "limit")))
-    assert planning.available_bytes("cpu") == 123456
-    assert planning.available_bytes("cpu", 4) == 123456 // 4  # each of four ranks has a quarter
+    monkeypatch.setattr(available, "CONTROL_GROUP_LIMITS", (str(tmp_path / "none"), str(tmp_path / "max")))
+    assert available.available_bytes("cpu") > 2**27
+    monkeypatch.setattr(available.psutil, "virtual_memory", lambda: SimpleNamespace(available=400 * 2**30))
+    assert available.available_bytes("cpu", 4) < 110 * 2**30 < planning.available_bytes("cpu")
+    monkeypatch.setattr(available, "CONTROL_GROUP_LIMITS", (str(tmp_path / "max"), str(tmp_path / "limit")))
+    assert available.available_bytes("cpu") == 123456
+    assert available.available_bytes("cpu", 4) == 123456 // 4  # each of four ranks has a quarter
 
 
 # A meta SAE is measured on 4096 decoder rows at a time: 4096 x 2048 dense latents of 4 and 16 bytes; the primary on 16 rows.
