@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metasae_lightning.report.conclusions import FIGURES
+from metasae_lightning.report.number_format import format_number
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +31,7 @@ def table(record: dict[str, Any]) -> str:
             spread = math.dist(values, [sum(values) / len(values)] * len(values)) / math.sqrt(len(values) - 1) if len(values) > 1 else None
             change = record["changes"].get(name, {}).get(path)
             percent = None if change is None or not change["base"] else change["percent"]
-            change_text = "" if percent is None else f"; {percent[0]:+.1f} %" + interval(percent)
+            change_text = "" if percent is None else f"; {format_number(percent[0], '+.1f')} %" + interval(percent)
             cells.append(mean + (f" ± {spread:{digits}}" if spread is not None else "") + change_text)
         if any(cells):
             lines.append(f"| {label.strip().replace('|', chr(92) + '|')} | " + " | ".join(cells) + " |")
@@ -40,7 +41,7 @@ def table(record: dict[str, Any]) -> str:
 def interval(percent: list[float | None]) -> str:
     """The 95 % interval of a change, in parentheses; empty if there is none."""
     low, high = percent[1:]
-    return "" if low is None or high is None else f" ({low:+.1f} to {high:+.1f})"
+    return "" if low is None or high is None else f" ({format_number(low, '+.1f')} to {format_number(high, '+.1f')})"
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from metasae_lightning.report.load_runs import Arm
+from metasae_lightning.report.number_format import format_number
 from metasae_lightning.report.seeds import Estimate, Group, baseline, difference, headline, reasons_not_comparable
 
 SETTING = "GPT-2 large, blocks.20.hook_resid_pre, 20,480 latents, k 64, a meta SAE of 1,800, one seed"
@@ -61,9 +62,9 @@ class Verdict:
     """The conclusion at the top of the page."""
 
     sentence: str
-    """The answer: whether latents fire together less, at what price, and the figure."""
+    """The answer: how much less latents fire together, and at what price."""
     beside: list[str]
-    """Costs and caveats, a sentence each; without a comparison, the command that makes one possible."""
+    """Intervals, costs and caveats, a sentence each; without a comparison, the command that makes one possible."""
     sure: bool
     """Whether co-firing was compared. The comparison may lack an interval, which the sentence then says."""
 
@@ -81,25 +82,37 @@ def verdict(groups: Sequence[Group]) -> Verdict:
     if change is None:
         lacking = ", ".join(arm.name for arm in arms if arm.figure("phi/excess") is None)
         return Verdict(f"Nothing can be said yet: there is no co-firing measured for {lacking}.", [REMEASURE], False)
-    words = {-1: "fire together less than", 1: "fire together more than", 0: "do not fire together measurably less or more than"}
-    error = difference(group, base, "reconstruction/fvu", "fvu")
-    sentence = f"{group.name}'s latents {words[change.sign]} {base.name}'s{price(error)}. Excess of mean |phi|: {percent(change)}."
+    sentence = f"{group.name}'s latents {co_firing(change)} {base.name}'s{price(difference(group, base, 'reconstruction/fvu', 'fvu'))}."
+    excess = [f"Excess of mean |phi|: {percent(change)}."]
     if math.isnan(change.low):
         sentence = f"Excess of mean |phi| of {group.name} against {base.name}: {percent(change)}; nothing tells how sure that is."
-    return Verdict(sentence, [*costs(group, base), *caveats(change, group, base)], True)
+        excess = []
+    return Verdict(sentence, [*excess, *costs(group, base), *caveats(change, group, base)], True)
+
+
+def co_firing(change: Estimate) -> str:
+    """The change of co-firing as the verdict's verb; a direction only if the interval excludes 0.
+
+    >>> co_firing(Estimate(-0.1, -0.2, -0.05, 3, 1.0)), co_firing(Estimate(-0.1, -0.2, 0.1, 3, 1.0))
+    ('fire together 10.0 % less than', 'do not fire together measurably less or more than')
+    """
+    if not change.sign:
+        return "do not fire together measurably less or more than"
+    amount = f"{abs(change.percent[0]):.1f} % " if change.base else ""
+    return f"fire together {amount}{'more' if change.sign > 0 else 'less'} than"
 
 
 def price(error: Estimate | None) -> str:
     """The change of variance unexplained as a clause for the verdict; a direction only if the interval excludes 0 or there is none.
 
     >>> price(Estimate(0.1, 0.05, 0.2, 3, 1.0)), price(Estimate(0.1, -0.1, 0.2, 3, 1.0)), price(None)
-    (', and 10.0 % more variance is unexplained', ', and the variance unexplained does not differ measurably', '')
+    (', at 10.0 % more unexplained variance', ', at no measurable change of unexplained variance', '')
     """
     if error is None or not error.base:
         return ""
     if not error.sign and not math.isnan(error.low):
-        return ", and the variance unexplained does not differ measurably"
-    return f", and {abs(error.percent[0]):.1f} % {'more' if error.value > 0 else 'less'} variance is unexplained"
+        return ", at no measurable change of unexplained variance"
+    return f", at {abs(error.percent[0]):.1f} % {'more' if error.value > 0 else 'less'} unexplained variance"
 
 
 REMEASURE = "Measure all of them together: metasae test RUN... sets one L0 for all and reads the same text."
@@ -114,13 +127,13 @@ def percent(change: Estimate) -> str:
     value, low, high = change.percent
     if math.isnan(value):
         return f"{change.value:+.3g} from {change.base:.3g}"
-    interval = "" if math.isnan(low) else f" (95 %: {low:+.1f} to {high:+.1f} %)"
-    return f"{value:+.1f} %{interval}"
+    interval = "" if math.isnan(low) else f" (95 %: {format_number(low, '+.1f')} to {format_number(high, '+.1f')} %)"
+    return f"{format_number(value, '+.1f')} %{interval}"
 
 
 def absolute_interval(change: Estimate) -> str:
     """The 95 % interval of a difference, in the difference's unit, as text to put after its number; empty if there is none."""
-    return "" if math.isnan(change.low) else f" (95 %: {change.low:+.4f} to {change.high:+.4f})"
+    return "" if math.isnan(change.low) else f" (95 %: {format_number(change.low, '+.4f')} to {format_number(change.high, '+.4f')})"
 
 
 def costs(group: Group, base: Group) -> list[str]:
@@ -129,17 +142,18 @@ def costs(group: Group, base: Group) -> list[str]:
     if (error := difference(group, base, "reconstruction/fvu", "fvu")) is not None:
         sentences.append(f"Variance unexplained: {percent(error)}.")
     if (loss := difference(group, base, "splice/ce_sae", "ce_sae")) is not None:
-        change = f"{loss.value:+.4f}{absolute_interval(loss)}"
+        change = f"{format_number(loss.value, '+.4f')}{absolute_interval(loss)}"
         sentences.append(f"Loss of the model with the SAE in it: {change}, {loss.base:.4f} with {base.name}'s.")
     if (fve := difference(group, base, "critic/fve")) is not None:
         mean, base_mean = (mean_of(side.values("critic/fve")) for side in (group, base))
-        change = "" if math.isnan(fve.low) else f", a difference of {fve.value:+.4f}{absolute_interval(fve)}"
+        change = "" if math.isnan(fve.low) else f", a difference of {format_number(fve.value, '+.4f')}{absolute_interval(fve)}"
         sentences.append(
             f"A fresh critic explains {mean:.4f} of {group.name}'s decoder and {base_mean:.4f} of {base.name}'s{change}. "
             "Less is more atomic."
         )
     if (mcc := difference(group, base, "recovery/mcc")) is not None:
-        sentences.append(f"Planted features recovered (MCC): {mcc.value:+.4f}{absolute_interval(mcc)}, {mcc.base:.4f} with {base.name}.")
+        change = f"{format_number(mcc.value, '+.4f')}{absolute_interval(mcc)}"
+        sentences.append(f"Planted features recovered (MCC): {change}, {mcc.base:.4f} with {base.name}.")
     return sentences
 
 

@@ -1,9 +1,6 @@
-"""Figures of a report, each as SVG in the colours of the page and as PNG. A figure that no arm has data for is None."""
+"""Figures of a report. A figure that no arm has data for is None."""
 
-import io
-import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -11,20 +8,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from metasae_lightning.report.figure_files import INK, STYLE
 from metasae_lightning.report.load_runs import Arm
-from metasae_lightning.report.seeds import Group
+from metasae_lightning.report.seeds import Estimate, Group, baseline, difference, reasons_not_comparable
 
 # The palette of Okabe and Ito, legible to the colour-blind on white and on black. The first colour is the baseline's.
 COLOURS = ("#7f7f7f", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#a6761d", "#9467bd", "#66a61e")
 MARKERS = "osD^vP*X<>"
-# Placeholder for the text colour, replaced when a figure is written.
-INK = "#010203"
-STYLE: Any = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor"), INK),
-    **{"font.size": 11, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.25, "grid.color": INK, "svg.fonttype": "none"},
-    **{"legend.frameon": False, "legend.fontsize": 9.5, "figure.facecolor": "none", "axes.facecolor": "none", "svg.hashsalt": "metasae"},
-    **{"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False},
-}
 # Characters of a name and entries of a legend at most, so that both fit.
 MAX_NAME = 28
 MAX_IN_LEGEND = 10
@@ -34,47 +24,16 @@ def draw_all(groups: Sequence[Group]) -> dict[str, Figure]:
     """Every figure that has data, by name."""
     with mpl.rc_context(STYLE):
         drawn = {
-            **{"tradeoff": tradeoff(groups), "phi": phi(groups), "decoder": decoder(groups), "critic": critic(groups)},
+            **{
+                "gain": gain(groups),
+                "tradeoff": tradeoff(groups),
+                "phi": phi(groups),
+                "decoder": decoder(groups),
+                "critic": critic(groups),
+            },
             **{"latents": latents(groups), "recovery": recovery(groups), "training": training(groups)},
         }
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def svg_source(figure: Figure) -> str:
-    """A figure as SVG with a placeholder for the text colour: the input of `svg_file` and `svg_element`."""
-    text = io.StringIO()
-    with mpl.rc_context(STYLE):
-        fix_layout(figure)
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return text.getvalue()
-
-
-def svg_file(source: str) -> str:
-    """The SVG as a file of its own, with black text."""
-    return source.replace(INK, "black")
-
-
-def svg_element(source: str) -> str:
-    """The SVG as an element of a page, in the page's text colour and without width, height and ids of groups."""
-    element = source[source.index("<svg") :].replace(INK, "currentColor")
-    for size in ("width", "height"):
-        element = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", element, count=1)
-    return re.sub(r'<g id="[^"]*"', "<g", element)  # ids must be unique, and a page has several figures
-
-
-def save_png(figure: Figure, path: Path) -> None:
-    """Save a figure as PNG, black on white, for papers and slides."""
-    with mpl.rc_context(STYLE):
-        fix_layout(figure)
-        figure.savefig(path, format="png", dpi=200, facecolor="white")
-
-
-def fix_layout(figure: Figure) -> None:
-    """Compute the layout and remove its engine. Matplotlib would compute it twice for each file, which takes as long as drawing."""
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        engine.execute(figure)
-        figure.set_layout_engine(None)
 
 
 def new_figure(columns: int = 1, rows: int = 1, height: float = 3.6) -> tuple[Figure, Any]:
@@ -106,6 +65,55 @@ def add_legend(axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if 1 < len(labels) <= MAX_IN_LEGEND:
         axes.legend(handles, labels)
+
+
+def gain(groups: Sequence[Group]) -> Figure | None:
+    """Less co-firing against the variance unexplained that it costs, both in percent of the baseline: a point for each other group."""
+    base = baseline(groups)
+    changes = {} if base is None else {group.name: change for group in groups if (change := gain_and_cost(group, base)) is not None}
+    if base is None or not changes:
+        return None
+    figure, (axes,) = new_figure(height=3.9)
+    index_of = {group.name: index for index, group in enumerate(groups)}
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.plot(0, 0, markersize=9, linestyle="none", **group_style(index_of[base.name]))
+    points = {base.name: (0.0, 0.0)}
+    for name, (less, cost) in changes.items():
+        (x, *x_ends), (y, *y_ends) = cost.percent, less.percent
+        bars = {
+            "xerr": np.abs(np.nan_to_num([[end - x] for end in x_ends])),
+            "yerr": np.abs(np.nan_to_num([[end - y] for end in y_ends[::-1]])),
+        }
+        axes.errorbar(x, -y, elinewidth=1.2, markersize=9, linestyle="none", **bars, **group_style(index_of[name]))
+        points[name] = x, -y
+    axes.margins(0.12)
+    label_points(axes, points)
+    axes.text(0.02, 0.99, "↖ better", transform=axes.transAxes, verticalalignment="top", alpha=0.8)
+    of_base = f"than {short_name(base.name)}"
+    axes.set(xlabel=f"cost: % more variance unexplained {of_base}", ylabel=f"gain: fires together % less {of_base}")
+    return figure
+
+
+def label_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write the names of points beside them; points in one place share a label."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    names: dict[tuple[int, int], list[str]] = {}
+    for name, (x, y) in points.items():
+        names.setdefault((round(50 * (x - left) / (right - left)), round(50 * (y - bottom) / (top - bottom))), []).append(name)
+    for (column, _), members in names.items():
+        is_left = column < 30
+        text = ", ".join(map(short_name, members[:3])) + (f" and {len(members) - 3} more" if len(members) > 3 else "")
+        offset, side = (9 if is_left else -9, 7), "left" if is_left else "right"
+        axes.annotate(text, points[members[0]], offset, textcoords="offset points", horizontalalignment=side)
+
+
+def gain_and_cost(group: Group, base: Group) -> tuple[Estimate, Estimate] | None:
+    """Changes of co-firing and of variance unexplained of a group; None for the baseline and without a comparison in percent."""
+    if group is base or reasons_not_comparable([*base.arms, *group.arms]):
+        return None
+    less, cost = difference(group, base, "phi/excess", "phi_excess"), difference(group, base, "reconstruction/fvu", "fvu")
+    return (less, cost) if less is not None and cost is not None and less.base and cost.base else None
 
 
 def tradeoff(groups: Sequence[Group]) -> Figure | None:

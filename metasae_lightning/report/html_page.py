@@ -14,12 +14,14 @@ from typing import Any
 from metasae_lightning.report import conclusions
 from metasae_lightning.report.conclusions import FIGURES, PaperComparison, Verdict
 from metasae_lightning.report.load_runs import Arm
+from metasae_lightning.report.number_format import format_number
 from metasae_lightning.report.seeds import Estimate, Group, baseline, difference, threshold_rule
 
 HERE = Path(__file__).parent
 # A gzip level: 7 takes two and a half times as long for 5 % less.
 COMPRESSION = 5
 CAPTIONS = {
+    "gain": "Change against the baseline: higher is less co-firing, further left a better reconstruction. Bars are 95 % intervals.",
     "tradeoff": "Co-firing against variance unexplained on test documents, a point for each arm: lower is less co-firing, further left a "
     "better reconstruction. Bars are 95 % intervals over documents.",
     "phi": "Distribution of |phi| over pairs of latents (values below 1e-5 are in the first step), and its difference from the baseline's.",
@@ -53,7 +55,7 @@ def page(
     """The whole page; `latent_data` is the result of `packed_latents`."""
     arms = [arm for group in groups for arm in group.arms]
     sections = [
-        verdict_box(verdict),
+        verdict_box(verdict, figure_elements.get("gain", "")),
         missing_box(arms),
         section("Figures side by side", figures_table(groups)),
         section("Beside the paper", paper_table(comparisons)),
@@ -95,9 +97,10 @@ def bullet_list(lines: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{html_text(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
-def verdict_box(verdict: Verdict) -> str:
-    """The box with the conclusion."""
-    return f'<div class="verdict"><p>{html_text(verdict.sentence)}</p>{bullet_list(verdict.beside)}</div>'
+def verdict_box(verdict: Verdict, figure: str) -> str:
+    """The box with the conclusion and, beside it, the figure of gain and cost (empty without one)."""
+    picture = figure and f"<figure>{figure}<figcaption>{html_text(CAPTIONS['gain'])}</figcaption></figure>"
+    return f'<div class="verdict"><div><p>{html_text(verdict.sentence)}</p>{bullet_list(verdict.beside)}</div>{picture}</div>'
 
 
 def missing_box(arms: Sequence[Arm]) -> str:
@@ -106,9 +109,9 @@ def missing_box(arms: Sequence[Arm]) -> str:
     return f'<section><h2>Missing</h2><div class="verdict missing">{bullet_list(lines)}</div></section>' if lines else ""
 
 
-def format_number(value: float, digits: str) -> str:
+def html_number(value: float, spec: str) -> str:
     """A number in a format, with a typographic minus; a dash if it is not finite."""
-    return f"{value:{digits}}".replace("-", MINUS) if math.isfinite(value) else DASH
+    return format_number(value, spec).replace("-", MINUS) if math.isfinite(value) else DASH
 
 
 def figures_table(groups: Sequence[Group]) -> str:
@@ -146,13 +149,13 @@ def cell(group: Group, base: Group | None, path: str, name: str, digits: str) ->
     spread = ""
     if len(values) > 1:
         deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-        spread = f"± {format_number(deviation, digits)}"
+        spread = f"± {html_number(deviation, digits)}"
     elif (interval := ((group.first.entry or {}).get("intervals") or {}).get(name)) and None not in interval:
-        spread = f"{format_number(interval[0], digits)} to {format_number(interval[1], digits)}"
+        spread = f"{html_number(interval[0], digits)} to {html_number(interval[1], digits)}"
     # A change in percent of a percentage would confuse.
     change = [] if base is None or group is base or digits.endswith("%") else percent_change(difference(group, base, path, name))
     small = "".join(f"<small>{part}</small>" for part in (spread, *change) if part)
-    return f"<td>{format_number(mean, digits)}{small}</td>"
+    return f"<td>{html_number(mean, digits)}{small}</td>"
 
 
 def percent_change(change: Estimate | None) -> list[str]:
@@ -160,9 +163,7 @@ def percent_change(change: Estimate | None) -> list[str]:
     if change is None or not change.base:
         return []
     value, low, high = change.percent
-    return [f"{format_number(value, '+.1f')} %"] + (
-        [] if math.isnan(low) else [f"{format_number(low, '+.1f')} to {format_number(high, '+.1f')}"]
-    )
+    return [f"{html_number(value, '+.1f')} %"] + ([] if math.isnan(low) else [f"{html_number(low, '+.1f')} to {html_number(high, '+.1f')}"])
 
 
 def paper_table(comparisons: Sequence[PaperComparison]) -> str:
@@ -173,13 +174,13 @@ def paper_table(comparisons: Sequence[PaperComparison]) -> str:
     for row in comparisons:
         kind = ' class="chosen"' if (row.weight, row.sigma_sq) == conclusions.RECOMMENDED else ""
         cells = [
-            f"{format_number(row.phi, '+.1f')} %",
+            f"{html_number(row.phi, '+.1f')} %",
             our_change(row.our_phi),
             our_change(row.our_excess),
-            f"{format_number(row.error, '+.1f')} %",
+            f"{html_number(row.error, '+.1f')} %",
             our_change(row.our_error),
         ]
-        cells += [DASH if value is None else f"{format_number(value, '.1f')} %" for value in (row.loss, row.our_loss)]
+        cells += [DASH if value is None else f"{html_number(value, '.1f')} %" for value in (row.loss, row.our_loss)]
         row_html = "".join(f"<td{kind}>{value}</td>" for value in cells)
         lines.append(f"<tr><td{kind}>{row.weight:g}, {row.sigma_sq:g}</td>{row_html}</tr>")
     heads = ("weight, sigma²", "mean |phi|, paper", "here", "its excess, here", "error, paper", "here", "loss added, paper", "here")
@@ -200,7 +201,11 @@ def our_change(change: Estimate | None) -> str:
 
 def figure_gallery(figure_elements: Mapping[str, str]) -> str:
     """The figures with their captions."""
-    captioned = [f"<figure>{svg}<figcaption>{html_text(CAPTIONS[name])}</figcaption></figure>" for name, svg in figure_elements.items()]
+    captioned = [
+        f"<figure>{svg}<figcaption>{html_text(CAPTIONS[name])}</figcaption></figure>"
+        for name, svg in figure_elements.items()
+        if name != "gain"
+    ]
     return f'<div class="figures">{"".join(captioned)}</div>' if captioned else ""
 
 

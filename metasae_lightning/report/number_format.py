@@ -1,4 +1,6 @@
-"""Numbers as text, for tables and model cards."""
+"""Numbers as text, for tables, conclusions and model cards."""
+
+import re
 
 FORMATS = {"dead": ".1%", "l0": ".2f"}
 
@@ -13,4 +15,14 @@ def format_value(name: str, value: float | None, default: str = ".4g") -> str:
     """
     if value is None:
         return ""
-    return format(value, FORMATS.get(name, default))
+    return format_number(value, FORMATS.get(name, default))
+
+
+def format_number(value: float, spec: str) -> str:
+    """A number in a format; a number that is rounded to zero has no sign.
+
+    >>> format_number(-0.04, "+.1f"), format_number(0.04, "+.1f"), format_number(-0.06, "+.1f"), format_number(-1e-5, ".1%")
+    ('0.0', '0.0', '-0.1', '0.0%')
+    """
+    text = format(value, spec)
+    return text if re.search(r"[1-9]", re.sub(r"e.*", "", text)) or "n" in text else text.lstrip("+-")

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from metasae_lightning.report.conclusions import FIGURES
+from metasae_lightning.report.number_format import format_number
 from metasae_lightning.report.seeds import baseline, difference, threshold_rule
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def overview(study: "Study") -> Table:
             change = None if base is None or group is base else difference(group, base, path, name)
             if change is not None and change.base and not digits.endswith("%"):
                 value, low, high = change.percent
-                lines += [f"{value:+.1f} %"] + ([] if math.isnan(low) else [f"{low:+.1f} to {high:+.1f}"])
+                lines += [f"{format_number(value, '+.1f')} %"]
+                lines += [] if math.isnan(low) else [f"{format_number(low, '+.1f')} to {format_number(high, '+.1f')}"]
             cells.append("\n".join(lines))
         table.add_row(escape(group.name) + (f"\n{len(group.arms)} seeds" if len(group.arms) > 1 else ""), *cells)
     return table

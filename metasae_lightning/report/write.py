@@ -14,7 +14,7 @@ from typing import Any
 from metasae_lightning import run_folder
 from metasae_lightning.atomic_files import draft_of
 from metasae_lightning.errors import InputError
-from metasae_lightning.report import figures
+from metasae_lightning.report import figure_files, figures
 from metasae_lightning.report.conclusions import FIGURES, PaperComparison, Verdict, compare_with_paper, verdict
 from metasae_lightning.report.html_page import packed_latents, page
 from metasae_lightning.report.latent_browser import browsed_latents, matches_of_arms, read_decoder
@@ -128,10 +128,10 @@ def write_figures(study: Study, folder: Path) -> dict[str, str]:
         # A name may be in a script that the font lacks: an SVG leaves glyphs to the browser.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         for name, figure in figures.draw_all(study.groups).items():
-            source = figures.svg_source(figure)
-            (folder / f"{name}.svg").write_text(figures.svg_file(source))
-            figures.save_png(figure, folder / f"{name}.png")
-            elements[name] = figures.svg_element(source)
+            source = figure_files.svg_source(figure)
+            (folder / f"{name}.svg").write_text(figure_files.svg_file(source))
+            figure_files.save_png(figure, folder / f"{name}.png")
+            elements[name] = figure_files.svg_element(source)
     return elements
 
 

@@ -24,6 +24,8 @@ from metasae_lightning import functional, report
 from metasae_lightning.cli import main
 from metasae_lightning.report import latent_browser, study, write
 from metasae_lightning.report.conclusions import PAPER_RESULTS
+from metasae_lightning.report.figures import gain
+from metasae_lightning.report.html_page import figures_table
 from metasae_lightning.report.latent_browser import browsed_latents, matches_of_arms, read_decoder
 from metasae_lightning.report.load_runs import Arm, load_arms, training_curves
 from metasae_lightning.report.seeds import Group, baseline, difference, group_by_recipe, headline
@@ -208,9 +210,9 @@ def arm(name: str, weight: float | None, seed: int, record: dict[str, Any]) -> A
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ((-3e-5, -3.1e-5, -2.9e-5), "joint's latents fire together less than solo's, and 5.0 % more variance is unexplained. Excess"),
-        ((3e-5, 3.1e-5, 2.9e-5), "fire together more than solo's, and 5.0 % more variance is unexplained"),
-        ((-3e-5, 4e-5, 1e-6), "do not fire together measurably less or more than solo's, and 5.0 % more"),
+        ((-3e-5, -3.1e-5, -2.9e-5), "joint's latents fire together 29.7 % less than solo's, at 5.0 % more unexplained variance."),
+        ((3e-5, 3.1e-5, 2.9e-5), "fire together 29.7 % more than solo's, at 5.0 % more unexplained variance."),
+        ((-3e-5, 4e-5, 1e-6), "do not fire together measurably less or more than solo's, at 5.0 % more"),
     ],
 )
 def test_the_verdict_states_a_direction_only_if_the_interval_excludes_zero(changes: tuple[float, ...], sentence: str):
@@ -222,11 +224,37 @@ def test_the_verdict_states_a_direction_only_if_the_interval_excludes_zero(chang
     assert any("over 3 seeds" in line for line in verdict.beside)
 
 
+def test_no_figure_that_is_rounded_to_zero_has_a_sign():
+    arms = [arm(f"solo-seed{seed}", None, seed, entry(1e-4)) for seed in range(3)]
+    arms += [arm(f"joint-seed{seed}", 0.3, seed, entry(1e-4 - 1e-9 * (1 + seed), 0.2 - 1e-6 * (1 + seed))) for seed in range(3)]
+    groups = group_by_recipe(arms)
+    result = report.verdict(groups)
+    assert "0.0 %" in result.beside[0]
+    text = " ".join([result.sentence, *result.beside, figures_table(groups)]).replace("&minus;", "-")
+    assert not re.search(r"[-+]0\.0+(?![0-9e])", text)
+
+
+def test_the_figure_of_gain_and_cost_has_a_point_for_each_comparable_group():
+    def labels(*arms: Arm) -> list[str] | None:
+        figure = gain(group_by_recipe(arms))
+        return None if figure is None else [text.get_text() for text in figure.axes[0].texts]
+
+    solo = arm("solo", None, 0, entry(1e-4, 0.2))
+    joint, control = arm("joint", 0.3, 0, entry(0.9e-4, 0.22)), arm("control", 0.0, 0, entry(1e-4, 0.2))
+    elsewhere = arm("elsewhere", 1.0, 0, entry(1e-5, 0.22, tokens=10))
+    assert labels(solo, joint, control, elsewhere) == ["solo, control", "joint", "↖ better"]
+    figure = gain(group_by_recipe([solo, joint]))
+    assert figure is not None
+    x, y = figure.axes[0].containers[0].lines[0].get_data()  # type: ignore[attr-defined]
+    assert (x[0], y[0]) == pytest.approx((10, 10))  # 10 % more error, 10 % less co-firing
+    assert labels(solo) is None and labels(solo, elsewhere) is None
+
+
 def test_the_verdict_names_no_price_that_its_interval_does_not_show():
     arms = [arm(f"solo-seed{seed}", None, seed, entry(1e-4, 0.2)) for seed in range(3)]
     arms += [arm(f"joint-seed{seed}", 0.3, seed, entry(1e-4 - 3e-5, 0.2 + change)) for seed, change in enumerate((-0.01, 0.03, 0.01))]
     sentence = report.verdict(group_by_recipe(arms)).sentence
-    assert "the variance unexplained does not differ measurably" in sentence and "more variance" not in sentence
+    assert "at no measurable change of unexplained variance" in sentence and "% more unexplained" not in sentence
 
 
 def test_arms_evaluated_on_other_tokens_text_thresholds_or_l0_are_not_compared():
@@ -341,7 +369,7 @@ def test_missing_results_are_named_and_the_others_are_plotted(evaluated_run: Pat
         for words in (f"{name}: {part}" for part in parts):
             assert words in out and words in text
     assert "no metrics.csv" in text
-    assert {path.stem for path in (run / "report").glob("*.svg")} == {"tradeoff", "phi", "decoder", "critic", "latents"}
+    assert {path.stem for path in (run / "report").glob("*.svg")} == {"gain", "tradeoff", "phi", "decoder", "critic", "latents"}
     assert [arm_latents["name"] for arm_latents in latents_in_page((run / "report.html").read_text())] == ["joint-seed0"]
     # A run that has only its config.
     bare = tmp_path / "bare"
