@@ -16,10 +16,13 @@ from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.compare import compare, differences
 from metasae_lightning.evaluation.evaluate import Evaluation, evaluate
+from metasae_lightning.evaluation.latents_record import latents_record
 from metasae_lightning.evaluation.matched_l0 import target_l0, validation_activations
+from metasae_lightning.evaluation.promoted_tokens import promoted_tokens
 from metasae_lightning.evaluation.result_cache import hash_settings
 from metasae_lightning.evaluation.saes import EvaluatedSAE, device_of, select_hook
-from metasae_lightning.evaluation.top_contexts import latents_record, top_contexts
+from metasae_lightning.evaluation.settings import Settings
+from metasae_lightning.evaluation.top_contexts import top_contexts
 from metasae_lightning.sae import pretrained
 from metasae_lightning.sae.thresholds import calibrate
 
@@ -35,12 +38,12 @@ def evaluate_saes(args: Namespace) -> int:
     results = evaluate(saes, data, settings)
     for result in results[1:]:
         result.entry["against"] = {"weights": results[0].entry["weights"], "differences": differences(results[0], result, settings)}
-    tokenizer = data.language_model.tokenizer if isinstance(data, ActivationsDataModule) else None
+    model = data.language_model if isinstance(data, ActivationsDataModule) else None
     latents: dict[str, bytes] = {}
     for result in results:
         write_evaluation(result)
         key = hash_settings(result.collected.cache_key)  # arms may hold the same SAE
-        latents[key] = latents.get(key) or latents_file(result, tokenizer, settings.contexts)
+        latents[key] = latents.get(key) or latents_file(result, model, settings)
         run_folder.write_file(result.collected.subject.folder / "latents.json.gz", latents[key])
     Console().print(report.evaluations({result.collected.subject.name: result.entry for result in results}))
     return 0
@@ -117,12 +120,13 @@ def write_evaluation(result: Evaluation) -> None:
     logger.finalize("success")
 
 
-def latents_file(result: Evaluation, tokenizer: Any | None, count: int) -> bytes:
-    """The gzipped JSON that the report's latent browser reads: each latent's firings, largest activation and `count` top contexts.
-
-    Without a tokenizer there are no contexts.
-    """
-    text = json.dumps(run_folder.null_non_finite(latents_record(result.collected, tokenizer, count=count)), ensure_ascii=False)
+def latents_file(result: Evaluation, model: Any | None, settings: Settings) -> bytes:
+    """The gzipped JSON that the report's latent browser reads (see `latents_record`). Without a language model it has no texts."""
+    record = latents_record(result.collected, model and model.tokenizer, count=settings.contexts, memory_gib=settings.memory_gib)
+    if model is not None:
+        live = [latent for latent, count in enumerate(record["firings"]) if count]
+        record |= promoted_tokens(result.collected.subject, model, live)
+    text = json.dumps(run_folder.null_non_finite(record), ensure_ascii=False)
     return gzip.compress(text.encode(errors="replace"), compresslevel=6, mtime=0)
 
 

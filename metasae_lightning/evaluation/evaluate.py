@@ -15,6 +15,7 @@ from metasae_lightning.evaluation.bootstrap import PhiByGroup, bootstrap_weights
 from metasae_lightning.evaluation.collect import CollectedCodes, SplicedLosses, collect, collect_spliced_losses
 from metasae_lightning.evaluation.held_out_text import json_values, split_stream, stream_cache_key
 from metasae_lightning.evaluation.matched_l0 import at_matched_l0
+from metasae_lightning.evaluation.result_cache import Entry
 from metasae_lightning.evaluation.saes import EvaluatedSAE, check_same_activations, device_of, select_hook
 from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.metrics.cofiring import Phi
@@ -32,6 +33,8 @@ GROUPS = 64
 DENSITIES = torch.arange(-7, 0.01, 0.25, dtype=torch.float64)
 # Bins of the cosine between a decoder row and its nearest.
 COSINES = torch.linspace(0, 1, 51, dtype=torch.float64)
+# Latents that each latent fires together with most, in phi.
+PARTNERS = 6
 # Bins of log10 |phi|.
 CORRELATIONS = torch.arange(-5, 0.01, 0.125, dtype=torch.float64)
 
@@ -109,28 +112,37 @@ def measure_all(collected: CollectedCodes, spliced: SplicedLosses | None, settin
 
 def latents(collected: CollectedCodes, settings: Settings) -> dict[str, Any]:
     """Firing rates and co-firing of latents."""
-    width = len(collected.subject.W_dec)
-    dead, phi = DeadLatents(width).to(collected.device), Phi(width, memory_gib=settings.memory_gib)
+    dead = DeadLatents(len(collected.subject.W_dec)).to(collected.device)
     for codes, _ in collected.codes(collected.device):
         dead.update(codes)
-        phi.update(codes)
     density = dead.density().cpu()
     fired = density[density > 0].log10()
     counts = torch.histogram(fired.clamp(float(DENSITIES[0]), 0), DENSITIES).hist.int().tolist()
-
-    def pairs() -> dict[str, Tensor]:
-        log.info(phi.plan())
-        counted = phi.count()
-        return {**phi.results(counted), "log10_abs": counted.by_decade(CORRELATIONS)}
-
-    figures = collected.subject.result_cache.get_or_compute(
-        "phi-pairs", {**collected.cache_key, "all": collected.text_hashes, "edges": CORRELATIONS.tolist()}, pairs
-    )
-    histogram = {"edges": CORRELATIONS.tolist(), "pairs": figures.pop("log10_abs").long().tolist()}
+    figures = dict(phi_of_pairs(collected, settings.memory_gib))
+    pairs = figures.pop("log10_abs").long().tolist()
     return {
         "latents": {**floats(dead.compute()), "log10_density": {"edges": DENSITIES.tolist(), "latents": counts}},
-        "phi": {**floats(figures), "log10_abs": histogram},
+        "phi": {
+            **{name: value.item() for name, value in figures.items() if not value.ndim},
+            "log10_abs": {"edges": CORRELATIONS.tolist(), "pairs": pairs},
+        },
     }
+
+
+def phi_of_pairs(collected: CollectedCodes, memory_gib: float) -> Entry:
+    """Cached entry of the co-firing of all pairs: the figures of `Phi`, the histogram `log10_abs`, and each latent's `partners`."""
+
+    def count() -> Entry:
+        phi = Phi(len(collected.subject.W_dec), memory_gib=memory_gib)
+        for codes, _ in collected.codes(collected.device):
+            phi.update(codes)
+        log.info(phi.plan())
+        counted = phi.count(PARTNERS)
+        partners = {"partners": counted.partners, "partner_phi": counted.partner_phi}
+        return {**phi.results(counted), "log10_abs": counted.by_decade(CORRELATIONS), **partners}
+
+    key = {**collected.cache_key, "all": collected.text_hashes, "edges": CORRELATIONS.tolist(), "partners": PARTNERS}
+    return collected.subject.result_cache.get_or_compute("phi-pairs", key, count)
 
 
 def recovery(collected: CollectedCodes, features: Tensor, stream: Any) -> dict[str, float]:

@@ -21,7 +21,7 @@ class Settings:
         critic_seeds: Number of fresh meta SAEs (critics) trained on the decoder and on each null; 0 skips this.
         critic_steps: Training steps of each critic.
         cuda_graph: On a GPU, train critics by a CUDA graph: the same critics in less time.
-        contexts: Top documents to store for each latent; 0 stores none.
+        contexts: Top documents to store for each latent, beside seven firings by quantile of activation; 0 stores no text.
         resamples: Bootstrap resamples of documents for intervals, and permutations of documents for p values.
         memory_gib: Memory for counting pairs of latents, in GiB, beside the firings.
         seed: Seed of the bootstrap and of the permutations.

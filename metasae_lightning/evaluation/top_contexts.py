@@ -99,21 +99,3 @@ class Spelling:
             return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
         return decoded([*self._before, *tokens])[len(decoded(self._before)) :]
-
-
-def latents_record(collected: CollectedCodes, tokenizer: Any | None, *, count: int = 3) -> dict[str, Any]:
-    """Number of firings and largest activation of every latent, and top contexts of live latents, if there is a tokenizer."""
-    width = len(collected.subject.W_dec)
-    firings = torch.zeros(width, dtype=torch.long, device=collected.device)
-    maximum = torch.zeros(width, device=collected.device)
-    for codes, _ in collected.codes(collected.device):
-        firings += codes.firings()
-        maximum = maximum.scatter_reduce(0, codes.latents, codes.values, "amax")
-    firings, maximum = firings.cpu(), maximum.cpu()
-    live = firings.nonzero().flatten().tolist()
-    contexts = top_contexts(collected, live, tokenizer, count=count) if tokenizer is not None and count else {}
-    return {
-        **{"weights": collected.subject.cache_key["sae"], "tokens": int(collected.reconstruction.tokens)},
-        **{"firings": firings.tolist(), "maximum": [float(f"{value:.4g}") for value in maximum.tolist()]},
-        "contexts": {str(latent): [vars(context) for context in contexts[latent]] for latent in sorted(contexts)},
-    }

@@ -76,6 +76,16 @@ class LayersBeforeHook:
         return self.output
 
 
+def unembedding(root: Any) -> tuple[Tensor | None, nn.Module | None]:
+    """The weight that turns the last activations into logits, of shape (vocabulary, d_model), and the norm before it; None if not found."""
+    if hasattr(root, "hook_dict"):
+        return root.W_U.T, getattr(root, "ln_final", None)
+    head = root.get_output_embeddings()
+    around_layers = root.get_submodule(layer_stack_path(root).rpartition(".")[0])
+    norms = [module for module in around_layers.children() if "Norm" in type(module).__name__]
+    return getattr(head, "weight", None), norms[-1] if norms else None
+
+
 class Predictor(ABC):
     """The part of a language model that computes predictions. `LanguageModel` completes it."""
 
@@ -112,6 +122,25 @@ class Predictor(ABC):
             raise RuntimeError(f"{self.name}: the layers after the hook are not loaded; use the model that complete() returns")
         once = len(edits) > 1 and self._can_run_layers_once()
         yield from self._passes(tokens, visible, edits, once=once)
+
+    def logits_of_directions(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocabulary"] | None:
+        """Logits that directions of the residual stream add, up to a scale for each row, as if no later layer read them.
+
+        The rows are multiplied by the gain of the final norm, and centred where it centres. None if the model has no unembedding of this
+        width. The model need not be complete.
+        """
+        weight, norm = unembedding(self._loaded_root())
+        if weight is None or weight.shape[1] != rows.shape[1]:
+            return None
+        rows = rows.to(weight)
+        if norm is not None:
+            # Of variance 1 and mean 0, so that a norm changes nothing but the scale of each coordinate.
+            signs = 1 - 2 * (torch.arange(rows.shape[1], device=rows.device) % 2).to(rows)
+            normed, opposite, shifted = norm(torch.stack([signs, -signs, signs + 1])[:, None])[:, 0]
+            if torch.allclose(normed, shifted, rtol=1e-2, atol=1e-3):
+                rows = rows - rows.mean(1, keepdim=True)
+            rows = rows * (normed - opposite) / 2 * signs
+        return (rows @ weight.T).float()
 
     def _passes(self, tokens: Tensor, visible: Tensor | None, edits: Sequence[Edit | None], *, once: bool) -> Iterator[Tensor]:
         """Yield the logits of one forward pass for each edit."""

@@ -32,6 +32,10 @@ class PairSums:
     """Pairs whose phi is positive."""
     bins: Float[Tensor, " bin"]
     """Histogram of |phi|; bins are equal steps of its square root from 0 to 1."""
+    partners: Int[Tensor, "latent partner"]
+    """The latents that each latent has the largest phi with, largest first."""
+    partner_phi: Float[Tensor, "latent partner"]
+    """Their phi; -inf where a latent, or its partner, is not live."""
 
     def by_decade(self, edges: Float[Tensor, " edge"]) -> Float[Tensor, " bin"]:
         """Number of pairs between edges of log10 |phi|; pairs beyond the first or last edge count in the first or last bin."""
@@ -149,21 +153,26 @@ class Phi(Metric):
         """The figures named in the class, and the numbers of `live` latents (of the first SAE), `pairs` and `tokens`."""
         return self.results(self.count())
 
-    def count(self) -> "PairSums":
-        """Count all pairs of live latents."""
+    def count(self, partners: int = 0) -> "PairSums":
+        """Count all pairs of live latents, and find each latent's `partners` largest phi."""
         firings, other = self.firings()
         n, n_i, n_j = float(firings.tokens), firings.counts, other.counts
         live_i, live_j = self._live(n_i, n), self._live(n_j, n)
         sums, bins, latents = n_i.new_zeros(2), n_i.new_zeros(BINS), torch.arange(max(len(n_i), len(n_j)), device=n_i.device)
+        best: list[tuple[Tensor, Tensor]] = []
         for start, phi in self._tiles(firings, other, n_i, n_j):
             counted = live_i[start : start + len(phi), None] & live_j[None]
+            if partners:
+                is_pair = counted & (latents[: len(n_j)] != latents[start : start + len(phi), None]) if self.other is None else counted
+                best.append(phi.where(is_pair, -torch.inf).topk(min(partners, len(n_j))))
             if self.other is None:  # each pair once, without self-pairs
                 counted &= latents[: len(n_j)] > latents[start : start + len(phi), None]
             tile_sums, tile_bins = pair_sums(phi, counted)
             sums += tile_sums
             bins += tile_bins
         total, positive = sums.tolist()
-        return PairSums(total, int(positive), bins.cpu())
+        phi, partner = (torch.cat(side).cpu() for side in zip(*best, strict=True)) if best else (n_i.new_zeros(len(n_i), 0),) * 2
+        return PairSums(total, int(positive), bins.cpu(), partner.long(), phi)
 
     @staticmethod
     def _live(counts: Tensor, n: float) -> Tensor:

@@ -1,7 +1,5 @@
 """The HTML page: one self-contained file. All text from runs is escaped."""
 
-import base64
-import gzip
 import json
 import math
 import re
@@ -9,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from metasae_lightning.report import conclusions
 from metasae_lightning.report.conclusions import FIGURES, PaperComparison, Verdict
@@ -18,8 +15,6 @@ from metasae_lightning.report.number_format import format_number
 from metasae_lightning.report.seeds import Estimate, Group, baseline, difference, threshold_rule
 
 HERE = Path(__file__).parent
-# A gzip level: 7 takes two and a half times as long for 5 % less.
-COMPRESSION = 5
 CAPTIONS = {
     "gain": "Change against the baseline: higher is less co-firing, further left a better reconstruction. Bars are 95 % intervals.",
     "tradeoff": "Co-firing against variance unexplained on test documents, a point for each arm: lower is less co-firing, further left a "
@@ -34,13 +29,14 @@ CAPTIONS = {
 }
 # HTML entities.
 MINUS, DASH = "&minus;", "&ndash;"
+# Scores that the list of latents is sorted by, and the direction that comes first.
 ORDERS = {
-    "density": "commonest first",
-    "rare": "rarest first",
-    "strong": "strongest first",
-    "near": "nearest neighbour first",
-    "match": "least like the other arm",
-    "number": "by number",
+    "density": "firing rate",
+    "strong": "largest activation",
+    "partner": "phi with a partner",
+    "near": "cosine with a neighbour",
+    "match": "cosine with the other arm",
+    "number": "number",
 }
 
 
@@ -50,9 +46,11 @@ def page(
     verdict: Verdict,
     comparisons: Sequence[PaperComparison],
     figure_elements: Mapping[str, str],
-    latent_data: str,
+    latent_data: str = "",
+    *,
+    reads_files: bool = False,
 ) -> str:
-    """The whole page; `latent_data` is the result of `packed_latents`."""
+    """The whole page. `latent_data` is the compressed result of `page_data`; `reads_files` allows the page to load scripts beside it."""
     arms = [arm for group in groups for arm in group.arms]
     sections = [
         verdict_box(verdict, figure_elements.get("gain", "")),
@@ -69,7 +67,9 @@ def page(
         script=(HERE / "page.js").read_text(),
         sections="\n".join(part for part in sections if part),
         footer="Written by metasae-lightning from saved results; it measures nothing itself and asks no server for anything.",
-        data=latent_data,
+        data=f'<script type="text/plain" id="latents">{latent_data}</script>' if latent_data else "",
+        # `'self'` matches no file in some browsers.
+        script_sources="'unsafe-inline' 'self' file:" if reads_files else "'unsafe-inline'",
     )
 
 
@@ -210,23 +210,18 @@ def figure_gallery(figure_elements: Mapping[str, str]) -> str:
 
 
 def latent_controls() -> str:
-    """Controls and the empty list that `page.js` fills with latents."""
+    """Controls and the empty list and card that `page.js` fills."""
     options = "".join(f'<option value="{key}">{words}</option>' for key, words in ORDERS.items())
     return (
         '<div class="controls"><label>SAE<select id="arm"></select></label>'
-        '<label class="wide">Search<input id="search" type="search" placeholder="text, or a latent\'s number" autocomplete="off"></label>'
-        f'<label>Order<select id="sort">{options}</select></label></div>'
-        '<p id="count" aria-live="polite">The list needs JavaScript.</p><div id="list"></div>'
-        '<button id="more" type="button" hidden>More</button>'
+        '<label class="wide">Search<input id="search" type="search" placeholder="a token, a text, or a number" autocomplete="off"></label>'
+        f'<label>Sort by<select id="sort">{options}</select></label>'
+        '<button id="direction" type="button" aria-label="Reverse the order">↓</button></div>'
+        '<p id="count" class="note" aria-live="polite">The list needs JavaScript.</p>'
+        '<div class="explorer"><div id="list" role="listbox" tabindex="0" aria-label="Latents"></div><article id="latent"></article></div>'
+        '<p class="note keys"><kbd>j</kbd> <kbd>k</kbd> next and previous latent, <kbd>/</kbd> search, <kbd>m</kbd> match in the other '
+        "arm, <kbd>r</kbd> reverse the order</p>"
     )
-
-
-def packed_latents(latents: list[dict[str, Any]]) -> str:
-    """The `<script>` element with the latents for `page.js`: compressed JSON in base64, which needs no escaping. Empty without latents."""
-    if not latents:
-        return ""
-    data = gzip.compress(json.dumps(latents, separators=(",", ":")).encode(), COMPRESSION, mtime=0)
-    return f'<script type="text/plain" id="latents">{base64.b64encode(data).decode()}</script>'
 
 
 def measurement_notes(arms: Sequence[Arm]) -> str:

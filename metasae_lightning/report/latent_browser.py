@@ -1,10 +1,10 @@
-"""Single latents for the page: where each fires, its nearest latents, its match in the other arm, and its meta-latents.
+"""Single latents for the page: where each fires and with which others, its nearest latents, its match and its meta-latents.
 
 NumPy reads decoders and JumpReLU encoders, so that most pages need no torch. Other SAEs are loaded with SAELens.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,17 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metasae_lightning.errors import InputError
+from metasae_lightning.report.example_texts import Example, examples_of
 from metasae_lightning.report.load_runs import Arm
 
 Matrix: TypeAlias = NDArray[np.float32]
 # Index and value.
 Pair: TypeAlias = list[float]
 # Per latent: nearest decoder rows and meta-latents that are shown; per meta-latent: latents that are shown.
-NEIGHBOURS, METAS, SHARING = 4, 4, 6
+NEIGHBOURS, METAS, SHARING = 6, 4, 8
 # Decoder rows whose cosines with all others are in memory at once.
 ROWS = 1024
 # Segments of a row whose maxima bound its largest values.
 SEGMENTS = 64
+# Fields of a latent and their names in `latents.json.gz`, which older records lack.
+RECORDED = {"partners": "partners", "histogram": "histograms", "promoted": "promoted", "suppressed": "suppressed"}
 # Architectures whose folder holds the decoder as SAELens uses it.
 DIRECT = {"standard", "gated", "jumprelu", "topk"}
 
@@ -105,24 +108,67 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         return json.loads((folder / "cfg.json").read_text()), None
 
 
-def browsed_latents(
-    arms: Sequence[Arm], decoders: Sequence[Decoder | None], matches: Sequence[list[Pair]], limit: int
-) -> list[dict[str, Any]]:
-    """The browser's entry of each arm: its counts, and up to `limit` of its latents that fired, in the order of their numbers.
+@dataclass(frozen=True)
+class Latent:
+    """What the page shows of one latent."""
 
-    An arm without recorded latents, or without a decoder that fits them, has no entry. `matches` is the result of `matches_of_arms`.
+    number: int
+    """Its index in the SAE."""
+    firings: int
+    """Number of tokens that it fires on."""
+    maximum: float
+    """Its largest activation."""
+    neighbours: list[Pair]
+    """Nearest decoder rows and their cosines."""
+    match: Pair
+    """Nearest decoder row of the other arm and its cosine; empty without another arm."""
+    metas: list[Pair]
+    """Meta-latents that compose its row, and their activations."""
+    partners: list[Pair]
+    """Latents that it fires together with most, and their phi."""
+    histogram: list[int]
+    """Number of firings in equal steps from 0 to the maximum; empty in an older record."""
+    promoted: list[str]
+    """Tokens whose logits its row raises most; empty if they were not computed."""
+    suppressed: list[str]
+    """Tokens whose logits its row lowers most."""
+    examples: list[Example]
+    """Tokens that it fires on, strongest first."""
+
+    @property
+    def index_row(self) -> list[Any]:
+        """The latent in the list of all: number, firings, maximum, largest cosines and phi, and the token that it fires on most."""
+        first = self.examples[0].tokens[self.examples[0].at] if self.examples else ""
+        scores = [pairs[0][1] if pairs else None for pairs in (self.neighbours, [self.match] if self.match else [], self.partners)]
+        return [self.number, self.firings, self.maximum, *scores, first]
+
+
+@dataclass(frozen=True)
+class BrowsedArm:
+    """The latents of one arm on the page."""
+
+    entry: dict[str, Any]
+    """The arm's name and counts, the index of the other arm, and the latents of each meta-latent."""
+    latents: list[Latent]
+    """Latents that fired, in the order of their numbers."""
+
+
+def browsed_latents(arms: Sequence[Arm], decoders: Sequence[Decoder | None], matches: Sequence[list[Pair]], limit: int) -> list[BrowsedArm]:
+    """Of each arm up to `limit` of the latents that fired, from the rarest to the commonest.
+
+    An arm without recorded latents, or without a decoder that fits them, is left out. `matches` is the result of `matches_of_arms`.
     """
-    entries: list[dict[str, Any]] = []
+    browsed: list[BrowsedArm] = []
     for index, (arm, decoder) in enumerate(zip(arms, decoders, strict=True)):
         latents = arm.latents
         if latents is None or decoder is None or len(latents["firings"]) != len(decoder.rows):
             continue
         firings = np.asarray(latents["firings"])
         other = next((number for number, other in enumerate(decoders) if number != index and other is not None), None)
-        rows = describe_latents(decoder, spread_latents(firings, limit), latents, matches[index])
         counts = {"latents": len(firings), "live": int((firings > 0).sum()), "tokens": latents["tokens"]}
-        entries.append({"arm": index, "name": arm.name, **counts, "other": other, "rows": rows, "metas": latents_of_metas(decoder.metas)})
-    return entries
+        entry = {"arm": index, "name": arm.name, **counts, "other": other, "metas": latents_of_metas(decoder.metas)}
+        browsed.append(BrowsedArm(entry, describe_latents(decoder, spread_latents(firings, limit), latents, matches[index])))
+    return browsed
 
 
 def matches_of_arms(decoders: Sequence[Decoder | None]) -> list[list[Pair]]:
@@ -160,9 +206,9 @@ def spread_latents(firings: NDArray[Any], limit: int) -> list[int]:
     return sorted(order[np.linspace(0, len(order) - 1, limit, dtype=np.float32).round().astype(int)].tolist())
 
 
-def describe_latents(decoder: Decoder, chosen: list[int], latents: dict[str, Any], matches: list[Pair]) -> list[list[Any]]:
-    """For each chosen latent: number, firings, maximum, nearest latents, match in the other arm, meta-latents and contexts."""
-    lines: list[list[Any]] = []
+def describe_latents(decoder: Decoder, chosen: list[int], latents: Mapping[str, Any], matches: list[Pair]) -> list[Latent]:
+    """The chosen latents; `latents` is the content of `latents.json.gz`."""
+    described: list[Latent] = []
     for begin in range(0, len(chosen), ROWS):
         numbers = np.asarray(chosen[begin : begin + ROWS])
         cosines = decoder.rows[numbers] @ decoder.rows.T
@@ -170,17 +216,17 @@ def describe_latents(decoder: Decoder, chosen: list[int], latents: dict[str, Any
         neighbours = largest(cosines, min(NEIGHBOURS, len(decoder.rows) - 1))
         metas: list[list[Pair]] = [[]] * len(numbers) if decoder.metas is None else largest(decoder.metas[numbers], METAS)
         for row, latent in enumerate(numbers.tolist()):
-            contexts = latents["contexts"].get(str(latent), [])
-            lines.append(
-                [
+            described.append(
+                Latent(
                     *(latent, latents["firings"][latent], latents["maximum"][latent]),
-                    neighbours[row],
-                    matches[latent],
-                    [pair for pair in metas[row] if pair[1] > 0],
-                    [[context["at"], context["tokens"], context["values"]] for context in contexts],
-                ]
+                    neighbours=neighbours[row],
+                    match=matches[latent],
+                    metas=[pair for pair in metas[row] if pair[1] > 0],
+                    **{kind: latents.get(key, {}).get(str(latent), []) for kind, key in RECORDED.items()},
+                    examples=examples_of(latents, latent),
+                )
             )
-    return lines
+    return described
 
 
 def latents_of_metas(metas: Matrix | None) -> list[list[Pair]]:

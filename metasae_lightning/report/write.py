@@ -16,15 +16,16 @@ from metasae_lightning.atomic_files import draft_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.report import figure_files, figures
 from metasae_lightning.report.conclusions import FIGURES, PaperComparison, Verdict, compare_with_paper, verdict
-from metasae_lightning.report.html_page import packed_latents, page
-from metasae_lightning.report.latent_browser import browsed_latents, matches_of_arms, read_decoder
+from metasae_lightning.report.html_page import page
+from metasae_lightning.report.latent_browser import BrowsedArm, browsed_latents, matches_of_arms, read_decoder
+from metasae_lightning.report.latent_data import compressed, detail_files, page_data
 from metasae_lightning.report.load_runs import Arm, load_arms
 from metasae_lightning.report.seeds import Group, baseline, difference, group_by_recipe, headline
 
 # Bytes of the page at most, so that it opens on a phone.
 MAX_PAGE_BYTES = 4_900_000
 # Latents of an arm at most.
-MAX_LATENTS = 10_000
+MAX_LATENTS = 32_768
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def write(study: Study, out: Path) -> Path:
         with garbage_collection_off(), draft_of(out / "report.html") as page_draft, draft_of(out / "report") as draft:
             draft.mkdir()
             with ThreadPoolExecutor(1) as pool:
-                text = page_of_limited_size(study, pool.submit(write_figures, study, draft))
+                text, arms_in_files = page_of_limited_size(study, pool.submit(write_figures, study, draft))
+            write_details(arms_in_files, draft / "latents")
             write_tables(study, draft)
             page_draft.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
@@ -107,18 +109,32 @@ def write(study: Study, out: Path) -> Path:
     return out / "report.html"
 
 
-def page_of_limited_size(study: Study, figure_elements: Future[dict[str, str]]) -> str:
-    """The page with as many latents as `MAX_PAGE_BYTES` allows. `figure_elements` is awaited only after the latents were described."""
-    limit, decoders = MAX_LATENTS, [read_decoder(arm) for arm in study.browsed]
+def page_of_limited_size(study: Study, figure_elements: Future[dict[str, str]]) -> tuple[str, Sequence[BrowsedArm]]:
+    """The page, and the arms whose latents' details must lie in files beside it, because the page would be larger than `MAX_PAGE_BYTES`.
+
+    If even the list of latents is too large, the page has fewer latents. `figure_elements` is awaited after the latents were described.
+    """
+    limit, decoders, with_details = MAX_LATENTS, [read_decoder(arm) for arm in study.browsed], True
     matches = matches_of_arms(decoders)
     while True:
-        latents = browsed_latents(study.browsed, decoders, matches, limit)
-        latent_data = packed_latents(latents)
-        text = page(study.title, study.groups, study.verdict, study.paper, figure_elements.result(), latent_data)
-        size, count = len(text.encode(errors="replace")), max((len(entry["rows"]) for entry in latents), default=0)
-        if size <= MAX_PAGE_BYTES or count <= 1:
-            return text
-        limit = min(count - 1, max(1, math.floor(0.9 * count * MAX_PAGE_BYTES / size)))
+        arms = browsed_latents(study.browsed, decoders, matches, limit)
+        latent_data = compressed(page_data(arms, with_details=with_details)) if arms else ""
+        elements, files = figure_elements.result(), not with_details
+        text = page(study.title, study.groups, study.verdict, study.paper, elements, latent_data, reads_files=files)
+        size, count = len(text.encode(errors="replace")), max((len(arm.latents) for arm in arms), default=0)
+        if size <= MAX_PAGE_BYTES or (not with_details and count <= 1):
+            return text, [] if with_details else arms
+        if not with_details:
+            limit = min(count - 1, max(1, math.floor(0.9 * count * MAX_PAGE_BYTES / size)))
+        with_details = False
+
+
+def write_details(arms: Sequence[BrowsedArm], folder: Path) -> None:
+    """Write the scripts with the details of latents; nothing without arms."""
+    if arms:
+        folder.mkdir()
+    for name, content in detail_files(arms):
+        (folder / name).write_text(content)
 
 
 def write_figures(study: Study, folder: Path) -> dict[str, str]:

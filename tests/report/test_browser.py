@@ -1,4 +1,4 @@
-"""The report page in a browser: no errors, no network requests, and working search, sorting and links between latents.
+"""The report page in a browser: no errors, no network requests, and working search, sorting, keys and links between latents.
 
 Needs Chromium and the package `playwright`, which the project does not install; run with `-m slow`.
 Environment: CHROMIUM, the program if it is not on the path; REPORT, another page to test; SCREENSHOTS, a folder for screenshots.
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from metasae_lightning.cli import main
+from metasae_lightning.report import latent_data, write
 from tests.report.test_report import evaluated_run  # noqa: F401
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -54,7 +55,7 @@ def page_in_browser(
         lambda request_sent: None if request_sent.url.startswith("file:") else problems.append(f"a request for {request_sent.url}"),
     )
     page.goto(html.as_uri())
-    page.wait_for_selector(".latent")
+    page.wait_for_selector("#latent h3")
     yield page
     page.close()
 
@@ -75,30 +76,103 @@ def test_the_page_opens_without_errors_and_fits_the_window(page_in_browser: Any,
         page_in_browser.screenshot(path=f"{folder}/{request.node.callspec.id}.png", full_page=True)
 
 
-def test_search_sorting_arms_and_links_between_latents_work(page_in_browser: Any, problems: list[str]):
-    def numbers() -> list[int]:
-        return [int(text.split()[0].lstrip("#")) for text in page_in_browser.locator(".latent h3").all_inner_texts()]
+def numbers(page: Any) -> list[int]:
+    return [int(text.lstrip("#")) for text in page.locator(".row b").all_inner_texts()]
 
-    in_page_order = numbers()
+
+def scores(page: Any) -> list[float]:
+    """The score that each latent of the list is sorted by, where it has one."""
+    return [float(words[0]) for text in page.locator(".row small").all_inner_texts() if (words := text.split())[0][0].isdigit()]
+
+
+def shown(page: Any, *, linked: bool = True) -> int:
+    """The number of the latent whose card is shown; it is selected and, if it was gone to and not only found, in the address."""
+    number = int(page.inner_text("#latent h3").split()[0].lstrip("#"))
+    assert not linked or page.url.endswith(f"/{number}")
+    assert page.inner_text(".row[aria-selected] b") == f"#{number}"
+    return number
+
+
+def test_search_sorting_arms_and_links_between_latents_work(page_in_browser: Any, problems: list[str]):
+    in_page_order = numbers(page_in_browser)
     page_in_browser.fill("#search", "zzz in no text")
-    assert numbers() == [] and page_in_browser.inner_text("#count").startswith("0 latents")
+    assert numbers(page_in_browser) == [] and page_in_browser.inner_text("#count").startswith("0 latents")
     page_in_browser.fill("#search", f"#{in_page_order[3]}")
-    assert numbers()[0] == in_page_order[3]
+    assert numbers(page_in_browser)[0] == in_page_order[3] == shown(page_in_browser, linked=False)
+    token = page_in_browser.inner_text("#latent .context .middle >> nth=0").strip()
+    page_in_browser.fill("#search", token)
+    assert in_page_order[3] in numbers(page_in_browser) and "fire on it" in page_in_browser.inner_text("#count")
     page_in_browser.fill("#search", "")
     page_in_browser.select_option("#sort", "number")
-    assert numbers() == sorted(numbers()) and numbers() != in_page_order
-    page_in_browser.select_option("#sort", "density")
-    assert numbers() == in_page_order
-    link = page_in_browser.locator(".near button:not([disabled])").first
-    target = link.inner_text()
+    assert numbers(page_in_browser) == sorted(in_page_order) != in_page_order
+    page_in_browser.click("#direction")
+    assert numbers(page_in_browser) == sorted(in_page_order, reverse=True)
+    page_in_browser.click("#direction")
+    for score in ("strong", "near", "match", "partner", "density"):
+        page_in_browser.select_option("#sort", score)
+        values = scores(page_in_browser)
+        assert values == sorted(values, reverse=True)
+    link = page_in_browser.locator("#latent .chips button:not([disabled])").first
+    target = int(link.evaluate("button => button.firstChild.textContent").lstrip("#"))
     link.click()
-    assert page_in_browser.input_value("#search") == target and f"#{numbers()[0]}" == target
-    page_in_browser.fill("#search", "")
+    assert shown(page_in_browser) == target
     page_in_browser.select_option("#arm", "1")
-    assert page_in_browser.locator(".latent").count() == 25 and "meta latent" in page_in_browser.inner_text("#list")
-    page_in_browser.click("#more")
-    assert page_in_browser.locator(".latent").count() > 25
+    assert page_in_browser.locator(".einstein .meta").count() > 0
+    page_in_browser.click("#latent .context summary >> nth=0")
+    whole, line = (page_in_browser.inner_text(f"#latent .context {part} >> nth=0") for part in ("p", "summary .middle"))
+    assert line.strip() in whole
     assert not problems
+
+
+def test_keys_move_through_the_list_and_a_link_leads_to_its_latent(page_in_browser: Any, problems: list[str]):
+    order = numbers(page_in_browser)
+    for keys, expected in (("jj", 2), ("k", 1), ("kkk", 0)):
+        for pressed in keys:
+            page_in_browser.keyboard.press(pressed)
+        assert shown(page_in_browser) == order[expected]
+    page_in_browser.keyboard.press("/")
+    page_in_browser.keyboard.type("zzz jk")
+    assert page_in_browser.input_value("#search") == "zzz jk"
+    page_in_browser.fill("#search", "")
+    page_in_browser.keyboard.press("Escape")
+    page_in_browser.keyboard.press("ArrowDown")
+    assert shown(page_in_browser) == order[1]
+    address = page_in_browser.url
+    page_in_browser.keyboard.press("m")
+    assert "/joint-seed0/" in page_in_browser.url
+    page_in_browser.goto("about:blank")
+    page_in_browser.goto(address)
+    page_in_browser.wait_for_selector("#latent h3")
+    assert shown(page_in_browser) == order[1]
+    page_in_browser.keyboard.press("r")
+    assert scores(page_in_browser) == sorted(scores(page_in_browser)) and numbers(page_in_browser) != order
+    assert not problems
+
+
+def test_details_in_files_beside_the_page_are_loaded_from_disk(
+    browser: Any,
+    problems: list[str],
+    evaluated_run: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    assert main(["report", str(evaluated_run), "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(write, "MAX_PAGE_BYTES", (tmp_path / "report.html").stat().st_size - 1000)
+    monkeypatch.setattr(latent_data, "LATENTS_IN_FILE", 7)
+    assert main(["report", str(evaluated_run), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "report" / "latents" / "1-0.js").exists()
+    page = browser.new_page()
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto((tmp_path / "report.html").as_uri())
+    page.wait_for_selector("#latent .context")
+    for _ in range(9):
+        before = page.inner_text("#latent h3")
+        page.keyboard.press("j")
+        page.wait_for_function("before => document.querySelector('#latent h3').innerText !== before", arg=before)
+        assert shown(page) and page.locator("#latent .context").count() > 0
+    assert not problems
+    page.close()
 
 
 def test_hostile_text_is_shown_as_text(page_in_browser: Any, problems: list[str]):
@@ -106,8 +180,10 @@ def test_hostile_text_is_shown_as_text(page_in_browser: Any, problems: list[str]
         pytest.skip("another page's text")
     page_in_browser.fill("#search", "<script>")
     assert page_in_browser.locator(".context", has_text="<script>alert").count() > 0
+    assert page_in_browser.locator(".chips", has_text="<script>alert").count() > 0
+    assert page_in_browser.locator(".row", has_text="<script>alert").count() > 0
     page_in_browser.fill("#search", "right to left")
-    text = page_in_browser.inner_text("#list")
+    text = page_in_browser.inner_text("#latent")
     assert "U+202E" in text and "\u202e" not in text
-    assert page_in_browser.title() == "run <i>&amp;" and page_in_browser.locator("#list script, #list img").count() == 0
+    assert page_in_browser.title() == "run <i>&amp;" and page_in_browser.locator(".explorer script, .explorer img").count() == 0
     assert not problems

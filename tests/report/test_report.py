@@ -22,8 +22,9 @@ from scipy import stats
 
 from metasae_lightning import functional, report
 from metasae_lightning.cli import main
-from metasae_lightning.report import latent_browser, study, write
+from metasae_lightning.report import latent_browser, latent_data, study, write
 from metasae_lightning.report.conclusions import PAPER_RESULTS
+from metasae_lightning.report.example_texts import Example, TextPool
 from metasae_lightning.report.figures import gain
 from metasae_lightning.report.html_page import figures_table
 from metasae_lightning.report.latent_browser import browsed_latents, matches_of_arms, read_decoder
@@ -105,6 +106,13 @@ def evaluated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     latents_record["contexts"][first_latent] = [
         {"document": 0, "at": 0, "tokens": [text, " end"], "values": [1.0, 0.5]} for text in HOSTILE
     ]
+    maximum, number = latents_record["maximum"][int(first_latent)], len(latents_record["texts"])
+    latents_record["examples"][first_latent] = [
+        {"text": number + index, "at": 0, "quantile": 1.0, "fired": [[0, maximum], [1, maximum / 2]]} for index in range(len(HOSTILE))
+    ]
+    latents_record["texts"] += [[text, " end"] for text in HOSTILE]
+    latents_record["starts"] += [10**6 + 10 * index for index in range(len(HOSTILE))]
+    latents_record["promoted"][first_latent] = HOSTILE
     latents.write_bytes(gzip.compress(json.dumps(latents_record).encode()))
     return run_folder
 
@@ -143,10 +151,20 @@ class PageParser(HTMLParser):
             self.cells[-1] += data
 
 
-def latents_in_page(text: str) -> list[dict[str, Any]]:
+def latents_in_page(text: str) -> dict[str, Any]:
     match = re.search(r'<script type="text/plain" id="latents">([A-Za-z0-9+/=]*)</script>', text)
     assert match
-    return json.loads(gzip.decompress(base64.b64decode(match[1])))
+    return unpacked(match[1])
+
+
+def unpacked(text: str) -> dict[str, Any]:
+    return json.loads(gzip.decompress(base64.b64decode(text)))
+
+
+def details_by_arm(data: dict[str, Any]) -> list[list[list[Any]]]:
+    """The details of the latents of each arm."""
+    details = iter(data["details"])
+    return [[next(details) for _ in arm["rows"]] for arm in data["arms"]]
 
 
 def test_the_tables_have_the_numbers_of_the_evaluation_record(evaluated_run: Path, page: Path):
@@ -304,16 +322,20 @@ def test_the_page_is_self_contained_and_shows_hostile_text_as_text(evaluated_run
     assert parser.tags.count("svg") >= 5
     assert any("run <i>&amp;" in part for part in parser.texts)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e\u200b\ufeff]", text)
-    shown = "".join("".join(context[1]) for arm in latents_in_page(text) for row in arm["rows"] for context in row[6])
+    shown = "".join(token for tokens in latents_in_page(text)["texts"] for token in tokens)
     assert all(text in shown for text in HOSTILE)
 
 
 def test_latents_have_their_nearest_rows_matches_and_meta_latents(evaluated_run: Path, page: Path):
-    solo, joint = latents_in_page((page / "report.html").read_text())
+    data = latents_in_page((page / "report.html").read_text())
+    solo, joint = data["arms"]
+    solo_details, joint_details = details_by_arm(data)
     assert (solo["name"], joint["name"], solo["other"], joint["other"]) == ("solo-seed0", "joint-seed0", 1, 0)
     rows = {name: functional.unit_rows(sae(seed).W_dec.detach()) for seed, name in ((0, "solo"), (2, "joint"))}
     meta = sae(102, 12, threshold=0.3)
-    for number, firings, largest, near, match, meta_latents, contexts in joint["rows"]:
+    for row, (near, match, meta_latents, partners, bars, promoted, suppressed, examples) in zip(joint["rows"], joint_details, strict=True):
+        number, firings, largest, cosine, match_cosine, phi, token = row
+        assert (cosine, match_cosine, phi) == (near[0][1], match[1], partners[0][1] if partners else None)
         cosines = rows["joint"][number] @ rows["joint"].T
         cosines[number] = -1
         assert near[0] == [int(cosines.argmax()), pytest.approx(cosines.max().item(), abs=1e-3)]
@@ -321,31 +343,79 @@ def test_latents_have_their_nearest_rows_matches_and_meta_latents(evaluated_run:
         assert match == [int(across.argmax()), pytest.approx(across.max().item(), abs=1e-3)]
         parts = meta.encode(rows["joint"][number][None])[0].detach()
         assert [latent for latent, _ in meta_latents] == parts.topk(4).indices[parts.topk(4).values > 0].tolist()
-        assert firings > 0 and largest > 0 and 1 <= len(contexts) <= 3
+        assert firings > 0 and largest > 0 and 1 <= len(examples) <= 10 and len(bars) == 16 and "z" in bars
+        text, at, quantile, fired = examples[0]
+        assert data["texts"][text][at] == token and quantile == 1.0 and fired[fired.index(0) + 1] == 100
+        assert len(promoted) == len(suppressed) == 10
     shares = meta.encode(rows["joint"]).detach()
     largest = int(shares.amax(0).argmax())
     assert joint["metas"][largest][0] == [int(shares[:, largest].argmax()), pytest.approx(shares[:, largest].max().item(), abs=1e-3)]
-    assert solo["metas"] == [] and all(row[5] == [] for row in solo["rows"])
+    assert solo["metas"] == [] and all(detail[2] == [] for detail in solo_details)
 
 
-def test_a_page_over_the_size_limit_shows_fewer_latents_from_rare_to_common(evaluated_run: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_page_over_the_size_limit_keeps_the_details_of_latents_in_files_beside_it(
+    evaluated_run: Path, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    text = (page / "report.html").read_text()
+    monkeypatch.setattr(write, "MAX_PAGE_BYTES", len(text.encode()) - 1000)
+    monkeypatch.setattr(latent_data, "LATENTS_IN_FILE", 7)
+    assert main(["report", str(evaluated_run), "--out", str(tmp_path)]) == 0
+    smaller = (tmp_path / "report.html").read_text()
+    whole, index = latents_in_page(text), latents_in_page(smaller)
+    assert len(smaller.encode()) <= write.MAX_PAGE_BYTES and index == {"arms": whole["arms"], "in_file": 7}
+    assert "'self'" in smaller and "'self'" not in text
+    for number, details in enumerate(details_by_arm(whole)):
+        files = [tmp_path / "report" / "latents" / f"{number}-{file}.js" for file in range(-(-len(details) // 7))]
+        parts = [re.fullmatch(r'latentDetails\("([0-9-]+)","(.*)"\);\n', path.read_text()) for path in files]
+        assert [part and part[1] for part in parts] == [path.stem for path in files]
+        in_files = [row for part in parts if part for row in unpacked(part[2])["details"]]
+        assert [row[:5] for row in in_files] == [row[:5] for row in details]
+        texts = [unpacked(part[2])["texts"] for part in parts if part]
+        for position, row in enumerate(in_files):
+            of_file = [(texts[position // 7][text][at], quantile, fired) for text, at, quantile, fired in row[7]]
+            assert of_file == [(whole["texts"][text][at], quantile, fired) for text, at, quantile, fired in details[position][7]]
+
+
+def test_a_list_over_the_size_limit_shows_fewer_latents_from_rare_to_common(evaluated_run: Path, monkeypatch: pytest.MonkeyPatch):
     full_study = study([str(evaluated_run)])
     decoders = [read_decoder(arm) for arm in full_study.browsed]
     matches = matches_of_arms(decoders)
     all_latents, five_latents = (browsed_latents(full_study.browsed, decoders, matches, limit) for limit in (1000, 5))
     monkeypatch.setattr(latent_browser, "ROWS", 7)
     assert browsed_latents(full_study.browsed, decoders, matches_of_arms(decoders), 1000) == all_latents
-    firings = sorted(row[1] for row in all_latents[0]["rows"])
-    assert len(five_latents[0]["rows"]) == 5 and five_latents[0]["live"] == len(all_latents[0]["rows"])
-    assert {firings[0], firings[-1]} <= {row[1] for row in five_latents[0]["rows"]}
+    firings = sorted(latent.firings for latent in all_latents[0].latents)
+    assert len(five_latents[0].latents) == 5 and five_latents[0].entry["live"] == len(all_latents[0].latents)
+    assert {firings[0], firings[-1]} <= {latent.firings for latent in five_latents[0].latents}
     no_figures = Future[dict[str, str]]()
     no_figures.set_result({})
-    size = len(page_of_limited_size(full_study, no_figures).encode())
-    monkeypatch.setattr(write, "MAX_PAGE_BYTES", size - 1000)
-    smaller = page_of_limited_size(full_study, no_figures)
-    assert len(smaller.encode()) <= size - 1000
-    n_latents = [len(arm_latents["rows"]) for arm_latents in latents_in_page(smaller)]
-    assert 0 < min(n_latents) < len(firings)
+    monkeypatch.setattr(write, "MAX_PAGE_BYTES", 1)
+    text, arms_in_files = page_of_limited_size(full_study, no_figures)
+    assert [len(arm["rows"]) for arm in latents_in_page(text)["arms"]] == [1, 1] == [len(arm.latents) for arm in arms_in_files]
+
+
+def test_a_run_folder_from_before_examples_gives_a_page_of_its_top_contexts(evaluated_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    for path in run.glob("arms/*/latents.json.gz"):
+        record = json.loads(gzip.decompress(path.read_bytes()))
+        old = {key: record[key] for key in ("weights", "tokens", "firings", "maximum", "contexts")}
+        path.write_bytes(gzip.compress(json.dumps(old).encode()))
+    assert main(["report", str(run)]) == 0
+    data = latents_in_page((run / "report.html").read_text())
+    for near, _, _, partners, bars, promoted, suppressed, examples in data["details"]:
+        assert near and (partners, bars, promoted, suppressed) == ([], "", [], []) and 1 <= len(examples) <= len(HOSTILE)
+        assert all(quantile is None and at < len(data["texts"][text]) for text, at, quantile, _ in examples)
+
+
+def test_texts_that_overlap_are_stored_once_and_others_stay_apart():
+    def example(tokens: str, start: int | None, at: int = 0) -> Example:
+        return Example(list(tokens), start, at, 1.0, [])
+
+    examples = [example("cdef", 2, 1), example("abcd", 0), example("gh", 6), example("xy", None), example("XX", 1, 1)]
+    pool = TextPool(examples[:4])
+    assert ["".join(text) for text in pool.texts] == ["abcdef", "gh"]  # adjacent texts may be of two documents
+    assert [pool.place(each) for each in examples] == [(0, 3), (0, 0), (1, 0), (2, 0), (3, 1)]  # the last is of another text
+    assert "".join(pool.texts[2]) == "xy" and pool.place(examples[3]) == (2, 0)
 
 
 def test_missing_results_are_named_and_the_others_are_plotted(evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -370,7 +440,7 @@ def test_missing_results_are_named_and_the_others_are_plotted(evaluated_run: Pat
             assert words in out and words in text
     assert "no metrics.csv" in text
     assert {path.stem for path in (run / "report").glob("*.svg")} == {"gain", "tradeoff", "phi", "decoder", "critic", "latents"}
-    assert [arm_latents["name"] for arm_latents in latents_in_page((run / "report.html").read_text())] == ["joint-seed0"]
+    assert [arm["name"] for arm in latents_in_page((run / "report.html").read_text())["arms"]] == ["joint-seed0"]
     # A run that has only its config.
     bare = tmp_path / "bare"
     bare.mkdir()
