@@ -42,10 +42,11 @@ class Decoder:
 
 
 def read_decoder(arm: Arm) -> Decoder | None:
-    """The decoder that an arm exported, or None if it exported none."""
+    """The decoder that an arm exported, or that of the SAELens folder which was evaluated; None without such a folder."""
     folder = arm.folder / "saes"
     if not (folder / "primary" / "cfg.json").exists():
-        return None
+        evaluated = Path((arm.entry or {}).get("sae", ""))
+        return Decoder(unit_rows(decoder_rows(evaluated)), None) if (evaluated / "cfg.json").exists() else None
     rows = unit_rows(decoder_rows(folder / "primary"))
     if not (folder / "meta" / "cfg.json").exists():
         return Decoder(rows, None)
@@ -156,17 +157,24 @@ class BrowsedArm:
 def browsed_latents(arms: Sequence[Arm], decoders: Sequence[Decoder | None], matches: Sequence[list[Pair]], limit: int) -> list[BrowsedArm]:
     """Of each arm up to `limit` of the latents that fired, from the rarest to the commonest.
 
-    An arm without recorded latents, or without a decoder that fits them, is left out. `matches` is the result of `matches_of_arms`.
+    An arm without recorded latents, or with a decoder that does not fit them, is left out; without a decoder, as for an SAE from the Hub,
+    neighbours are left out. `matches` is the result of `matches_of_arms`.
     """
     browsed: list[BrowsedArm] = []
     for index, (arm, decoder) in enumerate(zip(arms, decoders, strict=True)):
         latents = arm.latents
-        if latents is None or decoder is None or len(latents["firings"]) != len(decoder.rows):
+        if latents is None or (decoder is not None and len(latents["firings"]) != len(decoder.rows)):
             continue
         firings = np.asarray(latents["firings"])
         other = next((number for number, other in enumerate(decoders) if number != index and other is not None), None)
         counts = {"latents": len(firings), "live": int((firings > 0).sum()), "tokens": latents["tokens"]}
-        entry = {"arm": index, "name": arm.name, **counts, "other": other, "metas": latents_of_metas(decoder.metas)}
+        entry = {
+            "arm": index,
+            "name": arm.name,
+            **counts,
+            "other": other,
+            "metas": latents_of_metas(None if decoder is None else decoder.metas),
+        }
         browsed.append(BrowsedArm(entry, describe_latents(decoder, spread_latents(firings, limit), latents, matches[index])))
     return browsed
 
@@ -206,21 +214,24 @@ def spread_latents(firings: NDArray[Any], limit: int) -> list[int]:
     return sorted(order[np.linspace(0, len(order) - 1, limit, dtype=np.float32).round().astype(int)].tolist())
 
 
-def describe_latents(decoder: Decoder, chosen: list[int], latents: Mapping[str, Any], matches: list[Pair]) -> list[Latent]:
+def describe_latents(decoder: Decoder | None, chosen: list[int], latents: Mapping[str, Any], matches: list[Pair]) -> list[Latent]:
     """The chosen latents; `latents` is the content of `latents.json.gz`."""
     described: list[Latent] = []
     for begin in range(0, len(chosen), ROWS):
         numbers = np.asarray(chosen[begin : begin + ROWS])
-        cosines = decoder.rows[numbers] @ decoder.rows.T
-        cosines[np.arange(len(numbers)), numbers] = -np.inf
-        neighbours = largest(cosines, min(NEIGHBOURS, len(decoder.rows) - 1))
-        metas: list[list[Pair]] = [[]] * len(numbers) if decoder.metas is None else largest(decoder.metas[numbers], METAS)
+        neighbours: list[list[Pair]] = [[]] * len(numbers)
+        metas: list[list[Pair]] = [[]] * len(numbers)
+        if decoder is not None:
+            cosines = decoder.rows[numbers] @ decoder.rows.T
+            cosines[np.arange(len(numbers)), numbers] = -np.inf
+            neighbours = largest(cosines, min(NEIGHBOURS, len(decoder.rows) - 1))
+            metas = metas if decoder.metas is None else largest(decoder.metas[numbers], METAS)
         for row, latent in enumerate(numbers.tolist()):
             described.append(
                 Latent(
                     *(latent, latents["firings"][latent], latents["maximum"][latent]),
                     neighbours=neighbours[row],
-                    match=matches[latent],
+                    match=matches[latent] if matches else [],
                     metas=[pair for pair in metas[row] if pair[1] > 0],
                     **{kind: latents.get(key, {}).get(str(latent), []) for kind, key in RECORDED.items()},
                     examples=examples_of(latents, latent),
