@@ -89,7 +89,7 @@ def gain(groups: Sequence[Group]) -> Figure | None:
         points[name] = x, -y
     axes.margins(0.12)
     label_points(axes, points)
-    axes.text(0.02, 0.99, "↖ better", transform=axes.transAxes, verticalalignment="top", alpha=0.8)
+    axes.text(0, 1.01, "↖ better", transform=axes.transAxes, alpha=0.8)
     of_base = f"than {short_name(base.name)}"
     axes.set(xlabel=f"cost: % more variance unexplained {of_base}", ylabel=f"gain: fires together % less {of_base}")
     return figure

@@ -305,6 +305,7 @@
   function shared(metas, arm, number, token) {
     const made = element("div", undefined, "einstein"), own = element("span", `#${number}`, "own");
     own.append(element("span", visible(token), "token"));
+    own.style.gridRow = `1 / span ${metas.length}`;
     made.append(drawn("svg", { "aria-hidden": "true" }), own);
     for (const [meta, value] of metas) {
       const line = element("div", undefined, "meta"), name = element("span", `meta ${meta}`, "name");

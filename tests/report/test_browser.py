@@ -117,7 +117,10 @@ def test_search_sorting_arms_and_links_between_latents_work(page_in_browser: Any
     link.click()
     assert shown(page_in_browser) == target
     page_in_browser.select_option("#arm", "1")
-    assert page_in_browser.locator(".einstein .meta").count() > 0
+    metas = page_in_browser.locator(".einstein .meta")
+    assert metas.count() == page_in_browser.locator(".einstein path").count() > 0
+    picture, last = page_in_browser.locator(".einstein").bounding_box(), metas.last.bounding_box()
+    assert picture["y"] + picture["height"] - last["y"] - last["height"] < 20  # no empty rows below
     page_in_browser.click("#latent .context summary >> nth=0")
     whole, line = (page_in_browser.inner_text(f"#latent .context {part} >> nth=0") for part in ("p", "summary .middle"))
     assert line.strip() in whole
