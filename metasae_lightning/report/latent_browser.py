@@ -21,6 +21,8 @@ Matrix: TypeAlias = NDArray[np.float32]
 Pair: TypeAlias = list[float]
 # Per latent: nearest decoder rows and meta-latents that are shown; per meta-latent: latents that are shown.
 NEIGHBOURS, METAS, SHARING = 6, 4, 8
+# Cosine from which a latent of the other arm counts as like its nearest row.
+ALIKE = 0.3
 # Decoder rows whose cosines with all others are in memory at once.
 ROWS = 1024
 # Segments of a row whose maxima bound its largest values.
@@ -123,6 +125,8 @@ class Latent:
     """Nearest decoder rows and their cosines."""
     match: Pair
     """Nearest decoder row of the other arm and its cosine; empty without another arm."""
+    matched_by: list[Pair]
+    """Latents of the other arm whose nearest row is this one, and their cosines: several if the other arm splits it."""
     metas: list[Pair]
     """Meta-latents that compose its row, and their activations."""
     partners: list[Pair]
@@ -175,7 +179,12 @@ def browsed_latents(arms: Sequence[Arm], decoders: Sequence[Decoder | None], mat
             "other": other,
             "metas": latents_of_metas(None if decoder is None else decoder.metas),
         }
-        browsed.append(BrowsedArm(entry, describe_latents(decoder, spread_latents(firings, limit), latents, matches[index])))
+        browsed.append(
+            BrowsedArm(
+                entry,
+                describe_latents(decoder, spread_latents(firings, limit), latents, matches[index], [] if other is None else matches[other]),
+            )
+        )
     return browsed
 
 
@@ -214,9 +223,12 @@ def spread_latents(firings: NDArray[Any], limit: int) -> list[int]:
     return sorted(order[np.linspace(0, len(order) - 1, limit, dtype=np.float32).round().astype(int)].tolist())
 
 
-def describe_latents(decoder: Decoder | None, chosen: list[int], latents: Mapping[str, Any], matches: list[Pair]) -> list[Latent]:
-    """The chosen latents; `latents` is the content of `latents.json.gz`."""
+def describe_latents(
+    decoder: Decoder | None, chosen: list[int], latents: Mapping[str, Any], matches: list[Pair], matches_of_other: list[Pair]
+) -> list[Latent]:
+    """The chosen latents; `latents` is the content of `latents.json.gz`. `matches_of_other` are of the other arm's latents in this one."""
     described: list[Latent] = []
+    matched_by = latents_by_match(matches_of_other)
     for begin in range(0, len(chosen), ROWS):
         numbers = np.asarray(chosen[begin : begin + ROWS])
         neighbours: list[list[Pair]] = [[]] * len(numbers)
@@ -232,12 +244,26 @@ def describe_latents(decoder: Decoder | None, chosen: list[int], latents: Mappin
                     *(latent, latents["firings"][latent], latents["maximum"][latent]),
                     neighbours=neighbours[row],
                     match=matches[latent] if matches else [],
+                    matched_by=matched_by.get(latent, []),
                     metas=[pair for pair in metas[row] if pair[1] > 0],
                     **{kind: latents.get(key, {}).get(str(latent), []) for kind, key in RECORDED.items()},
                     examples=examples_of(latents, latent),
                 )
             )
     return described
+
+
+def latents_by_match(matches: Sequence[Pair]) -> dict[int, list[Pair]]:
+    """For each row that is the match of rows of the other decoder: these and their cosines from `ALIKE` up, largest first.
+
+    >>> latents_by_match([[5, 0.4], [5, 0.9], [5, 0.1], [2, 0.8]])
+    {5: [[1, 0.9], [0, 0.4]], 2: [[3, 0.8]]}
+    """
+    by_match: dict[int, list[Pair]] = {}
+    for latent, match in enumerate(matches):
+        if match and match[1] >= ALIKE:
+            by_match.setdefault(int(match[0]), []).append([latent, match[1]])
+    return {match: sorted(pairs, key=lambda pair: -pair[1])[:SHARING] for match, pairs in by_match.items()}
 
 
 def latents_of_metas(metas: Matrix | None) -> list[list[Pair]]:

@@ -46,6 +46,7 @@ def details(latents: Sequence[Latent]) -> dict[str, Any]:
             *(latent.neighbours, latent.match, latent.metas, latent.partners, bar_heights(latent.histogram)),
             *(token_indices(latent.promoted), token_indices(latent.suppressed)),
             [packed_example(pool, example, latent.maximum) for example in latent.examples],
+            latent.matched_by,
         ]
         for latent in latents
     ]

@@ -9,9 +9,9 @@
   let found = [], shown = 0, reversed = false, selected = null;
 
   // A latent of the list is [number, firings, largest value, cosine of its neighbour, of its match, phi of its partner, token].
-  // Its details are [neighbours, match, meta latents, partners, bars, promoted, suppressed, examples]; indices refer to `source`.
+  // Its details are [neighbours, match, meta latents, partners, bars, promoted, suppressed, examples, matched by]; indices refer to `source`.
   const columns = { density: 1, strong: 2, near: 3, match: 4, partner: 5, number: 0 };
-  const NEIGHBOURS = 0, MATCH = 1, METAS = 2, PARTNERS = 3, BARS = 4, PROMOTED = 5, SUPPRESSED = 6, EXAMPLES = 7;
+  const NEIGHBOURS = 0, MATCH = 1, METAS = 2, PARTNERS = 3, BARS = 4, PROMOTED = 5, SUPPRESSED = 6, EXAMPLES = 7, MATCHED_BY = 8;
   let first = 0;
   data.arms.forEach((arm, index) => {
     choice.append(new Option(arm.name, String(index)));
@@ -213,6 +213,8 @@
       const match = panel(`Nearest in ${other.name}, cosine`, links([detail[MATCH]], other));
       match.classList.add("match");
       relations.append(match);
+      // Both sides of a split: several latents of the other arm are nearest to this one.
+      if (detail[MATCHED_BY].length > 1) relations.append(panel(`Split in ${other.name} into, cosine`, links(detail[MATCHED_BY], other)));
     }
     const texts = element("div", undefined, "texts");
     texts.append(...detail[EXAMPLES].map((example) => context(example, source, largest)));

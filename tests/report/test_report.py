@@ -235,13 +235,18 @@ def test_latents_have_their_nearest_rows_matches_and_meta_latents(evaluated_run:
     assert (solo["name"], joint["name"], solo["other"], joint["other"]) == ("solo-seed0", "joint-seed0", 1, 0)
     rows = {name: functional.unit_rows(sae(seed).W_dec.detach()) for seed, name in ((0, "solo"), (2, "joint"))}
     meta = sae(102, 12, threshold=0.3)
-    for row, (near, match, meta_latents, partners, bars, promoted, suppressed, examples) in zip(joint["rows"], joint_details, strict=True):
+    for row, (near, match, meta_latents, partners, bars, promoted, suppressed, examples, matched_by) in zip(
+        joint["rows"], joint_details, strict=True
+    ):
         number, firings, largest, cosine, match_cosine, phi, token = row
         assert (cosine, match_cosine, phi) == (near[0][1], match[1], partners[0][1] if partners else None)
         cosines = rows["joint"][number] @ rows["joint"].T
         cosines[number] = -1
         assert near[0] == [int(cosines.argmax()), pytest.approx(cosines.max().item(), abs=1e-3)]
         across = rows["solo"] @ rows["joint"][number]
+        of_other = [[latent, row.max().item()] for latent, row in enumerate(rows["solo"] @ rows["joint"].T) if int(row.argmax()) == number]
+        alike = sorted((pair for pair in of_other if pair[1] >= latent_browser.ALIKE), key=lambda pair: -pair[1])
+        assert matched_by == [[latent, pytest.approx(cosine, abs=1e-3)] for latent, cosine in alike]
         assert match == [int(across.argmax()), pytest.approx(across.max().item(), abs=1e-3)]
         parts = meta.encode(rows["joint"][number][None])[0].detach()
         assert [latent for latent, _ in meta_latents] == parts.topk(4).indices[parts.topk(4).values > 0].tolist()
@@ -304,7 +309,7 @@ def test_a_run_folder_from_before_examples_gives_a_page_of_its_top_contexts(eval
         path.write_bytes(gzip.compress(json.dumps(old).encode()))
     assert main(["report", str(run)]) == 0
     data = latents_in_page((run / "report.html").read_text())
-    for near, _, _, partners, bars, promoted, suppressed, examples in data["details"]:
+    for near, _, _, partners, bars, promoted, suppressed, examples, _ in data["details"]:
         assert near and (partners, bars, promoted, suppressed) == ([], "", [], []) and 1 <= len(examples) <= len(HOSTILE)
         assert all(quantile is None and at < len(data["texts"][text]) for text, at, quantile, _ in examples)
 
@@ -319,7 +324,7 @@ def test_an_sae_from_elsewhere_has_the_same_page_without_neighbours_if_its_folde
         assert main(["report", str(out)]) == 0
         data = latents_in_page((out / "report.html").read_text())
         assert len(data["details"]) == len(data["arms"][0]["rows"]) > 10
-        for near, match, metas, _, bars, promoted, _, examples in data["details"]:
+        for near, match, metas, _, bars, promoted, _, examples, _ in data["details"]:
             assert bool(near) == is_there and match == metas == [] and len(bars) == 16 and len(promoted) == 10 and examples
         if is_there:
             (tmp_path / "foreign").rename(tmp_path / "moved")
