@@ -137,7 +137,12 @@ def installed_version() -> str:
 
 def user_errors() -> tuple[type[Exception], ...]:
     """Types of exceptions that a user's input causes. A library's types are left out until it is imported: it cannot have raised them."""
-    names = (("jsonargparse", "ArgumentError"), ("lightning.fabric.utilities.exceptions", "MisconfigurationException"))
+    names = (
+        ("jsonargparse", "ArgumentError"),
+        ("lightning.fabric.utilities.exceptions", "MisconfigurationException"),
+        ("wandb.errors", "Error"),  # such as no API key, or a server that does not answer
+        ("mlflow.exceptions", "MlflowException"),
+    )
     return (InputError, *(getattr(sys.modules[module], name) for module, name in names if module in sys.modules))
 
 
