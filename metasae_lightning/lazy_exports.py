@@ -26,7 +26,12 @@ def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[st
     def __getattr__(name: str) -> Any:
         missing = AttributeError(f"module {package!r} has no attribute {name!r}")
         if name in modules:
-            value = getattr(import_module(modules[name]), name)
+            try:
+                value = getattr(import_module(modules[name]), name)
+            except ImportError as error:
+                from metasae_lightning.library_versions import version_conflict
+
+                raise ImportError(version_conflict() or str(error), name=error.name, path=error.path) from error
         elif name.startswith("_"):
             raise missing
         else:

@@ -38,6 +38,12 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get("METASAE_DEBUG") or not (line := machine_error_line(error)):
             raise
         return print_error(line)
+    except ImportError:
+        from metasae_lightning.library_versions import version_conflict
+
+        if os.environ.get("METASAE_DEBUG") or not (line := version_conflict()):
+            raise
+        return print_error(line)
     except KeyboardInterrupt:
         sys.stderr.write("metasae: stopped\n")
         return 130

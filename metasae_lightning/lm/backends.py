@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from sae_lens.load_model import load_model
 from torch import nn
-from transformer_lens import HookedTransformer, loading_from_pretrained
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from metasae_lightning.lm.base import LanguageModel, Mask, Tokens
+from metasae_lightning.lm.hooked_transformer import HookedTransformer, get_official_model_name, get_pretrained_model_config
 from metasae_lightning.lm.hooks import (
     HookLocation,
     ignore_dropped_layers,
@@ -94,7 +94,7 @@ class TransformerLensLM(LanguageModel):
         check_kwargs(self.model_kwargs, [k for k in known if k not in ("model_name", "device", "dtype", "from_pretrained_kwargs")])
         is_folder = is_lens_folder(folder)
         with lens_errors(self.name):
-            config = loading_from_pretrained.get_pretrained_model_config(folder)
+            config = get_pretrained_model_config(folder)
         locations = locate_in_lens(self.hooks, self.name, config)
         layers = {} if self._is_complete else {"first_n_layers": layers_needed(locations)}
         return {**self.model_kwargs, **layers, "dtype": self.dtype}, locations, is_folder
@@ -103,13 +103,13 @@ class TransformerLensLM(LanguageModel):
     def _tokenizer_source(self) -> str:
         """The local folder or the model's name on the Hub: TransformerLens has short names of its own, such as `gpt2-small`."""
         with lens_errors(self.name):
-            return self._folder if is_lens_folder(self._folder) else loading_from_pretrained.get_official_model_name(self._folder)
+            return self._folder if is_lens_folder(self._folder) else get_official_model_name(self._folder)
 
     def _skeleton(self, folder: str) -> tuple[nn.Module, list[HookLocation]]:
         """The `HookedTransformer` on the meta device, and the hooks' locations."""
         args, locations, _ = self._prepare(folder)
         with lens_errors(self.name), torch.device("meta"):
-            config = loading_from_pretrained.get_pretrained_model_config(folder, device="meta", **args)
+            config = get_pretrained_model_config(folder, device="meta", **args)
             return HookedTransformer(config, move_to_device=False), locations
 
     def _load(self, folder: str) -> tuple[nn.Module, list[HookLocation], Any]:

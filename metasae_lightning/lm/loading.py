@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformer_lens import HookedTransformer, loading_from_pretrained
 from transformers import AutoTokenizer, masking_utils
 from transformers.utils import logging as transformers_logging
 
 from metasae_lightning.errors import InputError, did_you_mean, one_line
 from metasae_lightning.lm.embedded_model import EMBEDDED
+from metasae_lightning.lm.hooked_transformer import (
+    HookedTransformer,
+    get_pretrained_model_config,
+    get_pretrained_state_dict,
+    make_model_alias_map,
+)
 
 # The arguments of `from_pretrained`. It passes unknown ones to the model's constructor, whose error does not name the argument.
 CONFIG_KWARGS = (
@@ -115,7 +120,7 @@ def lens_errors(name: str) -> Generator[None, None, None]:
 def is_lens_folder(name: str) -> bool:
     """Whether the name is a local folder. Raise an error if it is neither a folder nor a model of TransformerLens."""
     is_folder = Path(name).is_dir()
-    aliases = loading_from_pretrained.make_model_alias_map()
+    aliases = make_model_alias_map()
     if not is_folder and name.lower() not in aliases:
         raise InputError(f"name: TransformerLens knows no model {name!r}{did_you_mean(name, aliases)}; HuggingFaceLM reads any model")
     return is_folder
@@ -123,8 +128,8 @@ def is_lens_folder(name: str) -> bool:
 
 def load_lens_folder(folder: str, device: torch.device, kwargs: dict[str, Any]) -> HookedTransformer:
     """Load a local folder as a `HookedTransformer`, whose own `from_pretrained` accepts only its list of model names."""
-    config = loading_from_pretrained.get_pretrained_model_config(folder, device=str(device), **kwargs)
-    weights = loading_from_pretrained.get_pretrained_state_dict(folder, config, dtype=kwargs["dtype"])
+    config = get_pretrained_model_config(folder, device=str(device), **kwargs)
+    weights = get_pretrained_state_dict(folder, config, dtype=kwargs["dtype"])
     model = HookedTransformer(config, AutoTokenizer.from_pretrained(folder), move_to_device=False)
     model.load_and_process_state_dict(weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
     return model.to(device)

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from metasae_lightning import run_folder
 from metasae_lightning.errors import InputError
+from metasae_lightning.lm.hooked_transformer import get_official_model_name
 from metasae_lightning.sae import pretrained
 from metasae_lightning.sae.conversion import transfer_weights
 from metasae_lightning.sae.normalizers import Normalizer
