@@ -125,7 +125,7 @@ class Export(Observer):
             weights=weights,
             normalizer=learner.normalizer,
             updates=int(learner.updates),
-            metadata=metadata,
+            metadata={**metadata, "num_dead_features": int(learner.dead.sum())},
             samples=[x.to(torch.float32) for x in samples],
             device=learner.W_dec.device,
         )

@@ -93,7 +93,7 @@ def calibrate_thresholds(args: Namespace) -> int:
     before = mean_l0(sae, samples)
     result = calibrate(scores, samples, l0, rule)
     entry = {"rule": rule, "target_l0": l0, "l0_before": before, "l0": result.l0, "few_firings": result.n_rare, "tokens": result.tokens}
-    pretrained.set_thresholds(folder, result.threshold, {"threshold_rule": entry})
+    pretrained.set_thresholds(folder, result.threshold, {"threshold_rule": entry, "l0": result.l0})
     run_folder.add_entry(sae.record, "calibration", entry, arm=sae.arm)
     few = f", {result.n_rare:,} latents that fired too rarely share one threshold" if rule == "rate" else ""
     Console().print(f"{folder}: L0 {before:.2f} -> {result.l0:.2f} by the rule {rule!r} on {result.tokens:,} validation tokens{few}")

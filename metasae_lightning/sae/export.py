@@ -13,7 +13,7 @@ from torch import Tensor
 from metasae_lightning.atomic_files import draft_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae.normalizers import Normalizer
-from metasae_lightning.sae.pretrained import AnySAE, load_pretrained, measure, pre_activations, set_thresholds
+from metasae_lightning.sae.pretrained import AnySAE, add_metadata, load_pretrained, measure, pre_activations, set_thresholds
 from metasae_lightning.sae.thresholds import global_threshold
 
 
@@ -55,8 +55,8 @@ def export(
 
     `updates`: how often the SAE's running threshold was updated. SAELens starts this running mean at 0, so after few updates the
     threshold is too low by the factor `1 - (1 - lr)^updates`, which is divided out. Where the exported L0 still misses the training L0
-    by more than the fraction `tolerance`, the threshold is computed from the samples and the record says so. The folder is written
-    atomically: an older folder stays until the new one is complete.
+    by more than the fraction `tolerance`, the threshold is computed from the samples and the record says so. The measured `l0` goes into
+    the metadata. The folder is written atomically: an older folder stays until the new one is complete.
     """
     folder = Path(folder)
     inference = _inference_copy(sae, weights or sae.state_dict(), normalizer, updates, metadata or {})
@@ -68,6 +68,8 @@ def export(
                 record = measured_on(device=torch.device("cpu") if device is None else device)
             except torch.OutOfMemoryError:
                 record = measured_on(device=torch.device("cpu"))
+            if record.l0 is not None:
+                add_metadata(draft, {"l0": record.l0})
     except OSError as error:
         raise InputError(f"cannot write the SAE folder {folder}: {error.strerror or error}") from error
     return replace(record, folder=str(folder))

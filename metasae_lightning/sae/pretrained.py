@@ -125,11 +125,16 @@ def set_thresholds(folder: str | Path, threshold: Float[Tensor, " d_sae"], metad
             weights = load_file(draft / SAE_WEIGHTS_FILENAME)
             weights["threshold"] = threshold.to(weights["threshold"])
             (draft / SAE_WEIGHTS_FILENAME).write_bytes(save(weights))
-            record = json.loads((draft / SAE_CFG_FILENAME).read_text())
-            record["metadata"] = {**record.get("metadata", {}), **metadata}
-            (draft / SAE_CFG_FILENAME).write_text(json.dumps(record))
+            add_metadata(draft, metadata)
     except OSError as error:
         raise InputError(f"cannot write the SAE folder {folder}: {error.strerror or error}") from error
+
+
+def add_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Add entries to the metadata in a SAELens folder's config."""
+    record = json.loads((folder / SAE_CFG_FILENAME).read_text())
+    record["metadata"] = {**record.get("metadata", {}), **metadata}
+    (folder / SAE_CFG_FILENAME).write_text(json.dumps(record))
 
 
 @torch.no_grad()

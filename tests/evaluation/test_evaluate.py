@@ -262,6 +262,7 @@ def test_calibrate_writes_thresholds_that_give_the_training_l0(tmp_path: Path, c
     x = torch.cat([Batch.of(batch).activations for batch in data.stream("validation", 512)])
     assert (calibrated.encode(x) > 0).sum(1).float().mean().item() == pytest.approx(5.0, rel=0.02)
     rule = calibrated.cfg.metadata.threshold_rule
+    assert calibrated.cfg.metadata.l0 == rule["l0"]
     assert rule["rule"] == "rate" and rule["target_l0"] == 5.0 and rule["l0_before"] > 6 and rule["tokens"] == len(x)
     assert json.loads((run_folder / "evaluation.json").read_text())["calibration"] == rule
     assert calibrated.threshold.unique().numel() > 10 and calibrated.W_enc.shape == (D_IN, 48)

@@ -12,6 +12,7 @@ from sae_lens.registry import get_sae_training_class
 from safetensors.torch import load_file
 
 from metasae_lightning import functional
+from metasae_lightning.callbacks import Export
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import export, forward, pretrained
 from metasae_lightning.sae.normalizers import make_normalizer
@@ -118,6 +119,18 @@ def test_the_record_has_the_measurements_of_the_saved_folder(tmp_path: Path):
     cfg = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     assert cfg["architecture"] == "jumprelu" and cfg["device"] == "cpu"
     assert cfg["metadata"]["hook_name"] == "blocks.1.hook_resid_pre" and cfg["metadata"]["training_architecture"] == "batchtopk"
+    assert cfg["metadata"]["l0"] == record.l0 == loaded.cfg.metadata.l0
+
+
+# SAELens's trainer writes `l0` and `num_dead_features` at the end of training.
+def test_the_export_callback_counts_the_dead_latents_in_the_metadata(tmp_path: Path):
+    learner, callback = train_module("batchtopk").primary, Export()
+    learner.silent_for[:5] = learner.config.dead_after
+    learner.silent_for[5:] = learner.config.dead_after - 1
+    callback._write("primary", learner, learner.weights(), tmp_path, {"training_tokens": 7}, [activations(1)])
+    metadata = SAE.load_from_disk(tmp_path / "primary").cfg.metadata
+    assert (metadata.num_dead_features, metadata.training_tokens) == (5, 7)
+    assert metadata.l0 == callback.records["primary"].l0
 
 
 def test_an_export_does_not_change_the_sae_in_training_and_replaces_an_older_folder(tmp_path: Path):
