@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install picture bench test test-slow check format lint types docs test-quick long-tests clean
+.PHONY: help quickstart install picture bench test test-slow check format lint types docs test-quick long-tests clean dist notes
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,13 @@ picture: $(VENV)/.installed ## the README's picture from a finished run (RUN=fol
 
 bench: $(VENV)/.installed ## a step of ours beside SAELens's, in short; docs/performance.md has the long forms
 	$(BIN)/python benchmarks/step.py --sizes laptop --runs 3 --macro-steps 1 $(ARGS)
+
+dist: $(VENV)/.installed-dev ## the wheel and the source archive in dist/
+	$(BIN)/python -m build --outdir dist .
+
+notes: ## the changelog's section of a version (TAG=v0.1.0): the text of its release
+	@awk -v version="$(TAG:v%=%)" '/^## / {found = ($$2 == version || $$2 == version ","); seen += found; next} found; END {exit !seen}' CHANGELOG.md \
+		|| { echo "CHANGELOG.md has no section '## $(TAG:v%=%)'" >&2; exit 2; }
 
 clean: ## remove .venv and what tools leave behind; runs/ stays
 	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
