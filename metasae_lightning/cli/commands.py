@@ -91,6 +91,12 @@ TABLE = (
         "metasae publish runs/a hf://OWNER/NAME",
         "metasae_lightning.cli.publish:publish_saes",
     ),
+    Command(
+        "export-dashboard",
+        "Write dashboards of an SAE's latents as files for SAEDashboard and Neuronpedia.",
+        "metasae export-dashboard runs/a",
+        "metasae_lightning.cli.dashboards:export_dashboard",
+    ),
     Command("recipes", "List the shipped recipes and overlays.", "metasae recipes", "metasae_lightning.cli.recipes:list_recipes"),
     Command(
         "completion",

@@ -90,6 +90,21 @@ def add_publish(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=optional, default=None, help=text)
 
 
+def add_export_dashboard(parser: ArgumentParser) -> None:
+    """Arguments of `export-dashboard`."""
+    optional = str | None
+    parser.add_argument("place", type=str, help="A run, an arm's folder, a SAELens folder, or an SAE on the Hub as RELEASE:ID.")
+    parser.add_argument("--out", type=optional, default=None, help="Folder of the files; by default `dashboards` in the run.")
+    parser.add_argument("--model_id", type=optional, default=None, help="Neuronpedia's id of the model; by default its name.")
+    parser.add_argument("--sae_set", type=optional, default=None, help="Name of the set of SAEs; by default the run's.")
+    parser.add_argument("--dataset", type=optional, default=None, help="Public name of the text; by default that of the SAE's metadata.")
+    parser.add_argument("--tokens", type=int | None, default=None, help="Held-out tokens to read; by default the recipe's test tokens.")
+    parser.add_argument("--contexts", type=int, default=20, help="Top contexts of each latent, from different documents.")
+    parser.add_argument("--latents_per_file", type=int, default=128, help="Latents in one file.")
+    parser.add_argument("--data", type=optional, default=None, help="Recipe whose text is read; by default that of the run.")
+    parser.add_argument("--device", type=optional, default=None, help="Device of the model and the SAE; by default the recipe's.")
+
+
 def add_nothing(parser: ArgumentParser) -> None:
     """Add nothing, since `recipes` takes no argument."""
 
@@ -106,6 +121,7 @@ ADD_ARGUMENTS = {
     "calibrate": add_calibrate,
     "report": add_report,
     "publish": add_publish,
+    "export-dashboard": add_export_dashboard,
     "recipes": add_nothing,
     "completion": add_completion,
 }
