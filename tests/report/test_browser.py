@@ -117,6 +117,13 @@ def test_search_sorting_arms_and_links_between_latents_work(page_in_browser: Any
     link.click()
     assert shown(page_in_browser) == target
     page_in_browser.select_option("#arm", "1")
+    page_in_browser.evaluate("document.activeElement.blur()")
+    for _ in numbers(page_in_browser):  # up to a latent that meta-latents compose
+        if page_in_browser.locator(".einstein").count():
+            break
+        page_in_browser.keyboard.press("j")
+        page_in_browser.wait_for_timeout(50)
+    page_in_browser.wait_for_selector(".einstein path", state="attached")
     metas = page_in_browser.locator(".einstein .meta")
     assert metas.count() == page_in_browser.locator(".einstein path").count() > 0
     picture, last = page_in_browser.locator(".einstein").bounding_box(), metas.last.bounding_box()
