@@ -37,7 +37,7 @@ class Penalty(nn.Module, ABC):
 
     needs_critic: bool = False
     uses_step: bool = True
-    """Whether the value depends on the number of the step. If not, a CUDA graph may compute it at every step."""
+    """Whether the value depends on more than the decoder and the critic, such as the step's number. If not, a CUDA graph may replay it."""
 
     def __init__(self, weight: float, warm_up_steps: int = 0) -> None:
         super().__init__()
@@ -162,7 +162,8 @@ class PenaltyLoss(ExtraLoss):
             if self._before_retry is not None:
                 self._before_retry()
             self._term = ExtraTerm(*self._compute())
-        return self._term
+        term, self._term = self._term, ExtraTerm()  # not kept: its graph would live as long as a recording of this step
+        return term
 
 
 @final

@@ -44,7 +44,9 @@ class Batch:
             return self
         names = list(self.widths)
         begin = sum(self.widths[name] for name in names[: names.index(hook)])
-        return Batch(self.activations[:, begin : begin + self.widths[hook]], features=self.features)
+        columns = self.activations[:, begin : begin + self.widths[hook]]
+        # On a GPU a product of whole rows may have other last bits than one of columns in wider rows, and a CUDA graph reads a copy.
+        return Batch(columns.contiguous() if columns.is_cuda else columns, features=self.features)
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def _training_items(model: JointSAE, data: Any, trainer: Any, dtype_factor: int,
         decoder_rows = model.meta_rows or len(model.primary.W_dec)
         size = f"{-(-decoder_rows // ranks):,} decoder rows, when latents are dead"
         yield _temporary_item("a meta step", device, memory.meta, size, "lower meta.d_sae or meta_rows", phase="decoder")
-    if device_type == "cuda" and trainer.world_size == 1:
+    if device_type == "cuda" and trainer.world_size == 1 and str(trainer.precision) != "64-true":
         decoder_rows = model.meta_rows or len(model.primary.W_dec)
         steps = ((model.primary, memory.primary, rows), *(() if model.meta is None else ((model.meta, memory.meta, decoder_rows),)))
         kept = sum(peak.bytes for learner, peak, n in steps if learner.step_graph is not None and learner.step_graph.pays(n))

@@ -131,6 +131,8 @@ class SparseForward(ForwardPass):
         self.cut_factor = compute.CutFactor()
         self.padded_dead = 0
         """On a GPU, the number of dead latents of the last training batch with their padding."""
+        self.has_static_shapes = True
+        """Whether the shapes of the last batch did not depend on the number of dead latents, apart from their padding."""
         self._gradients = compute.BufferPool()
         # Fixed rows are overwritten in place. The rows of a new batch are not: the previous ones may still be in use.
         self._rows = compute.BufferPool() if incremental_topk is not None else None
@@ -211,8 +213,10 @@ class SparseForward(ForwardPass):
         buffers: dict[str, Any] = {"gradients": self._gradients, "rows": self._rows} if fresh_gradients else {}
         encoded = compute.encode(z, local(sae.W_enc), local(sae.b_enc), rule, origin=origin, scale=self._norms, extra=dead, **buffers)
         self.last_cut = encoded.threshold
-        if dead is not None:  # the smallest padding suits a batch without dead latents too
+        if rule.padded_extra is not None:  # the smallest padding suits a batch without dead latents too
             self.padded_dead = len(encoded.extra_latents) or min(self.padded_dead, LEAST_PADDED)
+        if dead is not None:
+            self.has_static_shapes = rule.padded_extra is not None or not len(encoded.extra_latents)
         return encoded
 
     def _encode_support(self, z: Tensor, rows: Tensor, columns: Tensor) -> compute.Encoded:

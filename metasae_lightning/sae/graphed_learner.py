@@ -13,7 +13,7 @@ from torch.optim import Adam
 from metasae_lightning.compute.gpu.passes import triton_kernels
 from metasae_lightning.sae.forward import SparseForward
 from metasae_lightning.sae.learner import Learner
-from metasae_lightning.sae.recording import Capture, Recording, StepGradients
+from metasae_lightning.sae.recording import Capture, Recording, StepGradients, record
 from metasae_lightning.sae.step_graph import STEPS_BEFORE, cuda_graph
 
 
@@ -32,7 +32,7 @@ class GraphedLearner:
         assert isinstance(learner.forward_pass, SparseForward)
         self.learner, self.optimizer, self._capture = learner, optimizer, capture or cuda_graph
         self._forward_pass = learner.forward_pass
-        self._steps = 0
+        self._steps, self._is_off = 0, False
         self._recording: Recording | None = None
         self.retaken = 0
         """Number of steps that were taken again without the graph."""
@@ -40,14 +40,15 @@ class GraphedLearner:
     def learn(self, x: Float[Tensor, "rows d_in"]) -> None:
         """One step on the rows."""
         self._steps += 1
-        if self._steps <= STEPS_BEFORE or not isinstance(self._forward_pass.last_cut, Tensor):
+        if self._is_off or self._steps <= STEPS_BEFORE or not isinstance(self._forward_pass.last_cut, Tensor):
             self._learn_eagerly(x)
             return
         learner = self.learner
         counters = learner.steps, learner.updates, learner.rows_seen
         if self._recording is None:
-            self._recording = Recording(x, self._gradients, [self._forward_pass], self._capture, self._finish)
-        is_right = self._recording.replay(x)
+            self._recording = record(x, self._gradients, [self._forward_pass], self._capture, self._finish)
+            self._is_off = self._recording is None
+        is_right = self._recording is not None and self._recording.replay(x)
         learner.steps, learner.updates, learner.rows_seen = counters
         if is_right:
             learner.steps, learner.updates, learner.rows_seen = counters[0] + 1, counters[1] + 1, counters[2] + len(x)

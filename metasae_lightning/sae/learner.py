@@ -59,7 +59,7 @@ class Learner(HostCounters):
         self.role, self.config, self.parallelism = role, config, Parallelism()
         self.sae = pretrained.build(cfg, role=role, seed=seed)
         self.forward_pass = forward.forward_pass_for(self.sae, config.kernels, n_fixed_rows=config.n_fixed_rows)
-        self.step_graph = StepGraph([self.forward_pass]) if config.cuda_graph and config.micro_batches == 1 else None
+        self.step_graph = StepGraph(self) if config.cuda_graph and config.micro_batches == 1 else None
         self.guard: NonFiniteGuard | None = None
         self.normalizer = make_normalizer(cfg.normalize_activations, cfg.d_in)
         self.register_buffer("silent_for", torch.zeros(cfg.d_sae, dtype=torch.int64, device=cfg.device))
@@ -85,7 +85,7 @@ class Learner(HostCounters):
     def add_critic(self, critic: "Learner") -> None:
         """Tell which other learner the extra loss of a step reads."""
         if self.step_graph is not None:
-            self.step_graph.forward_passes.append(critic.forward_pass)
+            self.step_graph.learners.append(critic)
 
     def divide(self, mesh: Any) -> None:
         """Shard the latents over the ranks of a mesh, before optimisers are made: their state is then sharded too."""

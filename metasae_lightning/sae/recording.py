@@ -1,5 +1,6 @@
 """A step's gradient that is recorded once and replayed for other rows."""
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class Recording:
         compute: Computes the gradient.
         forward_passes: Those that `compute` runs: the trained SAE's, and after it those of SAEs that are read.
         capture: How the step is recorded.
-        finish: Further work of the step, also recorded; its argument tells, on the device, whether a check failed.
+        finish: Further work of the step, also recorded; its second argument tells, on the device, whether a check failed.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Recording:
         capture: Capture,
         finish: Callable[[StepGradients, Tensor], None] | None = None,
     ) -> None:
-        self._compute, self._finish, self._sae, self._forward_passes = compute, finish, forward_passes[0].sae, forward_passes
+        self._compute, self._finish, self._sae = compute, finish, forward_passes[0].sae
         self._x, self._copied = x.clone(), (weakref.ref(x), x._version)
         self._hints = [(each, each.last_cut.clone()) for each in forward_passes if isinstance(each.last_cut, Tensor)]
         for each, hint in self._hints:
@@ -65,7 +66,7 @@ class Recording:
 
     def _step(self) -> None:
         """The step that is recorded."""
-        torch.clear_autocast_cache()  # what is cast in a graph must not be used outside it, nor the reverse
+        torch.clear_autocast_cache()  # a weight that was cast inside the graph must not be reused outside it, or the reverse
         self._buffers = [(buffer, buffer.clone()) for buffer in self._sae.buffers()]
         for parameter in self._sae.parameters():
             parameter.grad = None
@@ -85,11 +86,11 @@ class Recording:
         self._figures = torch.cat([figure.detach().reshape(1) for figure in figures])
         self._parameter_gradients = [(parameter, parameter.grad) for parameter in self._sae.parameters()]
         if self._finish is not None:
-            self._finish(self._gradients, (self._numbers <= 0).any())
+            self._finish(self._gradients, ~(self._numbers > 0).all())
         torch.clear_autocast_cache()
 
     def replay(self, x: Float[Tensor, "rows d_in"]) -> bool:
-        """Compute the gradient of some rows; returns whether all checks held. Where one failed, no buffer has changed."""
+        """Compute the gradient of some rows; returns whether all checks held. Where one failed, the SAE's buffers are as before."""
         rows, version = self._copied
         if rows() is not x or version != x._version:
             self._x.copy_(x)
@@ -111,6 +112,8 @@ class Recording:
             for parameter, gradient in self._parameter_gradients:
                 parameter.grad = gradient
             return True
+        for parameter, _ in self._parameter_gradients:
+            parameter.grad = None  # an optimiser that keeps gradients has kept the recording's, which this replay has overwritten
         for buffer, before in self._buffers:
             buffer.copy_(before)
         for each, _ in self._hints:
@@ -118,7 +121,10 @@ class Recording:
         return False
 
     def outputs(self) -> StepGradients:
-        """What the last replay computed. Figures and codes are copies; the reconstruction must be read before the next replay."""
+        """What the last replay computed. Figures and codes are copies; the reconstruction must be read before the next replay.
+
+        A result that is kept keeps the memory of the recording.
+        """
         (result,), extra, number = self._gradients.results, self._gradients.extra, self._replays
         figures = iter(self._figures.clone().unbind())
         loss, losses = next(figures), {name: next(figures) for name in result.losses}
@@ -133,3 +139,22 @@ class Recording:
         return StepGradients(
             [ForwardResult(loss, losses, codes, rebuild)], ExtraTerm(extra_loss, {name: next(figures) for name in extra.values})
         )
+
+
+def record(
+    x: Float[Tensor, "rows d_in"],
+    compute: Compute,
+    forward_passes: Sequence[SparseForward],
+    capture: Capture,
+    finish: Callable[[StepGradients, Tensor], None] | None = None,
+) -> Recording | None:
+    """A recording with these arguments; None, with a warning, where a step cannot be recorded."""
+    try:
+        return Recording(x, compute, forward_passes, capture, finish)
+    except RuntimeError as error:  # too little memory is one
+        reason = " ".join(str(error.__context__ or error).split())[:200]
+        warnings.warn(f"a step cannot be recorded as a CUDA graph ({reason}): steps go on without one, which takes longer", stacklevel=3)
+        return None
+    finally:
+        for parameter in forward_passes[0].sae.parameters():
+            parameter.grad = None

@@ -1,14 +1,13 @@
 """The gradient of a learner's step as a CUDA graph: the host starts all of its kernels with one call.
 
-A graph holds one course of a step: the search for the largest activations has enough candidates, and the dead latents fit the same padding
-as before. Whether that was so is known when the graph has run. If it was not, nothing has changed, and the gradient is computed again
-without the graph. The optimiser's step is not in the graph, so that optimisers and learning rate schedules work as they do without one.
+A graph repeats the recorded kernels. Its result is right only if the search again finds enough candidates, and the dead latents again need
+the same padding. The host reads this after each replay. If it is not so, buffers are put back, and the gradient is computed without the
+graph. The optimiser's step is not in the graph, so that optimisers and learning rate schedules work as they do without one.
 """
 
-import copy
 import warnings
 from collections.abc import Callable
-from functools import cache
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,14 +15,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metasae_lightning.compute.gpu.passes import triton_kernels
-from metasae_lightning.sae.forward import ForwardPass, SparseForward
-from metasae_lightning.sae.recording import Capture, Compute, Recording, StepGradients
+from metasae_lightning.sae.forward import SparseForward
+from metasae_lightning.sae.recording import Capture, Compute, Recording, StepGradients, record
 
-# Number of equal steps before a recording. They compile kernels and find a cut. It doubles with each recording.
+# Number of steps with equal settings, computed without a graph, before a recording. The number doubles with each recording.
 STEPS_BEFORE = 4
+# Number of replays in a row that may fail before the recording is given up.
+FAILURES = 3
 # Number of replays that are compared with a step without the graph.
 COMPARED = 2
-# Multiplications of the encoder's product above which a step is not recorded: the GPU is then slower than the host.
+# Largest number of multiplications in the encoder's product of a recorded step: above it the GPU is slower than the host.
 MOST_MULTIPLICATIONS = 2**39
 
 
@@ -34,21 +35,22 @@ class StepGraph:
     without the graph: if any value differs, a warning says so and the graph is not used.
 
     Args:
-        forward_passes: Those of a step: the trained SAE's, and after it those of SAEs that are read.
+        learner: The learner that takes the steps.
         capture: How a step is recorded; the default is a CUDA graph.
     """
 
-    def __init__(self, forward_passes: list[ForwardPass], capture: Capture | None = None) -> None:
-        self.forward_passes, self._capture = forward_passes, capture or cuda_graph
+    def __init__(self, learner: Any, capture: Capture | None = None) -> None:
+        self.learners, self._capture = [learner], capture or cuda_graph
+        """The learner that takes the steps, and after it those that are read."""
         self._key: tuple[Any, ...] = ()
-        self._equal_steps = self._compared = self._recordings = 0
+        self._equal_steps = self._compared = self._recordings = self._failures = 0
         self._recording: Recording | None = None
         self._is_off = False
         self.replayed = 0
         """Number of steps whose gradient the graph computed."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StepGraph":
-        return StepGraph(copy.deepcopy(self.forward_passes, memo), self._capture)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_key": (), "_recording": None, "replayed": 0}
 
     def gradients(self, x: Float[Tensor, "rows d_in"], compute: Compute, constants: tuple[Any, ...]) -> StepGradients:
         """The result of `compute(x)`, with the parameters' gradients.
@@ -59,7 +61,7 @@ class StepGraph:
             return compute(x)
         key = (*constants, *self._surroundings(x))
         if key != self._key:
-            self._key, self._equal_steps, self._recording = key, 0, None
+            self._key, self._equal_steps, self._failures, self._recording = key, 0, 0, None
         self._equal_steps += 1
         if self._equal_steps <= STEPS_BEFORE * 2**self._recordings or not all(_has_cut(each) for each in self._sparse):
             return compute(x)
@@ -69,13 +71,14 @@ class StepGraph:
         if self._compared < COMPARED:
             return self._compare(self._recording, x, compute)
         if not self._recording.replay(x):
+            self._count_failure()
             return compute(x)
-        self.replayed += 1
+        self._failures, self.replayed = 0, self.replayed + 1
         return self._recording.outputs()
 
     def pays(self, n_rows: int) -> bool:
-        """Whether a step on so many rows takes the host longer than the GPU, as far as that is known."""
-        return n_rows * self.forward_passes[0].sae.W_enc.numel() <= MOST_MULTIPLICATIONS
+        """Whether a recording is expected to save time for so many rows."""
+        return len(self._sparse) == len(self.learners) and n_rows * self.learners[0].sae.W_enc.numel() <= MOST_MULTIPLICATIONS
 
     def clear(self) -> None:
         """Free the recording and its memory."""
@@ -83,34 +86,36 @@ class StepGraph:
 
     @property
     def _sparse(self) -> list[SparseForward]:
-        return [each for each in self.forward_passes if isinstance(each, SparseForward)]
+        return [each.forward_pass for each in self.learners if isinstance(each.forward_pass, SparseForward)]
 
     def _can_record(self, x: Tensor) -> bool:
         """Whether steps on rows like `x` can be recorded, and that pays."""
-        return triton_kernels(x) is not None and len(self._sparse) == len(self.forward_passes) and self.pays(len(x))
+        return triton_kernels(x) is not None and self.pays(len(x)) and self._sparse[0].has_static_shapes
 
     def _surroundings(self, x: Tensor) -> tuple[Any, ...]:
-        """What a recording depends on beside the rows' values: shapes, data types, autocast, and where weights and buffers lie."""
+        """What a recording depends on beside the rows' values: shapes, data types, autocast, k, and where weights and buffers lie."""
         device = x.device.type
-        tensors = [tensor for each in self._sparse for tensor in (*each.sae.parameters(), *each.sae.buffers())]
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        padded_dead = self._sparse[0].padded_dead
-        return (x.shape, x.dtype, x.device, autocast, padded_dead, *(tensor.data_ptr() for tensor in tensors))
+        tensors = [tensor for each in self.learners for tensor in (*each.parameters(), *each.buffers())]
+        addresses = [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
+        return (x.shape, x.dtype, x.device, autocast, self._sparse[0].padded_dead, *(each.sae.cfg.k for each in self._sparse), *addresses)
 
     def _record(self, x: Tensor, compute: Compute) -> bool:
-        """Record a step; returns whether that worked. If it did not, a warning says so and steps go on without a graph."""
+        """Record a step; returns whether that worked. If it did not, steps go on without a graph."""
         self._recordings, self._compared = self._recordings + 1, 0
-        try:
-            self._recording = Recording(x, compute, self._sparse, self._capture)
-        except RuntimeError as error:
-            self._turn_off(f"a step cannot be recorded as a CUDA graph ({' '.join(str(error).split())[:200]})")
-        for parameter in self.forward_passes[0].sae.parameters():
-            parameter.grad = None
-        return self._recording is not None
+        self._recording = record(x, compute, self._sparse, self._capture)
+        self._is_off = self._recording is None
+        return not self._is_off
+
+    def _count_failure(self) -> None:
+        """Give a recording up whose replays keep failing. Another is made after more steps without it."""
+        self._failures += 1
+        if self._failures == FAILURES:
+            self._key, self._recording = (), None
 
     def _compare(self, recording: Recording, x: Tensor, compute: Compute) -> StepGradients:
         """Compute a step without the graph and with it, and compare all results; those without it are returned."""
-        sae, cuts = self.forward_passes[0].sae, [each.last_cut for each in self._sparse]
+        sae, cuts = self.learners[0].sae, [each.last_cut for each in self._sparse]
         parameters, buffers = list(sae.parameters()), list(sae.buffers())
         before = [buffer.clone() for buffer in buffers]
         computed = compute(x)
@@ -121,7 +126,10 @@ class StepGraph:
             replayed = recording.outputs()
             pairs = [*zip((p.grad for p in parameters), gradients, strict=True), *zip(buffers, after, strict=True)]
             if not all(_are_equal(a, b) for a, b in [*pairs, *zip(_figures(replayed), _figures(computed), strict=True)]):
-                self._turn_off("a step by CUDA graph differs from one without")
+                self._is_off, self._recording = True, None
+                warnings.warn("a step by CUDA graph differs from one without: steps go on without one, which takes longer", stacklevel=2)
+        else:
+            self._count_failure()
         self._restore(zip(buffers, after, strict=True), new_cuts)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -132,10 +140,6 @@ class StepGraph:
             buffer.copy_(value)
         for each, cut in zip(self._sparse, cuts, strict=True):
             each.last_cut = cut
-
-    def _turn_off(self, reason: str) -> None:
-        self._is_off, self._recording = True, None
-        warnings.warn(f"{reason}: steps go on without one, which takes longer", stacklevel=2)
 
 
 def _has_cut(forward_pass: SparseForward) -> bool:
@@ -157,19 +161,18 @@ def _are_equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """Record a step as a CUDA graph; returns its replay. All graphs of a device share their memory, because their replays take turns."""
-    return _captured(step, pool=_first_graph(torch.cuda.current_device()).pool()).replay
-
-
-@cache
-def _first_graph(device: int) -> torch.cuda.CUDAGraph:
-    """A graph that keeps the memory of a device's graphs: torch cannot record into a pool whose graphs are all gone."""
-    return _captured(lambda: torch.zeros(1, device=f"cuda:{device}"), pool=None)
-
-
-def _captured(step: Callable[[], Any], pool: Any) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    # The outer context restores the stream if the capture fails. Other threads may wait and allocate while this one records.
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        step()
-    return graph
+    """Record a step as a CUDA graph with memory of its own; returns its replay."""
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        # The outer context restores the stream if the capture fails. Other threads may wait and allocate while this one records.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(), capture_error_mode="thread_local"),
+        ):
+            step()
+    except RuntimeError:
+        # Before torch 2.12 a capture that fails leaves the allocator in its state of capturing.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)  # pyright: ignore[reportPrivateUsage]
+        raise
+    return graph.replay

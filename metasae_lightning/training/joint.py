@@ -63,7 +63,7 @@ class JointSAE(LightningModule):
         kernels: `sparse` skips zeros for architectures of the top-k family; `dense` is SAELens's own forward pass.
         batch_cut: A batch top-k SAE keeps the largest activations of all ranks' batches together (`global`) or of each rank's (`local`).
         non_finite: On a loss or gradient that is not finite: `stop` lets `StopOnNaN` end the run; `skip` skips the step on all ranks.
-        cuda_graph: On one GPU, compute steps that the host slows down by a CUDA graph: the same bits in less time.
+        cuda_graph: On one GPU, replay a step's gradient as a CUDA graph where starting its kernels takes longer than running them.
     """
 
     critic_supports: Literal["exact", "macro_step"]
@@ -221,7 +221,7 @@ class JointSAE(LightningModule):
         """Check trainer and data, join the other ranks, and set up penalties."""
         if stage == "fit":
             argument_checks.check_trainer(self.trainer)
-            step_memory.record_no_hooks(self, self.trainer)
+            step_memory.leave_out_graphs(self, self.trainer)
         self.join(ProcessGroup.default(), getattr(self.trainer.strategy, "device_mesh", None))
         argument_checks.check_data(getattr(self.trainer, "datamodule", None), self.hook, self.primary.sae.cfg.d_in)
         for penalty in self.penalties.values():

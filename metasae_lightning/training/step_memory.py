@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
 
 from metasae_lightning.compute.buffers import SHARED
 from metasae_lightning.sae.learner import Learner
+from metasae_lightning.training.arm_callbacks import EachArm
 
 BACKWARD_HOOKS = ("on_before_backward", "on_after_backward")
 
@@ -19,10 +21,13 @@ def free(module: nn.Module) -> None:
             learner.step_graph.clear()
 
 
-def record_no_hooks(module: nn.Module, trainer: Trainer) -> None:
-    """Take steps without CUDA graphs where a callback has a hook for the backward pass: a replay would not call it."""
-    hooks = [getattr(type(callback), hook) is not getattr(Callback, hook) for callback in trainer.callbacks for hook in BACKWARD_HOOKS]  # pyright: ignore
-    if any(hooks):
+def leave_out_graphs(module: nn.Module, trainer: Trainer) -> None:
+    """Take steps without CUDA graphs where Lightning takes part in the backward pass: by a callback's hook, or by DDP."""
+    callbacks: list[Callback] = []
+    for callback in trainer.callbacks:  # pyright: ignore
+        callbacks += next(iter(callback.copies.values())) if isinstance(callback, EachArm) else [callback]  # pyright: ignore
+    has_hook = any(getattr(type(each), hook) is not getattr(Callback, hook) for each in callbacks for hook in BACKWARD_HOOKS)
+    if has_hook or isinstance(trainer.strategy, ParallelStrategy):
         for learner in _learners(module):
             learner.step_graph = None
 

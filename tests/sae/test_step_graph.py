@@ -4,6 +4,7 @@ recording, as they are in a graph."""
 import copy
 import warnings
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +13,17 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
-from torch.optim import Adam
+from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
+from metasae_lightning.callbacks import StopOnNaN
 from metasae_lightning.compute import row_passes
 from metasae_lightning.compute.gpu import encoder, passes, topk
 from metasae_lightning.compute.row_chunks import dry_run_scale
 from metasae_lightning.penalties import Decomposability, Orthogonality, Penalty
 from metasae_lightning.sae import forward, step_graph
 from metasae_lightning.sae.gpu_layout import store_encoder_for_device
+from metasae_lightning.sae.recording import Recording
 from metasae_lightning.step import Batch, StepOutput
 from metasae_lightning.training import step_memory
 from metasae_lightning.training.joint import JointSAE
@@ -143,6 +146,38 @@ def test_a_search_that_fails_is_made_again_without_the_graph(monkeypatch: pytest
     assert 0 < replayed(module)[0] < STEPS - 7
 
 
+@pytest.mark.parametrize("kind", ["SGD that keeps gradients", "k that changes"])
+def test_other_state_of_a_step_than_weights_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """An optimiser whose `zero_grad` keeps the gradient keeps the recording's, which a failed replay overwrites."""
+    monkeypatch.setattr(encoder, "BATCH_ROOM", 3 if "SGD" in kind else 6)
+    found: list[list[Tensor]] = []
+    for module in (joint(penalties={}), joint(penalties={}, cuda_graph=False)):
+        store_encoder_for_device(module.primary.sae)
+        optimizer = SGD(module.primary.parameters(), lr=1e-2)
+        if "SGD" in kind:
+            optimizer.zero_grad = partial(optimizer.zero_grad, set_to_none=False)  # type: ignore[method-assign]
+        losses: list[Tensor] = []
+        for step in range(16):
+            if step == 12 and "k" in kind.split():
+                module.primary.sae.cfg.k = 2
+            losses.append(module.step(Batch(activations(step, 32)), optimizer).loss)
+        found.append(losses)
+        assert (sum(replayed(module)) > 0) == (len(found) == 1)
+    assert found[0] == found[1]
+
+
+def test_a_recording_whose_replays_keep_failing_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    module = joint(penalties={})
+    store_encoder_for_device(module.primary.sae)
+    optimizer, graph = Adam(module.primary.parameters()), module.primary.step_graph
+    assert graph is not None
+    tries = list[int]()
+    monkeypatch.setattr(Recording, "replay", lambda self, x: tries.append(len(x)))
+    for step in range(4 + 3 + 5):
+        module.step(Batch(activations(step, 32)), optimizer)
+    assert len(tries) == step_graph.FAILURES and graph._recording is None  # pyright: ignore[reportPrivateUsage]
+
+
 class Drifting(Penalty):
     """A penalty that depends on the step, although it says that it does not."""
 
@@ -228,7 +263,7 @@ def test_a_copy_of_a_learner_has_a_graph_of_its_own():
     run(module, 14)
     copied = copy.deepcopy(module)
     assert copied.primary.step_graph is not None and module.primary.step_graph is not None
-    assert copied.primary.step_graph.forward_passes[0] is copied.primary.forward_pass
+    assert copied.primary.step_graph.learners == [copied.primary, copied.meta]
     assert copied.primary.step_graph.replayed == 0 < module.primary.step_graph.replayed
 
 
@@ -244,7 +279,7 @@ def test_a_callback_with_a_hook_for_the_backward_pass_switches_graphs_off(callba
     """A replay would not call it."""
     module = joint()
     options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
-    step_memory.record_no_hooks(module, Trainer(callbacks=[callback], **options))
+    step_memory.leave_out_graphs(module, Trainer(callbacks=[callback], **options))
     assert [learner.step_graph is None for learner in (module.primary, module.meta) if learner] == [isinstance(callback, Observer)] * 2
 
 
@@ -263,7 +298,8 @@ def test_lightning_trains_arms_by_graph_to_the_same_bits(tmp_path: Path):
     found: list[tuple[int, dict[str, Tensor]]] = []
     for cuda_graph in (True, False):
         arms = {"solo": joint(penalties={}, cuda_graph=cuda_graph), "joint": joint(cuda_graph=cuda_graph)}
-        trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, enable_model_summary=False, **options)
+        observers = [StopOnNaN()]
+        trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, enable_model_summary=False, callbacks=observers, **options)
         trainer.fit(SideBySide(arms), train_dataloaders=Batches(20))
         found.append(
             (trainer.global_step, {f"{name}.{key}": value for name, arm in arms.items() for key, value in arm.state_dict().items()})
