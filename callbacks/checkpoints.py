@@ -184,12 +184,12 @@ class Checkpoints(Checkpoint):
 
 
 def leave_terminal(streams: Sequence[int] = (1, 2)) -> None:
-    """Let what is printed to a terminal go nowhere: writing to one that has ended is an error. Files and pipes are left alone."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Send output to a terminal to the null device: writing to a terminal that has ended is an error. Files and pipes are left alone."""
+    null_device = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         if stat.S_ISCHR(os.fstat(stream).st_mode):
-            os.dup2(nowhere, stream)
-    os.close(nowhere)
+            os.dup2(null_device, stream)
+    os.close(null_device)
 
 
 def validates(trainer: Any) -> bool:

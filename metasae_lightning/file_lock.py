@@ -1,4 +1,4 @@
-"""A lock file: one process at a time writes what it stands for. The system frees the lock of a process that has ended, however it ended."""
+"""A lock file, which one process at a time holds. The system frees the lock of a process that has ended, however it ended."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ except ImportError:  # Windows, where nothing is locked
 
 @contextlib.contextmanager
 def file_lock(file: Path, name: str) -> Generator[None]:
-    """Hold a lock file, which has this process's id and host, for the time of a block. One that another process holds is an `InputError`.
+    """Hold a lock file during a block; it names this process by id and host. One that another process holds is an `InputError`.
 
     A file that an ended process has left is taken over, with a line on stderr. Folders that are made for the file are removed with it if
     they are empty. Where the file system has no locks, nothing is locked.
@@ -66,7 +66,7 @@ def _lock(handle: int, file: Path, name: str) -> str:
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(handle), file.stat()):
             return _holder(handle)
-    raise InputError(f"{name} was being written by a process that has just ended: start again")
+    raise InputError(f"{name} was being written by a process that has just ended: run the command again")
 
 
 def _holder(handle: int) -> str:

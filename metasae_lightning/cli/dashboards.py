@@ -23,7 +23,7 @@ def export_dashboard(args: Namespace) -> int:
     (sae,) = open_saes([args.place], None)
     data = data_for(sae, args)
     if not isinstance(data, ActivationsDataModule):
-        raise InputError(f"{args.place} reads activations without text, and a dashboard shows text")
+        raise InputError(f"{args.place} reads activations without text, which dashboards show: name a recipe with text, --data RECIPE")
     hook = select_hook(sae, data)
     sae.sae.to(device_of(data))
     data.setup("test")
@@ -44,6 +44,6 @@ def export_dashboard(args: Namespace) -> int:
 
 
 def dataset_name(metadata: dict[str, Any]) -> str:
-    """The name of the text in an SAE's metadata; of a local path its last part."""
+    """The name of the text in an SAE's metadata; the last part of a local path."""
     path = str(metadata.get("dataset_path") or "")
     return Path(path).name if Path(path).is_absolute() else path

@@ -64,7 +64,7 @@ class MetasaeTrainer(Trainer):
             shard_gib: Size of a shard, in GiB. An interrupted cache continues after its last complete shard.
             store: Type of the stored activations.
         """
-        assert isinstance(datamodule, ActivationsDataModule)  # `check_cache` has seen to it
+        assert isinstance(datamodule, ActivationsDataModule)  # checked by `check_cache`
         datamodule.write_cache(shard_gib=shard_gib, dtype=store)
 
 
@@ -174,7 +174,7 @@ class MetasaeCLI(LightningCLI):
             self.held_lines.release()
 
     def before_fit(self) -> None:
-        """Reject what cannot be trained, print the memory plan of what can, and build the model with its weights."""
+        """Reject a run that cannot begin, print its memory plan, and build the model with its weights."""
         check_run(self.model, self.datamodule, self.trainer, resumes=self._get(self.config, "ckpt_path") is not None)
         print_and_check_plan(self.model, self.datamodule, self.trainer, self._get(self.config, "memory_gib"))
         if is_weightless(self.model):
@@ -184,7 +184,7 @@ class MetasaeCLI(LightningCLI):
         self.held_lines.release()
 
     def before_cache(self) -> None:
-        """Reject what cannot be cached, and print the memory plan of what can."""
+        """Reject a cache that cannot be written, and print its memory plan."""
         check_cache(self.datamodule, self._get(self.config, "shard_gib"))
         print_and_check_cache_plan(self.datamodule, self.trainer, self._get(self.config, "memory_gib"))
         self.held_lines.release()
@@ -259,11 +259,11 @@ def run(words: list[str]) -> int:
         with ExitStack() as resources:
             run_command(words, resources)
     except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits with 1 behind it
+        if isinstance(stop.__context__, KeyboardInterrupt):  # after Ctrl-C Lightning exits with 1
             raise KeyboardInterrupt from stop
         if isinstance(stop.code, int) and stop.code > 128:
             return stop.code
-        if isinstance(stop, SIGTERMException):  # of a run without Checkpoints
+        if isinstance(stop, SIGTERMException):  # the run has no `Checkpoints`
             return 128 + signal.SIGTERM
         raise
     return 0

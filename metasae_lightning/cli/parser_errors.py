@@ -32,7 +32,7 @@ def machine_error_line(error: OSError | RuntimeError | MemoryError) -> str:
     if isinstance(error, RuntimeError) and RANK_ENDED.search(words):
         return f"another rank has ended, and this one cannot go on without it; --ckpt_path last resumes from the last checkpoint ({words})"
     if misfit := MISFIT.search(words):
-        return f"the checkpoint is of another run than this: {misfit[1][:200]}"
+        return f"the checkpoint is of another run ({misfit[1][:200]}): name one of this run"
     if not isinstance(error, OSError) or error.errno is None:
         return ""
     return f"{error.filename}: {error.strerror}" if error.filename else words
@@ -42,10 +42,10 @@ def out_of_memory_line(message: str) -> str:
     """The line for memory that could not be allocated.
 
     >>> out_of_memory_line("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes. Error code 12")
-    'memory: 64 bytes could not be allocated: this needs more memory than there is'
+    'memory: 64 bytes could not be allocated: use smaller sizes or more memory'
     """
     size = re.search(r"tried to allocate (\d[\d.,]* ?\w+)", message, re.IGNORECASE)
-    return f"memory: {size[1] if size else 'a block'} could not be allocated: this needs more memory than there is"
+    return f"memory: {size[1] if size else 'a block'} could not be allocated: use smaller sizes or more memory"
 
 
 def parser_error_line(
@@ -54,7 +54,7 @@ def parser_error_line(
     """The line for a parser's error, or for any other error that a user's input causes.
 
     `keys` are the options of the parser, `names` the classes that YAML may name; the line offers the closest of them. `options` are the
-    full options of arguments that are given by their names alone.
+    full options by the names of their arguments, which the line offers for a name alone.
 
     >>> parser_error_line(ValueError('Errors: - Parser key "n_p": Expected a <class \\'int\\'>. Got value: ten - Expected a None'))
     'n_p: expected int, got ten'

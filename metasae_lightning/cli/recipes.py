@@ -100,7 +100,7 @@ def exists(word: str) -> bool:
 
 
 def read_text(path: Path, flag: str) -> str:
-    """The content of a file; an `InputError`, which names the option `flag`, if it is a folder or no UTF-8 text."""
+    """The content of a file; an `InputError`, which names the option `flag`, if it is a folder or not UTF-8 text."""
     if path.is_dir():
         raise InputError(f"{flag} {path}: a folder is no recipe: name a file")
     try:
@@ -110,7 +110,7 @@ def read_text(path: Path, flag: str) -> str:
 
 
 def check_settings(text: str, source: str) -> None:
-    """Reject a text that is no YAML, or holds no settings by name; the `InputError` names its `source`."""
+    """Reject a text that is not YAML, or holds no settings; the `InputError` names its `source`."""
     try:
         tree = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
@@ -120,4 +120,4 @@ def check_settings(text: str, source: str) -> None:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{source}: not YAML: {one_line(error)}") from error
     if not isinstance(tree, dict):
-        raise InputError(f"{source}: there are no settings, `key: value`, in it")
+        raise InputError(f"{source}: there are no settings in it: write them as `key: value`")

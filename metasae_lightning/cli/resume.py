@@ -13,12 +13,12 @@ from metasae_lightning.cli.entry import rank
 from metasae_lightning.errors import InputError
 from metasae_lightning.training.checkpoint_files import damage_error, find_damage
 from metasae_lightning.training.checkpoint_folder import METADATA, load_plain
-from metasae_lightning.training.larger_budget import is_finished, set_rate, used_up
+from metasae_lightning.training.larger_budget import is_finished, set_rate, used_up_error
 
 CONFIG = "config"
 """Key in a checkpoint: the run's config."""
 ARM = r"model\.init_args\.(?:arms\.[^.]+\.init_args\.)?"
-FREE = re.compile(
+CHANGEABLE = re.compile(
     rf"{ARM}(?:penalties\.[^.]+\.init_args\.weight|(?:primary|meta)\.init_args\.(?:\w+_coefficient|device|metadata\b.*)"
     rf"|(?:primary|meta)_optimizer\.init_args\.lr|clip_grad_norm|micro_batches|kernels|non_finite|(?:meta_)?init_from\b.*)"
     r"|data\.init_args\.(?:tokens|validation_tokens|test_tokens)"
@@ -46,7 +46,7 @@ def is_path(checkpoint: str) -> bool:
 
 
 def check_settings(checkpoint: Path, config: Mapping[str, Any], *, may_grow: bool = False) -> None:
-    """Reject settings that shape weights, stream or schedule and are not those of the checkpoint; say in one line which others differ.
+    """Reject settings that shape weights, stream or schedule and are not the checkpoint's; name the others that differ in one line.
 
     With `may_grow`, a finished run is rejected unless its budget of tokens is larger than it was. A checkpoint without settings, of an
     older version, is compared with the config of its run, and not at all where there is none.
@@ -67,7 +67,7 @@ def check_settings(checkpoint: Path, config: Mapping[str, Any], *, may_grow: boo
             "learning rates, the budget, callbacks and devices may change"
         )
     if may_grow and is_finished(content) and (tokens := then.get(TOKENS)) and now.get(TOKENS, 0) <= tokens:
-        raise used_up(tokens)
+        raise used_up_error(tokens)
     if changes and not rank():
         sys.stderr.write(f"metasae: goes on with other settings than the checkpoint's: {'; '.join(changes.values())}\n")
 
@@ -90,9 +90,9 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """What differs between settings: the name of each, and a text with both values.
+    """The settings that differ: a text with both values, by name.
 
-    An argument that the saved settings do not have, though they have others of that class, is new in this version: no difference.
+    An argument is new in this version, and no difference, if the saved settings lack it and have other arguments of its class.
 
     >>> differences({"a.init_args.k": 8, "b": None}, {"a.init_args.k": 4, "a.init_args.new": 1, "b.class_path": "B"})
     {'a.init_args.k': 'a.init_args.k: 8 then, 4 now', 'b': 'b: None then', 'b.class_path': 'b.class_path: B now'}
@@ -112,7 +112,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
 def may_change(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a setting may differ from the checkpoint's: it shapes neither weights nor stream nor schedule, or the stream checks it."""
     of_stream = name.startswith("data.") and str(config["data"].get("class_path")).endswith(STREAM)
-    return bool(FREE.fullmatch(name)) or of_stream or name.startswith(("trainer.", "seed_everything"))
+    return bool(CHANGEABLE.fullmatch(name)) or of_stream or name.startswith(("trainer.", "seed_everything"))
 
 
 def _text(value: Any) -> str:

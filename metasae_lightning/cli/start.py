@@ -1,4 +1,4 @@
-"""The start of a run: cheap checks before anything is loaded, lines held back until they are passed, and nothing left where it fails."""
+"""The start of a run: checks before anything is loaded, log lines held back until they have passed, and no folder after a failure."""
 
 import logging
 import os
@@ -78,7 +78,7 @@ def check_accelerator(accelerator: Any) -> None:
 
 
 def check_run(model: Any, data: Any, trainer: Any, *, resumes: bool) -> None:
-    """Reject arguments that would end the run before its first step, as far as nothing needs to be loaded for that.
+    """Reject arguments that would end the run before its first step, where that is known before anything is loaded.
 
     Checked are the trainer, the optimisers, the validation tokens, the text and, unless the run `resumes`, the SAEs given by `init_from`.
     """
@@ -101,7 +101,7 @@ def check_run(model: Any, data: Any, trainer: Any, *, resumes: bool) -> None:
 
 
 def check_cache(data: Any, shard_gib: float) -> None:
-    """Reject data that have no activations to cache, a size that no file has, and a folder that is not a cache's."""
+    """Reject data without activations to cache, a shard size that is not above 0, and a folder that holds a run or cannot be written to."""
     if not isinstance(data, ActivationsDataModule):
         raise InputError(f"data: only ActivationsDataModule has activations to cache, got {type(data).__name__}")
     if data.cache is None:
@@ -123,7 +123,7 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def check_intervals(trainer: Any, steps: float) -> None:
-    """Reject a run of no epoch, intervals that are no lengths, and options of the trainer that JointSAE has under another name."""
+    """Reject a run without an epoch, intervals that are too short or too long, and trainer options that JointSAE has under another name."""
     if trainer.max_epochs == 0:
         raise InputError("trainer.max_epochs must be at least 1, got 0")
     if trainer.log_every_n_steps < 0:
@@ -131,7 +131,9 @@ def check_intervals(trainer: Any, steps: float) -> None:
     interval = getattr(trainer, "val_check_interval", 1.0)
     if interval == 0 or (isinstance(interval, int) and interval > steps and trainer.check_val_every_n_epoch is not None):
         most = "" if steps == float("inf") else f" and at most the run's {steps:,} steps"
-        raise InputError(f"trainer.val_check_interval must be more than 0{most}, got {interval}; limit_val_batches: 0 does not validate")
+        raise InputError(
+            f"trainer.val_check_interval must be more than 0{most}, got {interval}; trainer.limit_val_batches: 0 trains without validation"
+        )
     for option, is_set, instead in (
         ("accumulate_grad_batches", trainer.accumulate_grad_batches != 1, "micro_batches"),
         ("gradient_clip_val", trainer.gradient_clip_val is not None, "clip_grad_norm"),
@@ -166,7 +168,7 @@ def lock_run(run: Path, resources: ExitStack) -> None:
 
 @contextmanager
 def clean_failed_start(run: Path) -> Generator[None, None, None]:
-    """Remove what a block that raises has left in a run's folder without content: TensorBoard's files with no entry, and empty folders.
+    """If a block raises, remove what it has left without content: TensorBoard's files with no entry, and empty folders.
 
     Folders that were there before stay.
     """

@@ -99,7 +99,7 @@ def check_numbers(batching: Batching, tokens: int, prefetch: int | None, stall_s
 
 
 def cautions(batching: Batching, language_model: LanguageModel) -> Iterator[str]:
-    """What to warn of: documents that should be kept apart and that the loaded model cannot keep apart, and nothing held out."""
+    """Texts of warnings: the loaded model attends across documents that should be kept apart, or no documents are held out."""
     name, has_eos = language_model.name, language_model.tokenizer.eos_token_id is not None
     if not (batching.cross_document_attention or (has_eos and language_model.can_separate_documents(batching.context_size))):
         reason = "" if has_eos else ", since its tokenizer has no EOS to end documents with"

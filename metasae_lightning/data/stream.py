@@ -128,7 +128,7 @@ class Stream(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the position of a stream that had the same description.
 
-        Another description is refused, and another length where rows would come twice. A stream at its end goes on where it is longer now.
+        Another description is refused, and another length where rows would come twice. A stream at its end goes on if it is longer now.
         Where it ended inside a block, it goes on after the data that it has read, with a warning: a longer stream would have shuffled the
         rows of that block with others.
         """

@@ -26,7 +26,7 @@ LOGITS = 2**26
 
 @dataclass(frozen=True)
 class Source:
-    """What Neuronpedia calls the SAE and its text."""
+    """The names that Neuronpedia has for the SAE, its model and its text, and the size of the text."""
 
     model_id: str
     """Neuronpedia's id of the language model, such as `gpt2-small`."""
@@ -50,7 +50,7 @@ def layer_of(hook: str) -> int:
     """
     match = re.search(r"\.(\d+)(?:\.|$)", hook)
     if match is None:
-        raise InputError(f"{hook} names no layer, and a dashboard belongs to one")
+        raise InputError(f"the hook {hook} names no layer, which dashboards need: choose an SAE of one layer")
     return int(match[1])
 
 

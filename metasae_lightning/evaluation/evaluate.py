@@ -33,7 +33,7 @@ GROUPS = 64
 DENSITIES = torch.arange(-7, 0.01, 0.25, dtype=torch.float64)
 # Bins of the cosine between a decoder row and its nearest.
 COSINES = torch.linspace(0, 1, 51, dtype=torch.float64)
-# Latents that each latent fires together with most, in phi.
+# Number of partners of each latent: the latents with the largest phi.
 PARTNERS = 6
 # Bins of log10 |phi|.
 CORRELATIONS = torch.arange(-5, 0.01, 0.125, dtype=torch.float64)

@@ -9,7 +9,7 @@ from metasae_lightning.evaluation.result_cache import Entry
 from metasae_lightning.evaluation.saes import EvaluatedSAE
 from metasae_lightning.evaluation.top_contexts import Spelling
 
-# Tokens of each kind.
+# Number of promoted tokens, and of suppressed ones.
 TOKENS = 10
 # Logits in memory at once: 256 MiB of float32.
 LOGITS = 2**26
@@ -18,7 +18,7 @@ LOGITS = 2**26
 def promoted_tokens(subject: EvaluatedSAE, model: Any, latents: Sequence[int]) -> dict[str, dict[str, list[str]]]:
     """Texts of the tokens that some latents promote and suppress, most first. Empty if the SAE does not read the residual stream.
 
-    No layer after the hook has a part in it: it is the row's direct effect on the logits. `model` is the loaded language model.
+    They follow from the row's direct effect on the logits: no layer after the hook has a part in it. `model` is the loaded language model.
     """
     rows = subject.W_dec
     if any(name.endswith("hook_z") for name in subject.hook_names) or model.logits_of_directions(rows[:1]) is None:

@@ -32,9 +32,11 @@ def print_and_check_plan(model: Any, data: Any, trainer: Any, limit_gib: float |
         raise InputError(f"memory_gib must be more than 0, or null for what is free, got {limit_gib}")
     try:
         weights = weights_plan(model, trainer)
-        if not weights.fits(available_by_device(weights, trainer, None)):  # nor would the dry run fit, a part of a step
+        if not weights.fits(
+            available_by_device(weights, trainer, None)
+        ):  # the dry run, which computes a part of a step, would not fit either
             weights.check(available_by_device(weights, trainer, limit_gib))
-            sys.stderr.write("memory: no plan (--memory_gib allows more than there is, and the weights alone take more)\n")
+            sys.stderr.write("memory: no plan (--memory_gib allows more than there is, and the weights alone take more than there is)\n")
             return
         plan = memory_plan(model, data, trainer)
         available = available_by_device(plan, trainer, limit_gib)

@@ -1,4 +1,4 @@
-"""A figure as SVG in the colours of the page, as SVG file and as PNG file."""
+"""A figure as an element of the page, in the page's colours, as an SVG file, and as a PNG file."""
 
 import io
 import re

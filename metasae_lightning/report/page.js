@@ -305,7 +305,7 @@
 
   // The latent, its meta-latents, and beside each the other latents that it composes; `connect` draws the lines.
   function shared(metas, arm, number, token) {
-    const made = element("div", undefined, "einstein"), own = element("span", `#${number}`, "own");
+    const made = element("div", undefined, "composition"), own = element("span", `#${number}`, "own");
     own.append(element("span", visible(token), "token"));
     own.style.gridRow = `1 / span ${metas.length}`;
     made.append(drawn("svg", { "aria-hidden": "true" }), own);

@@ -25,7 +25,7 @@ def auxiliary_loss(
     """The auxiliary loss before its coefficient, summed over levels: the dead latents of a level reconstruct the level's residual.
 
     Args:
-        residuals: What the active latents of each level leave of the batch.
+        residuals: The batch without the reconstruction by the active latents of each level.
         encoded: The batch's codes; the extra latents are the dead ones.
         dead_rows: The decoder rows of the dead latents.
         widths: The matryoshka width of each level; one width for all latents.

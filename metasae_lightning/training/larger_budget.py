@@ -27,7 +27,7 @@ class LargerBudget(Callback):
         self._was_finished = False
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Make the state of Lightning's loops that of a run whose last step was not its last."""
+        """Set the state of Lightning's loops to that after a step that is not the run's last."""
         self._was_finished = is_finished(checkpoint)
         if self._was_finished:
             reopen(checkpoint["loops"]["fit_loop"])
@@ -36,7 +36,7 @@ class LargerBudget(Callback):
         """Refuse a budget that is used up; go on with schedules as in a longer run, copy the first export, and say so."""
         done, batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.num_training_batches
         if done and done >= batches:
-            raise used_up(pl_module.rows_seen)
+            raise used_up_error(pl_module.rows_seen)
         schedules = restart_schedules(trainer)
         if not self._was_finished or not trainer.is_global_zero:
             return
@@ -70,9 +70,9 @@ def reopen(loops: dict[str, Any]) -> None:
         counts.update(dict.fromkeys(counts, 0))
 
 
-def used_up(tokens: int) -> InputError:
+def used_up_error(tokens: int) -> InputError:
     """The error for a run that has read its budget."""
-    return InputError(f"data.init_args.tokens: the run has had its budget, {tokens:,} tokens: it goes on with a larger one")
+    return InputError(f"data.init_args.tokens: the run has read its budget of {tokens:,} tokens: set a larger one to go on")
 
 
 def restart_schedules(trainer: Trainer) -> list[str]:

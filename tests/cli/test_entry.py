@@ -120,7 +120,7 @@ def test_a_mistake_is_one_line_that_offers_the_closest_name(words: list[str], sa
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "there are no settings, `key: value`, in it"),
+        (b"", "there are no settings in it: write them as `key: value`"),
         (b"# a comment", "there are no settings"),
         (b"- a", "there are no settings"),
         (b"5", "there are no settings"),

@@ -111,7 +111,7 @@ def test_a_run_on_a_checkpoint_of_another_size_is_one_line(run: Path, capsys: py
     validation = words(run, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"), size)
     assert main(["validate", *validation[1:]]) == 2
     line = capsys.readouterr().err.strip().split("\n")[-1]
-    assert line.startswith("metasae: error: the checkpoint is of another run than this: size mismatch for primary") and len(line) < 300
+    assert line.startswith("metasae: error: the checkpoint is of another run (size mismatch for primary") and len(line) < 300
     assert parser_errors.machine_error_line(RuntimeError("size mismatch: a bug")) == ""
 
 

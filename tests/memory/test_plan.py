@@ -240,7 +240,7 @@ def test_a_limit_above_the_machines_memory_ends_in_one_line_where_memory_cannot_
     sizes = ["--model.init_args.primary.init_args.d_sae", "1_000_000_000_000_000"]
     assert fit(tmp_path / "run", "--memory_gib", "1e15", *sizes) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == "metasae: error: memory: 256000000000000000 bytes could not be allocated: this needs more memory than there is"
+    assert lines[-1] == "metasae: error: memory: 256000000000000000 bytes could not be allocated: use smaller sizes or more memory"
     assert "no plan (--memory_gib allows more than there is" in lines[0] and len(lines) == 2 and not (tmp_path / "run").exists()
 
 

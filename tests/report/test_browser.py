@@ -119,14 +119,14 @@ def test_search_sorting_arms_and_links_between_latents_work(page_in_browser: Any
     page_in_browser.select_option("#arm", "1")
     page_in_browser.evaluate("document.activeElement.blur()")
     for _ in numbers(page_in_browser):  # up to a latent that meta-latents compose
-        if page_in_browser.locator(".einstein").count():
+        if page_in_browser.locator(".composition").count():
             break
         page_in_browser.keyboard.press("j")
         page_in_browser.wait_for_timeout(50)
-    page_in_browser.wait_for_selector(".einstein path", state="attached")
-    metas = page_in_browser.locator(".einstein .meta")
-    assert metas.count() == page_in_browser.locator(".einstein path").count() > 0
-    picture, last = page_in_browser.locator(".einstein").bounding_box(), metas.last.bounding_box()
+    page_in_browser.wait_for_selector(".composition path", state="attached")
+    metas = page_in_browser.locator(".composition .meta")
+    assert metas.count() == page_in_browser.locator(".composition path").count() > 0
+    picture, last = page_in_browser.locator(".composition").bounding_box(), metas.last.bounding_box()
     assert picture["y"] + picture["height"] - last["y"] - last["height"] < 20  # no empty rows below
     page_in_browser.click("#latent .context summary >> nth=0")
     whole, line = (page_in_browser.inner_text(f"#latent .context {part} >> nth=0") for part in ("p", "summary .middle"))

@@ -84,7 +84,7 @@ def test_a_macro_step_that_ended_early_is_said(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize("batches", [6, 4])
 def test_an_equal_or_smaller_budget_is_refused(batches: int, tmp_path: Path):
     fit(tmp_path, solo(), 6)
-    with pytest.raises(InputError, match=r"tokens: the run has had its budget, 384 tokens: it goes on with a larger one"):
+    with pytest.raises(InputError, match=r"tokens: the run has read its budget of 384 tokens: set a larger one to go on"):
         fit(tmp_path, solo(), batches, checkpoint=tmp_path / "checkpoints" / "last.ckpt")
 
 
@@ -134,7 +134,7 @@ def test_the_command_goes_on_to_a_larger_budget_and_refuses_others(tmp_path: Pat
     for tokens in (2048, 1024):
         capsys.readouterr()
         assert command(tokens, "--ckpt_path", "last") == 2
-        assert re.search(r"^metasae: error: .*tokens: the run has had its budget, 2,048 tokens", capsys.readouterr().err, re.MULTILINE)
+        assert re.search(r"^metasae: error: .*tokens: the run has read its budget of 2,048 tokens", capsys.readouterr().err, re.MULTILINE)
     assert command(4096, "--ckpt_path", "last") == 0
     stderr = capsys.readouterr().err
     assert "data.init_args.tokens: 2048 then, 4096 now" in stderr and "goes on: 4 of 8 batches; WarmupDecay" in stderr
