@@ -1,4 +1,4 @@
-"""Plots of the primary SAE after each validation, for TensorBoard: firing rates, decoder directions and phi coefficients."""
+"""Plots of the primary SAE after each validation, for loggers: firing rates, decoder directions and phi coefficients."""
 
 from typing import Any
 
@@ -9,13 +9,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from metasae_lightning import functional
+from metasae_lightning.callbacks.logger_media import log_figure, log_histogram, media_loggers
 from metasae_lightning.compute.sharding import full
 from metasae_lightning.metrics.cofiring import PhiSample
 from metasae_lightning.training.arm_callbacks import Observer
 
 
 class Figures(Observer):
-    """Write histograms and plots after each validation to every logger that accepts them, such as TensorBoard's.
+    """Write histograms and plots after each validation to every logger that accepts them: those of TensorBoard, W&B and MLflow.
 
     `val/log10_density` is the histogram of the firing rates of the latents that fired. `decoder/nearest_cosine` is the histogram of each
     decoder row's cosine with its nearest other row. `val/phi_tail` plots the fraction of random pairs of latents whose |phi| exceeds a
@@ -33,7 +34,7 @@ class Figures(Observer):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Create the counter of firings, where a logger accepts plots and this is not the sanity check."""
         # Rank zero decides for all ranks: the other ranks have dummy loggers that accept every call.
-        wanted = trainer.strategy.broadcast(bool(writers(trainer)) and not trainer.sanity_checking)
+        wanted = trainer.strategy.broadcast(bool(media_loggers(trainer)) and not trainer.sanity_checking)
         self._sample = PhiSample(pl_module.primary.W_dec.shape[0], matchings=self.matchings).to(pl_module.device) if wanted else None
 
     def on_validation_batch_end(
@@ -63,17 +64,11 @@ class Figures(Observer):
             plots["val/phi_tail"] = phi_tail_plot(both, first, second, tokens, title=title)
         # The step at which Lightning logs the numbers of this validation; its own callbacks read it in the same way.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage]
-        for writer in writers(trainer):
+        for logger in media_loggers(trainer):
             for name, values in histograms.items():
-                writer.add_histogram(name, values, step)
+                log_histogram(logger, name, values, step)
             for name, figure in plots.items():
-                writer.add_figure(name, figure, step, close=False)
-
-
-def writers(trainer: Trainer) -> list[Any]:
-    """The writers of the loggers that accept histograms and figures."""
-    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    return [writer for writer in experiments if hasattr(writer, "add_histogram") and hasattr(writer, "add_figure")]
+                log_figure(logger, name, figure, step)
 
 
 def pair_counts(sample: PhiSample) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME as TERMINAL
 
+from metasae_lightning.callbacks.logger_media import log_row, media_loggers
 from metasae_lightning.report.number_format import format_value
 from metasae_lightning.run_folder import add_entry, arm_record, read_record, record_file
 from metasae_lightning.sae.export import ExportRecord
@@ -70,6 +71,8 @@ class Summary(Callback):
             if split == "validation":
                 entries[name]["exported"] = export_records(arm_trainer)
             add_entry(path, split, entries[name], arm=name)
+            for logger in media_loggers(arm_trainer):
+                log_row(logger, f"summary/{split}", table_row(name, entries[name]))
         for name, reason in getattr(pl_module, "stopped", {}).items():
             add_entry(path, split, {"stopped": reason, **run}, arm=name)
             console.print(f"{name} has stopped: {reason}", markup=False)
@@ -94,6 +97,19 @@ def export_records(trainer: Any) -> dict[str, Any]:
         records: Mapping[str, ExportRecord] = getattr(callback, "records", {})
         by_role |= {role: asdict(record) for role, record in records.items()}
     return by_role
+
+
+def table_row(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of one arm as a row for loggers: every measure of the primary and the meta SAE, penalties, exports, tokens and speed.
+
+    >>> table_row("joint", {"primary": {"fvu": 0.2}, "meta": {}, "penalties": {"d": 0.1}, "tokens": 8})
+    {'arm': 'joint', 'primary/fvu': 0.2, 'penalties/d': 0.1, 'tokens': 8}
+    """
+    groups = {key: entry[key] for key in ("primary", "meta", "penalties")}
+    groups |= {f"exported/{role}": record for role, record in entry.get("exported", {}).items()}
+    figures = {f"{group}/{key}": value for group, values in groups.items() for key, value in values.items()}
+    numbers = {key: value for key, value in {**figures, **entry}.items() if isinstance(value, int | float)}
+    return {**({"arm": name} if name else {}), **numbers}
 
 
 def table(split: str, entry: Mapping[str, Any], run: str) -> Table:

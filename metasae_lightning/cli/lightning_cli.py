@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from metasae_lightning import callbacks
 from metasae_lightning.cli.grid import expand, select_arms
-from metasae_lightning.cli.loggers import default_loggers
+from metasae_lightning.cli.loggers import log_recipe, loggers_of_run
 from metasae_lightning.cli.parser_errors import parser_error_line
 from metasae_lightning.cli.plugins import argument_names, argument_options, class_names, load_plugins
 from metasae_lightning.cli.resume import RunSettings, check_checkpoint, check_settings, is_path
@@ -40,10 +40,13 @@ class SaveConfigOnFirstBatch(SaveConfigCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Write the file, if this run has not yet."""
+        if self.already_saved:
+            return
         # The file describes the run; the checkpoint that it was resumed from is no part of that.
         self.config = self.config.clone()
         self.config["ckpt_path"] = None
         super().setup(trainer, pl_module, "fit")
+        log_recipe(trainer.loggers, yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
 
 
 class MetasaeTrainer(Trainer):
@@ -214,14 +217,16 @@ class MetasaeCLI(LightningCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A trainer in the run's folder. By default `fit` logs to CSV and TensorBoard there, and other commands log nothing."""
+        """A trainer in the run's folder. `fit` logs to CSV, and to TensorBoard or the loggers named; other commands to those named."""
         args: dict[str, Any] = self._get(self.config_init, "trainer")
         check_accelerator(args.get("accelerator"))
         run = str(self.run_directory)
         kwargs.setdefault("default_root_dir", run)
-        if args.get("logger") in (None, True):
-            arms = list(getattr(self.model, "arms", ()))
-            kwargs["logger"] = default_loggers(run, arms) if self.subcommand == "fit" and not args.get("fast_dev_run") else False
+        named = [] if (logger := args.get("logger")) in (None, True) else logger
+        if self.subcommand == "fit" and not args.get("fast_dev_run") and named is not False:
+            kwargs["logger"] = loggers_of_run(run, list(getattr(self.model, "arms", ())), self._with_entries(named))
+        elif named == []:
+            kwargs["logger"] = False
         plugins = args.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -236,6 +241,13 @@ class MetasaeCLI(LightningCLI):
         """Train; a run that fails before it has written anything leaves no folder."""
         with clean_failed_start(self.run_directory):
             self.trainer.fit(**kwargs)
+
+    def _with_entries(self, loggers: Any) -> list[tuple[Any, Any]]:
+        """Each logger that the recipe names, with its entry in the config."""
+        entries = self._get(self.config, "trainer").get("logger")
+        if not isinstance(loggers, list):
+            loggers, entries = [loggers], [entries]
+        return list(zip(loggers, entries, strict=True)) if loggers else []
 
     def test(self, **kwargs: Any) -> None:
         """Test without Lightning's own table: the Summary callback prints one."""

@@ -89,6 +89,7 @@ def parser_error_line(
         ),
         (r"does not accept (?:nested key|option) '([^']+)'()", lambda m: f"there is no option {m[0]}{closest_option(m[0], keys, options)}"),
         (r"unrecognized arguments: --(\S+?)(?:=| |$)()", lambda m: f"there is no option {m[0]}{closest_option(m[0], keys, options)}"),
+        (r"class_path '([^']+)': (Requirement .+?)(?: - Expected|$)", lambda m: f"{m[0]}: {m[1]}"),
     ):
         matches = re.findall(pattern, text)
         if matches:

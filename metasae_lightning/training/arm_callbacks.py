@@ -137,6 +137,11 @@ class ArmLogger(Proxy):
         """The logger's writer, with tags under the arm's name."""
         return ArmWriter(self._wrapped.experiment, _name=self._name)
 
+    @property
+    def tag_prefix(self) -> str:
+        """What a tag begins with where it does not go through the writer."""
+        return f"{self._name}/"
+
 
 class ArmWriter(Proxy):
     """An arm's view of a logger's writer: the tags of all `add_...` methods begin with the arm's name."""

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from metasae_lightning.cli import main
-from metasae_lightning.cli.loggers import default_loggers
+from metasae_lightning.cli.loggers import csv_logger
 from tests.helpers.command_line import CommandLine
 
 ROOT = Path(__file__).parents[2]
@@ -60,5 +60,5 @@ def test_a_missing_checkpoint_is_a_one_line_error(checkpoint: str, tmp_path: Pat
 def test_a_resumed_run_keeps_the_earlier_logs(tmp_path: Path):
     for text in ("first", "second"):
         (tmp_path / "metrics.csv").write_text(text)
-        default_loggers(str(tmp_path))
+        csv_logger(str(tmp_path))
     assert (tmp_path / "metrics.1.csv").read_text() == "first" and (tmp_path / "metrics.2.csv").read_text() == "second"
