@@ -13,15 +13,16 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from metasae_lightning import callbacks
 from metasae_lightning.cli.grid import expand, select_arms
-from metasae_lightning.cli.loggers import log_recipe, loggers_of_run
+from metasae_lightning.cli.loggers import loggers_of_run
 from metasae_lightning.cli.parser_errors import parser_error_line
 from metasae_lightning.cli.plugins import argument_names, argument_options, class_names, load_plugins
 from metasae_lightning.cli.resume import RunSettings, check_checkpoint, check_settings, is_path
+from metasae_lightning.cli.saved_config import SaveConfigOnFirstBatch
 from metasae_lightning.cli.start import HeldLines, check_accelerator, check_cache, check_run, clean_failed_start, lock_run
 from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
@@ -30,23 +31,6 @@ from metasae_lightning.memory.plan import print_and_check_plan
 from metasae_lightning.memory.weightless import is_weightless, needs_values, weightless_config
 from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO, is_restarted_job, last_checkpoint
 from metasae_lightning.training.larger_budget import LargerBudget
-
-
-class SaveConfigOnFirstBatch(SaveConfigCallback):
-    """Write the run's `config.yaml` at the first training batch: a run that fails before can be started again under its name."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write nothing at setup, where Lightning's callback writes the file."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Write the file, if this run has not yet."""
-        if self.already_saved:
-            return
-        # The file describes the run; the checkpoint that it was resumed from is no part of that.
-        self.config = self.config.clone()
-        self.config["ckpt_path"] = None
-        super().setup(trainer, pl_module, "fit")
-        log_recipe(trainer.loggers, yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
 
 
 class MetasaeTrainer(Trainer):

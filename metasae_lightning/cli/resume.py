@@ -20,7 +20,7 @@ CONFIG = "config"
 ARM = r"model\.init_args\.(?:arms\.[^.]+\.init_args\.)?"
 CHANGEABLE = re.compile(
     rf"{ARM}(?:penalties\.[^.]+\.init_args\.weight|(?:primary|meta)\.init_args\.(?:\w+_coefficient|device|metadata\b.*)"
-    rf"|(?:primary|meta)_optimizer\.init_args\.lr|clip_grad_norm|micro_batches|kernels|non_finite|(?:meta_)?init_from\b.*)"
+    rf"|(?:primary|meta)_optimizer\.init_args\.lr|clip_grad_norm|micro_batches|kernels|non_finite|cuda_graph|(?:meta_)?init_from\b.*)"
     r"|data\.init_args\.(?:tokens|validation_tokens|test_tokens)"
 )
 """Settings of the model and the data that may differ from the checkpoint's."""

@@ -8,7 +8,8 @@ import torch
 
 from metasae_lightning import JointSAE
 from metasae_lightning.cli import main
-from metasae_lightning.cli.lightning_cli import MetasaeCLI, MetasaeTrainer, SaveConfigOnFirstBatch
+from metasae_lightning.cli.lightning_cli import MetasaeCLI, MetasaeTrainer
+from metasae_lightning.cli.saved_config import SaveConfigOnFirstBatch
 from metasae_lightning.memory.weightless import is_weightless
 from metasae_lightning.sae.learner import Learner
 from tests.helpers.architectures import ARCHITECTURES, config
