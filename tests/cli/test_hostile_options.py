@@ -51,6 +51,11 @@ NEEDS_RUN = {
     "compare": [["missing", "missing"]],
     "report": [["missing"]],
     "publish": [["missing", "dest"]],
+    "export-dashboard": [["missing"]],
+}
+FLAGS = {
+    "publish": ["--tokens"],
+    "export-dashboard": ["--tokens", "--contexts", "--latents_per_file"],
 }
 
 
@@ -64,7 +69,7 @@ def option(name: str) -> st.SearchStrategy[list[str]]:
         return TEXTS.map(lambda text: [name, text]) | TEXTS.map(lambda text: [name, f"--{text}=1"])
     places = st.lists(PLACES, min_size=len(NEEDS_RUN[name][0]), max_size=len(NEEDS_RUN[name][0])).map(lambda found: [name, *found])
     words = [name, *NEEDS_RUN[name][0]]
-    flags = ["--tokens"] if name == "publish" else NUMBERS
+    flags = FLAGS.get(name, NUMBERS)
     wrong = st.builds(lambda flag, text: [*words, f"{flag}={text}"], st.sampled_from(flags), TEXTS)
     return places | TEXTS.map(lambda text: [*words, f"--{text}"]) | (places if name == "report" else wrong)
 
