@@ -59,12 +59,15 @@ NEVER = {
     "metrics": {"data", "lm", "corpora"},
     "penalties": {"sae"},
 }
+# SAEBench's Python runs this module as a script, in an environment that does not have this package.
+SCRIPT = "evaluation.saebench_script"
 # The only places that may name these libraries: packages, or single modules.
 DOORS = {
-    "sae_lens": {"sae", "lm.backends", "data.synthetic"},
-    "transformer_lens": {"lm.hooked_transformer"},
+    "sae_bench": {SCRIPT},
+    "sae_lens": {"sae", "lm.backends", "data.synthetic", SCRIPT},
+    "transformer_lens": {"lm.hooked_transformer", SCRIPT},
     "lightning": {"training", "data.datamodule", "data.synthetic", "callbacks", "cli"},
-    "datasets": {"corpora", "data.cache_folder"},
+    "datasets": {"corpora", "data.cache_folder", SCRIPT},
     "triton": {"compute"},
 }
 PURE = {"functional", "compute", "step", "schedules", "data.shuffle", "data.masks"}

@@ -97,6 +97,12 @@ TABLE = (
         "metasae export-dashboard runs/a",
         "metasae_lightning.cli.dashboards:export_dashboard",
     ),
+    Command(
+        "saebench",
+        "Run SAEBench's evaluations on a run's SAEs, in SAEBench's own environment.",
+        "metasae saebench runs/a --python saebench/bin/python",
+        "metasae_lightning.cli.saebench:evaluate_with_saebench",
+    ),
     Command("recipes", "List the shipped recipes and overlays.", "metasae recipes", "metasae_lightning.cli.recipes:list_recipes"),
     Command(
         "completion",

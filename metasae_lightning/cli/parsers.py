@@ -105,6 +105,22 @@ def add_export_dashboard(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=optional, default=None, help="Device of the model and the SAE; by default the recipe's.")
 
 
+def add_saebench(parser: ArgumentParser) -> None:
+    """Arguments of `saebench`."""
+    optional = str | None
+    parser.add_argument("place", type=str, help="A run, with all its arms, an arm's folder, a SAELens folder, or RELEASE:ID on the Hub.")
+    text = "The Python of an environment that has SAEBench; by default this one."
+    parser.add_argument("--python", type=optional, default=None, help=text)
+    evals = ["core", "meta_structure"]
+    parser.add_argument("--evals", nargs="+", choices=evals, default=evals, help="SAEBench's evaluations to run.")
+    parser.add_argument("--tokens", type=int, default=4096, help="Held-out tokens of `core`.")
+    parser.add_argument("--steps", type=int, default=1500, help="Training steps of the meta SAE of `meta_structure`.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of that meta SAE.")
+    parser.add_argument("--data", type=optional, default=None, help="Recipe whose text is read; by default that of the run.")
+    text = "Folder of the results, for one SAE; by default `saebench` in the folder of each."
+    parser.add_argument("--out", type=optional, default=None, help=text)
+
+
 def add_nothing(parser: ArgumentParser) -> None:
     """Add nothing, since `recipes` takes no argument."""
 
@@ -122,6 +138,7 @@ ADD_ARGUMENTS = {
     "report": add_report,
     "publish": add_publish,
     "export-dashboard": add_export_dashboard,
+    "saebench": add_saebench,
     "recipes": add_nothing,
     "completion": add_completion,
 }

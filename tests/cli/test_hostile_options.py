@@ -52,10 +52,12 @@ NEEDS_RUN = {
     "report": [["missing"]],
     "publish": [["missing", "dest"]],
     "export-dashboard": [["missing"]],
+    "saebench": [["missing"]],
 }
 FLAGS = {
     "publish": ["--tokens"],
     "export-dashboard": ["--tokens", "--contexts", "--latents_per_file"],
+    "saebench": ["--tokens", "--steps", "--seed", "--evals", "--python"],
 }
 
 
