@@ -96,7 +96,7 @@ class MetasaeCLI(LightningCLI):
                 super().parse_arguments(parser, args)
             if (subcommand := self.config.get("subcommand")) in ("fit", "validate", "test"):
                 self._expand(subcommand)
-        except ArgumentError as error:
+        except (ArgumentError, RecursionError) as error:
             keys = {key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys(branches=True)}
             names = class_names() | set(callbacks.__all__)
             raise InputError(parser_error_line(error, keys | argument_names(), names, argument_options())) from error

@@ -62,6 +62,8 @@ def parser_error_line(
     for cause in causes(error):
         if isinstance(cause, InputError):
             return str(cause)
+        if isinstance(cause, RecursionError):  # the parser follows the alias without an end
+            return "a value contains itself: a YAML alias is inside of its own anchor"
     text = re.sub(r"\s+", " ", str(error)).strip()
     if line := nested_value_line(text):
         return line

@@ -1,7 +1,7 @@
 """The result of one training forward pass, and how results of several micro-batches or several ranks are put together."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -37,7 +37,7 @@ class ForwardResult:
 
     def select_rows(self, rows: slice, codes: Codes) -> "ForwardResult":
         """The result for a slice of the rows, given the codes of all of them in all latents; the loss stays that of all rows."""
-        return ForwardResult(self.loss, self.losses, codes.slice_rows(rows), lambda: self.reconstruction[rows])
+        return replace(self, codes=codes.slice_rows(rows), rebuild=lambda: self.reconstruction[rows])
 
 
 def gather_codes(codes: Codes, shard_offset: int, d_sae: int, ranks: ProcessGroup) -> Codes:

@@ -92,7 +92,7 @@ def answer(words: list[str]) -> tuple[int, str]:
 # METASAE_EXAMPLES=1000 looks longer.
 @pytest.mark.parametrize("name", COMMANDS)
 @settings(
-    max_examples=int(os.environ.get("METASAE_EXAMPLES", "6")), derandomize=True, deadline=None, database=None,
+    max_examples=int(os.environ.get("METASAE_EXAMPLES", "3")), derandomize=True, deadline=None, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(data=st.data())
