@@ -6,6 +6,7 @@ Help, the version and mistyped names are answered before torch or Lightning is i
 import gc
 import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,7 +26,11 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
-        return run(words, owns_process=args is None)
+        status = run(words, owns_process=args is None)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads what is printed has read enough, such as `head`
+        return close_broken_pipe()
     except user_errors() as error:
         from metasae_lightning.cli.parser_errors import parser_error_line
 
@@ -47,6 +52,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("metasae: stopped\n")
         return 130
+
+
+def close_broken_pipe() -> int:
+    """Point stdout nowhere, so that Python does not complain at its end; returns the exit status of a program that SIGPIPE ends."""
+    with suppress(OSError, ValueError):  # a stdout without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def run(words: list[str], owns_process: bool) -> int:

@@ -31,7 +31,9 @@ STREAM = "ActivationsDataModule"
 
 
 def check_checkpoint(checkpoint: str) -> None:
-    """Reject a checkpoint, named by its path, that is missing, damaged or refused. Lightning's own names and addresses are left to it."""
+    """Reject `best`, and a checkpoint, named by its path, that is missing, damaged or refused. Others are left to Lightning."""
+    if checkpoint == "best":  # Lightning knows it only in the process that wrote it
+        raise InputError("--ckpt_path best: a run keeps its newest checkpoints, and none as the best: name a file, or last")
     if not is_path(checkpoint):
         return
     if not Path(checkpoint).exists():

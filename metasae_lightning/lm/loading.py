@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, masking_utils
 from transformers.utils import logging as transformers_logging
@@ -55,6 +56,8 @@ def hub_errors(name: str) -> Generator[None, None, None]:
     """Turn the errors of transformers about a model that cannot be loaded into an `InputError` of one line."""
     try:
         yield
+    except SafetensorError as error:
+        raise InputError(f"name: the weights of {name!r} cannot be read: {one_line(error)}") from error
     except OSError as error:
         problem = "is no local folder and the hub did not give it" if not Path(name).is_dir() else "cannot be read as a model folder"
         raise InputError(f"name: {name!r} {problem}{did_you_mean(name, [EMBEDDED])}: {one_line(error)}") from error

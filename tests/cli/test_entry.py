@@ -82,6 +82,15 @@ def test_help_lists_every_command_with_its_line(capsys: pytest.CaptureFixture[st
     assert main(["--help"]) == 0 and capsys.readouterr().out == text
 
 
+def test_a_closed_pipe_ends_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        command = [sys.executable, "-m", "metasae_lightning.cli", "--help"]
+        ran = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, check=False, stdin=subprocess.DEVNULL)
+    assert (ran.returncode, ran.stderr) == (141, b"")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_commands_help_has_one_example_of_that_command(name: str, capsys: pytest.CaptureFixture[str]):
     for flag in ("-h", "--help"):

@@ -12,8 +12,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from metasae_lightning.cli import main
 from metasae_lightning.cli.start import HeldLines, check_intervals, clean_failed_start
 from metasae_lightning.errors import InputError
+from metasae_lightning.lm.backends import HuggingFaceLM
 from metasae_lightning.lm.base import LanguageModel
 from metasae_lightning.training import JointSAE
+from tests.helpers.models import save_model
 
 SCHEDULE = "{class_path: torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr: 1, total_steps: 0}}"
 
@@ -28,6 +30,9 @@ SCHEDULE = "{class_path: torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr
         (["synthetic", "--data.validation_tokens", "-1"], "validation_tokens must fill a batch of 1024, got -1"),
         (["synthetic", "--model.clip_grad_norm", "nan"], "clip_grad_norm: expected float, got nan"),
         (["synthetic", "--trainer.accelerator", "gpu"], "trainer.accelerator: gpu is not there: there is cpu alone"),
+        (["synthetic", "--model.primary.device", "cuda:9"], "primary.device: 'cuda:9' is not there: there is cpu alone"),
+        (["synthetic", "--grid", "a: &a [*a]"], "a value contains itself: a YAML alias is inside of its own anchor"),
+        (["synthetic", "--ckpt_path", "best"], "--ckpt_path best: a run keeps its newest checkpoints, and none as the best"),
         (["quickstart", "--init_from", "runs/a"], "there is no option init_from: write --model.init_from"),
         (["quickstart", "--tokens=2048"], "there is no option tokens: write --data.tokens"),
         (["quickstart", "--model.init_args.init_from", "missing"], "arms.solo: init_from: 'missing' is neither a folder nor"),
@@ -46,7 +51,8 @@ def test_a_run_that_cannot_begin_is_one_line_and_leaves_nothing(
     words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("metasae_lightning.cli.start.count_gpus", lambda: 0)
+    for module in ("cli.start", "lm.device"):
+        monkeypatch.setattr(f"metasae_lightning.{module}.count_gpus", lambda: 0)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     monkeypatch.setattr(LanguageModel, "load", lambda self: pytest.fail("loaded"))
     assert main(["fit", "-c", *words]) == 2
@@ -91,6 +97,13 @@ def test_an_error_before_the_first_step_leaves_no_folder(error: BaseException, t
     else:
         assert main(words) == (2 if isinstance(error, InputError) else 130)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_a_language_model_that_cannot_be_read_are_one_line(tmp_path: Path):
+    folder = save_model(tmp_path, "llama")
+    (Path(folder) / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(InputError, match=r"^name: the weights of '.*' cannot be read: .*header"):
+        HuggingFaceLM(str(folder), "blocks.0.hook_resid_post").load()
 
 
 def write_files_and_fail(run: Path) -> None:
