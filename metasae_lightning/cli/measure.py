@@ -23,6 +23,7 @@ from metasae_lightning.evaluation.result_cache import hash_settings
 from metasae_lightning.evaluation.saes import EvaluatedSAE, device_of, select_hook
 from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.evaluation.top_contexts import top_contexts
+from metasae_lightning.memory.evaluation_plan import print_and_check_evaluation_plan
 from metasae_lightning.sae import pretrained
 from metasae_lightning.sae.thresholds import calibrate
 
@@ -35,6 +36,7 @@ def evaluate_saes(args: Namespace) -> int:
     saes = open_saes(places, args.out)
     check_same_data(saes, args)
     settings, data = settings_of(args), data_for(saes[0], args)
+    print_plan(saes, data, settings, args.memory_gib)
     results = evaluate(saes, data, settings)
     for result in results[1:]:
         result.entry["against"] = {"weights": results[0].entry["weights"], "differences": differences(results[0], result, settings)}
@@ -54,6 +56,7 @@ def compare_saes(args: Namespace) -> int:
     saes, settings = open_saes([args.a, args.b], None), settings_of(args)
     check_same_data(saes, args)
     data = data_for(saes[0], args)
+    print_plan(saes, data, settings, args.memory_gib)
     a, b = evaluate(saes, data, settings)
     names = (saes[0].name, saes[1].name)
     comparison = compare(a, b, settings)
@@ -105,6 +108,20 @@ def mean_l0(sae: EvaluatedSAE, samples: Sequence[Any]) -> float:
     return sum(sae.encode_decode(x)[0].values.numel() for x in samples) / sum(map(len, samples))
 
 
+def print_plan(saes: Sequence[EvaluatedSAE], data: Any, settings: Settings, limit_gib: float | None) -> None:
+    """Print the memory plan of an evaluation, and reject one that does not fit, before the language model is loaded."""
+    if isinstance(data, ActivationsDataModule):
+        data.reading_cache = False  # an evaluation reads text
+    print_and_check_evaluation_plan(
+        [sae.sae for sae in saes],
+        data,
+        pairs_gib=settings.pairs_gib,
+        critics=settings.critic_seeds > 0,
+        splices=settings.splice_tokens > 0,
+        limit_gib=limit_gib,
+    )
+
+
 def write_evaluation(result: Evaluation) -> None:
     """Write an evaluation into the record of its SAE or run, and log its numbers to TensorBoard in the record's folder."""
     sae = result.collected.subject
@@ -122,7 +139,7 @@ def write_evaluation(result: Evaluation) -> None:
 
 def latents_file(result: Evaluation, model: Any | None, settings: Settings) -> bytes:
     """The gzipped JSON that the report's latent browser reads (see `latents_record`). Without a language model it has no texts."""
-    record = latents_record(result.collected, model and model.tokenizer, count=settings.contexts, memory_gib=settings.memory_gib)
+    record = latents_record(result.collected, model and model.tokenizer, count=settings.contexts, memory_gib=settings.pairs_gib)
     if model is not None:
         live = [latent for latent, count in enumerate(record["firings"]) if count]
         record |= promoted_tokens(result.collected.subject, model, live)

@@ -44,9 +44,16 @@ def add_settings(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str | None, default=None, help="Folder of the results; by default the run, or a folder in runs/.")
 
 
+def add_memory_limit(parser: ArgumentParser) -> None:
+    """The option of `evaluate`, `test` and `compare` that limits the memory."""
+    text = "Memory limit of each device in GiB, null for all free memory. What needs more is refused before the language model is loaded."
+    parser.add_argument("--memory_gib", type=float | None, default=None, help=text)
+
+
 def add_evaluate(parser: ArgumentParser) -> None:
     """Arguments of `evaluate` and `test`."""
     add_settings(parser)
+    add_memory_limit(parser)
     parser.add_argument("places", nargs="*", type=str, help=SAES)
     parser.add_argument("--sae", nargs="+", type=str, default=[], help="More SAEs.")
 
@@ -54,6 +61,7 @@ def add_evaluate(parser: ArgumentParser) -> None:
 def add_compare(parser: ArgumentParser) -> None:
     """Arguments of `compare`."""
     add_settings(parser)
+    add_memory_limit(parser)
     parser.add_argument("a", type=str, help=f"First SAE. {SAES}")
     parser.add_argument("b", type=str, help="Second SAE.")
 

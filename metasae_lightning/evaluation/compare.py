@@ -99,9 +99,9 @@ def compare(a: Evaluation, b: Evaluation, settings: Settings) -> dict[str, Any]:
     """Differences (second SAE minus first), matches, splits and merges of two SAEs that were evaluated together."""
     firings_a, firings_b = (firings(evaluation.collected) for evaluation in (a, b))
     check_same_rows(a.collected, b.collected)
-    forward, backward = best_matches(firings_a, firings_b, settings.memory_gib)
+    forward, backward = best_matches(firings_a, firings_b, settings.pairs_gib)
     # Tokens shifted by half of the text: the firing rates stay, and every real relation is lost.
-    chance, _ = best_matches(firings_a, firings_b.shifted(firings_b.tokens // 2), settings.memory_gib)
+    chance, _ = best_matches(firings_a, firings_b.shifted(firings_b.tokens // 2), settings.pairs_gib)
     rows, columns, cosines = match_decoder_rows(a.collected.subject.W_dec, b.collected.subject.W_dec)
     return {
         "differences": differences(a, b, settings),

@@ -118,7 +118,7 @@ def latents(collected: CollectedCodes, settings: Settings) -> dict[str, Any]:
     density = dead.density().cpu()
     fired = density[density > 0].log10()
     counts = torch.histogram(fired.clamp(float(DENSITIES[0]), 0), DENSITIES).hist.int().tolist()
-    figures = dict(phi_of_pairs(collected, settings.memory_gib))
+    figures = dict(phi_of_pairs(collected, settings.pairs_gib))
     pairs = figures.pop("log10_abs").long().tolist()
     return {
         "latents": {**floats(dead.compute()), "log10_density": {"edges": DENSITIES.tolist(), "latents": counts}},

@@ -23,7 +23,7 @@ class Settings:
         cuda_graph: On a GPU, train critics by a CUDA graph: the same critics in less time.
         contexts: Top documents to store for each latent, beside seven firings by quantile of activation; 0 stores no text.
         resamples: Bootstrap resamples of documents for intervals, and permutations of documents for p values.
-        memory_gib: Memory for counting pairs of latents, in GiB, beside the firings.
+        pairs_gib: Memory for counting pairs of latents, in GiB, beside the firings.
         seed: Seed of the bootstrap and of the permutations.
     """
 
@@ -37,7 +37,7 @@ class Settings:
     cuda_graph: bool = True
     contexts: int = 3
     resamples: int = 1000
-    memory_gib: float = 2.0
+    pairs_gib: float = 2.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class Settings:
                 raise InputError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
         if self.tokens is not None and self.tokens < 1:
             raise InputError(f"tokens must be at least 1, got {self.tokens}")
-        for name in ("l0", "memory_gib"):
+        for name in ("l0", "pairs_gib"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name} must be more than 0, got {value}")

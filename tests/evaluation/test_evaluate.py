@@ -245,7 +245,7 @@ def test_settings_out_of_range_are_refused():
         "critic_seeds": (-1, "at least 0"),
         "l0": (-1.0, "more than 0"),
         "tokens": (0, "at least 1"),
-        "memory_gib": (0.0, "more than 0"),
+        "pairs_gib": (0.0, "more than 0"),
     }
     for name, (value, requirement) in refused.items():
         with pytest.raises(InputError, match=f"{name} must be {requirement}"):
