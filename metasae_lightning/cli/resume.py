@@ -57,7 +57,7 @@ def check_settings(checkpoint: Path, config: Mapping[str, Any], *, may_grow: boo
     saved = content.get(CONFIG)
     file = run_folder.config_file(checkpoint.resolve().parents[1])
     saved = saved or (run_folder.read_config(file) if file.exists() else None)
-    if saved is None:
+    if saved is None or arms(saved) != arms(config):  # other arms have a message of their own when the checkpoint is loaded
         return
     then, now = settings(saved), settings(config)
     changes = differences(then, now)
@@ -72,6 +72,11 @@ def check_settings(checkpoint: Path, config: Mapping[str, Any], *, may_grow: boo
         raise used_up_error(tokens)
     if changes and not rank():
         sys.stderr.write(f"metasae: goes on with other settings than the checkpoint's: {'; '.join(changes.values())}\n")
+
+
+def arms(config: Mapping[str, Any]) -> list[str]:
+    """The names of a run's arms."""
+    return list(((config.get("model") or {}).get("init_args") or {}).get("arms") or ())
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_the_documents_have_commands_code_and_an_overlay():
     assert len(COMMANDS) >= 8 and len(BLOCKS) >= 2
     assert len([command for command in COMMANDS if "-c nodes" in command]) == 2  # with torchrun and with srun
-    assert len(OVERLAYS) == len([command for command in COMMANDS if any(name in command for name in OVERLAYS)]) == 1
+    assert len(OVERLAYS) == len([command for command in COMMANDS if any(name in command for name in OVERLAYS)]) == 2
 
 
 @pytest.mark.parametrize("command", COMMANDS)

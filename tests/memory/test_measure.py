@@ -1,5 +1,6 @@
 """Measured bytes equal those that a process uses: for single operations, a language model's forward pass and a training step."""
 
+import json
 import os
 import subprocess
 import sys
@@ -93,6 +94,8 @@ def test_only_layers_up_to_the_hook_are_counted(hook: str, layers: int, dtype: s
 # A fused attention kernel never stores the matrix of 2048 x 2048 scores for each of the 4 heads.
 def test_attention_on_the_meta_device_counts_no_matrix_of_scores(tmp_path: Path):
     folder = str(save_model(tmp_path / "model", "llama"))
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 2048}))
     wide = measure.measure_language_model(HuggingFaceLM(folder, "blocks.0.hook_resid_post"), 1, 2048).forward.bytes
     assert wide < 4 * 2048 * 2048 * 4
 

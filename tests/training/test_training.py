@@ -160,7 +160,7 @@ P, M = "--model.init_args.primary.init_args", "--model.init_args.meta.init_args"
         (["--data.init_args.batch_size", "0"], r"batch_size"),
         (["--trainer.max_steps", "10"], r"the budget is data.init_args.tokens"),
         (["--trainer.precision", "bf16-true"], r"precision must be 32-true, 64-true or bf16-mixed"),
-        (["--trainer.gradient_clip_val", "1.0"], r"manual optimization"),
+        (["--trainer.gradient_clip_val", "1.0"], r"trainer.gradient_clip_val: .*: set model.clip_grad_norm"),
         (["--model.init_args.primary_scheduler.class_path", "torch.optim.lr_scheduler.ReduceLROnPlateau"], r"waits for a metric"),
     ],
 )
@@ -180,7 +180,7 @@ def test_a_mistake_is_a_one_line_error_and_leaves_no_folder(
         ("class_path: Decomposability", "class_path: Decomposbility", r"no class Decomposbility \(did you mean Decomposability"),
         ("accelerator: cpu", "accelerater: cpu", r"no option trainer.accelerater \(did you mean trainer.accelerator"),
         ("trainer:\n", "trainner:\n", r"no option trainner.accelerator \(did you mean trainer"),
-        ("sigma_sq: 1.0}", "sigma_sq: 1.0", r"parsing"),
+        ("sigma_sq: 1.0}", "sigma_sq: 1.0", r"not YAML: line \d+, column \d+"),
     ],
 )
 def test_a_mistyped_yaml_is_a_one_line_error(old: str, new: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
