@@ -103,6 +103,12 @@ TABLE = (
         "metasae saebench runs/a --python saebench/bin/python",
         "metasae_lightning.cli.saebench:evaluate_with_saebench",
     ),
+    Command(
+        "serve",
+        "Show in a browser where latents fire on a text that you type, and what steering one does.",
+        "metasae serve runs/a",
+        "metasae_lightning.cli.serve:serve",
+    ),
     Command("recipes", "List the shipped recipes and overlays.", "metasae recipes", "metasae_lightning.cli.recipes:list_recipes"),
     Command(
         "completion",

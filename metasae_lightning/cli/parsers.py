@@ -129,6 +129,16 @@ def add_saebench(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=optional, default=None, help=text)
 
 
+def add_serve(parser: ArgumentParser) -> None:
+    """Arguments of `serve`."""
+    optional = str | None
+    parser.add_argument("places", nargs="+", type=str, help=f"{SAES} All must read the same hook.")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="Address to listen at; by default only this machine can read it.")
+    parser.add_argument("--port", type=int, default=8765, help="Port to listen at; 0 takes a free one.")
+    parser.add_argument("--data", type=optional, default=None, help="Recipe whose language model is loaded; by default that of the run.")
+    parser.add_argument("--device", type=optional, default=None, help="Device of the model and the SAEs; by default the recipe's.")
+
+
 def add_nothing(parser: ArgumentParser) -> None:
     """Add nothing, since `recipes` takes no argument."""
 
@@ -147,6 +157,7 @@ ADD_ARGUMENTS = {
     "publish": add_publish,
     "export-dashboard": add_export_dashboard,
     "saebench": add_saebench,
+    "serve": add_serve,
     "recipes": add_nothing,
     "completion": add_completion,
 }

@@ -53,11 +53,13 @@ NEEDS_RUN = {
     "publish": [["missing", "dest"]],
     "export-dashboard": [["missing"]],
     "saebench": [["missing"]],
+    "serve": [["missing"]],
 }
 FLAGS = {
     "publish": ["--tokens"],
     "export-dashboard": ["--tokens", "--contexts", "--latents_per_file"],
     "saebench": ["--tokens", "--steps", "--seed", "--evals", "--python"],
+    "serve": ["--port"],
 }
 
 
