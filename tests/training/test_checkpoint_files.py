@@ -210,8 +210,8 @@ def test_a_stop_signal_writes_a_checkpoint_after_the_step_and_the_run_resumes(
     monkeypatch.setattr(checkpoints, "leave_terminal", lambda: None)  # pytest's own, where it has one
     uninterrupted = fit_joint(tmp_path / "whole")
     before = signal.getsignal(number)
-    if number == signal.SIGINT:  # a shell's background jobs ignore it
-        signal.signal(number, signal.default_int_handler)
+    # A shell's background jobs ignore SIGINT, and a command under nohup ignores SIGHUP.
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     with pytest.raises(SystemExit, match=f"^{status}$"):
         fit_joint(tmp_path, Checkpoints(), SendSignal(4, number))
     signal.signal(number, before)  # SIGINT is ignored after the first one
