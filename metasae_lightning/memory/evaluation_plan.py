@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from metasae_lightning.errors import InputError
 from metasae_lightning.memory.measure import module_bytes
-from metasae_lightning.memory.plan import available_by_device, check_and_print, language_model_items, process_item
+from metasae_lightning.memory.plan import available_by_device, check_and_print, check_limit, planned_language_model, process_item
 from metasae_lightning.memory.table import MemoryItem, MemoryPlan
 from metasae_lightning.metrics.cofiring import Phi
 from metasae_lightning.metrics.decomposition import Decomposition
@@ -31,19 +30,12 @@ def print_and_check_evaluation_plan(
         splices: Whether the complete language model is loaded to measure losses.
         limit_gib: Replaces the available memory of each device.
     """
-    if limit_gib is not None and limit_gib <= 0:
-        raise InputError(f"memory_gib must be more than 0, or null for what is free, got {limit_gib}")
+    check_limit(limit_gib)
     model = getattr(data, "language_model", None)
     device = torch.device("cpu") if model is None else model.device
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=device), is_global_zero=True)
-    items, unplanned = list[MemoryItem](), ["the firings of the SAEs"]
-    try:
-        items += language_model_items(None, data, trainer.strategy)
-    except InputError:
-        raise
-    # A failed plan is no reason not to measure.
-    except Exception as error:
-        unplanned.append(f"language model ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+    items, unplanned = planned_language_model(data, trainer.strategy)
+    unplanned.append("the firings of the SAEs")
     if splices and model is not None:
         unplanned.append("the language model with all layers, and its predictions")
     items += measure_items(saes, str(device), pairs_gib, critics)

@@ -28,8 +28,7 @@ def print_and_check_plan(model: Any, data: Any, trainer: Any, limit_gib: float |
     `limit_gib` replaces the available memory of each device. If the plan fails with any other error than an `InputError`, the error is
     printed and the run goes on without a plan.
     """
-    if limit_gib is not None and limit_gib <= 0:
-        raise InputError(f"memory_gib must be more than 0, or null for what is free, got {limit_gib}")
+    check_limit(limit_gib)
     try:
         weights = weights_plan(model, trainer)
         if not weights.fits(
@@ -47,6 +46,23 @@ def print_and_check_plan(model: Any, data: Any, trainer: Any, limit_gib: float |
         sys.stderr.write(f"memory: no plan ({type(error).__name__}: {error})\n")
         return
     check_and_print(plan, available, trainer)
+
+
+def check_limit(limit_gib: float | None) -> None:
+    """Reject a limit of memory that allows nothing."""
+    if limit_gib is not None and limit_gib <= 0:
+        raise InputError(f"memory_gib must be more than 0, or null for what is free, got {limit_gib}")
+
+
+def planned_language_model(data: Any, strategy: Any) -> tuple[list[MemoryItem], list[str]]:
+    """The items of the language model of `data`, and the names of what could not be planned, with the error."""
+    try:
+        return list(language_model_items(None, data, strategy)), []
+    except InputError:
+        raise
+    # A failed plan is no reason not to run.
+    except Exception as error:
+        return [], [f"language model ({type(error).__name__}: {' '.join(str(error).split())[:200]})"]
 
 
 def check_and_print(plan: MemoryPlan, available: dict[str, int], trainer: Any) -> None:
