@@ -1,5 +1,6 @@
 """Whether training on the device gives the weights that float64 gives on the CPU, for every architecture of the top-k family."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch import Tensor
 # The largest relative difference of a weight in float64; the losses in bf16-mixed may differ by as much as its products.
 FLOAT64, BF16 = 1e-9, 0.05
 ARCHITECTURES = ("TopKTrainingSAEConfig", "BatchTopKTrainingSAEConfig", "MatryoshkaBatchTopKTrainingSAEConfig")
+
+
+Check = Callable[[str, str, str, "Problem", Results], list[str]]
+"""Checks one variant of an architecture and returns its line of a table."""
 
 
 @dataclass(frozen=True)
@@ -151,27 +156,25 @@ def check_graph(arm: str, architecture: str, variant: str, problem: Problem, res
     return [arm, f"{error:.1e}", f"{replayed[0]} and {replayed[1]}", note or "ok"]
 
 
-def run(results: Results, budget: Budget, *, tiny: bool) -> None:
-    """Check every architecture and variant, and print the table; the tiny form checks each variant with one of the architectures."""
+def check_all(function: Check, variants: Iterable[str], results: Results, budget: Budget, *, tiny: bool) -> list[list[str]]:
+    """The lines of a table: a check of every variant with every architecture, or in the tiny form with one of them."""
     rows: list[list[str]] = []
-    for index, variant in enumerate(VARIANTS):
+    for index, variant in enumerate(variants):
         for architecture in ARCHITECTURES[index % 3 :][:1] if tiny else ARCHITECTURES:
             arm = f"{architecture.removesuffix('TrainingSAEConfig')}, {variant}"
             if budget.is_over("checks"):
                 results.skip("checks", "", arm, budget.reason("checks"))
                 continue
             with results.attempt("checks", "", arm):
-                rows.append(check(arm, architecture, variant, TINY if tiny else PROBLEM, results))
+                rows.append(function(arm, architecture, variant, TINY if tiny else PROBLEM, results))
+    return rows
+
+
+def run(results: Results, budget: Budget, *, tiny: bool) -> None:
+    """Check every architecture and variant, and print the table; the tiny form checks each variant with one of the architectures."""
+    rows = check_all(check, VARIANTS, results, budget, tiny=tiny)
     header = ["check", "float64", "float32", "by its tensor", "bf16 loss", "verdict"]
     print_table("largest relative difference of a weight from the CPU's in float64, after a few joint steps", header, rows)
-    rows = []
-    for variant in GRAPH_VARIANTS:
-        for architecture in ARCHITECTURES[:1] if tiny else ARCHITECTURES:
-            arm = f"{architecture.removesuffix('TrainingSAEConfig')}, {variant}"
-            if budget.is_over("checks"):
-                results.skip("checks", "", arm, budget.reason("checks"))
-                continue
-            with results.attempt("checks", "", arm):
-                rows.append(check_graph(arm, architecture, variant, TINY if tiny else PROBLEM, results))
+    rows = check_all(check_graph, GRAPH_VARIANTS, results, budget, tiny=tiny)
     title = f"{GRAPH_STEPS} steps in float32 with a CUDA graph against steps without"
     print_table(title, ["check", "difference", "replayed: primary and meta", "verdict"], rows)
