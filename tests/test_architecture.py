@@ -24,6 +24,7 @@ ANY = "any"
 FLOORS = {
     "cli": 7,
     "server": 6,
+    "judging": 6,
     "callbacks": 5,
     "evaluation": 5,
     "memory": 5,

@@ -1,0 +1,26 @@
+"""The base class of judges."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence, Set
+from typing import Any
+
+from metasae_lightning.judging.questions import Answer, Cost, Question, Task
+
+
+class Judge(ABC):
+    """Answers questions about texts."""
+
+    tasks: Set[Task]
+    """The tasks whose questions it answers."""
+
+    def __init__(self) -> None:
+        self.cost = Cost()
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on beside the question: model, settings, prompts. It never holds a key or password."""
+
+    @abstractmethod
+    def answers(self, questions: Sequence[Question]) -> list[Answer]:
+        """One answer a question, in order. What they cost is added to `cost`."""
