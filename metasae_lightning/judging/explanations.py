@@ -1,0 +1,128 @@
+"""Explanations of latents: by a judge, from the words of their contexts, or given by the user in a file."""
+
+import csv
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metasae_lightning.errors import InputError
+from metasae_lightning.judging.contexts import Context, LatentContexts
+from metasae_lightning.judging.judge import Judge
+from metasae_lightning.judging.questions import Question, ShownText
+
+# Tokens and neighbouring words of an explanation by keywords.
+KEY_TOKENS, KEY_WORDS = 4, 6
+# A token belongs to the firing ones of a context if its activation is at least this share of the context's largest.
+FIRING_SHARE = 0.3
+# Characters of a judge's explanation at most.
+LENGTH = 400
+
+
+def explained_by_judge(judge: Judge, contexts: Mapping[int, LatentContexts]) -> dict[int, str]:
+    """The judge's explanation of each latent, from the contexts for explaining; empty where it wrote nothing."""
+    questions = [Question("explanation", tuple(map(with_strengths, found.explaining))) for found in contexts.values()]
+    answers = judge.answers(questions)
+    return {latent: one_line(answer.words) for latent, answer in zip(contexts, answers, strict=True)}
+
+
+def with_strengths(context: Context) -> ShownText:
+    """A context for an explainer: the firing tokens marked, with strengths from 0 to 10 relative to the largest activation."""
+    peak = context.peak or 1.0
+    strengths = tuple(round(10 * max(value, 0.0) / peak) for value in context.activations)
+    return ShownText(context.tokens, tuple(value >= FIRING_SHARE * peak for value in context.activations), tuple(map(float, strengths)))
+
+
+def explained_by_keywords(contexts: Mapping[int, LatentContexts]) -> dict[int, str]:
+    """For each latent, its most frequent firing tokens and the words that its contexts have more often than those of other latents.
+
+    The weight of a word is the number of the latent's contexts that hold it, times the logarithm of the share of all latents that do not.
+    """
+    words_of = {latent: Counter(word for context in found.explaining for word in words_in(context)) for latent, found in contexts.items()}
+    latents_with = Counter(word for counts in words_of.values() for word in counts)
+    explanations: dict[int, str] = {}
+    for latent, found in contexts.items():
+        fired = Counter(token for context in found.explaining for token in firing_tokens(context))
+        tokens = [token for token, _ in fired.most_common(KEY_TOKENS)]
+        weights = {
+            word: count * math.log((1 + len(contexts)) / latents_with[word])
+            for word, count in words_of[latent].items()
+            if count > 1 and word not in {token.strip().lower() for token in tokens}
+        }
+        beside = sorted(weights, key=lambda word: (-weights[word], word))[:KEY_WORDS]
+        explanations[latent] = f"{', '.join(token.strip() or repr(token) for token in tokens)}" + (
+            f"; near {', '.join(beside)}" * bool(beside)
+        )
+    return explanations
+
+
+def firing_tokens(context: Context) -> set[str]:
+    """The texts of the tokens that fire at `FIRING_SHARE` of the context's largest activation or more."""
+    pairs = zip(context.tokens, context.activations, strict=True)
+    return {token for token, value in pairs if value > 0 and value >= FIRING_SHARE * context.peak}
+
+
+def words_in(context: Context) -> set[str]:
+    """The words of a context in lower case, of three letters or more.
+
+    >>> sorted(words_in(Context(0, ("The", " cats", " of", " x1"), (0.0,) * 4)))
+    ['cats', 'the']
+    """
+    return {word.lower() for word in re.findall(r"[^\W\d_]{3,}", context.text)}
+
+
+def read_explanations(path: Path) -> dict[str, dict[int, str]]:
+    """A user's explanations by arm and latent; the arm is empty where the file names none.
+
+    A CSV file has the columns `latent`, `explanation` and, for several arms, `arm`. A JSON file maps latents to explanations, or arms to
+    such maps. Anything else is an `InputError`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = rows_of_json(json.loads(text)) if path.suffix.lower() == ".json" else rows_of_csv(text)
+        explanations: dict[str, dict[int, str]] = {}
+        for arm, latent, explanation in rows:
+            number = int(latent)
+            if number < 0 or number in explanations.setdefault(arm, {}):
+                raise InputError(f"{path}: latent {latent} is {'negative' if number < 0 else 'explained twice'}")
+            explanations[arm][number] = one_line(explanation)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"explanations: {path} cannot be read as explanations of latents: {' '.join(str(error).split())}") from error
+    if not any(explanations.values()):
+        raise InputError(f"explanations: {path} explains no latent")
+    return explanations
+
+
+def rows_of_csv(text: str) -> list[tuple[str, str, str]]:
+    """Arm, latent and explanation of each row of a CSV file."""
+    rows = list(csv.DictReader(text.splitlines(keepends=True)))
+    return [((row.get("arm") or "").strip(), row["latent"], row["explanation"]) for row in rows]
+
+
+def rows_of_json(content: Any) -> list[tuple[str, str, str]]:
+    """Arm, latent and explanation of each entry of a JSON file."""
+    by_arm = content if all(isinstance(value, dict) for value in content.values()) else {"": content}
+    return [(arm, latent, str(explanation)) for arm, of_arm in by_arm.items() for latent, explanation in of_arm.items()]
+
+
+def one_line(text: str) -> str:
+    """A text in one line of at most `LENGTH` characters, without control characters.
+
+    >>> one_line(" fires on\\n cats\\x1b[31m ")
+    'fires on cats [31m'
+    """
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", " ", text).split())[:LENGTH].rstrip()
+
+
+def check_latents(explanations: Mapping[int, str], d_sae: int, live: Sequence[bool]) -> None:
+    """Refuse explanations of latents that an SAE does not have, or that never fire on the text."""
+    for latent in explanations:
+        if latent >= d_sae:
+            raise InputError(f"explanations: there is no latent {latent}: the SAE has {d_sae}")
+    if not any(live[latent] for latent in explanations):
+        raise InputError("explanations: none of the explained latents fires on the text")
