@@ -1,5 +1,6 @@
 """Text around the tokens where latents fire most."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,19 +72,28 @@ def top_contexts(
 
 
 class Spelling:
-    """Texts of tokens inside a text: a space at the start of a token stays."""
+    """Texts of tokens inside a text: a space at the start of a token stays, and a special token is its name."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         # Some tokenizers drop the space that a text begins with.
         self._before = tokenizer("x", add_special_tokens=False)["input_ids"][-1:]
-        self._known: dict[int, str] = {}
+        self.special = frozenset[int](tokenizer.all_special_ids)
+        # Some tokenizers decode a special token to nothing.
+        self._known: dict[int, str] = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in self.special}
 
     def token_texts(self, tokens: list[int]) -> list[str]:
         """The text of each token of a sequence; a character that spans several tokens stands in the last of them."""
         alone = [self._single(token) for token in tokens]
         if not any(PART in text for text in alone):
             return alone
+        texts = list[str]()
+        for is_special, run in itertools.groupby(tokens, self.special.__contains__):
+            part = list(run)
+            texts += [self._single(token) for token in part] if is_special else self._whole_characters(part)
+        return texts
+
+    def _whole_characters(self, tokens: list[int]) -> list[str]:
         texts = [self._text(tokens[:end]) for end in range(len(tokens) + 1)]
         complete = [text.rstrip(PART) for text in texts]
         # Each token adds the characters that it completes; the last one also shows what never became complete.

@@ -14,6 +14,8 @@ class Context:
     """Texts of the tokens; a special token is its name, such as `<|endoftext|>`."""
     activations: tuple[float, ...]
     """Activation of the latent on each token; 0 where it does not fire."""
+    nearest_activations: tuple[float, ...] = ()
+    """In a context where the latent with the nearest decoder row fires: that latent's activation on each token; else empty."""
 
     @property
     def text(self) -> str:

@@ -1,0 +1,289 @@
+"""Draw the contexts of many latents from collected codes: for their explanations, and for their scores."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from metasae_lightning import functional
+from metasae_lightning.judging.contexts import Context, LatentContexts
+from metasae_lightning.judging.flat_text import Collected, FlatText, Positions
+
+# Bins with equal numbers of a latent's firings, by activation.
+QUANTILE_BINS = 5
+# Random positions that are tried in each document for a context in which a latent does not fire.
+SILENT_TRIES = 16
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """How many contexts a latent gets, and their size."""
+
+    explaining: int = 10
+    """Contexts for the explanation."""
+    scoring: int = 10
+    """Contexts for the scores in which the latent fires."""
+    silent: int = 10
+    """Contexts for the scores in which it does not fire."""
+    near: int = 5
+    """Contexts for the scores in which the latent with the nearest decoder row fires and this one does not."""
+    fewest: int = 5
+    """A latent with fewer contexts for the explanation, fewer firing ones or fewer silent ones for the scores is left out."""
+    before: int = 24
+    """Tokens of a context before the one that the latent fires on."""
+    after: int = 7
+    """Tokens of a context after it."""
+    seed: int = 0
+    """Seed of the documents' split and of all random choices."""
+
+
+@dataclass(frozen=True)
+class DrawnContexts:
+    """The contexts of some latents of one SAE."""
+
+    latents: list[LatentContexts]
+    """The contexts of each latent, in the order asked for."""
+    left_out: Mapping[int, str]
+    """For each latent without contexts, the reason."""
+
+    @property
+    def left_out_counts(self) -> dict[str, int]:
+        """Number of latents left out, by reason."""
+        return dict(Counter(self.left_out.values()))
+
+
+@dataclass(frozen=True)
+class LatentFirings:
+    """The tokens on which one latent fires, in the order of the text."""
+
+    positions: Int[np.ndarray, " firing"]
+    values: Float[np.ndarray, " firing"]
+
+    def activations(self, start: int, stop: int) -> tuple[float, ...]:
+        """The latent's activation on each token from `start` up to `stop`."""
+        begin, end = np.searchsorted(self.positions, [start, stop])
+        dense = np.zeros(stop - start)
+        dense[self.positions[begin:end] - start] = self.values[begin:end]
+        return tuple(dense.tolist())
+
+    def is_silent(self, start: Positions, stop: Positions) -> Bool[np.ndarray, " window"]:
+        """Whether the latent fires on no token of each window."""
+        return np.searchsorted(self.positions, start) == np.searchsorted(self.positions, stop)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Windows around the firings of a latent that are the strongest of their own window."""
+
+    values: Float[np.ndarray, " window"]
+    start: Positions
+    stop: Positions
+    group: Positions
+    """Number of the window's document (see `FlatText.group`)."""
+    quantile_bin: Positions
+    """The bin of `QUANTILE_BINS` that holds the activation, among all firings of the latent; 0 holds the weakest."""
+
+    @classmethod
+    def of(cls, firings: LatentFirings, text: FlatText, settings: ContextSettings) -> "Candidates":
+        """The candidates of one latent."""
+        positions, values = firings.positions, firings.values
+        start, stop = text.windows(positions, settings.before, settings.after)
+        if len(positions):
+            ranges = np.searchsorted(positions, np.stack([start, stop], 1))
+            # `reduceat` gives the maximum from each index to the next; every second one is that of a window.
+            largest = np.maximum.reduceat(np.append(values, -np.inf), ranges.ravel())[::2]
+        else:
+            largest = values
+        edges = np.quantile(values, np.arange(1, QUANTILE_BINS) / QUANTILE_BINS) if len(values) else np.zeros(0)
+        chosen = np.flatnonzero(values >= largest)
+        bins = np.searchsorted(edges, values[chosen], side="right")
+        return cls(values[chosen], start[chosen], stop[chosen], text.group[positions[chosen]], bins)
+
+    def select(self, chosen: Bool[np.ndarray, " window"]) -> "Candidates":
+        """The candidates that a mask chooses."""
+        fields = (self.values, self.start, self.stop, self.group, self.quantile_bin)
+        return Candidates(*(field[chosen] for field in fields))
+
+    def strongest_first(self) -> list[int]:
+        """The strongest candidate of each document, strongest first."""
+        order = np.argsort(-self.values, kind="stable")
+        _, first = np.unique(self.group[order], return_index=True)
+        return order[np.sort(first)].tolist()
+
+    def over_quantiles(self, generator: np.random.Generator) -> Iterator[int]:
+        """The candidates in random order, one from each bin in turn from the strongest to the weakest."""
+        order = generator.permutation(len(self.values))
+        # One candidate is enough for each bin of each document.
+        _, first = np.unique(self.group[order] * QUANTILE_BINS + self.quantile_bin[order], return_index=True)
+        order = order[np.sort(first)]
+        by_bin = [order[self.quantile_bin[order] == number].tolist() for number in reversed(range(QUANTILE_BINS))]
+        yield from (index for index in chain.from_iterable(zip_longest(*by_bin)) if index is not None)
+
+
+class Picker:
+    """Picks windows for one latent: at most one from each document, and none whose tokens equal those of another."""
+
+    def __init__(self, text: FlatText):
+        self._text = text
+        self._groups, self._windows = set[int](), set[bytes]()
+
+    def pick(self, windows: Iterable[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+        """The first `count` windows that may be picked."""
+        picked: list[tuple[int, int]] = []
+        for start, stop in windows if count > 0 else ():
+            group, tokens = int(self._text.group[start]), self._text.tokens[start:stop].tobytes()
+            if group in self._groups or tokens in self._windows:
+                continue
+            self._groups.add(group)
+            self._windows.add(tokens)
+            picked.append((start, stop))
+            if len(picked) == count:
+                break
+        return picked
+
+    def pick_candidates(self, candidates: Candidates, order: Iterable[int], count: int) -> list[tuple[int, int]]:
+        """The first `count` candidates that may be picked, in an order."""
+        return self.pick(((int(candidates.start[index]), int(candidates.stop[index])) for index in order), count)
+
+
+class Drawing:
+    """Draws the contexts of one latent after the other from the same text."""
+
+    def __init__(self, text: FlatText, settings: ContextSettings):
+        self._text, self._settings = text, settings
+        self._is_explaining = text.is_explaining(settings.seed)
+        # Counted tokens of the documents for scores, sorted by document.
+        scoring = np.flatnonzero(text.counted & ~self._is_explaining[text.group])
+        self._scoring = scoring[np.argsort(text.group[scoring], kind="stable")]
+        _, self._begins, self._sizes = np.unique(text.group[self._scoring], return_index=True, return_counts=True)
+
+    def draw(
+        self, latent: int, firings: LatentFirings, density: float, *, nearest: int | None, nearest_firings: LatentFirings | None
+    ) -> LatentContexts | str:
+        """The contexts of a latent, or the reason why it has too few."""
+        settings, picker = self._settings, Picker(self._text)
+        generator = np.random.default_rng([settings.seed, latent])
+        candidates = Candidates.of(firings, self._text, settings)
+        for_explaining = self._is_explaining[candidates.group]
+        explaining = self._explaining(picker, candidates.select(for_explaining), generator)
+        scoring = candidates.select(~for_explaining)
+        firing = picker.pick_candidates(scoring, scoring.over_quantiles(generator), settings.scoring)
+        near = [] if nearest_firings is None else self._near(picker, firings, nearest_firings, generator)
+        silent = picker.pick(self._silent(firings, generator), settings.silent)
+        for found, wanted, reason in (
+            (explaining, settings.explaining, "fires in too few documents for explanations"),
+            (firing, settings.scoring, "fires in too few documents for scores"),
+            (silent, settings.silent, "is silent in too few documents"),
+        ):
+            if len(found) < min(settings.fewest, wanted):
+                return reason
+        return LatentContexts(
+            latent,
+            density,
+            explaining=self._strongest_first(explaining, firings),
+            firing=self._strongest_first(firing, firings),
+            silent=[self._context(window, firings) for window in silent],
+            near=[self._context(window, firings, nearest_firings) for window in near],
+            nearest=nearest,
+        )
+
+    def _explaining(self, picker: Picker, candidates: Candidates, generator: np.random.Generator) -> list[tuple[int, int]]:
+        """A third of the contexts are the strongest, and the others from all quantiles."""
+        strongest = picker.pick_candidates(candidates, candidates.strongest_first(), self._settings.explaining // 3)
+        count = self._settings.explaining - len(strongest)
+        return strongest + picker.pick_candidates(candidates, candidates.over_quantiles(generator), count)
+
+    def _near(
+        self, picker: Picker, firings: LatentFirings, nearest: LatentFirings, generator: np.random.Generator
+    ) -> list[tuple[int, int]]:
+        """Windows of the documents for scores around firings of the nearest latent, in which this latent does not fire."""
+        candidates = Candidates.of(nearest, self._text, self._settings)
+        candidates = candidates.select(~self._is_explaining[candidates.group] & firings.is_silent(candidates.start, candidates.stop))
+        return picker.pick_candidates(candidates, candidates.over_quantiles(generator), self._settings.near)
+
+    def _silent(self, firings: LatentFirings, generator: np.random.Generator) -> Iterator[tuple[int, int]]:
+        """Windows in which a latent does not fire, each around a random token of a random document for scores."""
+        for _ in range(SILENT_TRIES):
+            documents = generator.permutation(len(self._begins))
+            chosen = (generator.random(len(documents)) * self._sizes[documents]).astype(np.int64)
+            positions = self._scoring[self._begins[documents] + chosen]
+            start, stop = self._text.windows(positions, self._settings.before, self._settings.after)
+            is_silent = firings.is_silent(start, stop)
+            yield from zip(start[is_silent].tolist(), stop[is_silent].tolist(), strict=True)
+
+    def _strongest_first(self, windows: list[tuple[int, int]], firings: LatentFirings) -> list[Context]:
+        return sorted((self._context(window, firings) for window in windows), key=lambda context: -context.peak)
+
+    def _context(self, window: tuple[int, int], firings: LatentFirings, nearest: LatentFirings | None = None) -> Context:
+        document, tokens = int(self._text.document[window[0]]), self._text.window_texts(*window)
+        return Context(document, tokens, firings.activations(*window), () if nearest is None else nearest.activations(*window))
+
+
+def draw_contexts(
+    collected: Collected,
+    latents: Sequence[int],
+    *,
+    text: FlatText,
+    W_dec: Float[Tensor, "d_sae d_in"],
+    settings: ContextSettings | None = None,
+) -> DrawnContexts:
+    """The contexts of some latents. They depend on the seed, and not on which other latents are drawn.
+
+    Each document, by its text, is either for explanations or for scores, and gives at most one context of a latent. Of the contexts for the
+    explanation, a third are the strongest; the others, and the firing contexts for the scores, are drawn evenly from `QUANTILE_BINS` bins
+    of the latent's activations. A context is drawn around the firing that is the strongest in it. Silent contexts are drawn at random.
+    """
+    settings = settings or ContextSettings()
+    counts = sum((codes.firings() for codes, _ in collected.codes()), start=torch.zeros(len(W_dec), dtype=torch.long))
+    nearest = nearest_live(W_dec, latents, counts > 0)
+    firings = _firings(collected, {*latents, *(other for other in nearest.values() if other is not None)}, len(W_dec))
+    drawing, drawn, left_out = Drawing(text, settings), list[LatentContexts](), dict[int, str]()
+    for latent in latents:
+        density = int(counts[latent]) / max(1, int(text.counted.sum()))
+        other = nearest[latent]
+        contexts = drawing.draw(latent, firings[latent], density, nearest=other, nearest_firings=None if other is None else firings[other])
+        if isinstance(contexts, str):
+            left_out[latent] = contexts
+        else:
+            drawn.append(contexts)
+    return DrawnContexts(drawn, left_out)
+
+
+def nearest_live(W_dec: Float[Tensor, "d_sae d_in"], latents: Sequence[int], is_live: Bool[Tensor, " d_sae"]) -> dict[int, int | None]:
+    """For each latent the other live latent whose decoder row has the largest cosine with its own; None if there is none.
+
+    >>> nearest_live(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5]]), [0], torch.tensor([True, False, True]))
+    {0: 2}
+    """
+    directions, nearest = functional.unit_rows(W_dec.float().cpu()), dict[int, int | None]()
+    for chunk in torch.tensor(list(latents), dtype=torch.long).split(1024):
+        cosines = (directions[chunk] @ directions.T).masked_fill_(~is_live, -torch.inf)
+        cosines[torch.arange(len(chunk)), chunk] = -torch.inf
+        largest = cosines.max(1)
+        pairs = zip(chunk.tolist(), largest.indices.tolist(), largest.values.tolist(), strict=True)
+        nearest |= {latent: other if cosine > -torch.inf else None for latent, other, cosine in pairs}
+    return nearest
+
+
+def _firings(collected: Collected, latents: set[int], d_sae: int) -> dict[int, LatentFirings]:
+    """The firings of some latents."""
+    is_wanted = torch.zeros(d_sae, dtype=torch.bool)
+    is_wanted[list(latents)] = True
+    owners, positions, values, begin = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float32)], 0
+    for codes, entry in collected.codes():
+        chosen = is_wanted[codes.latents].nonzero().flatten()
+        row_positions = entry["counted"].flatten().nonzero().flatten()
+        owners.append(codes.latents[chosen].numpy())
+        positions.append(begin + row_positions[codes.rows[chosen]].numpy())
+        values.append(codes.values[chosen].float().numpy())
+        begin += entry["counted"].numel()
+    owner, position, value = (np.concatenate(parts) for parts in (owners, positions, values))
+    order = np.lexsort((position, owner))
+    owner, position, value = owner[order], position[order], value[order]
+    bounds = {latent: np.searchsorted(owner, [latent, latent + 1]) for latent in latents}
+    return {latent: LatentFirings(position[begin:end], value[begin:end]) for latent, (begin, end) in bounds.items()}
