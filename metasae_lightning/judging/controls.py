@@ -1,0 +1,78 @@
+"""Controls: contexts and explanations that do not belong together, scored by the same code. A judge that is right about them is at chance."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from metasae_lightning.errors import InputError
+from metasae_lightning.judging.contexts import LatentContexts
+from metasae_lightning.judging.score_kinds import Score
+
+T = TypeVar("T")
+Control = Literal["other_explanation", "shuffled_contexts"]
+# Random orders of the latents, of which the one that gives the fewest latents their own explanation in another's name is used.
+TRIES = 100
+
+
+def controls_of(score: Score) -> tuple[Control, ...]:
+    """The controls of a score. One that shows no explanation has only `shuffled_contexts`."""
+    return ("other_explanation", "shuffled_contexts") if score.needs_explanation else ("shuffled_contexts",)
+
+
+def other_explanation(explanations: Mapping[int, str], seed: int) -> dict[int, str]:
+    """Each latent with the explanation of another latent, drawn at random; each explanation is used once.
+
+    A perfect judge finds the concept of another latent equally often in contexts of either kind, so it is at chance. It is above chance as
+    far as the two latents fire in the same contexts. Explanations of the same words change places only where nothing else is possible.
+
+    >>> sorted(other_explanation({3: "cats", 5: "dogs"}, seed=0).items())
+    [(3, 'dogs'), (5, 'cats')]
+    """
+    partner = cycle_of(explanations, seed)
+    return {latent: explanations[partner[latent]] for latent in explanations}
+
+
+def cycle_of(explanations: Mapping[int, str], seed: int) -> dict[int, int]:
+    """Another latent for each latent, along a random cycle through all latents, with the fewest equal explanations among partners."""
+    if len(explanations) < 2:
+        raise InputError(f"latents: a control needs two at least, got {len(explanations)}")
+    rng, latents = np.random.default_rng([seed, 0]), list(explanations)
+    cycles = [[latents[index] for index in rng.permutation(len(latents)).tolist()] for _ in range(TRIES)]
+    pairs = [list(zip(cycle, [*cycle[1:], cycle[0]], strict=True)) for cycle in cycles]
+    return dict(min(pairs, key=lambda cycle: sum(explanations[latent] == explanations[partner] for latent, partner in cycle)))
+
+
+def shuffled_contexts(contexts: Mapping[int, LatentContexts], seed: int) -> dict[int, LatentContexts]:
+    """Each latent with contexts in which random other latents fire, in place of those in which it fires; all else is its own.
+
+    The contexts keep the activations of their own latents. Other latents take turns, so that contexts of one latent are few. They share no
+    document with the latent's own contexts, because it may fire there.
+
+    A perfect judge finds the latent's concept in neither kind of context, so it is at chance. It is above chance as far as the latent fires
+    in contexts of others, as one that fires nearly everywhere does. Of five contexts of different latents each is as much an intruder.
+    A judge that is above chance here tells the two kinds of context apart by something else than the concept.
+    """
+    if len(contexts) < 2:
+        raise InputError(f"latents: a control needs two at least, got {len(contexts)}")
+    return {latent: _with_contexts_of_others(own, contexts, np.random.default_rng([seed, 1, latent])) for latent, own in contexts.items()}
+
+
+def _with_contexts_of_others(own: LatentContexts, contexts: Mapping[int, LatentContexts], rng: np.random.Generator) -> LatentContexts:
+    """The latent with as many contexts of others in place of its own as it has, or as many as they have."""
+    documents = {context.document for context in [*own.explaining, *own.firing]}
+    others = [latent for latent in contexts if latent != own.latent]
+    supplies = [
+        [context for context in _permuted(contexts[latent].firing, rng) if context.document not in documents]
+        for latent in _permuted(others, rng)
+    ]
+    longest = max(map(len, supplies))
+    in_turns = [supply[turn] for turn in range(longest) for supply in supplies if turn < len(supply)]
+    drawn = in_turns[: len(own.firing)]
+    return replace(own, firing=sorted(drawn, key=lambda context: -context.peak))
+
+
+def _permuted(items: Sequence[T], rng: np.random.Generator) -> list[T]:
+    """The items in random order."""
+    return [items[index] for index in rng.permutation(len(items)).tolist()]

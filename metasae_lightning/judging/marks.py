@@ -1,0 +1,58 @@
+"""Contexts as a question shows them: plain, with marked tokens, or with other tokens in place of some."""
+
+from collections.abc import Sequence
+from math import ceil
+
+import numpy as np
+
+from metasae_lightning.judging.contexts import Context
+from metasae_lightning.judging.questions import ShownText
+
+# Delphi's share of a context's largest activation from which a token counts as one that the latent fires on.
+SHARE = 0.3
+
+
+def plain(context: Context) -> ShownText:
+    """The context without a mark."""
+    return ShownText(context.tokens, (False,) * len(context.tokens))
+
+
+def with_firing_marked(context: Context) -> ShownText:
+    """The context with the tokens marked that the latent fires on."""
+    return ShownText(context.tokens, firing_tokens(context))
+
+
+def with_random_marked(context: Context, count: int, rng: np.random.Generator) -> ShownText:
+    """The context with `count` random tokens marked, or all if it has fewer."""
+    marked = rng.permutation(len(context.tokens)) < count
+    return ShownText(context.tokens, tuple(marked.tolist()))
+
+
+def with_firing_replaced(context: Context, other_tokens: Sequence[str], rng: np.random.Generator) -> ShownText | None:
+    """The context with a random one of `other_tokens` in place of each token that the latent fires on.
+
+    Words that the latent fires on in this context are not put in. None if all the other tokens are such words.
+    """
+    fires = firing_tokens(context)
+    words = {token.strip() for token, is_firing in zip(context.tokens, fires, strict=True) if is_firing}
+    candidates = [token for token in other_tokens if token.strip() not in words]
+    if not candidates:
+        return None
+    drawn = rng.integers(len(candidates), size=len(fires)).tolist()
+    tokens = [candidates[index] if fire else token for token, fire, index in zip(context.tokens, fires, drawn, strict=True)]
+    return ShownText(tuple(tokens), (False,) * len(tokens))
+
+
+def firing_tokens(context: Context) -> tuple[bool, ...]:
+    """Whether the latent fires on each token with at least `SHARE` of its peak in the context.
+
+    >>> firing_tokens(Context(0, ("a", "b", "c", "d"), (0.0, 10.0, 3.0, 2.9)))
+    (False, True, True, False)
+    """
+    peak = context.peak
+    return tuple(activation > 0 and activation >= SHARE * peak for activation in context.activations)
+
+
+def mean_marks(contexts: Sequence[Context]) -> int:
+    """Mean number of tokens that `with_firing_marked` marks, rounded up."""
+    return ceil(sum(sum(firing_tokens(context)) for context in contexts) / len(contexts))

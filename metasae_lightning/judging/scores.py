@@ -1,0 +1,191 @@
+"""The scores that a judge's answers give."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, final
+
+import numpy as np
+
+from metasae_lightning.judging import formulas
+from metasae_lightning.judging.contexts import Context, LatentContexts
+from metasae_lightning.judging.marks import mean_marks, plain, with_firing_marked, with_firing_replaced, with_random_marked
+from metasae_lightning.judging.questions import Question, Task
+from metasae_lightning.judging.score_kinds import Asked, ChoiceScore, NumbersScore, Score, YesNoScore
+
+Negatives = Literal["silent", "near"]
+YES_NO, A_B, A_TO_E = ("no", "yes"), ("A", "B"), ("A", "B", "C", "D", "E")
+
+
+@final
+class Detection(YesNoScore):
+    """Does the text hold what the explanation says? Yes for texts in which the latent fires.
+
+    `negatives` are random contexts in which it does not fire, or `near` ones: contexts in which only the latent with the nearest decoder
+    row fires.
+    """
+
+    task: Task = "detection"
+
+    def __init__(self, negatives: Negatives = "silent") -> None:
+        self.negatives: Negatives = negatives
+        self.name = "detection" if negatives == "silent" else "detection_near"
+        others = "random texts in which it does not" if negatives == "silent" else "texts in which only the latent nearest to it fires"
+        self.description = f"Tell texts in which the latent fires from {others}; balanced accuracy."
+
+    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
+        others = negatives_of(contexts, self.negatives)
+        if not contexts.firing or not others:
+            return Asked()
+        shown = [plain(context) for context in [*contexts.firing, *others]]
+        asked = tuple(Question(self.task, (text,), explanation, YES_NO) for text in shown)
+        return Asked(asked, (1,) * len(contexts.firing) + (0,) * len(others))
+
+
+@final
+class Fuzzing(YesNoScore):
+    """Are the marked tokens those that the explanation describes? Yes for marks on the tokens that the latent fires on.
+
+    These are Delphi's questions. In a text in which the latent fires, tokens with at least 0.3 of its peak are marked. In the other texts
+    random tokens are marked, as many as are marked in the first on average, rounded up. `near` texts are also marked at random: which
+    tokens the nearest latent fires on is not known.
+    """
+
+    task: Task = "fuzzing"
+
+    def __init__(self, negatives: Negatives = "silent") -> None:
+        self.negatives: Negatives = negatives
+        self.name = "fuzzing" if negatives == "silent" else "fuzzing_near"
+        others = "random texts" if negatives == "silent" else "texts in which only the latent nearest to it fires"
+        self.description = f"Tell marks on the tokens that the latent fires on from random marks in {others}; balanced accuracy."
+
+    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
+        others = negatives_of(contexts, self.negatives)
+        if not contexts.firing or not others:
+            return Asked()
+        count = mean_marks(contexts.firing)
+        shown = [with_firing_marked(context) for context in contexts.firing]
+        shown += [with_random_marked(context, count, rng) for context in others]
+        asked = tuple(Question(self.task, (text,), explanation, YES_NO) for text in shown)
+        return Asked(asked, (1,) * len(contexts.firing) + (0,) * len(others))
+
+
+def negatives_of(contexts: LatentContexts, negatives: Negatives) -> Sequence[Context]:
+    """The latent's contexts in which it does not fire, of one kind."""
+    return contexts.silent if negatives == "silent" else contexts.near
+
+
+@final
+class Replacement2AFC(ChoiceScore):
+    """Which of two texts is real: a context in which the latent fires, or the same with random tokens in place of those it fires on?
+
+    A two-alternative forced choice, as the paper describes it. The random tokens are those of contexts in which the latent does not fire.
+    They spoil the sentence as well: a judge that knows the language is above chance with any explanation, so compare with the controls.
+    """
+
+    name = "replacement_2afc"
+    description = "Tell a text from its copy in which random tokens replace those that the latent fires on; accuracy."
+    task: Task = "replacement_2afc"
+    chance = 0.5
+
+    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
+        other_tokens = [token for context in [*contexts.silent, *contexts.near] for token in context.tokens]
+        replaced = [(plain(context), with_firing_replaced(context, other_tokens, rng)) for context in contexts.firing]
+        pairs = [(real, copy) for real, copy in replaced if copy is not None]
+        truths = balanced_positions(len(pairs), 2, rng)
+        shown = [(copy, real) if truth else (real, copy) for (real, copy), truth in zip(pairs, truths, strict=True)]
+        return Asked(tuple(Question(self.task, texts, explanation, A_B) for texts in shown), tuple(truths))
+
+
+@final
+class Intruder(ChoiceScore):
+    """Which of five texts is the intruder? In four the latent fires, in the intruder it does not. No explanation is shown.
+
+    The tokens that the latent fires on are marked, and in the intruder as many random ones as in the others on average, rounded up.
+    """
+
+    name = "intruder"
+    description = "Tell the one of five texts in which the latent does not fire, without an explanation; accuracy."
+    task: Task = "intruder"
+    chance = 0.2
+    needs_explanation = False
+
+    def __init__(self, rounds: int = 5) -> None:
+        self.rounds = rounds
+
+    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
+        if len(contexts.firing) < 4 or not contexts.silent:
+            return Asked()
+        truths = balanced_positions(self.rounds, 5, rng)
+        order = rng.permutation(len(contexts.silent)).tolist()
+        asked: list[Question] = []
+        for number, truth in enumerate(truths):
+            four = [contexts.firing[index] for index in rng.permutation(len(contexts.firing))[:4].tolist()]
+            texts = [with_firing_marked(context) for context in four]
+            silent = contexts.silent[order[number % len(order)]]
+            texts.insert(truth, with_random_marked(silent, mean_marks(four), rng))
+            asked.append(Question(self.task, tuple(texts), choices=A_TO_E))
+        return Asked(tuple(asked), tuple(truths))
+
+
+@final
+class StrengthSpearman(NumbersScore):
+    """How strongly does the latent fire in each text? One question shows all the texts in which it fires, in random order.
+
+    This is what the code of the paper's author computes under the name of fuzzing.
+    """
+
+    name = "strength_spearman"
+    description = "Grade texts in which the latent fires by how strongly it does; Spearman correlation with its peaks."
+    task: Task = "strength"
+
+    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
+        shown = [contexts.firing[index] for index in rng.permutation(len(contexts.firing)).tolist()]
+        if len(shown) < 2:
+            return Asked()
+        question = Question(self.task, tuple(map(plain, shown)), explanation, numbers=len(shown))
+        return Asked((question,), (tuple(context.peak for context in shown),))
+
+    def correlation(self, truths: Sequence[float], predictions: Sequence[float]) -> float:
+        return formulas.spearman(truths, predictions)
+
+
+@final
+class Simulation(NumbersScore):
+    """How strongly does the latent fire on each token? A question a text: `firing` ones, from strong to weak, and `silent` ones."""
+
+    name = "simulation"
+    description = "Grade each token of texts by how strongly the latent fires on it; Pearson correlation over all tokens."
+    task: Task = "simulation"
+
+    def __init__(self, firing: int = 4, silent: int = 1) -> None:
+        self.firing, self.silent = firing, silent
+
+    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
+        if not contexts.firing:
+            return Asked()
+        spread = np.linspace(0, len(contexts.firing) - 1, min(self.firing, len(contexts.firing))).round().astype(int).tolist()
+        shown = [contexts.firing[index] for index in spread]
+        shown += [contexts.silent[index] for index in rng.permutation(len(contexts.silent))[: self.silent].tolist()]
+        asked = tuple(Question(self.task, (plain(context),), explanation, numbers=len(context.tokens)) for context in shown)
+        return Asked(asked, tuple(context.activations for context in shown))
+
+    def correlation(self, truths: Sequence[float], predictions: Sequence[float]) -> float:
+        return formulas.pearson(truths, predictions)
+
+
+def balanced_positions(count: int, choices: int, rng: np.random.Generator) -> list[int]:
+    """The right choice of each of `count` questions: random, and each choice equally often, up to one."""
+    return rng.permutation((np.arange(count) + rng.integers(choices)) % choices).tolist()
+
+
+_ALL: tuple[Score, ...] = (
+    Detection(),
+    Detection("near"),
+    Fuzzing(),
+    Fuzzing("near"),
+    Replacement2AFC(),
+    StrengthSpearman(),
+    Simulation(),
+    Intruder(),
+)
+# Each score that a judge's answers give, by name.
+SCORES: Mapping[str, Score] = {score.name: score for score in _ALL}
