@@ -86,6 +86,12 @@ TABLE = (
         "metasae_lightning.cli.report:write_report",
     ),
     Command(
+        "judge",
+        "Explain latents, and score how well a judge tells by the explanations where they fire.",
+        "metasae judge runs/a",
+        "metasae_lightning.cli.judge:judge_latents",
+    ),
+    Command(
         "publish",
         "Write a run's SAEs and a model card to a folder or to the Hugging Face Hub.",
         "metasae publish runs/a hf://OWNER/NAME",

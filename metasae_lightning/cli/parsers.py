@@ -8,6 +8,7 @@ from metasae_lightning.cli.commands import Command
 from metasae_lightning.cli.parser_errors import parser_error_line
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.settings import Settings
+from metasae_lightning.judging.settings import JudgingSettings
 
 SAES = "Run folders, SAELens folders, or SAEs on the Hub as RELEASE:ID."
 OTHER_TEST = "With -c RECIPE and --ckpt_path CHECKPOINT, `metasae test` is Lightning's own test of a checkpoint instead."
@@ -45,7 +46,7 @@ def add_settings(parser: ArgumentParser) -> None:
 
 
 def add_memory_limit(parser: ArgumentParser) -> None:
-    """The option of `evaluate`, `test` and `compare` that limits the memory."""
+    """The option of `evaluate`, `test`, `compare` and `judge` that limits the memory."""
     text = "Memory limit of each device in GiB, null for all free memory. What needs more is refused before the language model is loaded."
     parser.add_argument("--memory_gib", type=float | None, default=None, help=text)
 
@@ -70,6 +71,19 @@ def add_calibrate(parser: ArgumentParser) -> None:
     """Arguments of `calibrate`."""
     add_settings(parser)
     parser.add_argument("place", type=str, help="A run or a SAELens folder. Its files are replaced all together, or none of them.")
+
+
+def add_judge(parser: ArgumentParser) -> None:
+    """Arguments of `judge`."""
+    parser.add_class_arguments(JudgingSettings, as_group=True)
+    parser.add_argument("places", nargs="+", type=str, help=f"{SAES} Arms are compared with the first.")
+    text = "Recipe, or a run's config.yaml, whose text is read; by default that of the first SAE."
+    parser.add_argument("--data", type=str | None, default=None, help=text)
+    text = "Device of the models and the SAEs; by default the recipe's."
+    parser.add_argument("--device", type=str | None, default=None, help=text)
+    text = "Folder of the kept answers and the table of latents; by default `judging` in the first run."
+    parser.add_argument("--out", type=str | None, default=None, help=text)
+    add_memory_limit(parser)
 
 
 def add_report(parser: ArgumentParser) -> None:
@@ -152,6 +166,7 @@ ADD_ARGUMENTS = {
     "evaluate": add_evaluate,
     "test": add_evaluate,
     "compare": add_compare,
+    "judge": add_judge,
     "calibrate": add_calibrate,
     "report": add_report,
     "publish": add_publish,

@@ -40,6 +40,8 @@ class ContextSettings:
     """Tokens of a context after it."""
     seed: int = 0
     """Seed of the documents' split and of all random choices."""
+    draw: int = 0
+    """Number of the draw: another one draws other contexts from the same split."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class Drawing:
     ) -> LatentContexts | str:
         """The contexts of a latent, or the reason why it has too few."""
         settings, picker = self._settings, Picker(self._text)
-        generator = np.random.default_rng([settings.seed, latent])
+        generator = np.random.default_rng([settings.seed, settings.draw, latent])
         candidates = Candidates.of(firings, self._text, settings)
         for_explaining = self._is_explaining[candidates.group]
         explaining = self._explaining(picker, candidates.select(for_explaining), generator)

@@ -28,6 +28,7 @@ class JudgingSettings:
         explaining: Contexts of each latent that its explanation is made from.
         scoring: Firing contexts of each latent that it is scored by, and as many contexts in which it does not fire.
         pair_cosine: Smallest cosine of decoder rows at which latents of two arms are a pair.
+        splits: Latents of the first arm that another arm splits, with texts of each side on the page.
         tokens: Held-out tokens to read. Default: `test_tokens` of the data's recipe.
         resamples: Bootstrap resamples of latents for intervals.
         seed: Seed of the sample of latents, of the contexts and of the bootstrap.
@@ -50,6 +51,7 @@ class JudgingSettings:
     explaining: int = 10
     scoring: int = 10
     pair_cosine: float = 0.7
+    splits: int = 12
     tokens: int | None = None
     resamples: int = 1000
     seed: int = 0
@@ -57,7 +59,7 @@ class JudgingSettings:
     def __post_init__(self) -> None:
         minima = {
             **{"latents": 2, "concurrency": 1, "max_requests": 1, "max_tokens": 1, "retries": 0, "seeds": 1},
-            **{"explaining": 2, "scoring": 4, "tokens": 1, "resamples": 1, "seed": 0},
+            **{"explaining": 2, "scoring": 4, "tokens": 1, "resamples": 1, "seed": 0, "splits": 0},
         }
         for name, minimum in minima.items():
             value = getattr(self, name)

@@ -1,0 +1,58 @@
+"""The command `judge`: explain latents, score the explanations, and write tables beside the runs."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from rich.console import Console
+
+from metasae_lightning import report, run_folder
+from metasae_lightning.cli.arguments import check_same_data, data_for, open_saes, places_of_arms
+from metasae_lightning.cli.measure import print_plan
+from metasae_lightning.data.datamodule import ActivationsDataModule
+from metasae_lightning.errors import InputError
+from metasae_lightning.evaluation.collect import CollectedCodes, collect
+from metasae_lightning.evaluation.held_out_text import split_stream
+from metasae_lightning.evaluation.saes import EvaluatedSAE, device_of, select_hook
+from metasae_lightning.evaluation.settings import Settings
+from metasae_lightning.judging.causal_judge import CausalJudge
+from metasae_lightning.judging.embedding_judge import EmbeddingJudge
+from metasae_lightning.judging.judge import Judge
+from metasae_lightning.judging.ledger import KeptAnswers, Ledger
+from metasae_lightning.judging.records import write_results
+from metasae_lightning.judging.settings import JudgingSettings
+from metasae_lightning.judging.study import judge_arms
+
+
+def judge_latents(args: Namespace) -> int:
+    """Judge the latents of all SAEs at `args.places`, print a table, and write the results beside each SAE."""
+    settings = JudgingSettings(**{field.name: args[field.name] for field in fields(JudgingSettings)})
+    saes = open_saes(places_of_arms(args.places), None)
+    check_same_data(saes, args)
+    data = data_for(saes[0], args)
+    if not isinstance(data, ActivationsDataModule):
+        raise InputError(f"{args.places[0]} reads activations without text, and judges read text")
+    out = Path(args.out) if args.out else saes[0].record.parent / "judging"
+    print_plan(saes, data, Settings(critic_seeds=0, splice_tokens=0, pairs_gib=0.1), args.memory_gib)
+    collected = codes_on_test_text(saes, data, settings)
+    with Ledger(out / "answers.sqlite") as ledger:
+        embedder = EmbeddingJudge(settings.embedder)
+        study = judge_arms(
+            collected, data.language_model, KeptAnswers(judge_of(settings, embedder, args.device), ledger), embedder, settings
+        )
+    write_results(study, out)
+    console = Console()
+    console.print(report.judged({arm.name: arm.entry for arm in study.arms}))
+    console.print(f"all latents: {out / 'latents.csv'}; the page shows them: metasae report {args.places[0]}", markup=False, soft_wrap=True)
+    return 0
+
+
+def codes_on_test_text(saes: list[EvaluatedSAE], data: Any, settings: JudgingSettings) -> list[CollectedCodes]:
+    """The codes of each SAE on the test text, with its stored thresholds."""
+    for sae in saes:
+        select_hook(sae, data)
+        sae.sae.to(device_of(data))
+    data.setup("test")
+    tokens = settings.tokens or data.test_tokens
+    return collect(saes, split_stream(data, "test", tokens), tokens)

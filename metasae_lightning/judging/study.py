@@ -1,0 +1,107 @@
+"""A judging run: explain a sample of latents of each arm, score them and their controls, and compare the arms."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from metasae_lightning.evaluation.collect import CollectedCodes
+from metasae_lightning.evaluation.evaluate import versions
+from metasae_lightning.judging.arms import SampledArm, explained, sampled_arms
+from metasae_lightning.judging.entries import ArmScore, differences_of, latents_entry, score_arm, score_entry
+from metasae_lightning.judging.flat_text import FlatText
+from metasae_lightning.judging.judge import Judge
+from metasae_lightning.judging.measures import Measure, measures_for
+from metasae_lightning.judging.questions import Cost
+from metasae_lightning.judging.reliability import Planted, Reliability, reliability_of
+from metasae_lightning.judging.settings import JudgingSettings
+from metasae_lightning.judging.split_contexts import split_records
+from metasae_lightning.judging.topical_coherence import Embed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JudgedArm:
+    """The results of one arm."""
+
+    name: str
+    """Name of the arm."""
+    collected: CollectedCodes
+    """Its codes on the test text."""
+    entry: dict[str, Any]
+    """Its entry `judging` in `evaluation.json`."""
+    record: dict[str, Any]
+    """Its latents, and the first arm's latents that it splits, for the page."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """The results of a judging run."""
+
+    arms: Sequence[JudgedArm]
+    """Each arm's results."""
+    cost: Cost
+    """What the answers have cost."""
+
+
+def judge_arms(collected: Mapping[str, CollectedCodes], model: Any, judge: Judge, embed: Embed | None, settings: JudgingSettings) -> Study:
+    """Explain and score latents of each arm; the others are compared with the first. `model` is the loaded language model.
+
+    The judge's reliability is measured first, on latents planted in the same text; its threshold for yes comes from there too.
+    """
+    first = next(iter(collected.values()))
+    text = FlatText.of(first, model.tokenizer)
+    measures = measures_for(settings.scores, judge, embed, model, explained=settings.explanations != "none")
+    planted = Planted.on(first, model.tokenizer, settings)
+    numbers = {"resamples": settings.resamples, "seed": settings.seed}
+    reliability: dict[str, Reliability | None] = {}
+    for measure in measures:
+        reliability[measure.name] = found = reliability_of(measure, planted, **numbers)
+        if found is not None:
+            log.info("%s: %.3f on planted latents, by chance %g", measure.name, found.mean.value, measure.chance)
+    arms = sampled_arms(collected, text, judge, settings)
+    scores = [score_all(measures, arm, reliability, settings.seed) for arm in arms]
+    about = {
+        **{"judge": judge.identity, "explanations": explanations_named(settings), "settings": asdict(settings), "versions": versions()},
+        **{"tokens": int(text.counted.sum()), "cost": asdict(judge.cost)},
+    }
+    results: list[JudgedArm] = []
+    for arm, of_arm in zip(arms, scores, strict=True):
+        entries = {
+            measure.name: score_entry(measure, arm, of_arm[measure.name], reliability[measure.name], **numbers) for measure in measures
+        }
+        entry = {**about, "weights": arm.collected.subject.cache_key["sae"], "sampled": len(arm.latents), "left_out": dict(arm.left_out)}
+        entry["scores"] = entries
+        record = {"weights": entry["weights"], "latents": latents_entry(arm, of_arm), "splits": list[Any]()}
+        if arm is not arms[0]:
+            against = {name: differences_of((arms[0], scores[0][name]), (arm, of_arm[name]), **numbers) for name in of_arm}
+            entry["against"] = {"arm": arms[0].name, "scores": against}
+            record["splits"] = splits_of(arms[0], arm, text, judge, settings)
+        results.append(JudgedArm(arm.name, arm.collected, entry, record))
+    return Study(results, judge.cost)
+
+
+def score_all(
+    measures: Sequence[Measure], arm: SampledArm, reliability: Mapping[str, Reliability | None], seed: int
+) -> dict[str, ArmScore]:
+    """Every score of one arm, with its controls."""
+    scores: dict[str, ArmScore] = {}
+    for measure in measures:
+        log.info("%s: %s of %d latents", arm.name, measure.name, len(arm.contexts[0]))
+        found = reliability[measure.name]
+        scores[measure.name] = score_arm(measure, arm, 0.5 if found is None else found.threshold, seed=seed)
+    return scores
+
+
+def splits_of(first: SampledArm, arm: SampledArm, text: FlatText, judge: Judge, settings: JudgingSettings) -> list[dict[str, Any]]:
+    """The first arm's latents that an arm splits. They are explained as the others are, those of a user's file by keywords."""
+    kind = settings.explanations if settings.explanations in ("keywords", "judge", "none") else "keywords"
+    explain: Callable[..., dict[int, str]] = partial(explained, kind, judge)
+    return split_records(first, arm, text, explain, count=settings.splits, seed=settings.seed) if settings.splits else []
+
+
+def explanations_named(settings: JudgingSettings) -> str:
+    """Where the explanations come from: `keywords`, `judge`, `none` or `file`."""
+    return settings.explanations if settings.explanations in ("keywords", "judge", "none") else "file"
