@@ -1,4 +1,4 @@
-"""Controls: contexts and explanations that do not belong together, scored by the same code. A judge that is right about them is at chance."""
+"""Controls: contexts and explanations that do not belong together, scored by the same code. A perfect judge is at chance."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +9,7 @@ import numpy as np
 from metasae_lightning.errors import InputError
 from metasae_lightning.judging.contexts import LatentContexts
 from metasae_lightning.judging.score_kinds import Score
+from metasae_lightning.judging.topical_coherence import EmbeddingScore
 
 T = TypeVar("T")
 Control = Literal["other_explanation", "shuffled_contexts"]
@@ -16,7 +17,7 @@ Control = Literal["other_explanation", "shuffled_contexts"]
 TRIES = 100
 
 
-def controls_of(score: Score) -> tuple[Control, ...]:
+def controls_of(score: Score | EmbeddingScore) -> tuple[Control, ...]:
     """The controls of a score. One that shows no explanation has only `shuffled_contexts`."""
     return ("other_explanation", "shuffled_contexts") if score.needs_explanation else ("shuffled_contexts",)
 
@@ -36,12 +37,17 @@ def other_explanation(explanations: Mapping[int, str], seed: int) -> dict[int, s
 
 def cycle_of(explanations: Mapping[int, str], seed: int) -> dict[int, int]:
     """Another latent for each latent, along a random cycle through all latents, with the fewest equal explanations among partners."""
-    if len(explanations) < 2:
-        raise InputError(f"latents: a control needs two at least, got {len(explanations)}")
-    rng, latents = np.random.default_rng([seed, 0]), list(explanations)
-    cycles = [[latents[index] for index in rng.permutation(len(latents)).tolist()] for _ in range(TRIES)]
-    pairs = [list(zip(cycle, [*cycle[1:], cycle[0]], strict=True)) for cycle in cycles]
-    return dict(min(pairs, key=lambda cycle: sum(explanations[latent] == explanations[partner] for latent, partner in cycle)))
+    rng = np.random.default_rng([seed, 0])
+    cycles = [random_cycle(list(explanations), rng) for _ in range(TRIES)]
+    return min(cycles, key=lambda partner: sum(explanations[latent] == explanations[partner[latent]] for latent in partner))
+
+
+def random_cycle(latents: Sequence[int], rng: np.random.Generator) -> dict[int, int]:
+    """Another latent for each latent: the next along a random cycle through all of them. A single latent is an `InputError`."""
+    if len(latents) < 2:
+        raise InputError(f"latents: a control needs two at least, got {len(latents)}")
+    cycle = _permuted(latents, rng)
+    return dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
 
 
 def shuffled_contexts(contexts: Mapping[int, LatentContexts], seed: int) -> dict[int, LatentContexts]:

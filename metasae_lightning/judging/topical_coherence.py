@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
