@@ -1,7 +1,7 @@
 """Collected text as flat arrays: tokens, documents by their text, and windows that end at borders and between words."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -52,7 +52,11 @@ class FlatText:
     @classmethod
     def of(cls, collected: Collected, tokenizer: Any) -> "FlatText":
         """The text that codes were collected on."""
-        entries = [entry for _, entry in collected.codes()]
+        return cls.of_entries([entry for _, entry in collected.codes()], tokenizer)
+
+    @classmethod
+    def of_entries(cls, entries: Sequence[Entry], tokenizer: Any) -> "FlatText":
+        """The text of the entries of all passages."""
         tokens, counted, document = (
             np.concatenate([entry[name].flatten().numpy() for entry in entries]) for name in ("tokens", "counted", "owner")
         )
