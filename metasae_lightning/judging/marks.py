@@ -19,7 +19,12 @@ def plain(context: Context) -> ShownText:
 
 def with_firing_marked(context: Context) -> ShownText:
     """The context with the tokens marked that the latent fires on."""
-    return ShownText(context.tokens, firing_tokens(context))
+    return ShownText(context.tokens, firing_tokens(context.activations))
+
+
+def with_nearest_marked(context: Context) -> ShownText:
+    """The context with the tokens marked that the latent with the nearest decoder row fires on."""
+    return ShownText(context.tokens, firing_tokens(context.nearest_activations))
 
 
 def with_random_marked(context: Context, count: int, rng: np.random.Generator) -> ShownText:
@@ -33,7 +38,7 @@ def with_firing_replaced(context: Context, other_tokens: Sequence[str], rng: np.
 
     Words that the latent fires on in this context are not put in. None if all the other tokens are such words.
     """
-    fires = firing_tokens(context)
+    fires = firing_tokens(context.activations)
     words = {token.strip() for token, is_firing in zip(context.tokens, fires, strict=True) if is_firing}
     candidates = [token for token in other_tokens if token.strip() not in words]
     if not candidates:
@@ -43,16 +48,16 @@ def with_firing_replaced(context: Context, other_tokens: Sequence[str], rng: np.
     return ShownText(tuple(tokens), (False,) * len(tokens))
 
 
-def firing_tokens(context: Context) -> tuple[bool, ...]:
-    """Whether the latent fires on each token with at least `SHARE` of its peak in the context.
+def firing_tokens(activations: Sequence[float]) -> tuple[bool, ...]:
+    """Whether a latent fires on each token of a context with at least `SHARE` of its peak there.
 
-    >>> firing_tokens(Context(0, ("a", "b", "c", "d"), (0.0, 10.0, 3.0, 2.9)))
+    >>> firing_tokens((0.0, 10.0, 3.0, 2.9))
     (False, True, True, False)
     """
-    peak = context.peak
-    return tuple(activation > 0 and activation >= SHARE * peak for activation in context.activations)
+    peak = max(activations, default=0.0)
+    return tuple(activation > 0 and activation >= SHARE * peak for activation in activations)
 
 
 def mean_marks(contexts: Sequence[Context]) -> int:
     """Mean number of tokens that `with_firing_marked` marks, rounded up."""
-    return ceil(sum(sum(firing_tokens(context)) for context in contexts) / len(contexts))
+    return ceil(sum(sum(firing_tokens(context.activations)) for context in contexts) / len(contexts))

@@ -7,12 +7,19 @@ import numpy as np
 
 from metasae_lightning.judging import formulas
 from metasae_lightning.judging.contexts import Context, LatentContexts
-from metasae_lightning.judging.marks import mean_marks, plain, with_firing_marked, with_firing_replaced, with_random_marked
+from metasae_lightning.judging.marks import (
+    mean_marks,
+    plain,
+    with_firing_marked,
+    with_firing_replaced,
+    with_nearest_marked,
+    with_random_marked,
+)
 from metasae_lightning.judging.questions import Question, Task
 from metasae_lightning.judging.score_kinds import Asked, ChoiceScore, NumbersScore, Score, YesNoScore
 
 Negatives = Literal["silent", "near"]
-YES_NO, A_B, A_TO_E = ("no", "yes"), ("A", "B"), ("A", "B", "C", "D", "E")
+YES_NO, A_B, ONE_TO_FIVE = ("no", "yes"), ("A", "B"), ("1", "2", "3", "4", "5")
 
 
 @final
@@ -44,9 +51,9 @@ class Detection(YesNoScore):
 class Fuzzing(YesNoScore):
     """Are the marked tokens those that the explanation describes? Yes for marks on the tokens that the latent fires on.
 
-    These are Delphi's questions. In a text in which the latent fires, tokens with at least 0.3 of its peak are marked. In the other texts
-    random tokens are marked, as many as are marked in the first on average, rounded up. `near` texts are also marked at random: which
-    tokens the nearest latent fires on is not known.
+    These are Delphi's questions. In a text in which the latent fires, tokens with at least 0.3 of its peak are marked. In `silent` texts
+    random tokens are marked, as many as are marked in the first on average, rounded up. (Delphi counts weaker firings too, and always marks
+    one certain position.) In `near` texts the tokens are marked that the nearest latent fires on, with at least 0.3 of its peak.
     """
 
     task: Task = "fuzzing"
@@ -54,8 +61,8 @@ class Fuzzing(YesNoScore):
     def __init__(self, negatives: Negatives = "silent") -> None:
         self.negatives: Negatives = negatives
         self.name = "fuzzing" if negatives == "silent" else "fuzzing_near"
-        others = "random texts" if negatives == "silent" else "texts in which only the latent nearest to it fires"
-        self.description = f"Tell marks on the tokens that the latent fires on from random marks in {others}; balanced accuracy."
+        others = "random tokens of other texts" if negatives == "silent" else "tokens that only the latent nearest to it fires on"
+        self.description = f"Tell marks on the tokens that the latent fires on from marks on {others}; balanced accuracy."
 
     def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
         others = negatives_of(contexts, self.negatives)
@@ -63,7 +70,10 @@ class Fuzzing(YesNoScore):
             return Asked()
         count = mean_marks(contexts.firing)
         shown = [with_firing_marked(context) for context in contexts.firing]
-        shown += [with_random_marked(context, count, rng) for context in others]
+        shown += [
+            with_nearest_marked(context) if any(context.nearest_activations) else with_random_marked(context, count, rng)
+            for context in others
+        ]
         asked = tuple(Question(self.task, (text,), explanation, YES_NO) for text in shown)
         return Asked(asked, (1,) * len(contexts.firing) + (0,) * len(others))
 
@@ -122,7 +132,7 @@ class Intruder(ChoiceScore):
             texts = [with_firing_marked(context) for context in four]
             silent = contexts.silent[order[number % len(order)]]
             texts.insert(truth, with_random_marked(silent, mean_marks(four), rng))
-            asked.append(Question(self.task, tuple(texts), choices=A_TO_E))
+            asked.append(Question(self.task, tuple(texts), choices=ONE_TO_FIVE))
         return Asked(tuple(asked), tuple(truths))
 
 
