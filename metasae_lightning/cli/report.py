@@ -18,6 +18,8 @@ def write_report(args: Namespace) -> int:
     study = report.study(args.runs, args.title)
     console = Console()
     console.print(report.overview(study))
+    if any(arm.judging for arm in study.arms):
+        console.print(report.judged_groups(study.groups))
     for arm in study.arms:
         for line in arm.missing:
             console.print(f"{arm.name}: {line}", markup=False, highlight=False)

@@ -6,14 +6,28 @@ from metasae_lightning.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from metasae_lightning.report.conclusions import compare_with_paper, verdict
+    from metasae_lightning.report.judged_tables import judged, judged_groups
     from metasae_lightning.report.tables import cross, differences, evaluations, overview, shared
     from metasae_lightning.report.write import Study, study
 
-__all__ = ["Study", "compare_with_paper", "cross", "differences", "evaluations", "overview", "shared", "study", "verdict"]
+__all__ = [
+    "Study",
+    "compare_with_paper",
+    "cross",
+    "differences",
+    "evaluations",
+    "judged",
+    "judged_groups",
+    "overview",
+    "shared",
+    "study",
+    "verdict",
+]
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         **dict.fromkeys(["compare_with_paper", "verdict"], "metasae_lightning.report.conclusions"),
+        **dict.fromkeys(["judged", "judged_groups"], "metasae_lightning.report.judged_tables"),
         **dict.fromkeys(["cross", "differences", "evaluations", "overview", "shared"], "metasae_lightning.report.tables"),
         **dict.fromkeys(["Study", "study"], "metasae_lightning.report.write"),
     },

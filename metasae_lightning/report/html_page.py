@@ -27,6 +27,8 @@ CAPTIONS = {
     "recovery": "Recovery of planted features: mean cosine of a one-to-one match, latents with a feature of their own, and firings.",
     "training": "Measured on training batches. Thin lines are further seeds.",
 }
+# Figures that have a section of their own.
+IN_OTHER_SECTIONS = {"gain", "judged"}
 # HTML entities.
 MINUS, DASH = "&minus;", "&ndash;"
 # Scores that the list of latents is sorted by, and the direction that comes first.
@@ -48,15 +50,20 @@ def page(
     figure_elements: Mapping[str, str],
     latent_data: str = "",
     *,
+    judged: str = "",
     reads_files: bool = False,
 ) -> str:
-    """The whole page. `latent_data` is the compressed result of `page_data`; `reads_files` allows the page to load scripts beside it."""
+    """The whole page. `latent_data` is the compressed result of `page_data`, `judged` the sections on judged latents.
+
+    `reads_files` allows the page to load scripts beside it.
+    """
     arms = [arm for group in groups for arm in group.arms]
     sections = [
         verdict_box(verdict, figure_elements.get("gain", "")),
         missing_box(arms),
         section("Figures side by side", figures_table(groups)),
         section("Beside the paper", paper_table(comparisons)),
+        judged,
         section("Pictures", figure_gallery(figure_elements)),
         section("Latents", latent_controls() if latent_data else "", name="browser"),
         section("How it was measured", measurement_notes(arms)),
@@ -204,7 +211,7 @@ def figure_gallery(figure_elements: Mapping[str, str]) -> str:
     captioned = [
         f"<figure>{svg}<figcaption>{html_text(CAPTIONS[name])}</figcaption></figure>"
         for name, svg in figure_elements.items()
-        if name != "gain"
+        if name not in IN_OTHER_SECTIONS
     ]
     return f'<div class="figures">{"".join(captioned)}</div>' if captioned else ""
 
@@ -214,7 +221,8 @@ def latent_controls() -> str:
     options = "".join(f'<option value="{key}">{words}</option>' for key, words in ORDERS.items())
     return (
         '<div class="controls"><label>SAE<select id="arm"></select></label>'
-        '<label class="wide">Search<input id="search" type="search" placeholder="a token, a text, or a number" autocomplete="off"></label>'
+        '<label class="wide">Search<input id="search" type="search" placeholder="a token, a text, an explanation, or a number" '
+        'autocomplete="off"></label>'
         f'<label>Sort by<select id="sort">{options}</select></label>'
         '<button id="direction" type="button" aria-label="Reverse the order">↓</button></div>'
         '<p id="count" class="note" aria-live="polite">The list needs JavaScript.</p>'

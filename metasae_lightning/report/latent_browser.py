@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from metasae_lightning.errors import InputError
 from metasae_lightning.report.example_texts import Example, examples_of
+from metasae_lightning.report.judged_latents import JudgedLatent, judged_entry, judged_latents
 from metasae_lightning.report.load_runs import Arm
 
 Matrix: TypeAlias = NDArray[np.float32]
@@ -25,8 +26,7 @@ NEIGHBOURS, METAS, SHARING = 6, 4, 8
 ALIKE = 0.3
 # Decoder rows whose cosines with all others are in memory at once.
 ROWS = 1024
-# Segments of a row whose maxima bound its largest values.
-SEGMENTS = 64
+SEGMENTS = 64  # of a row, whose maxima bound its largest values
 # Fields of a latent and their names in `latents.json.gz`, which older records lack.
 RECORDED = {"partners": "partners", "histogram": "histograms", "promoted": "promoted", "suppressed": "suppressed"}
 # Architectures whose folder holds the decoder as SAELens uses it.
@@ -139,13 +139,15 @@ class Latent:
     """Tokens whose logits its row lowers most."""
     examples: list[Example]
     """Tokens that it fires on, strongest first."""
+    judged: JudgedLatent | None = None
+    """What a judge said of it; None if it was not judged."""
 
     @property
     def index_row(self) -> list[Any]:
-        """The latent in the list of all: number, firings, maximum, largest cosines and phi, and the token that it fires on most."""
+        """The latent in the list of all: number, firings, maximum, largest cosines and phi, token that it fires on most, and judgement."""
         first = self.examples[0].tokens[self.examples[0].at] if self.examples else ""
         scores = [pairs[0][1] if pairs else None for pairs in (self.neighbours, [self.match] if self.match else [], self.partners)]
-        return [self.number, self.firings, self.maximum, *scores, first]
+        return [self.number, self.firings, self.maximum, *scores, first, *(self.judged.index_columns if self.judged else [])]
 
 
 @dataclass(frozen=True)
@@ -172,19 +174,12 @@ def browsed_latents(arms: Sequence[Arm], decoders: Sequence[Decoder | None], mat
         firings = np.asarray(latents["firings"])
         other = next((number for number, other in enumerate(decoders) if number != index and other is not None), None)
         counts = {"latents": len(firings), "live": int((firings > 0).sum()), "tokens": latents["tokens"]}
-        entry = {
-            "arm": index,
-            "name": arm.name,
-            **counts,
-            "other": other,
-            "metas": latents_of_metas(None if decoder is None else decoder.metas),
-        }
-        browsed.append(
-            BrowsedArm(
-                entry,
-                describe_latents(decoder, spread_latents(firings, limit), latents, matches[index], [] if other is None else matches[other]),
-            )
-        )
+        metas = latents_of_metas(None if decoder is None else decoder.metas)
+        entry = {"arm": index, "name": arm.name, **counts, "other": other, "metas": metas, **judged_entry(arm, arms)}
+        matches_of_other = [] if other is None else matches[other]
+        judged = judged_latents(arm)
+        chosen = spread_latents(firings, limit, list(judged))
+        browsed.append(BrowsedArm(entry, describe_latents(decoder, chosen, latents, matches[index], matches_of_other, judged)))
     return browsed
 
 
@@ -214,17 +209,25 @@ def best_matches(rows: Matrix, others: Matrix) -> tuple[list[Pair], list[Pair]]:
     return forward, [list(pair) for pair in zip(index.tolist(), rounded, strict=True)]
 
 
-def spread_latents(firings: NDArray[Any], limit: int) -> list[int]:
-    """Numbers of latents that fired, ascending: all, or `limit` of them, drawn evenly from the rarest to the commonest."""
+def spread_latents(firings: NDArray[Any], limit: int, preferred: Sequence[int] = ()) -> list[int]:
+    """Numbers of latents that fired, ascending: all, or `limit`: the preferred, and others evenly from the rarest to the commonest."""
     live = np.flatnonzero(firings)
     if len(live) <= limit:
         return live.tolist()
-    order = live[np.argsort(firings[live], kind="stable")]
-    return sorted(order[np.linspace(0, len(order) - 1, limit, dtype=np.float32).round().astype(int)].tolist())
+    kept = np.intersect1d(live, np.asarray(preferred, dtype=int))[:limit]
+    others = np.setdiff1d(live, kept)
+    order = others[np.argsort(firings[others], kind="stable")]
+    drawn = order[np.linspace(0, len(order) - 1, limit - len(kept), dtype=np.float32).round().astype(int)]
+    return sorted([*kept.tolist(), *drawn.tolist()])
 
 
 def describe_latents(
-    decoder: Decoder | None, chosen: list[int], latents: Mapping[str, Any], matches: list[Pair], matches_of_other: list[Pair]
+    decoder: Decoder | None,
+    chosen: list[int],
+    latents: Mapping[str, Any],
+    matches: list[Pair],
+    matches_of_other: list[Pair],
+    judged: Mapping[int, JudgedLatent],
 ) -> list[Latent]:
     """The chosen latents; `latents` is the content of `latents.json.gz`. `matches_of_other` are of the other arm's latents in this one."""
     described: list[Latent] = []
@@ -248,6 +251,7 @@ def describe_latents(
                     metas=[pair for pair in metas[row] if pair[1] > 0],
                     **{kind: latents.get(key, {}).get(str(latent), []) for kind, key in RECORDED.items()},
                     examples=examples_of(latents, latent),
+                    judged=judged.get(latent),
                 )
             )
     return described

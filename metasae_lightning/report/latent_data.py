@@ -47,6 +47,7 @@ def details(latents: Sequence[Latent]) -> dict[str, Any]:
             *(token_indices(latent.promoted), token_indices(latent.suppressed)),
             [packed_example(pool, example, latent.maximum) for example in latent.examples],
             latent.matched_by,
+            *([latent.judged.words] if latent.judged else []),
         ]
         for latent in latents
     ]

@@ -48,10 +48,25 @@ class Arm:
         """Results of the evaluation of the arm's exported SAE (`metasae test RUN`); None if it was not evaluated."""
         return self.record.get("evaluation")
 
+    @property
+    def judging(self) -> dict[str, Any] | None:
+        """Scores of the arm's latents (`metasae judge RUN`); None if they were not judged, or if the SAE has other weights since."""
+        return None if self.is_judged_as_another_sae else self.record.get("judging")
+
+    @property
+    def is_judged_as_another_sae(self) -> bool:
+        """Whether the judged weights differ from the evaluated ones."""
+        judged, evaluated = ((self.record.get(kind) or {}).get("weights") for kind in ("judging", "evaluation"))
+        return None not in (judged, evaluated) and judged != evaluated
+
     def figure(self, path: str) -> float | None:
-        """One measured number, `GROUP/NAME`; None if it was not measured or is no number."""
+        """One measured number, `GROUP/NAME`, or the mean of a score, `judging/NAME`; None if it was not measured or is no number."""
         group, name = path.split("/")
-        value = ((self.entry or {}).get("figures", {}).get(group) or {}).get(name)
+        if group == "judging":
+            score = ((self.judging or {}).get("scores") or {}).get(name) or {}
+            value = (score.get("mean") or {}).get("value")
+        else:
+            value = ((self.entry or {}).get("figures", {}).get(group) or {}).get(name)
         return float(value) if isinstance(value, int | float) else None
 
     def histogram(self, path: str, counts: str) -> tuple[list[float], list[float]] | None:
@@ -78,13 +93,26 @@ class Arm:
     @cached_property
     def latents(self) -> dict[str, Any] | None:
         """Number of firings, maximum and top contexts of each latent, from `latents.json.gz`; None if there is no such file."""
-        path = self.folder / "latents.json.gz"
-        if not path.exists():
+        return read_compressed(self.folder / "latents.json.gz", f"measure again, metasae test {self.folder}")
+
+    @cached_property
+    def judged(self) -> dict[str, Any] | None:
+        """Judged latents and splits, from `judged.json.gz`; None without such a file, or if it is of other weights."""
+        judged = read_compressed(self.folder / "judged.json.gz", f"judge again, metasae judge {self.folder}")
+        evaluated = (self.entry or {}).get("weights")
+        if judged is None or (evaluated is not None and judged.get("weights", evaluated) != evaluated):
             return None
-        try:
-            return json.loads(gzip.decompress(path.read_bytes()))
-        except (OSError, EOFError, ValueError) as error:
-            raise InputError(f"{path} is damaged: measure again, metasae test {self.folder} ({error})") from error
+        return judged
+
+
+def read_compressed(path: Path, remedy: str) -> dict[str, Any] | None:
+    """The content of a compressed JSON file; None if there is no such file. A damaged file is refused with the remedy."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(gzip.decompress(path.read_bytes()))
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {remedy} ({error})") from error
 
 
 def load_arms(folders: Sequence[str]) -> list[Arm]:
@@ -136,7 +164,10 @@ def load_arm(name: str, folder: Path, recipe: dict[str, Any], record: dict[str, 
         missing.append("no config.yaml that tells what was trained")
     if not curves:
         missing.append("no metrics.csv with training curves")
-    return Arm(name, folder, recipe, record, curves, missing)
+    arm = Arm(name, folder, recipe, record, curves, missing)
+    if arm.is_judged_as_another_sae:
+        missing.append(f"the judged latents are of another SAE, with other weights: metasae judge {folder}")
+    return arm
 
 
 def training_curves(run: Path) -> dict[str, Curve]:

@@ -8,9 +8,12 @@
   const STEP = 200;
   let found = [], shown = 0, reversed = false, selected = null;
 
-  // A latent of the list is [number, firings, largest value, cosine of its neighbour, of its match, phi of its partner, token].
-  // Its details are [neighbours, match, meta latents, partners, bars, promoted, suppressed, examples, matched by]; indices refer to `source`.
+  // A latent of the list is [number, firings, largest value, cosine of its neighbour, of its match, phi of its partner, token]; a judged one
+  // has also [explanation, scores, pair in the first judged arm].
+  // Its details are [neighbours, match, meta latents, partners, bars, promoted, suppressed, examples, matched by], and of a judged one the
+  // judge's words by score; indices refer to `source`.
   const columns = { density: 1, strong: 2, near: 3, match: 4, partner: 5, number: 0 };
+  const TOKEN = 6, EXPLANATION = 7, SCORES = 8, PAIR = 9, WORDS = 9, JUDGED = "judged:";
   const NEIGHBOURS = 0, MATCH = 1, METAS = 2, PARTNERS = 3, BARS = 4, PROMOTED = 5, SUPPRESSED = 6, EXAMPLES = 7, MATCHED_BY = 8;
   let first = 0;
   data.arms.forEach((arm, index) => {
@@ -20,6 +23,7 @@
     arm.first = first;
     first += arm.rows.length;
   });
+  for (const name of new Set(data.arms.flatMap((arm) => (arm.judged?.scores ?? []).map(([name]) => name)))) order.append(new Option(name, JUDGED + name));
   const waiting = new Map();
   window.latentDetails = (name, text) => unpacked(text).then(waiting.get(name));
 
@@ -60,13 +64,14 @@
     });
   }
 
-  // How well a latent fits the words: 3 it fires on this token, 2 it promotes it, 1 the words are in its texts.
+  // How well a latent fits the words: 4 it fires on this token, 3 they are in its explanation, 2 it promotes it, 1 they are in its texts.
   function fit(arm, position, words) {
-    const token = (text) => text.toLowerCase().trim() === words;
-    if (token(arm.rows[position][6])) return 3;
-    if (data.in_file) return arm.rows[position][6].toLowerCase().includes(words) ? 1 : 0;
-    const row = data.details[arm.first + position];
-    if (row[EXAMPLES].some(([text, at]) => token(data.texts[text][at]))) return 3;
+    const token = (text) => text.toLowerCase().trim() === words, listed = arm.rows[position];
+    if (token(listed[TOKEN])) return 4;
+    const row = data.in_file ? null : data.details[arm.first + position];
+    if (row && row[EXAMPLES].some(([text, at]) => token(data.texts[text][at]))) return 4;
+    if ((listed[EXPLANATION] ?? "").toLowerCase().includes(words)) return 3;
+    if (!row) return listed[TOKEN].toLowerCase().includes(words) ? 1 : 0;
     if (row[PROMOTED].some((index) => token(data.vocabulary[index]))) return 2;
     return row[EXAMPLES].some(([text, at]) => around(data.texts[text], at, 12, 6).toLowerCase().includes(words)) ? 1 : 0;
   }
@@ -74,20 +79,21 @@
   function around(tokens, at, before, after) { return tokens.slice(Math.max(0, at - before), at + after + 1).join(""); }
 
   function search(number) {
-    const arm = current(), words = sought.value.toLowerCase().trim(), column = columns[order.value];
+    const arm = current(), words = sought.value.toLowerCase().trim(), sorted = order.value;
     const fits = new Map();
     const isNumber = /^#?\d+$/.test(words);
     found = arm.rows.map((_, position) => position).filter((position) => {
       const wanted = isNumber && arm.rows[position][0] === Number(words.replace("#", ""));
-      fits.set(position, !words || wanted ? 4 : fit(arm, position, words));
+      fits.set(position, !words || wanted ? 5 : fit(arm, position, words));
       return fits.get(position) > 0;
     });
     // Scores from the largest, numbers from the smallest; a latent without the score comes last.
-    const sign = (column === 0 ? 1 : -1) * (reversed ? -1 : 1);
-    const score = (position) => arm.rows[position][column] ?? (sign > 0 ? Infinity : -Infinity);
-    found.sort((a, b) => fits.get(b) - fits.get(a) || sign * (score(a) - score(b)) || a - b);
+    const sign = (sorted === "number" ? 1 : -1) * (reversed ? -1 : 1);
+    const scores = new Map(found.map((position) => [position, valueOf(arm, arm.rows[position], sorted) ?? (sign > 0 ? Infinity : -Infinity)]));
+    const byScore = (a, b) => (scores.get(a) === scores.get(b) ? 0 : sign * (scores.get(a) - scores.get(b)));
+    found.sort((a, b) => fits.get(b) - fits.get(a) || byScore(a, b) || a - b);
     const left = arm.rows.length < arm.live ? ` (${arm.rows.length.toLocaleString("en")} of ${arm.live.toLocaleString("en")} that fired are in this page)` : "";
-    const kinds = [[3, "fire on it"], [2, "promote it"], [1, "have it in their texts"]].map(([value, verb]) => [[...fits.values()].filter((fit) => fit === value).length, verb]);
+    const kinds = [[4, "fire on it"], [3, "have it in their explanations"], [2, "promote it"], [1, "have it in their texts"]].map(([value, verb]) => [[...fits.values()].filter((fit) => fit === value).length, verb]);
     const told = words && !isNumber ? `: ${kinds.filter(([count]) => count).map(([count, verb]) => `${count.toLocaleString("en")} ${verb}`).join(", ")}` : "";
     byId("count").textContent = `${found.length.toLocaleString("en")} latents${told}${left}`;
     list.replaceChildren();
@@ -106,22 +112,30 @@
   }
 
   function extend() {
-    const arm = current(), column = columns[order.value] || 1;
+    const arm = current(), shownScore = order.value === "number" ? "density" : order.value;
     const rows = found.slice(shown, shown + STEP).map((position, at) => {
       const row = arm.rows[position], made = element("div", undefined, "row");
       made.setAttribute("role", "option");
       made.id = `row-${shown + at}`;
       made.dataset.at = String(shown + at);
-      made.append(element("b", `#${row[0]}`), element("span", visible(row[6]), "token"), element("small", scored(arm, row, column)));
+      made.append(element("b", `#${row[0]}`), element("span", visible(row[TOKEN]), "token"), element("small", scored(arm, row, shownScore)));
       return made;
     });
     list.append(...rows);
     shown += rows.length;
   }
 
-  function scored(arm, row, column) {
-    if (row[column] === null) return "–";
-    return column === 1 ? `${percent(row[1] / arm.tokens)} %` : String(row[column]);
+  // The value that a latent is sorted by; null or undefined if it has none.
+  function valueOf(arm, row, name) {
+    if (!name.startsWith(JUDGED)) return row[columns[name]];
+    const index = (arm.judged?.scores ?? []).findIndex(([score]) => score === name.slice(JUDGED.length));
+    return index < 0 ? null : row[SCORES]?.[index];
+  }
+
+  function scored(arm, row, name) {
+    const value = valueOf(arm, row, name) ?? null;
+    if (value === null) return "–";
+    return name === "density" ? `${percent(value / arm.tokens)} %` : String(value);
   }
 
   function percent(share) { return (100 * share).toPrecision(2).replace(/e.*/, (part) => part); }
@@ -218,12 +232,59 @@
     }
     const texts = element("div", undefined, "texts");
     texts.append(...detail[EXAMPLES].map((example) => context(example, source, largest)));
-    card.replaceChildren(head, panels, texts, relations);
+    card.replaceChildren(head, ...(row[SCORES] ? [judgement(arm, row, detail[WORDS] ?? [])] : []), panels, texts, relations);
     if (detail[METAS].length) {
       const picture = shared(detail[METAS], arm, number, token);
       card.append(panel("Meta-latents that compose its decoder row, and the latents that share them", picture));
       connect(picture);
     }
+  }
+
+  // What a judge said of a latent: explanation, scores, its words, and the pair in the other arm.
+  function judgement(arm, row, words) {
+    const made = element("div", undefined, "judgement"), scores = element("div", undefined, "scores");
+    if (row[EXPLANATION]) {
+      const text = element("p", undefined, "explanation");
+      text.append(element("bdi", visible(row[EXPLANATION])));
+      made.append(text);
+    }
+    arm.judged.scores.forEach(([name, chance], index) => {
+      if (row[SCORES][index] === null) return;
+      const score = element("span", `${visible(name)} `);
+      score.append(element("b", row[SCORES][index].toFixed(2)), ...(chance === null ? [] : [element("small", ` chance ${chance.toFixed(2)}`)]));
+      scores.append(score);
+    });
+    made.append(scores);
+    const pair = pairOf(arm, row);
+    if (pair) made.append(panel(`Its pair in ${visible(pair.arm.name)}, cosine`, links([pair.link], pair.arm)));
+    if (words.some((answers) => answers.length)) made.append(judgeWords(arm, words));
+    return made;
+  }
+
+  function judgeWords(arm, words) {
+    const made = element("details", undefined, "words");
+    made.append(element("summary", "What the judge wrote"));
+    words.forEach((answers, index) => {
+      if (answers.length) made.append(element("h4", visible(arm.judged.scores[index][0])));
+      for (const answer of answers) {
+        const text = element("p");
+        text.append(element("bdi", visible(answer)));
+        made.append(text);
+      }
+    });
+    return made;
+  }
+
+  // The pair of a latent in the other arm: as recorded, or for a latent of the first judged arm the one whose pair it is.
+  function pairOf(arm, row) {
+    const first = data.arms.find((one) => one.arm === arm.judged.first);
+    if (row[PAIR].length) return first && { arm: first, link: row[PAIR] };
+    for (const other of data.arms) {
+      if (other.judged?.first !== arm.arm) continue;
+      const paired = other.rows.find((one) => one[PAIR]?.length && one[PAIR][0] === row[0]);
+      if (paired) return { arm: other, link: [paired[0], paired[PAIR][1]] };
+    }
+    return null;
   }
 
   function panel(title, content) {
@@ -252,7 +313,7 @@
     return made;
   }
 
-  function hint(number, arm) { return arm.position.has(number) ? visible(arm.rows[arm.position.get(number)][6]) : ""; }
+  function hint(number, arm) { return arm.position.has(number) ? visible(arm.rows[arm.position.get(number)][TOKEN]) : ""; }
 
   function latentButton(number, arm) {
     const made = element("button", `#${number}`);

@@ -111,7 +111,8 @@ def difference(group: Group, base: Group, path: str, comparison: str = "") -> Es
     """A figure of a group minus the baseline's, over the seeds that both have; None if one of them lacks the figure.
 
     Over several seeds the interval is Student's, of paired differences. With one common seed it is that of the bootstrapped difference
-    `comparison` in `evaluation.json`. Without a common seed the difference is that of the two means, with Welch's interval.
+    `comparison` in `evaluation.json`; that of a score, `judging/NAME`, is over pairs of latents. Without a common seed the difference is
+    that of the two means, with Welch's interval.
     """
     by_seed = {arm.seed: value for arm in group.arms if (value := arm.figure(path)) is not None}
     base_by_seed = {arm.seed: value for arm in base.arms if (value := arm.figure(path)) is not None}
@@ -124,6 +125,9 @@ def difference(group: Group, base: Group, path: str, comparison: str = "") -> Es
     if not shared_seeds:
         return unpaired_difference(list(by_seed.values()), list(base_by_seed.values()))
     (seed,) = shared_seeds
+    if (pairs := difference_over_pairs(group, base, path)) is not None:
+        low, high = (math.nan if pairs.get(end) is None else float(pairs[end]) for end in ("low", "high"))
+        return Estimate(pairs["value"], low, high, 1, base_by_seed[seed])
     low, high = bootstrapped_interval(group, base, seed, comparison) or (math.nan, math.nan)
     return Estimate(by_seed[seed] - base_by_seed[seed], low, high, 1, base_by_seed[seed])
 
@@ -178,6 +182,27 @@ def bootstrapped_interval(group: Group, base: Group, seed: int, name: str) -> tu
         return None
     low, high = against["differences"][name]["interval"]
     return (low, high) if low is not None and high is not None else None
+
+
+def difference_over_pairs(group: Group, base: Group, path: str) -> dict[str, Any] | None:
+    """The difference of a score, `judging/NAME`, over pairs of latents of two arms with the same seed, as `evaluation.json` has it.
+
+    It is None for other figures, without pairs, and if the arm was compared with another arm than the baseline's.
+    """
+    kind, name = path.split("/")
+    for arm, base_arm in ((arm, base_arm) for arm in group.arms for base_arm in base.arms if arm.seed == base_arm.seed):
+        against = (arm.judging or {}).get("against") or {}
+        pairs = ((against.get("scores") or {}).get(name) or {}).get("paired") or {}
+        if kind == "judging" and pairs.get("value") is not None and is_arm_of(against, base_arm):
+            return pairs
+    return None
+
+
+def is_arm_of(against: Mapping[str, Any], arm: Arm) -> bool:
+    """Whether the arm is the one that another was compared with, by its weights or, if they were not recorded, by its name."""
+    if "weights" in against:
+        return against["weights"] == (arm.judging or {}).get("weights")
+    return against.get("arm") in (arm.name, arm.folder.name)
 
 
 def reasons_not_comparable(arms: Sequence[Arm]) -> list[str]:

@@ -14,13 +14,16 @@ from typing import Any
 from metasae_lightning import run_folder
 from metasae_lightning.atomic_files import draft_of
 from metasae_lightning.errors import InputError
-from metasae_lightning.report import figure_files, figures
+from metasae_lightning.report import figure_files, figures, judged_figure
 from metasae_lightning.report.conclusions import FIGURES, PaperComparison, Verdict, compare_with_paper, verdict
 from metasae_lightning.report.html_page import page
+from metasae_lightning.report.judged_scores import score_names, score_rows
+from metasae_lightning.report.judged_section import judged_section
 from metasae_lightning.report.latent_browser import BrowsedArm, browsed_latents, matches_of_arms, read_decoder
 from metasae_lightning.report.latent_data import compressed, detail_files, page_data
 from metasae_lightning.report.load_runs import Arm, load_arms
 from metasae_lightning.report.seeds import Group, baseline, difference, group_by_recipe, headline
+from metasae_lightning.report.split_section import split_section
 
 # Bytes of the page at most, so that it opens on a phone.
 MAX_PAGE_BYTES = 4_900_000
@@ -64,15 +67,16 @@ class Study:
                     row |= {f"{kind}/{name}": value for name, value in figures_of_kind.items() if isinstance(value, int | float)}
                 for name, (low, high) in (entry.get("intervals") or {}).items():
                     row |= {f"{name}/low": low, f"{name}/high": high}
-                rows.append(row)
+                rows.append(row | score_rows(arm))
         return rows
 
     def record(self) -> dict[str, Any]:
         """The content of `table.json`."""
         base, changes = baseline(self.groups), dict[str, Any]()
+        comparisons = {**{path: name for _, path, name, _, _ in FIGURES}, **{f"judging/{name}": "" for name in score_names(self.groups)}}
         for group in self.groups:
             if base is not None and group is not base:
-                estimates = {path: difference(group, base, path, name) for _, path, name, _, _ in FIGURES}
+                estimates = {path: difference(group, base, path, name) for path, name in comparisons.items()}
                 changes[group.name] = {
                     path: {**asdict(estimate), "percent": estimate.percent} for path, estimate in estimates.items() if estimate is not None
                 }
@@ -115,12 +119,15 @@ def page_of_limited_size(study: Study, figure_elements: Future[dict[str, str]]) 
     If even the list of latents is too large, the page has fewer latents. `figure_elements` is awaited after the latents were described.
     """
     limit, decoders, with_details = MAX_LATENTS, [read_decoder(arm) for arm in study.browsed], True
+    first, *compared = [*study.browsed, None][:2]
+    splits = split_section(first, [arm for arm in [*compared, *study.arms] if arm is not None])
     matches = matches_of_arms(decoders)
     while True:
         arms = browsed_latents(study.browsed, decoders, matches, limit)
         latent_data = compressed(page_data(arms, with_details=with_details)) if arms else ""
         elements, files = figure_elements.result(), not with_details
-        text = page(study.title, study.groups, study.verdict, study.paper, elements, latent_data, reads_files=files)
+        judged = judged_section(study.groups, elements.get("judged", "")) + splits
+        text = page(study.title, study.groups, study.verdict, study.paper, elements, latent_data, judged=judged, reads_files=files)
         size, count = len(text.encode(errors="replace")), max((len(arm.latents) for arm in arms), default=0)
         if size <= MAX_PAGE_BYTES or (not with_details and count <= 1):
             return text, [] if with_details else arms
@@ -143,7 +150,8 @@ def write_figures(study: Study, folder: Path) -> dict[str, str]:
     with warnings.catch_warnings():
         # A name may be in a script that the font lacks: an SVG leaves glyphs to the browser.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        for name, figure in figures.draw_all(study.groups).items():
+        pairs = judged_figure.scatter(study.browsed)
+        for name, figure in {**figures.draw_all(study.groups), **({} if pairs is None else {"judged": pairs})}.items():
             source = figure_files.svg_source(figure)
             (folder / f"{name}.svg").write_text(figure_files.svg_file(source))
             figure_files.save_png(figure, folder / f"{name}.png")
