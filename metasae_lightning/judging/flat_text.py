@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ Tokens = Int[np.ndarray, " token"]
 Positions = Int[np.ndarray, " window"]
 
 
+@runtime_checkable
 class Collected(Protocol):
     """Codes of an SAE on text, passage by passage, such as `CollectedCodes`."""
 

@@ -31,7 +31,7 @@ LETTERS, MOST_DOCUMENTS = 4, 0.5
 TOPIC_WORDS, TOPIC_DOCUMENTS, MOST_TOPIC_DOCUMENTS = 6, 5, 0.1
 # Words among which topics are searched: the most frequent ones. Memory grows with the square.
 TOPIC_CANDIDATES = 2000
-Firings = tuple[Int[np.ndarray, " firing"], Float[np.ndarray, " firing"]]
+Firings = tuple[Int[np.ndarray, " _"], Float[np.ndarray, " _"]]
 # Width of the decoder rows, which are random.
 D_IN = 64
 

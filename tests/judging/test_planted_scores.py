@@ -1,0 +1,81 @@
+"""Every score on planted latents: 1 for a judge that is right by construction, chance under the controls, less for a mixture of two words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from metasae_lightning.judging.draw import draw_contexts
+from metasae_lightning.judging.measured import LatentScores, Material
+from metasae_lightning.judging.measures import JudgedMeasure
+from metasae_lightning.judging.planted import PlantedLatents, PlantSettings, plant
+from metasae_lightning.judging.scores import SCORES
+from tests.helpers.judges import OracleJudge, RandomJudge
+from tests.helpers.planted_text import TextOnly, documents, tokenizer
+
+# Scores whose answer is right or wrong; the others grade.
+EXACT = ("detection", "fuzzing", "replacement_2afc", "intruder")
+
+
+@pytest.fixture(scope="module")
+def planted() -> PlantedLatents:
+    return plant(TextOnly.of(documents()), tokenizer(), PlantSettings(words=6, suffixes=4, topics=3, mixtures=4))
+
+
+@pytest.fixture(scope="module")
+def material(planted: PlantedLatents) -> Material:
+    found = draw_contexts(planted, range(len(planted.firings)), text=planted.text, W_dec=planted.W_dec)
+    return Material({contexts.latent: contexts for contexts in found.latents}, planted.truth.explanations)
+
+
+@pytest.fixture(scope="module")
+def oracle(planted: PlantedLatents) -> OracleJudge:
+    return OracleJudge([latent.explanation for latent in planted.truth.latents])
+
+
+def by_kind(scores: LatentScores, planted: PlantedLatents) -> dict[str, float]:
+    kinds: dict[str, list[float]] = {}
+    for latent, value in scores.values.items():
+        kinds.setdefault(planted.truth.kinds[latent], []).append(value)
+    return {kind: float(np.mean(values)) for kind, values in kinds.items()}
+
+
+def test_every_kind_is_planted(planted: PlantedLatents, material: Material):
+    counts = {
+        kind: sum(planted.truth.kinds[latent] == kind for latent in material.contexts) for kind in ("word", "suffix", "topic", "mixture")
+    }
+    assert all(count >= 2 for count in counts.values()), counts
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_right_judge_gets_1(name: str, material: Material, planted: PlantedLatents, oracle: OracleJudge):
+    means = by_kind(JudgedMeasure(SCORES[name], oracle).scores(material, 0, 0.5), planted)
+    assert means["word"] == means["suffix"] == means["topic"] == 1.0, means
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_mixture_scores_below_every_pure_kind(name: str, material: Material, planted: PlantedLatents, oracle: OracleJudge):
+    means = by_kind(JudgedMeasure(SCORES[name], oracle).scores(material, 0, 0.5), planted)
+    assert means["mixture"] < min(means[kind] for kind in ("word", "suffix", "topic")), means
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_the_right_judge_is_at_chance_under_the_controls(name: str, material: Material, oracle: OracleJudge):
+    # 17 latents: a mean within 0.06 of chance. The right explanation gives at least 0.2 more.
+    measure = JudgedMeasure(SCORES[name], oracle)
+    own = np.nanmean(list(measure.scores(material, 0, 0.5).values.values()))
+    for control, scores in measure.controls(material, 0, 0.5).items():
+        mean = np.nanmean(list(scores.values.values()))
+        assert abs(mean - measure.chance) < 0.06 and own - mean > 0.2, (control, mean, own)
+
+
+def test_a_random_judge_is_at_chance(material: Material):
+    means: Mapping[str, Any] = {
+        name: np.mean(
+            [np.nanmean(list(JudgedMeasure(score, RandomJudge(seed)).scores(material, seed, 0.5).values.values())) for seed in range(5)]
+        )
+        for name, score in SCORES.items()
+    }
+    # 5 seeds of 17 latents: the standard error of the least certain score, a correlation over 10 texts, is 0.33 / sqrt(85) = 0.036.
+    assert {name: abs(mean - SCORES[name].chance) < 0.12 for name, mean in means.items()} == dict.fromkeys(SCORES, True), means
