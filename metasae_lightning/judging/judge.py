@@ -1,7 +1,7 @@
 """The base class of judges."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 from metasae_lightning.judging.questions import Answer, Cost, Question, Task
@@ -24,3 +24,10 @@ class Judge(ABC):
     @abstractmethod
     def answers(self, questions: Sequence[Question]) -> list[Answer]:
         """One answer a question, in order. What they cost is added to `cost`."""
+
+    def stream_answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
+        """Indices of questions with their answers, in any order. A judge whose answers come one after another gives each when it came.
+
+        The answer of a request that failed is empty.
+        """
+        yield from enumerate(self.answers(questions))

@@ -1,0 +1,88 @@
+"""Replies of servers with OpenAI's chat interface: their text, their log-probabilities and their cost. Nothing in them is trusted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, exp, isnan
+from typing import Any
+
+from metasae_lightning.judging.prompts import Messages
+
+# A larger count of tokens is a fault of the server.
+MOST_TOKENS = 10**8
+
+
+class BadReply(ValueError):
+    """A reply that is not what OpenAI's chat interface sends."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The part of a reply that is used."""
+
+    words: str
+    """The text; empty where the model refused to write one."""
+    tokens: int
+    """Tokens of prompt and text. Where the server does not count them, one for four characters."""
+    alternatives: tuple[tuple[str, float], ...]
+    """Tokens with log-probabilities at the place of the first token that is not blank, the one written first; empty without them."""
+
+
+def read_reply(body: Any, messages: Messages) -> Reply:
+    """The text, the cost and the log-probabilities in the JSON body of a reply to messages. A body without a message is a `BadReply`."""
+    try:
+        choice = body["choices"][0]
+        words = choice["message"].get("content")
+    except (LookupError, TypeError, AttributeError) as error:
+        raise BadReply("no message in it") from error
+    words = words if isinstance(words, str) else ""
+    usage = body.get("usage")
+    tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+    if type(tokens) is not int or not 0 < tokens < MOST_TOKENS:
+        tokens = ceil((sum(len(message["content"]) for message in messages) + len(words)) / 4)
+    return Reply(words, tokens, _alternatives(choice))
+
+
+def _alternatives(choice: dict[str, Any]) -> tuple[tuple[str, float], ...]:
+    """The first written token that is not blank, and the others in its place, with log-probabilities; empty if anything is amiss."""
+    try:
+        entry = next(entry for entry in choice["logprobs"]["content"] if entry["token"].strip())
+        pairs = {entry["token"]: entry["logprob"]} | {other["token"]: other["logprob"] for other in entry["top_logprobs"]}
+    except (LookupError, TypeError, AttributeError, StopIteration):
+        return ()
+    if not all(
+        isinstance(token, str) and type(value) in (int, float) and value <= 1e-3 and not isnan(value) for token, value in pairs.items()
+    ):
+        return ()
+    return tuple((token, float(value)) for token, value in pairs.items())
+
+
+def choice_probabilities(choices: Sequence[str], alternatives: Sequence[tuple[str, float]]) -> tuple[float, ...]:
+    """Probability of each choice by the tokens with which it can begin; empty if the token that was written begins none of them.
+
+    >>> pairs = [("Yes", -0.5), (" no", -1.5), ("Maybe", -3.0)]
+    >>> [round(p, 4) for p in choice_probabilities(("no", "yes"), pairs)], choice_probabilities(("A", "B"), pairs)
+    ([0.2689, 0.7311], ())
+    """
+    if not alternatives or begun(choices, alternatives[0][0]) is None:
+        return ()
+    sums = [0.0] * len(choices)
+    for token, value in alternatives:
+        if (index := begun(choices, token)) is not None:
+            sums[index] += exp(value)
+    total = sum(sums)
+    return tuple(value / total for value in sums) if total > 0 else ()
+
+
+def begun(choices: Sequence[str], token: str) -> int | None:
+    """Index of the one choice that begins with a token; case and spaces are ignored, but not the case of single letters.
+
+    >>> begun(("no", "yes"), " Ye"), begun(("A", "B"), "a"), begun(("A", "B"), " B"), begun(("no", "not"), "no")
+    (1, None, 1, None)
+    """
+    text = token.strip()
+    found = [
+        index
+        for index, choice in enumerate(choices)
+        if text and (choice == text or (len(choice) > 1 and choice.lower().startswith(text.lower())))
+    ]
+    return found[0] if len(found) == 1 else None
