@@ -65,7 +65,7 @@ def draw_pairs(axes: Any, points: Points) -> None:
     margin = 0.08 * (high - low) or 0.1
     ends = [low - margin, high + margin]
     axes.plot(ends, ends, color=INK, linewidth=0.8)
-    axes.scatter(x, y, s=[16 * count for count in counts.values()], color=COLOURS[1], alpha=0.55, linewidths=0)
+    axes.scatter(x, y, s=[28 * count for count in counts.values()], color=COLOURS[1], alpha=0.55, linewidths=0)
     axes.set(xlim=ends, ylim=ends, aspect="equal")
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_locator(MaxNLocator(4))

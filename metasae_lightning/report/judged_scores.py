@@ -145,15 +145,19 @@ def judging_notes(groups: Sequence[Group]) -> list[str]:
     sentences = list(dict.fromkeys(judge_sentence(arm.judging or {}) for arm in arms))
     if reasons := reasons_judged_otherwise(arms):
         sentences.append(f"Some arms cannot be compared: they were judged {' and '.join(reasons)}.")
-    left_out = {arm.name: (arm.judging or {}).get("left_out") or {} for arm in arms}
-    parts = [f"{count} of {name} ({reason})" for name, counts in left_out.items() for reason, count in counts.items() if count]
-    if parts:
-        sentences.append(f"Left out: {', '.join(parts)}.")
-    costs = means_by_name([(arm.judging or {}).get("cost") or {} for arm in arms])
-    total = {name: value * len(arms) for name, value in costs.items() if math.isfinite(value)}
-    if total:
-        sentences.append(f"Cost: {cost_phrase(total)}.")
+    left_out, cost = (totals([(arm.judging or {}).get(kind) or {} for arm in arms]) for kind in ("left_out", "cost"))
+    if left_out:
+        sentences.append(f"Latents left out of all arms: {', '.join(f'{count:,.0f} ({reason})' for reason, count in left_out.items())}.")
+    if phrase := cost_phrase(cost):
+        sentences.append(f"Cost of all arms: {phrase}.")
     return sentences
+
+
+def totals(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The sum of each named number over entries, without those that are 0."""
+    names = dict.fromkeys(name for entry in entries for name in entry)
+    sums = {name: sum(value for entry in entries if math.isfinite(value := number(entry.get(name)))) for name in names}
+    return {name: value for name, value in sums.items() if value}
 
 
 def judge_sentence(entry: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ CAPTION = (
 READING = (
     "A score says how well a judge can tell what a latent fires on. Chance is the score of a guess. This judge's own score is on planted "
     "latents, whose meaning is known: words and suffixes. Below a mean: its 95 % interval over latents, or the spread over training seeds; "
-    "the change against the baseline with its interval; and two controls, which are the same score with another latent's explanation and "
+    "the change against the baseline with its interval, bold if that excludes 0; and two controls, which are the same score with another latent's explanation and "
     "with contexts of other latents."
 )
 
@@ -64,7 +64,9 @@ def score_cell(score: GroupScore | None, *, in_percent: bool) -> str:
         parts.append(f"± {html_number(score.deviation, '.3f')}")
     if not math.isnan(score.graded):
         parts.append(f"graded {html_number(score.graded, '.3f')}")
-    parts += [f"<b>{part}</b>" for part in change_parts(score)]
+    # Bold says that the interval excludes 0.
+    is_sure = score.change is not None and score.change.sign != 0
+    parts += [f"<b>{part}</b>" if is_sure else part for part in change_parts(score)]
     if in_percent and score.change is not None and score.change.base:
         parts += percent_change(score.change)[:1]
     parts += [f"{html_text(label(name))} {html_number(value, '.3f')}" for name, value in score.controls.items()]
@@ -90,7 +92,7 @@ def paper_row(groups: Sequence[Group], shown: Sequence[Group], base: Group | Non
     """The table row of the paper's result, in the columns of the baseline and of the group that the first sentence is about."""
     solo, joint, percent = PAPER_RESULT
     compared = None if base is None else headline(groups, base)
-    cells = {id(base): f"{solo:.3f}", id(compared): f"{joint:.3f}<small><b>{percent:+.1f} %</b></small>"}
+    cells = {id(base): f"{solo:.3f}", id(compared): f"{joint:.3f}<small>{percent:+.1f} %</small>"}
     values = "".join(f"<td>{cells.get(id(group), DASH)}</td>" for group in shown)
     words = f"<b>the paper: fuzzing</b><small>{label(PAPER_SCORE)} in its code, on GPT-2 large</small>"
     return f"<tr><td>{words}</td><td>{0:.2f}</td><td>{DASH}</td>{values}</tr>"

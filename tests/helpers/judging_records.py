@@ -42,7 +42,12 @@ def judging_entry(weights: str, latents: Latents, **changes: Any) -> dict[str, A
             control: {"mean": mean([chance + 0.01]), "excess": mean([of_score["value"] - chance - 0.01])}
             for control in ("other_explanation", "shuffled_contexts")
         }
-        known = {"mean": mean([chance + 0.21]), "graded": None, "threshold": 0.5, "by_kind": {"word": chance + 0.25, "suffix": chance + 0.17}}
+        known = {
+            "mean": mean([chance + 0.21]),
+            "graded": None,
+            "threshold": 0.5,
+            "by_kind": {"word": chance + 0.25, "suffix": chance + 0.17},
+        }
         scores[name] = {
             **{"mean": of_score, "graded": None, "chance": chance, "about": f"made up: {name}", "unreadable": 0.0},
             **{"controls": controls, "beats_controls": name != "intruder", "reliability": known},
@@ -80,7 +85,7 @@ def split(latent: int, into: Sequence[int], text: str = "the harbour of ships") 
 
 
 def add_judging(run: Path, hostile: Sequence[str] = (), latents: int = 30) -> None:
-    """Add a judging result to every arm of an evaluated run. The first explanations and words of each arm are the hostile texts."""
+    """Add a judging result of the first latents of every arm to an evaluated run. The first explanations and words are the hostile texts."""
     first: tuple[str, Latents] | None = None
     for number, (name, record) in enumerate(read_record(record_file(run))["arms"].items()):
         weights = record["evaluation"]["weights"]

@@ -1,4 +1,4 @@
-"""The report page in a browser: no errors, no network requests, and working search, sorting, keys and links between latents.
+"""The report page in a browser: no errors, no network requests, and working search, sorting, keys, links and judged latents.
 
 Needs Chromium and the package `playwright`, which the project does not install; run with `-m slow`.
 Environment: CHROMIUM, the program if it is not on the path; REPORT, another page to test; SCREENSHOTS, a folder for screenshots.
@@ -14,7 +14,8 @@ import pytest
 
 from metasae_lightning.cli import main
 from metasae_lightning.report import latent_data, write
-from tests.report.test_report import evaluated_run  # noqa: F401
+from tests.report.test_judged import judged_page  # noqa: F401
+from tests.report.test_report import HOSTILE, evaluated_run  # noqa: F401
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
@@ -197,3 +198,95 @@ def test_hostile_text_is_shown_as_text(page_in_browser: Any, problems: list[str]
     assert "U+202E" in text and "\u202e" not in text
     assert page_in_browser.title() == "run <i>&amp;" and page_in_browser.locator(".explorer script, .explorer img").count() == 0
     assert not problems
+
+
+@pytest.fixture
+def judged_page_in_browser(
+    browser: Any,
+    problems: list[str],
+    judged_page: Path,  # noqa: F811
+    request: pytest.FixtureRequest,
+) -> Iterator[Any]:
+    page = browser.new_page(viewport={"width": getattr(request, "param", 1440), "height": 900})
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("dialog", lambda dialog: problems.append(f"a dialog: {dialog.message}"))
+    page.goto((judged_page / "report.html").as_uri())
+    page.wait_for_selector("#latent h3")
+    yield page
+    page.close()
+
+
+def test_explanations_are_found_and_judged_scores_sort_the_list(judged_page_in_browser: Any, problems: list[str]):
+    page = judged_page_in_browser
+    page.fill("#search", "about HARBOUR 12 and")
+    assert numbers(page) == [12] and "1 have it in their explanations" in page.inner_text("#count")
+    page.fill("#search", "")
+    assert page.locator("#sort option").all_inner_texts()[-5:] == [
+        *("detection", "fuzzing", "intruder", "strength spearman", "topical coherence")
+    ]
+    for name in ("detection", "topical coherence"):
+        page.select_option("#sort", label=name)
+        values = scores(page)
+        assert len(values) > 5 and values == sorted(values, reverse=True)
+        texts = page.locator(".row small").all_inner_texts()
+        assert texts[len(values) :] and set(texts[len(values) :]) == {"\u2013"}  # latents that were not judged come last
+    page.click("#direction")
+    assert scores(page) == values[::-1]
+    assert not problems
+
+
+def test_a_judged_latents_card_has_explanation_scores_words_and_its_pair(judged_page_in_browser: Any, problems: list[str]):
+    page = judged_page_in_browser
+    page.select_option("#arm", "1")
+    page.fill("#search", "#12")
+    page.wait_for_selector("#latent .judgement")
+    assert page.inner_text("#latent .explanation") == "words about harbour 12 and ships"
+    assert page.locator("#latent .scores > span").count() == 5 and "chance 0.20" in page.inner_text("#latent .scores")
+    words = page.locator("#latent .words p")
+    assert not words.first.is_visible()
+    page.click("#latent .words summary")
+    assert words.first.is_visible() and words.all_inner_texts() == ["Yes, it is about harbour 12."]
+    # The pair leads to the other arm, and back from there.
+    for name in ("/solo-seed0/12", "/joint-seed0/12"):
+        page.click("#latent .judgement .chips button")
+        page.wait_for_function("name => location.hash.endsWith(name)", arg=name)
+        page.wait_for_selector("#latent .judgement .chips button")
+    page.fill("#search", "#40")
+    page.wait_for_function("document.querySelector('#latent h3').innerText.startsWith('#40')")
+    assert page.locator("#latent .judgement").count() == 0  # not judged
+    assert not problems
+
+
+@pytest.mark.parametrize("judged_page_in_browser", [390, 1440], indirect=True)
+def test_splits_stand_side_by_side_where_there_is_room(judged_page_in_browser: Any, problems: list[str], request: pytest.FixtureRequest):
+    page = judged_page_in_browser
+    whole, parts = (page.locator("#splits .sides > div").nth(index).bounding_box() for index in (0, 1))
+    if page.viewport_size["width"] == 390:
+        assert parts["y"] >= whole["y"] + whole["height"] and parts["x"] == whole["x"]
+    else:
+        assert parts["y"] == whole["y"] and parts["x"] >= whole["x"] + whole["width"]
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    letters = page.evaluate("[...document.querySelectorAll('#concepts svg text')].map((text) => text.getBoundingClientRect().height)")
+    assert letters and min(letters) > 7
+    page.click("#splits .side a >> nth=0")
+    page.wait_for_function("document.querySelector('#latent h3').innerText.startsWith('#3')")
+    assert not problems
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/judged-{request.node.callspec.id}.png", full_page=True)
+
+
+def test_hostile_explanations_and_words_are_shown_as_text(judged_page_in_browser: Any, problems: list[str]):
+    page = judged_page_in_browser
+    page.select_option("#arm", "1")
+    page.fill("#search", "hostile")
+    found = numbers(page)
+    assert found and set(found) <= set(range(len(HOSTILE)))
+    for number in found:
+        page.fill("#search", f"#{number}")
+        page.wait_for_function("number => document.querySelector('#latent h3').innerText.startsWith('#' + number)", arg=str(number))
+        page.click("#latent .words summary")
+        for text in (page.inner_text("#latent .explanation"), page.inner_text("#latent .words p")):
+            assert not set("\x00\x01\x07\x1b\u202e\u200b\ufeff\u2028") & set(text) and HOSTILE[number][:6] in text
+    assert page.locator(".explorer script, .explorer img, #splits script, #splits img").count() == 0
+    assert page.title() == "run" and not problems

@@ -1,11 +1,11 @@
 """Judged latents in a report: scores beside controls and chance, changes over pairs and seeds, splits, and hostile text shown as text."""
 
-import copy
 import csv
 import gzip
 import io
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -120,19 +120,21 @@ def test_a_result_of_other_weights_is_said_to_be_of_another_sae_and_not_shown(ev
     record["arms"]["joint-seed1"]["judging"]["weights"] = "of before"
     (run / "evaluation.json").write_text(json.dumps(record))
     arms = {arm.name: arm for arm in report.study([str(run)]).arms}
+    assert arms["joint-seed0"].judged is not None
     assert arms["joint-seed1"].figure("judging/detection") is None and arms["joint-seed0"].figure("judging/detection") is not None
     assert any("another SAE" in phrase for phrase in arms["joint-seed1"].missing) and not arms["joint-seed0"].missing
     path = run / "arms" / "joint-seed0" / "judged.json.gz"
     judged = json.loads(gzip.decompress(path.read_bytes()))
     path.write_bytes(gzip.compress(json.dumps({**judged, "weights": "of before"}).encode()))
     changed = {arm.name: arm for arm in report.study([str(run)]).arms}
-    assert changed["joint-seed0"].judged is None and arms["joint-seed0"].judged is not None
+    assert changed["joint-seed0"].judged is None and changed["solo-seed0"].judged is not None
 
 
 def test_the_page_and_the_terminal_show_each_score_with_chance_controls_and_the_judges_own_score():
     solo, joint = two_arms()
     groups = groups_of(solo, joint)
-    cells = PageParser(judged_section(groups)).cells
+    cells = [PageParser(f"<p>{cell}").texts for cell in re.findall("<td>(.*?)</td>", judged_section(groups))]
+    cells = ["".join(texts) for texts in cells]
     rows = {cells[i].split("made up")[0]: cells[i : i + 5] for i in range(0, len(cells), 5)}
     scores = joint.record["judging"]["scores"]
     pairs = joint.record["judging"]["against"]["scores"]
@@ -148,11 +150,11 @@ def test_the_page_and_the_terminal_show_each_score_with_chance_controls_and_the_
         assert ("does not beat its controls" in cell) == (name == "intruder")
         assert f"{mean['value']:.3f} ({mean['low']:.3f} to {mean['high']:.3f})" in terminal and change in terminal
     assert terminal.count("does not beat its controls") == 2
-    paper = rows[f"the paper: fuzzingstrength spearman in its code, on GPT-2 large"]
+    paper = rows["the paper: fuzzingstrength spearman in its code, on GPT-2 large"]
     assert paper[3:] == ["0.230", "0.248+7.6 %"] and PAPER_RESULT[2] == 7.6
     assert "0.230" in terminal and "+7.6 %" in terminal
     notes = judging_notes(groups)
-    assert notes[0].startswith("The judge: embedding all-MiniLM-L6-v2, with keywords") and "3 of solo (too few documents)" in notes[1]
+    assert notes[0].startswith("The judge: embedding all-MiniLM-L6-v2, with keywords") and "6 (too few documents)" in notes[1]
     assert "80 requests or passes" in notes[2] and "4 answers reused" in notes[2]
     assert judged_section(groups_of(judged_arm("bare", None, 0, {}))) == ""
 
@@ -173,7 +175,7 @@ def test_the_figure_has_a_point_for_each_pair_and_the_recorded_difference():
     figure = scatter([solo, joint])
     assert figure is not None
     points = pair_scores(solo, joint)
-    assert list(points) == [name for name in ("detection", "fuzzing", "intruder", "strength_spearman", "topical_coherence")]
+    assert list(points) == ["detection", "fuzzing", "intruder", "strength_spearman", "topical_coherence"]
     # Latent i of joint is the pair of latent 7 - i of solo.
     first, second = solo.judged["latents"], joint.judged["latents"]  # type: ignore[index]
     expected = {(first[str(7 - latent)]["scores"]["fuzzing"], second[str(latent)]["scores"]["fuzzing"]) for latent in range(8)}
@@ -194,7 +196,9 @@ def test_tables_have_the_scores_of_the_record(judged_page: Path):
             assert row[f"judging/{name}"] == entry["mean"]["value"] == float(lines[row["arm"]][f"judging/{name}"])
             assert row[f"judging/{name}/other_explanation"] == entry["controls"]["other_explanation"]["mean"]["value"]
             assert row[f"judging/{name}/beats_controls"] == entry["beats_controls"]
-    by_seed = [[arms[f"{arm}-seed{seed}"]["judging"]["scores"]["detection"]["mean"]["value"] for seed in (0, 1)] for arm in ("joint", "solo")]
+    by_seed = [
+        [arms[f"{arm}-seed{seed}"]["judging"]["scores"]["detection"]["mean"]["value"] for seed in (0, 1)] for arm in ("joint", "solo")
+    ]
     expected = np.mean(by_seed[0]) - np.mean(by_seed[1])
     assert table["changes"]["joint"]["judging/detection"]["value"] == pytest.approx(expected)
 
@@ -212,7 +216,9 @@ def test_the_page_has_explanations_scores_words_and_pairs_of_judged_latents(judg
             assert (len(row), len(detail)) == ((10, 10) if str(row[0]) in record else (7, 9))
             if len(row) == 10:
                 latent = record[str(row[0])]
-                assert row[7] == latent["explanation"][: MAX_EXPLANATION - 1] + ("…" if len(latent["explanation"]) > MAX_EXPLANATION else "")
+                assert row[7] == latent["explanation"][: MAX_EXPLANATION - 1] + (
+                    "…" if len(latent["explanation"]) > MAX_EXPLANATION else ""
+                )
                 assert row[8] == [latent["scores"][name] for name in CHANCES]
                 assert row[9] == ([latent["pair"]["latent"], 0.93] if latent["pair"] else [])
                 assert [len(answers) for answers in detail[9]] == [1, 0, 0, 0, 0] and len(detail[9][0][0]) <= MAX_ANSWER
@@ -237,7 +243,9 @@ def test_hostile_explanations_words_and_contexts_are_shown_as_text(judged_page: 
     hostile = judged_section(groups_of(solo, joint))
     assert "<img" not in hostile and "<script" not in hostile and not set("\x00\x1b\u202e") & set(hostile)
     entry["scores"]["[red]\x1b[31m"] = entry["scores"].pop("<img src=x>\u202e")
-    assert "[red]" in printed(report.judged_groups(groups_of(solo, joint))) and "\x1b" not in printed(report.judged_groups(groups_of(solo, joint)))
+    assert "[red]" in printed(report.judged_groups(groups_of(solo, joint))) and "\x1b" not in printed(
+        report.judged_groups(groups_of(solo, joint))
+    )
 
 
 def test_a_split_shows_both_sides_and_what_the_bound_forbids():
@@ -246,7 +254,9 @@ def test_a_split_shows_both_sides_and_what_the_bound_forbids():
     html = split_section(base, [Arm("none", Path("none")), arm])
     assert html.count('<article class="split">') == 12 and "Shown are 12 of 14." in html
     article = html.split("<article")[1]
-    left, right = article.split("</div></div></div><div>", 1) if "</div></div></div><div>" in article else article.split("</div></div><div>", 1)
+    left, right = (
+        article.split("</div></div></div><div>", 1) if "</div></div></div><div>" in article else article.split("</div></div><div>", 1)
+    )
     assert "whole 3" in left and "part 7" not in left and "part 7" in right and "part 9" in right
     assert 'href="#latent/joint%2Fa/7"' in right and 'href="#latent/solo/3"' in left
     assert left.count("<mark") == 10 and right.count("<mark") == 20  # two firing tokens in each of five texts
