@@ -68,7 +68,7 @@ DOORS = {
     "sae_bench": {SCRIPT},
     "sae_lens": {"sae", "lm.backends", "data.synthetic", SCRIPT},
     "transformer_lens": {"lm.hooked_transformer", SCRIPT},
-    "lightning": {"training", "data.datamodule", "data.synthetic", "callbacks", "cli"},
+    "lightning": {"training", "data.datamodule", "data.recipe", "data.synthetic", "callbacks", "cli"},
     "datasets": {"corpora", "data.cache_folder", SCRIPT},
     "triton": {"compute"},
     "starlette": {"server"},

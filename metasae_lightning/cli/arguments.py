@@ -5,16 +5,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
-from lightning import LightningDataModule
+from jsonargparse import Namespace
 
-from metasae_lightning.cli.plugins import load_plugins
-from metasae_lightning.data.datamodule import ActivationsDataModule
+from metasae_lightning.data.recipe import tree_of
 from metasae_lightning.errors import InputError
-from metasae_lightning.evaluation.saes import EvaluatedSAE, check_same_activations, corpus_of, language_model_of, load_sae
+from metasae_lightning.evaluation import sae_data
+from metasae_lightning.evaluation.saes import EvaluatedSAE, check_same_activations, load_sae
 from metasae_lightning.evaluation.settings import Settings
-from metasae_lightning.lm import device
-from metasae_lightning.run_folder import arm_folder, config_file, exported_arms, read_config
+from metasae_lightning.run_folder import arm_folder, config_file, exported_arms
 
 
 def settings_of(args: Namespace) -> Settings:
@@ -43,18 +41,7 @@ def places_of_arms(places: Sequence[str]) -> list[str]:
 
 def data_for(sae: EvaluatedSAE, args: Namespace) -> Any:
     """The data module of `--data`, else of the SAE's run, else one built from the SAE's metadata; `--device` sets its device."""
-    recipe = args.data or (None if sae.run is None else config_file(sae.run))
-    if recipe is not None:
-        data = data_of(Path(recipe))
-    else:
-        metadata = sae.metadata
-        skip = (metadata.get("seqpos_slice") or [0])[0] or 0
-        sizes: dict[str, Any] = {"context_size": metadata.get("context_size") or 128, "prepend_bos": metadata.get("prepend_bos", True)}
-        sizes |= {"held_out": metadata.get("held_out") or 0.05, "max_norm_ratio": metadata.get("max_norm_ratio")}
-        data = ActivationsDataModule(language_model_of(sae), corpus_of(sae), tokens=4096, skip_positions=skip, **sizes)
-    if args.device is not None and isinstance(data, ActivationsDataModule):
-        data.language_model.set_device(device.parse_device(args.device))
-    return data
+    return sae_data.data_for(sae, recipe=args.data, device=args.device)
 
 
 def check_same_data(saes: Sequence[EvaluatedSAE], args: Namespace) -> None:
@@ -72,24 +59,8 @@ def check_same_data(saes: Sequence[EvaluatedSAE], args: Namespace) -> None:
                 )
 
 
-def data_of(path: Path) -> Any:
-    """The data module that a recipe or a run's config.yaml describes."""
-    load_plugins()
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningDataModule, "data")
-    return parser.instantiate_classes(parser.parse_object({"data": tree_of(path)["data"]}))["data"]
-
-
 def recipe_of(sae: EvaluatedSAE) -> dict[str, Any]:
     """The config of the run that the SAE is of; for an arm, the config that trains this arm alone."""
     assert sae.run is not None
     tree = tree_of(config_file(sae.run))
     return {**tree, "model": tree["model"]["init_args"]["arms"][sae.arm]} if sae.arm else tree
-
-
-def tree_of(path: Path) -> dict[str, Any]:
-    """The content of a config file; a file that describes no data is an `InputError`."""
-    tree = read_config(path)
-    if not isinstance(tree.get("data"), dict):
-        raise InputError(f"{path} is no recipe: it has no data")
-    return tree

@@ -1,6 +1,5 @@
 """The classes that YAML can name. jsonargparse resolves short names such as `Decomposability` among the imported subclasses only."""
 
-import importlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +9,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 from metasae_lightning.corpora.base import Corpus
 from metasae_lightning.data import ActivationsDataModule, SyntheticDataModule
+from metasae_lightning.data.recipe import import_classes
 from metasae_lightning.lm.base import LanguageModel
 from metasae_lightning.penalties import Penalty
 from metasae_lightning.sae import SAEMetadata
@@ -24,9 +24,7 @@ DERIVED = {"sae_lens_version", "sae_lens_training_version", "training_architectu
 
 def load_plugins() -> None:
     """Import every class that a recipe can name."""
-    for package in map(importlib.import_module, PACKAGES):
-        for name in package.__all__:
-            getattr(package, name)
+    import_classes(PACKAGES)
 
 
 def class_names() -> set[str]:

@@ -9,6 +9,7 @@ from metasae_lightning.cli.arguments import data_for, open_saes, places_of_arms
 from metasae_lightning.data.datamodule import ActivationsDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.saes import device_of, select_hook
+from metasae_lightning.evaluation.text_reader import TextReader
 from metasae_lightning.server.typed_text import ServedSAEs
 
 
@@ -58,4 +59,4 @@ def served_saes(args: Namespace) -> ServedSAEs:
         sae.sae.to(device_of(data))
     model = data.language_model.complete()
     model.check_context_size(data.batching.context_size)
-    return ServedSAEs(model, {sae.name: sae for sae in saes}, data.batching)
+    return ServedSAEs(TextReader(model, data.batching), {sae.name: sae for sae in saes})

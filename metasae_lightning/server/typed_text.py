@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
-from metasae_lightning.corpora.tokenization import boundary_tokens, special_ids
-from metasae_lightning.data.batching import Batching
-from metasae_lightning.data.masks import trainable_tokens
 from metasae_lightning.errors import InputError, did_you_mean
 from metasae_lightning.evaluation.saes import EvaluatedSAE
+from metasae_lightning.evaluation.text_reader import TextReader
 from metasae_lightning.evaluation.top_contexts import Spelling
 from metasae_lightning.lm.base import LanguageModel
 from metasae_lightning.lm.predictions import Edit
@@ -26,36 +23,25 @@ LATENTS, TOKENS, STRENGTH = 32, 64, 1e6
 class ServedSAEs:
     """SAEs of one hook, and the complete language model that they read."""
 
-    model: LanguageModel
-    """The complete model."""
+    reader: TextReader
+    """Reads texts with the complete model."""
     saes: Mapping[str, EvaluatedSAE]
     """The SAEs by name."""
-    batching: Batching
-    """How texts become contexts: BOS, context size, skipped positions."""
 
     def description(self) -> dict[str, Any]:
         """The names and limits that the page shows."""
         arms = [{"name": name, "latents": len(sae.W_dec)} for name, sae in self.saes.items()]
         return {"model": self.model.name, "hook": self.model.hooks[0], "arms": arms, "tokens": TOKENS}
 
-    def tokens(self, text: str) -> Int[Tensor, "1 position"]:
-        """The context of a text; an `InputError` if it has no token or too many."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError("text holds half of a character") from error
-        prefix, _ = boundary_tokens(self.model.tokenizer, self.batching.prepend_bos, self.model.name)
-        ids = self.model.tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0]
-        if not ids:
-            raise InputError("text is empty")
-        if (count := len(prefix) + len(ids)) > self.batching.context_size:
-            raise InputError(f"text has {count} tokens, and the SAEs were trained on contexts of {self.batching.context_size}")
-        return torch.tensor([[*prefix, *ids]])
+    @property
+    def model(self) -> LanguageModel:
+        """The complete model."""
+        return self.reader.model
 
     def firings(self, text: str) -> dict[str, Any]:
         """The tokens of a text, and for each SAE the latents that fire on each token, strongest first, at most `LATENTS`."""
-        tokens = self.tokens(text)
-        activations, is_read = self.model.activations(tokens)[0], self.is_read(tokens)[0].tolist()
+        tokens = self.reader.tokens(text)[None]
+        activations, is_read = self.model.activations(tokens)[0], self.reader.is_trained_on(tokens)[0].tolist()
         arms: list[dict[str, Any]] = []
         for name, sae in self.saes.items():
             codes, _ = sae.encode_decode(activations)
@@ -80,12 +66,12 @@ class ServedSAEs:
             raise InputError(f"strength must be in -{STRENGTH:g} to {STRENGTH:g}, got {strength}")
         if not 1 <= count <= TOKENS:
             raise InputError(f"count must be in 1 to {TOKENS}, got {count}")
-        tokens, step = self.tokens(text), strength * self.saes[arm].W_dec[latent].float()
-        if tokens.shape[1] == self.batching.context_size:
+        tokens, step = self.reader.tokens(text)[None], strength * self.saes[arm].W_dec[latent].float()
+        if tokens.shape[1] == self.reader.batching.context_size:
             raise InputError(f"text fills the context of {tokens.shape[1]} tokens: nothing can follow")
 
         def steer(activations: Tensor, context: Tensor) -> Tensor:
-            return activations + self.is_read(context)[..., None].to(activations) * step.to(activations.device)
+            return activations + self.reader.is_trained_on(context)[..., None].to(activations) * step.to(activations.device)
 
         spelling, before = Spelling(self.model.tokenizer), tokens[0].tolist()
 
@@ -95,13 +81,9 @@ class ServedSAEs:
         plain, steered = (list(self._continued(tokens, count, edit)) for edit in (None, steer))
         return {"plain": text_of(plain), "steered": text_of(steered), "tokens": [len(plain), len(steered)]}
 
-    def is_read(self, tokens: Int[Tensor, "context position"]) -> Bool[Tensor, "context position"]:
-        """Mask of the tokens that the SAEs are trained on."""
-        return trainable_tokens(tokens, torch.tensor(special_ids(self.model.tokenizer)), self.batching.skip_positions)
-
     def _continued(self, tokens: Tensor, count: int, steer: Any) -> Iterator[int]:
         """The most likely next tokens, one after another, up to the end of the text or of the context."""
-        for _ in range(min(count, self.batching.context_size - tokens.shape[1])):
+        for _ in range(min(count, self.reader.batching.context_size - tokens.shape[1])):
             context = tokens
             edit: Edit | None = None if steer is None else lambda activations, context=context: steer(activations, context)
             following = int(self.model.logits(context, edit=edit)[0, -1].argmax())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from metasae_lightning import functional
 from metasae_lightning.cli import main
-from metasae_lightning.cli.arguments import data_of
+from metasae_lightning.data.recipe import data_of
 from metasae_lightning.evaluation.bootstrap import PhiByGroup, jackknife_interval
 from metasae_lightning.evaluation.compare import FIGURES, LOSSES, Matches, best_matches, compare, match_decoder_rows, permutation_p, splits
 from metasae_lightning.evaluation.evaluate import evaluate

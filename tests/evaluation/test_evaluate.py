@@ -13,8 +13,8 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from metasae_lightning import ActivationsDataModule, functional
 from metasae_lightning.cli import main
-from metasae_lightning.cli.arguments import data_of
 from metasae_lightning.corpora import InMemory
+from metasae_lightning.data.recipe import data_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation import collect
 from metasae_lightning.evaluation.evaluate import Evaluation, evaluate, phi_by_group, resampled_reconstruction

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from metasae_lightning.cli.arguments import data_of
+from metasae_lightning.data.recipe import data_of
 from metasae_lightning.evaluation.evaluate import Evaluation, evaluate
 from metasae_lightning.evaluation.examples import AFTER, BEFORE, QUANTILES
 from metasae_lightning.evaluation.latents_record import HISTOGRAM_BINS, latents_record

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from metasae_lightning.cli import main
-from metasae_lightning.cli.arguments import data_of
+from metasae_lightning.data.recipe import data_of
 from metasae_lightning.evaluation.evaluate import Evaluation, evaluate
 from metasae_lightning.evaluation.latents_record import latents_record
 from metasae_lightning.evaluation.saes import load_sae

@@ -34,7 +34,7 @@ def model(served: ServedSAEs, folder: Path) -> Any:
 
 
 def test_the_firings_of_each_sae_are_its_encodings_strongest_first(served: ServedSAEs, model: Any):
-    answer, tokens = served.firings(TEXT), served.tokens(TEXT)
+    answer, tokens = served.firings(TEXT), served.reader.tokens(TEXT)[None]
     assert "".join(answer["tokens"]) == f"<bos>{TEXT}" and answer["read"] == [False] + [True] * (tokens.shape[1] - 1)
     activations = model(tokens, output_hidden_states=True).hidden_states[2][0].detach()
     assert [arm["name"] for arm in answer["arms"]] == ["solo", "joint"]
@@ -65,7 +65,7 @@ def greedy(model: Any, tokens: torch.Tensor, count: int, step: torch.Tensor) -> 
 
 
 def test_continuations_are_greedy_with_and_without_the_decoder_row(served: ServedSAEs, model: Any):
-    tokens = served.tokens("The")
+    tokens = served.reader.tokens("The")[None]
     answer = served.continuations("The", "joint", 1, 8.0, 4)
     row, before = sae(1).W_dec[1].detach(), tokens.shape[1]
     wanted = {"plain": greedy(model, tokens, 4, 0 * row), "steered": greedy(model, tokens, 4, 8 * row)}
@@ -77,10 +77,10 @@ def test_continuations_are_greedy_with_and_without_the_decoder_row(served: Serve
 
 
 def test_a_continuation_ends_with_the_context_and_at_the_end_of_the_text(served: ServedSAEs, monkeypatch: pytest.MonkeyPatch):
-    room = served.batching.context_size - served.tokens(TEXT).shape[1]
+    room = served.reader.batching.context_size - served.reader.tokens(TEXT)[None].shape[1]
     answer = served.continuations(TEXT, "solo", 0, 1.0, 64)
     assert answer["tokens"] == [room, room]
-    following = int(served.model.logits(served.tokens(TEXT))[0, -1].argmax())
+    following = int(served.model.logits(served.reader.tokens(TEXT)[None])[0, -1].argmax())
     monkeypatch.setattr(type(served.model.tokenizer), "eos_token_id", following, raising=False)
     assert served.continuations(TEXT, "solo", 0, 0.0, 64)["tokens"] == [0, 0]
 
