@@ -107,6 +107,11 @@ class EvaluatedSAE:
         return PaddedCodes.concatenate([codes for codes, _ in parts]), torch.cat([rebuilt for _, rebuilt in parts])
 
     @torch.no_grad()
+    def encode(self, x: Float[Tensor, "row d_in"], latents: Sequence[int]) -> Float[Tensor, "row latent"]:
+        """Activations of some latents on raw activations, in float32."""
+        return torch.cat([acts[:, list(latents)].float() for acts in self._encoded_chunks(x)])
+
+    @torch.no_grad()
     def reconstruct(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
         """Reconstruction of raw activations, without codes."""
         return torch.cat([self.sae.decode(acts).float() for acts in self._encoded_chunks(x)])

@@ -42,7 +42,7 @@ class TextReader:
         """Mask of the tokens that the SAEs are trained on: no special token, and none of the skipped positions."""
         return trainable_tokens(tokens, torch.tensor(special_ids(self.model.tokenizer)), self.batching.skip_positions)
 
-    def activations(self, contexts: Sequence[Int[Tensor, " position"]]) -> Iterator[tuple[int, Float[Tensor, "position d_model"]]]:
+    def activations(self, contexts: Sequence[Int[Tensor, " _"]]) -> Iterator[tuple[int, Float[Tensor, "_ d_model"]]]:
         """The index of each context and the activations on it, from the shortest context to the longest, several in one forward pass."""
         by_length = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
         for begin in range(0, len(by_length), self.batching.forward_batch):

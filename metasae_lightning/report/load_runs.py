@@ -93,7 +93,7 @@ class Arm:
     @cached_property
     def latents(self) -> dict[str, Any] | None:
         """Number of firings, maximum and top contexts of each latent, from `latents.json.gz`; None if there is no such file."""
-        return read_compressed(self.folder / "latents.json.gz", f"measure again, metasae test {self.folder}")
+        return read_latents(self.folder)
 
     @cached_property
     def judged(self) -> dict[str, Any] | None:
@@ -103,6 +103,11 @@ class Arm:
         if judged is None or (evaluated is not None and judged.get("weights", evaluated) != evaluated):
             return None
         return judged
+
+
+def read_latents(folder: Path) -> dict[str, Any] | None:
+    """The content of `latents.json.gz` in a folder of results; None if there is no such file."""
+    return read_compressed(folder / "latents.json.gz", f"measure again, metasae test {folder}")
 
 
 def read_compressed(path: Path, remedy: str) -> dict[str, Any] | None:
