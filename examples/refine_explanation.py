@@ -16,6 +16,8 @@ from metasae_lightning.evaluation import HeldOutContext, Latents, open_latents
 SENTENCES = ["It is about {} and more.", "She said that {} was there.", "In this case {} is used.", "We found a {} in the list."]
 # The same sentences without the proposed word.
 OTHER_WORDS = ["water", "seven", "it"]
+# A word is kept if the latent fires in so much larger a share of the sentences with it than without it.
+MARGIN = 0.5
 
 
 def firing_words(context: HeldOutContext) -> dict[str, float]:
@@ -69,7 +71,7 @@ def main(args: list[str] | None = None) -> None:
     kept: list[str] = []
     for word in propose(proposing, options.count):
         share = firing_share(latents, latent, word)
-        if is_kept := share > without:
+        if is_kept := share >= without + MARGIN:
             kept.append(word)
         print(f"  {'keep' if is_kept else 'drop'} {word!r}: fires in {share:.0%} of the sentences with it")
     totals = sum((Counter(firing_words(context)) for context in judging), Counter[str]())

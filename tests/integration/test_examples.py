@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from metasae_lightning.cli import main
+from metasae_lightning.evaluation import HeldOutContext, TextActivations
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"tokens": 2048, "batch_size": 256, "buffer_size": 1024, "validation_tokens": 512, "forward_batch": 4}
@@ -72,3 +74,50 @@ def test_a_users_penalty_and_callback_can_be_set_in_yaml(
     # A line every 50 steps, of which the run has 8.
     assert re.findall(r"step (\d+): fvu [\d.]+, shared direction 0\.0*[1-9]", output) == ["0"]
     assert "penalty shared_direction" in output  # in the table at the end
+
+
+def test_the_explanation_of_a_runs_latent_keeps_the_words_that_pass_the_test(run: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match=f"holds no contexts of latents: measure first, metasae test {run}"):
+        example("refine_explanation", run)
+    assert main(["test", str(run), "--tokens", "1024", "--critic_seeds", "0", "--splice_tokens", "0", "--resamples", "10"]) == 0
+    capsys.readouterr()
+    example("refine_explanation", run)
+    output = capsys.readouterr().out
+    without = int(re.match(r"latent \d+ fires in (\d+)% of the sentences without a proposed word\n", output)[1])  # type: ignore[index]
+    words = re.findall(r"  (keep|drop) (.+): fires in (\d+)% of the sentences with it", output)
+    assert words and all((verdict == "keep") == (int(share) >= without + 50) for verdict, _, share in words)
+    kept = ", ".join(word for verdict, word, _ in words if verdict == "keep") or "none of the words"
+    assert re.search(rf"\nexplanation: {re.escape(kept)}\nit accounts for \d+% of the latent's activation in \d+ other contexts\n", output)
+    with pytest.raises(SystemExit, match="latent must be in 0 to"):
+        example("refine_explanation", run, "--latent", "-1")
+
+
+class LatentOfFoxes:
+    """Latents of which number 1 fires on every word that begins with `fox`."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def contexts(self, latent: int) -> list[HeldOutContext]:
+        # The `dog` of the first context is a false lead. Contexts 1 and 3 judge: 3 of their 4 units of activation are on `foxes`.
+        found = [((" a", " dog", " fox"), (0.0, 1.0, 2.0)), ((" fox", "es", "!"), (2.0, 1.0, 0.0))]
+        found += [((" fox", "es"), (1.0, 1.0)), (("the", " hen"), (0.0, 1.0))]
+        return [HeldOutContext(*context, 1, 0, 1.0) for context in found] if latent else []
+
+    def activations(self, texts: list[str], latents: list[int]) -> list[TextActivations]:
+        fires = [torch.tensor([[float(" fox" in text)]]) for text in texts]
+        return [TextActivations((text,), tuple(latents), acts, torch.ones(1).bool()) for text, acts in zip(texts, fires, strict=True)]
+
+
+def test_a_word_that_the_latent_does_not_fire_on_alone_is_dropped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("examples.refine_explanation.open_latents", lambda place: LatentOfFoxes())
+    example("refine_explanation", "run")
+    assert capsys.readouterr().out.splitlines() == [
+        "latent 1 fires in 0% of the sentences without a proposed word",
+        *(f"  keep {word!r}: fires in 100% of the sentences with it" for word in ("fox", "foxes")),
+        "  drop 'dog': fires in 0% of the sentences with it",
+        "explanation: 'fox', 'foxes'",
+        "it accounts for 75% of the latent's activation in 2 other contexts",
+    ]
+    with pytest.raises(SystemExit, match="latent 0 did not fire on the held-out text"):
+        example("refine_explanation", "run", "--latent", "0")
