@@ -1,5 +1,6 @@
 """The command `judge`: explain latents, score the explanations, and write tables beside the runs."""
 
+import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from jsonargparse import Namespace
 from rich.console import Console
 
-from metasae_lightning import report, run_folder
+from metasae_lightning import report
 from metasae_lightning.cli.arguments import check_same_data, data_for, open_saes, places_of_arms
 from metasae_lightning.cli.measure import print_plan
 from metasae_lightning.data.datamodule import ActivationsDataModule
@@ -17,12 +18,16 @@ from metasae_lightning.evaluation.held_out_text import split_stream
 from metasae_lightning.evaluation.saes import EvaluatedSAE, device_of, select_hook
 from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.judging.causal_judge import CausalJudge
-from metasae_lightning.judging.embedding_judge import EmbeddingJudge
+from metasae_lightning.judging.embedding_judge import EMBEDDED_SENTENCES, EmbeddingJudge
 from metasae_lightning.judging.judge import Judge
 from metasae_lightning.judging.ledger import KeptAnswers, Ledger
+from metasae_lightning.judging.openai_judge import OpenAIJudge
 from metasae_lightning.judging.records import write_results
 from metasae_lightning.judging.settings import JudgingSettings
 from metasae_lightning.judging.study import judge_arms
+from metasae_lightning.lm.embedded_model import EMBEDDED
+
+log = logging.getLogger(__name__)
 
 
 def judge_latents(args: Namespace) -> int:
@@ -56,3 +61,35 @@ def codes_on_test_text(saes: list[EvaluatedSAE], data: Any, settings: JudgingSet
     data.setup("test")
     tokens = settings.tokens or data.test_tokens
     return collect(saes, split_stream(data, "test", tokens), tokens)
+
+
+def embedder_of(settings: JudgingSettings, device: str) -> EmbeddingJudge | None:
+    """The sentence embedder. If it is not installed and not asked for, its scores are left out, with a warning."""
+    try:
+        return EmbeddingJudge(settings.embedder or EMBEDDED_SENTENCES, device=device)
+    except InputError as error:
+        if settings.embedder is not None or settings.judge == "embedding":
+            raise
+        log.warning("scores by sentence embeddings are left out: %s", error)
+        return None
+
+
+def judge_of(settings: JudgingSettings, embedder: EmbeddingJudge | None, device: str) -> Judge:
+    """The judge that the settings name."""
+    if settings.judge == "embedding":
+        if embedder is not None and settings.model is None:
+            return embedder
+        return EmbeddingJudge(settings.model or EMBEDDED_SENTENCES, device=device)
+    if settings.judge == "causal":
+        return CausalJudge(settings.model or EMBEDDED, device=device)
+    assert settings.model is not None and settings.url is not None
+    return OpenAIJudge(
+        settings.model,
+        settings.url,
+        key_variable=settings.key_variable,
+        concurrency=settings.concurrency,
+        timeout=settings.timeout,
+        retries=settings.retries,
+        max_requests=settings.max_requests,
+        max_tokens=settings.max_tokens,
+    )

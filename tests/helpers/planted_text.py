@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerFast
 from metasae_lightning.evaluation.result_cache import Entry
 from metasae_lightning.step import Codes
 
-STEMS = "walk jump talk paint plant count sort pack turn fold print start lift point".split()
+STEMS = ["walk", "jump", "talk", "paint", "plant", "count", "sort", "pack", "turn", "fold", "print", "start", "lift", "point"]
 SUFFIXES = ("", "ing", "ed", "ly", "able")
 # Words that come together in a document on their topic.
 TOPICS = (
-    "river boat sail harbour anchor tide".split(),
-    "flour oven bread butter sugar dough".split(),
-    "tensor matrix vector kernel gradient axis".split(),
-    "violin cello flute opera chorus tempo".split(),
+    ["river", "boat", "sail", "harbour", "anchor", "tide"],
+    ["flour", "oven", "bread", "butter", "sugar", "dough"],
+    ["tensor", "matrix", "vector", "kernel", "gradient", "axis"],
+    ["violin", "cello", "flute", "opera", "chorus", "tempo"],
 )
 LETTERS = "abcdefghij"
 
@@ -61,7 +61,8 @@ class TextOnly:
         """Some documents, each followed by the end of text, in contexts of equal length."""
         encode: Any = tokenizer()
         ids = [encode(text)["input_ids"] + [encode.eos_token_id] for text in texts]
-        tokens, owner = torch.tensor(sum(ids, [])), torch.repeat_interleave(torch.tensor([len(one) for one in ids]))
+        tokens = torch.tensor([token for one in ids for token in one])
+        owner = torch.repeat_interleave(torch.tensor([len(one) for one in ids]))
         length = len(tokens) // context * context
         tokens, owner = tokens[:length].view(-1, context).int(), owner[:length].view(-1, context)
         return cls([{"tokens": tokens, "owner": owner, "counted": tokens != encode.eos_token_id}])

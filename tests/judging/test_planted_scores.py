@@ -1,4 +1,4 @@
-"""Every score on planted latents: 1 for a judge that is right by construction, chance under the controls, less for a mixture of two words."""
+"""Every score on planted latents: 1 for a judge that is right, chance under the controls, less for a mixture of two words."""
 
 from collections.abc import Mapping
 from typing import Any
