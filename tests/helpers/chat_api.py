@@ -25,7 +25,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """A logged request: its JSON body, its headers, and the fault or `answered`."""
+    """A logged request: its JSON body, its headers by names in lower case, and the fault or `answered`."""
 
     body: dict[str, Any]
     headers: dict[str, str]
@@ -100,7 +100,9 @@ class Chat(BaseHTTPRequestHandler):
             fault = next((fault for fault in api.faults if fault.times > 0), None)
             if fault:
                 fault.times -= 1
-            api.log.append(Request(body, dict(self.headers), fault.kind if fault else "answered"))
+            api.log.append(
+                Request(body, {name.lower(): value for name, value in self.headers.items()}, fault.kind if fault else "answered")
+            )
         if fault:
             return self.fail(fault)
         if api.key is not None and self.headers.get("Authorization") != f"Bearer {api.key}":
@@ -111,12 +113,12 @@ class Chat(BaseHTTPRequestHandler):
             return self.error(404, f"The model {body['model']} does not exist")
         if "logprobs" in body and api.logprobs is None:
             return self.error(400, "logprobs are not supported")
-        self.reply(200, json.dumps(self.completion(body)).encode())
+        self.reply(200, json.dumps(self.completion(body, api.answer(body))).encode())
 
-    def completion(self, body: dict[str, Any]) -> dict[str, Any]:
+    def completion(self, body: dict[str, Any], words: str) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": 0,
-            "message": {"role": "assistant", "content": self.server.answer(body)},
+            "message": {"role": "assistant", "content": words},
             "finish_reason": "stop",
         }
         if body.get("logprobs"):
@@ -126,7 +128,7 @@ class Chat(BaseHTTPRequestHandler):
         return {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice], "usage": usage}
 
     def fail(self, fault: Fault) -> None:
-        whole = json.dumps(self.completion({"model": MODEL})).encode()
+        whole = json.dumps(self.completion({"model": MODEL}, "yes")).encode()
         if fault.kind == "error":
             self.error(fault.status, fault.message, fault.headers)
         elif fault.kind == "hang":
