@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 
 import numpy as np
 import torch
@@ -111,20 +110,23 @@ class Candidates:
         fields = (self.values, self.start, self.stop, self.group, self.quantile_bin)
         return Candidates(*(field[chosen] for field in fields))
 
+    def windows(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """First position and the position after the last of some windows."""
+        return list(zip(self.start[indices].tolist(), self.stop[indices].tolist(), strict=True)) if indices else []
+
     def strongest_first(self) -> list[int]:
         """The strongest candidate of each document, strongest first."""
         order = np.argsort(-self.values, kind="stable")
         _, first = np.unique(self.group[order], return_index=True)
         return order[np.sort(first)].tolist()
 
-    def over_quantiles(self, generator: np.random.Generator) -> Iterator[int]:
-        """The candidates in random order, one from each bin in turn from the strongest to the weakest."""
+    def random_by_bin(self, generator: np.random.Generator) -> list[list[int]]:
+        """The candidates of each bin in random order, the bin of the strongest first."""
         order = generator.permutation(len(self.values))
         # One candidate is enough for each bin of each document.
         _, first = np.unique(self.group[order] * QUANTILE_BINS + self.quantile_bin[order], return_index=True)
         order = order[np.sort(first)]
-        by_bin = [order[self.quantile_bin[order] == number].tolist() for number in reversed(range(QUANTILE_BINS))]
-        yield from (index for index in chain.from_iterable(zip_longest(*by_bin)) if index is not None)
+        return [order[self.quantile_bin[order] == number].tolist() for number in reversed(range(QUANTILE_BINS))]
 
 
 class Picker:
@@ -148,9 +150,15 @@ class Picker:
                 break
         return picked
 
-    def pick_candidates(self, candidates: Candidates, order: Iterable[int], count: int) -> list[tuple[int, int]]:
-        """The first `count` candidates that may be picked, in an order."""
-        return self.pick(((int(candidates.start[index]), int(candidates.stop[index])) for index in order), count)
+    def pick_evenly(self, candidates: Candidates, generator: np.random.Generator, count: int) -> list[tuple[int, int]]:
+        """`count` random candidates: one from each bin in turn, as long as the bins have candidates that may be picked."""
+        bins = [iter(candidates.windows(order)) for order in candidates.random_by_bin(generator)]
+        picked: list[tuple[int, int]] = []
+        while bins and len(picked) < count:
+            bins_and_windows = [(part, self.pick(part, 1)) for part in bins[: count - len(picked)]]
+            bins = [*(part for part, windows in bins_and_windows if windows), *bins[len(bins_and_windows) :]]
+            picked += [window for _, windows in bins_and_windows for window in windows]
+        return picked
 
 
 class Drawing:
@@ -174,7 +182,7 @@ class Drawing:
         for_explaining = self._is_explaining[candidates.group]
         explaining = self._explaining(picker, candidates.select(for_explaining), generator)
         scoring = candidates.select(~for_explaining)
-        firing = picker.pick_candidates(scoring, scoring.over_quantiles(generator), settings.scoring)
+        firing = picker.pick_evenly(scoring, generator, settings.scoring)
         near = [] if nearest_firings is None else self._near(picker, firings, nearest_firings, generator)
         silent = picker.pick(self._silent(firings, generator), settings.silent)
         for found, wanted, reason in (
@@ -196,9 +204,9 @@ class Drawing:
 
     def _explaining(self, picker: Picker, candidates: Candidates, generator: np.random.Generator) -> list[tuple[int, int]]:
         """A third of the contexts are the strongest, and the others from all quantiles."""
-        strongest = picker.pick_candidates(candidates, candidates.strongest_first(), self._settings.explaining // 3)
+        strongest = picker.pick(candidates.windows(candidates.strongest_first()), self._settings.explaining // 3)
         count = self._settings.explaining - len(strongest)
-        return strongest + picker.pick_candidates(candidates, candidates.over_quantiles(generator), count)
+        return strongest + picker.pick_evenly(candidates, generator, count)
 
     def _near(
         self, picker: Picker, firings: LatentFirings, nearest: LatentFirings, generator: np.random.Generator
@@ -206,7 +214,7 @@ class Drawing:
         """Windows of the documents for scores around firings of the nearest latent, in which this latent does not fire."""
         candidates = Candidates.of(nearest, self._text, self._settings)
         candidates = candidates.select(~self._is_explaining[candidates.group] & firings.is_silent(candidates.start, candidates.stop))
-        return picker.pick_candidates(candidates, candidates.over_quantiles(generator), self._settings.near)
+        return picker.pick_evenly(candidates, generator, self._settings.near)
 
     def _silent(self, firings: LatentFirings, generator: np.random.Generator) -> Iterator[tuple[int, int]]:
         """Windows in which a latent does not fire, each around a random token of a random document for scores."""

@@ -152,14 +152,15 @@ def document_counts(collected: Collected, text: FlatText, seed: int = 0) -> tupl
 
     Documents with the same text count once.
     """
-    firings, seen, begin = torch.zeros(0), np.zeros(0, np.int64), 0
-    n_groups, width = len(text.hashes), 0
+    parts, firings, begin, width = [np.zeros(0, np.int64)], list[torch.Tensor](), 0, 0
+    n_groups = max(1, len(text.hashes))
     for codes, entry in collected.codes():
         width = codes.shape[1]
-        firings = codes.firings() if not len(firings) else firings + codes.firings()
+        firings.append(codes.firings())
         position = begin + entry["counted"].flatten().nonzero().flatten()[codes.rows].numpy()
-        seen = np.union1d(seen, codes.latents.numpy() * n_groups + text.group[position])
+        parts.append(np.unique(codes.latents.numpy() * n_groups + text.group[position]))
         begin += entry["tokens"].numel()
-    latent, is_explaining = seen // max(n_groups, 1), text.is_explaining(seed)[seen % max(n_groups, 1)]
+    seen, counts = np.unique(np.concatenate(parts)), sum(firings, start=torch.zeros(width, dtype=torch.long))
+    latent, is_explaining = seen // n_groups, text.is_explaining(seed)[seen % n_groups]
     explaining, scoring = (torch.from_numpy(np.bincount(latent[part], minlength=width)) for part in (is_explaining, ~is_explaining))
-    return firings.double() / max(1, int(text.counted.sum())), explaining, scoring
+    return counts.double() / max(1, int(text.counted.sum())), explaining, scoring

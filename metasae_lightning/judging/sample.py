@@ -75,7 +75,7 @@ def paired_latents(
 
     >>> import torch
     >>> rows, live = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([True, True])
-    >>> paired_latents(rows, torch.tensor([[0.0, 2.0], [-1.0, 0.0]]), live_a=live, live_b=live)
+    >>> paired_latents(rows, torch.tensor([[0.0, 2.0], [1.0, -1.0]]), live_a=live, live_b=live, threshold=0.9)
     LatentPairs(a=[1], b=[0], cosine=[1.0])
     """
     latents_a, latents_b = live_a.nonzero().flatten().cpu(), live_b.nonzero().flatten().cpu()
