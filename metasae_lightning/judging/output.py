@@ -119,7 +119,7 @@ def next_tokens(entry: Entry) -> Int[Tensor, " row"]:
     return following[counted]
 
 
-def smallest_keys(fired: Float[Tensor, "firing 3"], count: int) -> Float[Tensor, "firing 3"]:
+def smallest_keys(fired: Float[Tensor, "firing 3"], count: int) -> Float[Tensor, "kept 3"]:
     """The rows with the `count` smallest keys (column 1) of each latent (column 0)."""
     order = np.lexsort((fired[:, 1].numpy(), fired[:, 0].numpy()))
     rank = rank_in_group(fired[order, 0].long().numpy())
