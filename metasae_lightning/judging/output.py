@@ -74,7 +74,7 @@ class Output:
 class FollowingTokens:
     """Tokens that follow firings of latents, and tokens that follow random positions."""
 
-    after_firing: tuple[Int[Tensor, " firing"], ...]
+    after_firing: tuple[Int[Tensor, " _"], ...]
     """For each latent, the tokens after random firings."""
     elsewhere: Int[Tensor, " position"]
     """The tokens after random positions."""
