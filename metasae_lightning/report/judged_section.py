@@ -15,8 +15,8 @@ CAPTION = (
 READING = (
     "A score says how well a judge can tell what a latent fires on. Chance is the score of a guess. This judge's own score is on planted "
     "latents, whose meaning is known: words and suffixes. Below a mean: its 95 % interval over latents, or the spread over training seeds; "
-    "the change against the baseline with its interval, bold if that excludes 0; and two controls, which are the same score with another latent's explanation and "
-    "with contexts of other latents."
+    "the change against the baseline with its interval, bold if that excludes 0; and two controls, which are the same score with another "
+    "latent's explanation and with contexts of other latents."
 )
 
 

@@ -85,7 +85,7 @@ def split(latent: int, into: Sequence[int], text: str = "the harbour of ships") 
 
 
 def add_judging(run: Path, hostile: Sequence[str] = (), latents: int = 30) -> None:
-    """Add a judging result of the first latents of every arm to an evaluated run. The first explanations and words are the hostile texts."""
+    """Add a judging result for every arm of an evaluated run. The first explanations and words are the hostile texts."""
     first: tuple[str, Latents] | None = None
     for number, (name, record) in enumerate(read_record(record_file(run))["arms"].items()):
         weights = record["evaluation"]["weights"]
