@@ -1,6 +1,7 @@
 """The command `judge`: explain latents, score the explanations, and write tables beside the runs."""
 
 import logging
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from metasae_lightning.judging.causal_judge import CausalJudge
 from metasae_lightning.judging.embedding_judge import EMBEDDED_SENTENCES, EmbeddingJudge
 from metasae_lightning.judging.judge import Judge
 from metasae_lightning.judging.ledger import KeptAnswers, Ledger
+from metasae_lightning.judging.measures import measures_for
 from metasae_lightning.judging.openai_judge import OpenAIJudge
 from metasae_lightning.judging.records import write_results
 from metasae_lightning.judging.settings import JudgingSettings
 from metasae_lightning.judging.study import judge_arms
+from metasae_lightning.lm.device import AUTO
 from metasae_lightning.lm.embedded_model import EMBEDDED
 
 log = logging.getLogger(__name__)
@@ -39,13 +42,16 @@ def judge_latents(args: Namespace) -> int:
     if not isinstance(data, ActivationsDataModule):
         raise InputError(f"{args.places[0]} reads activations without text, and judges read text")
     out = Path(args.out) if args.out else saes[0].record.parent / "judging"
+    embedder = embedder_of(settings, args.device or AUTO)
+    judge, embed = judge_of(settings, embedder, args.device or AUTO), embedder and embedder.embed
+    # Names that are not possible are refused before anything is read.
+    measures_for(settings.scores, judge, embed, None, explained=settings.explanations != "none")
     print_plan(saes, data, Settings(critic_seeds=0, splice_tokens=0, pairs_gib=0.1), args.memory_gib)
-    collected = codes_on_test_text(saes, data, settings)
-    with Ledger(out / "answers.sqlite") as ledger:
-        embedder = EmbeddingJudge(settings.embedder)
-        study = judge_arms(
-            collected, data.language_model, KeptAnswers(judge_of(settings, embedder, args.device), ledger), embedder, settings
-        )
+    by_name = {codes.subject.name: codes for codes in codes_on_test_text(saes, data, settings)}
+    with closing(Ledger(out / "answers.sqlite")) as ledger:
+        # Embeddings are computed again in less time than their answers are read.
+        asked = judge if isinstance(judge, EmbeddingJudge) else KeptAnswers(judge, ledger)
+        study = judge_arms(by_name, data.language_model, asked, embed, settings)
     write_results(study, out)
     console = Console()
     console.print(report.judged({arm.name: arm.entry for arm in study.arms}))

@@ -12,12 +12,11 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.collect import CollectedCodes
 from metasae_lightning.judging.contexts import LatentContexts
 from metasae_lightning.judging.draw import ContextSettings, draw_contexts
-from metasae_lightning.judging.explanations import check_latents, explained_by_judge, explained_by_keywords, read_explanations
+from metasae_lightning.judging.explanations import Explainer, check_latents, read_explanations
 from metasae_lightning.judging.flat_text import FlatText, document_counts
-from metasae_lightning.judging.judge import Judge
 from metasae_lightning.judging.measured import Material
 from metasae_lightning.judging.sample import SampledLatents, sample_arms
-from metasae_lightning.judging.settings import JudgingSettings
+from metasae_lightning.judging.settings import KINDS, JudgingSettings
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +48,15 @@ class SampledArm:
         return [Material(drawn, self.explanations, self.collected) for drawn in self.contexts]
 
 
-def sampled_arms(collected: Mapping[str, CollectedCodes], text: FlatText, judge: Judge, settings: JudgingSettings) -> list[SampledArm]:
+def sampled_arms(collected: Mapping[str, CollectedCodes], explainer: Explainer, settings: JudgingSettings) -> list[SampledArm]:
     """The arms with their latents, contexts and explanations. An arm without a latent that can be judged is an `InputError`.
 
     Latents that fire in too few documents, for explanations or for scores, are not sampled. A user's file of explanations names the
     latents.
     """
-    given = read_explanations(Path(settings.explanations)) if settings.explanations not in ("keywords", "judge", "none") else None
+    text, given = explainer.text, None
+    if settings.explanations not in KINDS:
+        given = read_explanations(Path(settings.explanations))
     densities, live, few = dict[str, torch.Tensor](), dict[str, torch.Tensor](), dict[str, int]()
     fewest = ContextSettings().fewest
     for name, codes in collected.items():
@@ -73,7 +74,7 @@ def sampled_arms(collected: Mapping[str, CollectedCodes], text: FlatText, judge:
         arm = draw_arm(name, codes, sampled[name], text, settings)
         if not arm.latents:
             raise InputError(f"{name}: no latent fires in enough documents of the text to be judged; read more with --tokens")
-        explanations = given_to(given, name, arm) if given is not None else explained(settings.explanations, judge, arm.contexts[0])
+        explanations = given_to(given, name, arm) if given is not None else explainer.explanations(arm.contexts[0])
         too_few = {"fires in too few documents": few[name]} if few[name] and given is None else {}
         arms.append(replace(arm, explanations=explanations, left_out={**arm.left_out, **too_few}))
     return arms
@@ -107,17 +108,6 @@ def context_settings(settings: JudgingSettings, draw: int) -> ContextSettings:
         **{"explaining": settings.explaining, "scoring": settings.scoring, "silent": settings.scoring},
         **{"near": max(1, settings.scoring // 2), "seed": settings.seed, "draw": draw},
     )
-
-
-def explained(kind: str, judge: Judge, contexts: Mapping[int, LatentContexts]) -> dict[int, str]:
-    """Explanations of latents by keywords or by the judge; none for the kind `none`. A judge that writes nothing is an `InputError`."""
-    if kind == "none":
-        return {}
-    if kind == "keywords":
-        return explained_by_keywords(contexts)
-    if "explanation" not in judge.tasks:
-        raise InputError("explanations: this judge writes none: take keywords, none or a file, or another judge")
-    return explained_by_judge(judge, contexts)
 
 
 def explained_latents(given: Mapping[str, Mapping[int, str]], name: str, arms: Mapping[str, Any], live: torch.Tensor) -> list[int]:

@@ -6,13 +6,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from metasae_lightning.errors import InputError
 from metasae_lightning.judging.contexts import Context, LatentContexts
+from metasae_lightning.judging.flat_text import FlatText
 from metasae_lightning.judging.judge import Judge
 from metasae_lightning.judging.questions import Question, ShownText
+from metasae_lightning.judging.text_words import Words
 
 # Tokens and neighbouring words of an explanation by keywords.
 KEY_TOKENS, KEY_WORDS = 4, 6
@@ -20,6 +24,33 @@ KEY_TOKENS, KEY_WORDS = 4, 6
 FIRING_SHARE = 0.3
 # Characters of a judge's explanation at most.
 LENGTH = 400
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """Explains latents in one way, after their contexts in one text."""
+
+    kind: str
+    """`keywords`, `judge`, or `none` for no explanations."""
+    judge: Judge
+    """The judge."""
+    text: FlatText
+    """The text."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "judge" and "explanation" not in self.judge.tasks:
+            raise InputError("explanations: this judge writes none: take keywords, none or a file, or another judge")
+
+    def explanations(self, contexts: Mapping[int, LatentContexts]) -> dict[int, str]:
+        """An explanation of each latent; empty where the judge wrote nothing."""
+        if self.kind == "none":
+            return {}
+        return explained_by_judge(self.judge, contexts) if self.kind == "judge" else explained_by_keywords(contexts, self.rarity)
+
+    @cached_property
+    def rarity(self) -> dict[str, float]:
+        """The rarity of each word of the text."""
+        return word_rarity(self.text)
 
 
 def explained_by_judge(judge: Judge, contexts: Mapping[int, LatentContexts]) -> dict[int, str]:
@@ -36,27 +67,30 @@ def with_strengths(context: Context) -> ShownText:
     return ShownText(context.tokens, tuple(value >= FIRING_SHARE * peak for value in context.activations), tuple(map(float, strengths)))
 
 
-def explained_by_keywords(contexts: Mapping[int, LatentContexts]) -> dict[int, str]:
-    """For each latent, its most frequent firing tokens and the words that its contexts have more often than those of other latents.
+def explained_by_keywords(contexts: Mapping[int, LatentContexts], rarity: Mapping[str, float]) -> dict[int, str]:
+    """For each latent, its most frequent firing tokens and the words that are rare in the text but not in its contexts.
 
-    The weight of a word is the number of the latent's contexts that hold it, times the logarithm of the share of all latents that do not.
+    The weight of a word is the number of the latent's contexts that hold it, times its `rarity`.
     """
-    words_of = {latent: Counter(word for context in found.explaining for word in words_in(context)) for latent, found in contexts.items()}
-    latents_with = Counter(word for counts in words_of.values() for word in counts)
-    explanations: dict[int, str] = {}
-    for latent, found in contexts.items():
-        fired = Counter(token for context in found.explaining for token in firing_tokens(context))
-        tokens = [token for token, _ in fired.most_common(KEY_TOKENS)]
-        weights = {
-            word: count * math.log((1 + len(contexts)) / latents_with[word])
-            for word, count in words_of[latent].items()
-            if count > 1 and word not in {token.strip().lower() for token in tokens}
-        }
-        beside = sorted(weights, key=lambda word: (-weights[word], word))[:KEY_WORDS]
-        explanations[latent] = f"{', '.join(token.strip() or repr(token) for token in tokens)}" + (
-            f"; near {', '.join(beside)}" * bool(beside)
-        )
-    return explanations
+    return {latent: keywords(found, rarity) for latent, found in contexts.items()}
+
+
+def keywords(found: LatentContexts, rarity: Mapping[str, float]) -> str:
+    """The explanation of one latent by keywords."""
+    fired = Counter(token.strip() or repr(token) for context in found.explaining for token in firing_tokens(context))
+    tokens = sorted(fired, key=lambda token: (-fired[token], token))[:KEY_TOKENS]
+    counts = Counter(word for context in found.explaining for word in words_in(context))
+    shown = {token.lower() for token in tokens}
+    weights = {word: count * rarity.get(word, 0.0) for word, count in counts.items() if count > 1 and word not in shown}
+    beside = sorted(weights, key=lambda word: (-weights[word], word))[:KEY_WORDS]
+    return ", ".join(tokens) + (f"; near {', '.join(beside)}" if beside else "")
+
+
+def word_rarity(text: FlatText) -> dict[str, float]:
+    """For each word of a text the logarithm of the share of documents that hold it, negated."""
+    words = Words.of(text)
+    documents = len(text.hashes)
+    return {name: math.log(documents / count) for name, count in zip(words.names, words.n_documents().tolist(), strict=True) if count}
 
 
 def firing_tokens(context: Context) -> set[str]:
@@ -66,12 +100,12 @@ def firing_tokens(context: Context) -> set[str]:
 
 
 def words_in(context: Context) -> set[str]:
-    """The words of a context in lower case, of three letters or more.
+    """The words of a context in lower case, of three letters or more, each a run of the letters A to Z.
 
     >>> sorted(words_in(Context(0, ("The", " cats", " of", " x1"), (0.0,) * 4)))
     ['cats', 'the']
     """
-    return {word.lower() for word in re.findall(r"[^\W\d_]{3,}", context.text)}
+    return {word.lower() for word in re.findall(r"[A-Za-z]{3,}", context.text)}
 
 
 def read_explanations(path: Path) -> dict[str, dict[int, str]]:

@@ -31,6 +31,9 @@ class Ledger:
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
+            # A written answer survives the end of this process. Only the machine's own end may take the last ones with it.
+            self._file.execute("PRAGMA journal_mode = WAL")
+            self._file.execute("PRAGMA synchronous = NORMAL")
         try:
             with self._errors():
                 self._open()

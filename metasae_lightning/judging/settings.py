@@ -5,6 +5,9 @@ from typing import Literal
 
 from metasae_lightning.errors import InputError
 
+# Explanations that are made; anything else is a file of the user's.
+KINDS = ("keywords", "judge", "none")
+
 
 @dataclass(frozen=True)
 class JudgingSettings:

@@ -1,27 +1,27 @@
 """Latents of the first arm that another arm splits, with contexts and explanations of each side."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from metasae_lightning.evaluation.compare import best_matches, firings, splits
 from metasae_lightning.judging.arms import SampledArm
 from metasae_lightning.judging.contexts import Context, LatentContexts
 from metasae_lightning.judging.draw import ContextSettings, draw_contexts
-from metasae_lightning.judging.flat_text import FlatText
+from metasae_lightning.judging.explanations import Explainer
 
 # Contexts of each latent of a split.
 SHOWN = 5
 # Memory for counting co-firings, in GiB.
 PAIRS_GIB = 0.5
 
-Explain = Callable[[Mapping[int, LatentContexts]], Mapping[int, str]]
 
-
-def split_records(first: SampledArm, other: SampledArm, text: FlatText, explain: Explain, *, count: int, seed: int) -> list[dict[str, Any]]:
+def split_records(first: SampledArm, other: SampledArm, explainer: Explainer, *, count: int, seed: int) -> list[dict[str, Any]]:
     """Up to `count` latents of the first arm that another arm splits, as `evaluation.compare.splits` finds them, with contexts.
 
     A split of which a latent has too few contexts is left out.
     """
+    if not count:
+        return []
     codes, firings_other = (first.collected, other.collected), firings(other.collected)
     forward, _ = best_matches(firings(first.collected), firings_other, PAIRS_GIB)
     found = splits(forward, firings_other)
@@ -30,11 +30,11 @@ def split_records(first: SampledArm, other: SampledArm, text: FlatText, explain:
     drawn: list[dict[int, LatentContexts]] = []
     for side, latents in zip(codes, wanted, strict=True):
         distinct = list(dict.fromkeys(latents))
-        contexts = draw_contexts(side, distinct, text=text, W_dec=side.subject.W_dec.cpu(), settings=settings).latents
+        contexts = draw_contexts(side, distinct, text=explainer.text, W_dec=side.subject.W_dec.cpu(), settings=settings).latents
         drawn.append({one.latent: one for one in contexts})
     usable = [entry for entry in found if entry["latent"] in drawn[0] and all(latent in drawn[1] for latent in entry["into"])][:count]
-    whole = explain({entry["latent"]: drawn[0][entry["latent"]] for entry in usable})
-    parts = explain({latent: drawn[1][latent] for entry in usable for latent in entry["into"]})
+    whole = explainer.explanations({entry["latent"]: drawn[0][entry["latent"]] for entry in usable})
+    parts = explainer.explanations({latent: drawn[1][latent] for entry in usable for latent in entry["into"]})
     return [
         {
             **entry,

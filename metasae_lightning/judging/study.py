@@ -1,21 +1,21 @@
 """A judging run: explain a sample of latents of each arm, score them and their controls, and compare the arms."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from metasae_lightning.evaluation.collect import CollectedCodes
 from metasae_lightning.evaluation.evaluate import versions
-from metasae_lightning.judging.arms import SampledArm, explained, sampled_arms
+from metasae_lightning.judging.arms import SampledArm, sampled_arms
 from metasae_lightning.judging.entries import ArmScore, differences_of, latents_entry, score_arm, score_entry
+from metasae_lightning.judging.explanations import Explainer
 from metasae_lightning.judging.flat_text import FlatText
 from metasae_lightning.judging.judge import Judge
 from metasae_lightning.judging.measures import Measure, measures_for
 from metasae_lightning.judging.questions import Cost
 from metasae_lightning.judging.reliability import Planted, Reliability, reliability_of
-from metasae_lightning.judging.settings import JudgingSettings
+from metasae_lightning.judging.settings import KINDS, JudgingSettings
 from metasae_lightning.judging.split_contexts import split_records
 from metasae_lightning.judging.topical_coherence import Embed
 
@@ -53,6 +53,8 @@ def judge_arms(collected: Mapping[str, CollectedCodes], model: Any, judge: Judge
     """
     first = next(iter(collected.values()))
     text = FlatText.of(first, model.tokenizer)
+    # A user's file says nothing about latents of splits, which are explained by keywords.
+    explainer = Explainer(settings.explanations if settings.explanations in KINDS else "keywords", judge, text)
     measures = measures_for(settings.scores, judge, embed, model, explained=settings.explanations != "none")
     planted = Planted.on(first, model.tokenizer, settings)
     numbers = {"resamples": settings.resamples, "seed": settings.seed}
@@ -61,10 +63,15 @@ def judge_arms(collected: Mapping[str, CollectedCodes], model: Any, judge: Judge
         reliability[measure.name] = found = reliability_of(measure, planted, **numbers)
         if found is not None:
             log.info("%s: %.3f on planted latents, by chance %g", measure.name, found.mean.value, measure.chance)
-    arms = sampled_arms(collected, text, judge, settings)
+    arms = sampled_arms(collected, explainer, settings)
     scores = [score_all(measures, arm, reliability, settings.seed) for arm in arms]
     about = {
-        **{"judge": judge.identity, "explanations": explanations_named(settings), "settings": asdict(settings), "versions": versions()},
+        **{
+            "judge": judge.identity,
+            "explanations": settings.explanations if settings.explanations in KINDS else "file",
+            "settings": asdict(settings),
+            "versions": versions(),
+        },
         **{"tokens": int(text.counted.sum()), "cost": asdict(judge.cost)},
     }
     results: list[JudgedArm] = []
@@ -78,7 +85,7 @@ def judge_arms(collected: Mapping[str, CollectedCodes], model: Any, judge: Judge
         if arm is not arms[0]:
             against = {name: differences_of((arms[0], scores[0][name]), (arm, of_arm[name]), **numbers) for name in of_arm}
             entry["against"] = {"arm": arms[0].name, "scores": against}
-            record["splits"] = splits_of(arms[0], arm, text, judge, settings)
+            record["splits"] = split_records(arms[0], arm, explainer, count=settings.splits, seed=settings.seed)
         results.append(JudgedArm(arm.name, arm.collected, entry, record))
     return Study(results, judge.cost)
 
@@ -93,15 +100,3 @@ def score_all(
         found = reliability[measure.name]
         scores[measure.name] = score_arm(measure, arm, 0.5 if found is None else found.threshold, seed=seed)
     return scores
-
-
-def splits_of(first: SampledArm, arm: SampledArm, text: FlatText, judge: Judge, settings: JudgingSettings) -> list[dict[str, Any]]:
-    """The first arm's latents that an arm splits. They are explained as the others are, those of a user's file by keywords."""
-    kind = settings.explanations if settings.explanations in ("keywords", "judge", "none") else "keywords"
-    explain: Callable[..., dict[int, str]] = partial(explained, kind, judge)
-    return split_records(first, arm, text, explain, count=settings.splits, seed=settings.seed) if settings.splits else []
-
-
-def explanations_named(settings: JudgingSettings) -> str:
-    """Where the explanations come from: `keywords`, `judge`, `none` or `file`."""
-    return settings.explanations if settings.explanations in ("keywords", "judge", "none") else "file"

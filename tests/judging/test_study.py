@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.helpers.judges import OracleJudge, RandomJudge
 from tests.helpers.models import documents
 
 SETTINGS = JudgingSettings(tokens=6000, latents=8, scoring=6, explaining=6, seeds=2, resamples=50, pair_cosine=-1.0, splits=3)
+FEW = replace(SETTINGS, scores=["detection", "intruder"], seeds=1, splits=0)
 
 
 def embed(texts: Any) -> Tensor:
@@ -80,7 +82,7 @@ def test_repeating_asks_nothing_and_changes_nothing(arms: tuple[dict[str, Any], 
     results: list[Study] = []
     for _ in range(2):
         ledger = Ledger(tmp_path / "answers.sqlite")
-        results.append(judge_arms(*arms, KeptAnswers(RandomJudge(), ledger), embed, SETTINGS))
+        results.append(judge_arms(*arms, KeptAnswers(RandomJudge(), ledger), embed, FEW))
         ledger.close()
     first, second = results
     assert first.cost.requests > 0 and second.cost.requests == 0
@@ -92,9 +94,9 @@ def test_repeating_asks_nothing_and_changes_nothing(arms: tuple[dict[str, Any], 
 
 def test_another_judge_answers_for_itself(arms: tuple[dict[str, Any], Any], tmp_path: Path):
     ledger = Ledger(tmp_path / "answers.sqlite")
-    judge_arms(*arms, KeptAnswers(RandomJudge(0), ledger), embed, SETTINGS)
-    other = judge_arms(*arms, KeptAnswers(RandomJudge(1), ledger), embed, SETTINGS)
-    alone = judge_arms(*arms, RandomJudge(1), embed, SETTINGS)
+    judge_arms(*arms, KeptAnswers(RandomJudge(0), ledger), embed, FEW)
+    other = judge_arms(*arms, KeptAnswers(RandomJudge(1), ledger), embed, FEW)
+    alone = judge_arms(*arms, RandomJudge(1), embed, FEW)
     ledger.close()
     assert other.arms[0].entry["scores"]["detection"]["mean"] == alone.arms[0].entry["scores"]["detection"]["mean"]
     assert other.cost.requests == alone.cost.requests or other.cost.reused > 0
@@ -107,7 +109,7 @@ def test_results_are_beside_each_sae(study: Study, tmp_path: Path):
         assert read_record(subject.record)["judging"]["sampled"] == arm.entry["sampled"]
         kept = json.loads(gzip.decompress((subject.folder / "judged.json.gz").read_bytes()))
         assert kept["latents"].keys() == arm.record["latents"].keys()
-    rows = list(csv.DictReader((tmp_path / "latents.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "latents.csv").read_text().splitlines()))
     assert len(rows) == sum(len(arm.record["latents"]) for arm in study.arms)
     assert {row["arm"] for row in rows} == {"solo", "twin", "other"}
 
@@ -118,7 +120,7 @@ def test_a_users_explanations_choose_the_latents(arms: tuple[dict[str, Any], Any
     file = tmp_path / "mine.csv"
     file.write_text(f'latent,explanation\n{latent},the word "fox"\n{other},"=HYPERLINK(""x"")"\n')
     collected, model = arms
-    settings = JudgingSettings(**{**vars(SETTINGS), "explanations": str(file)})
+    settings = replace(SETTINGS, explanations=str(file))
     result = judge_arms({"solo": collected["solo"]}, model, OracleJudge(), embed, settings)
     assert {number: found["explanation"] for number, found in result.arms[0].record["latents"].items()} == {
         latent: 'the word "fox"',
@@ -132,8 +134,8 @@ def test_a_users_explanations_choose_the_latents(arms: tuple[dict[str, Any], Any
 
 def test_without_explanations_only_scores_that_need_none(arms: tuple[dict[str, Any], Any]):
     collected, model = arms
-    settings = JudgingSettings(**{**vars(SETTINGS), "explanations": "none"})
+    settings = replace(SETTINGS, explanations="none")
     result = judge_arms({"solo": collected["solo"]}, model, RandomJudge(), embed, settings)
     assert set(result.arms[0].entry["scores"]) == {"intruder", "topical_coherence", "output"}
     with pytest.raises(InputError, match="scores: 'detection'"):
-        judge_arms({"solo": collected["solo"]}, model, RandomJudge(), embed, JudgingSettings(**{**vars(settings), "scores": ["detection"]}))
+        judge_arms({"solo": collected["solo"]}, model, RandomJudge(), embed, replace(settings, scores=["detection"]))
