@@ -58,9 +58,8 @@ def all_contexts(contexts: LatentContexts) -> list[Context]:
 def places(collected: HandMade, context: Context) -> Iterator[int]:
     """Positions in the text where the context's document has its tokens."""
     of_document = (collected.owner.flatten() == context.document).nonzero().flatten().tolist()
-    spelled = dict(
-        zip(of_document, collected.tokenizer.convert_ids_to_tokens(collected.tokens.flatten()[of_document].tolist()), strict=True)
-    )
+    ids = collected.tokens.flatten()[of_document].tolist()
+    spelled = dict(zip(of_document, collected.tokenizer.convert_ids_to_tokens(ids), strict=True))
     for start in of_document:
         window = range(start, start + len(context.tokens))
         same_context = window[0] // LENGTH == window[-1] // LENGTH
