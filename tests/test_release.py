@@ -15,6 +15,9 @@ def test_the_citation_names_the_version_and_the_license_of_the_package():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0" and {"message", "title", "authors"} <= set(citation)
     assert (citation["title"], citation["version"], citation["license"]) == (project["name"], project["version"], project["license"])
+    # CITATION.cff 1.2.0 requires these three fields of a reference.
+    (paper,) = citation["references"]
+    assert all(paper[field] for field in ("type", "title", "authors")) and paper["url"] == citation["identifiers"][0]["value"]
 
 
 @pytest.mark.parametrize(("tag", "notes"), [("v0.2.0", "second\n"), ("0.1.0", "first\n"), ("v0.2", None), ("", None)])
