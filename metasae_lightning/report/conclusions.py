@@ -205,7 +205,7 @@ class PaperComparison:
 
 
 def compare_with_paper(groups: Sequence[Group]) -> list[PaperComparison]:
-    """The paper's table with our results; empty if none of our arms has a weight and sigma squared of the table."""
+    """The paper's table with our results; empty if none of our arms has a weight and sigma squared of the table and can be compared."""
     base = baseline(groups)
     by_setting: dict[tuple[float, float], Group] = {}
     for group in groups:
@@ -223,7 +223,7 @@ def compare_with_paper(groups: Sequence[Group]) -> list[PaperComparison]:
         error = None if group is None else difference(group, base, "reconstruction/fvu", "fvu")
         loss = None if group is None else added_loss(group.arms)
         comparisons.append(PaperComparison(weight, sigma_sq, paper.phi, paper.error, paper.loss, group, phi, excess, error, loss))
-    return comparisons
+    return comparisons if any(comparison.ours is not None for comparison in comparisons) else []
 
 
 def added_loss(arms: Sequence[Arm]) -> float | None:

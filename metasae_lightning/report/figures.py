@@ -283,5 +283,7 @@ def training(groups: Sequence[Group]) -> Figure | None:
                 axes.plot(x, y, label=label, color=group_style(index)["color"], linewidth=1.3, alpha=1.0 if not number else 0.5)
         axes.set(xlabel="tokens", ylabel=curves[name])
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
+        if name == "train/dead":  # the axis of a constant 0 would go below it
+            axes.set_ylim(bottom=0)
         add_legend(axes)
     return figure

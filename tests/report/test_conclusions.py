@@ -107,4 +107,6 @@ def test_the_papers_table_has_our_results_in_the_row_of_the_same_penalty():
     assert (matched_row.weight, matched_row.sigma_sq, matched_row.phi, matched_row.error, matched_row.loss) == (0.3, 1.0, -7.5, 9.3, 3.1)
     assert matched_row.our_excess is not None and matched_row.our_excess.percent[0] == pytest.approx(-10)
     assert matched_row.our_error is not None and matched_row.our_error.percent[0] == pytest.approx(10)
+    # No arm of the paper's weight, and such an arm alone: a table of dashes would tell nothing.
     assert report.compare_with_paper(group_by_recipe([arm("solo", None, 0, entry(1e-4)), arm("other", 0.7, 0, entry(1e-4))])) == []
+    assert report.compare_with_paper(group_by_recipe([arm("joint", 0.3, 0, entry(1e-4))])) == []
