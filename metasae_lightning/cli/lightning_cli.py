@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from metasae_lightning import callbacks
 from metasae_lightning.cli.grid import expand, select_arms
-from metasae_lightning.cli.loggers import loggers_of_run
+from metasae_lightning.cli.loggers import announce_wandb_server, loggers_of_run
 from metasae_lightning.cli.parser_errors import parser_error_line
 from metasae_lightning.cli.plugins import argument_names, argument_options, class_names, load_plugins
 from metasae_lightning.cli.resume import RunSettings, check_checkpoint, check_settings, is_path
@@ -169,6 +169,7 @@ class MetasaeCLI(LightningCLI):
             with one_line_errors():
                 self.model = parser.instantiate_classes(model, instantiate_groups=False)["model"]
         self.held_lines.release()
+        announce_wandb_server(self.trainer.loggers)
 
     def before_cache(self) -> None:
         """Reject a cache that cannot be written, and print its memory plan."""

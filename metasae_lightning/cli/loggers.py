@@ -1,11 +1,12 @@
 """The loggers of a run: `metrics.csv`, and TensorBoard or the loggers that the recipe names, with a logged run for each arm."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from metasae_lightning.redaction import redact
 
@@ -146,6 +147,15 @@ def logger_arguments(logger: Any, args: Mapping[str, Any], run: str, arm: str) -
     # W&B's runs of all arms are open at once; by default it has one run in a process.
     of_arm = {"name": f"{own_name}-{arm}", "group": args.get("group") or own_name, "reinit": "create_new"} if arm else {"name": own_name}
     return {**({} if args.get("save_dir", ".") != "." else {"save_dir": run}), **of_arm}
+
+
+def announce_wandb_server(loggers: Sequence[Any]) -> None:
+    """Say that W&B's client connects to its server, which may take minutes where none answers; nothing of a logger that is offline."""
+    firsts = [logger.first if isinstance(logger, LoggerByArm) else logger for logger in loggers]
+    # Lightning tells the client of `offline: true` only when the client is first used.
+    connects = any(isinstance(logger, WandbLogger) and not getattr(logger, "_offline", False) for logger in firsts)
+    if connects and os.environ.get("WANDB_MODE", "online") in ("online", "shared"):
+        rank_zero_info("W&B: waiting for its server; WANDB_MODE=offline logs to files instead")
 
 
 def log_recipe(loggers: Sequence[Any], recipe: Mapping[str, Any]) -> None:

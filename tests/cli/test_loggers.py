@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from metasae_lightning.callbacks.logger_media import kind_of, log_figure, log_histogram, log_row
 from metasae_lightning.cli import main
-from metasae_lightning.cli.loggers import LoggerByArm, log_recipe, logger_arguments, loggers_of_run
+from metasae_lightning.cli.loggers import LoggerByArm, announce_wandb_server, log_recipe, logger_arguments, loggers_of_run
 
 RECIPE = """
 trainer:
@@ -201,6 +201,22 @@ def test_a_logger_whose_client_is_missing_is_one_line(tmp_path: Path, capsys: py
     line = capsys.readouterr().err.strip().split("\n")[-1]
     assert line.startswith("metasae: error: lightning.pytorch.loggers.MLFlowLogger: Requirement 'mlflow>=1.0.0' not met")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("mode", "is_announced"), [("online", True), ("offline", False), ("disabled", False)])
+def test_the_wait_for_the_server_of_wandb_is_announced_unless_it_logs_offline(
+    mode: str, is_announced: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    pytest.importorskip("wandb")
+    lines: list[str] = []
+    monkeypatch.setattr("metasae_lightning.cli.loggers.rank_zero_info", lines.append)
+    monkeypatch.setenv("WANDB_MODE", mode)
+    logger = WandbLogger(save_dir=str(tmp_path))
+    announce_wandb_server([CSVLogger(str(tmp_path)), WandbLogger(save_dir=str(tmp_path), offline=True)])
+    assert not lines
+    for loggers in ([logger], [LoggerByArm({"solo": logger})]):
+        announce_wandb_server(loggers)
+    assert len(lines) == 2 * is_announced
 
 
 def test_a_server_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
