@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,17 @@ def write_file(path: Path, content: bytes) -> None:
         atomic_files.write_bytes(path, content)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Reject a folder that cannot be made or written to; the `InputError` begins with `option`."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        # Permissions alone do not tell: root may write to every folder, but not make one in /proc.
+        with tempfile.TemporaryDirectory(prefix=".metasae-", dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"{option} {folder}: {nearest} is not a directory that can be written to") from error
 
 
 def null_non_finite(tree: Any) -> Any:

@@ -24,7 +24,7 @@ from metasae_lightning.redaction import redact
 from metasae_lightning.report import model_card
 from metasae_lightning.run_folder import arm_record, read_record
 from metasae_lightning.sae import pretrained
-from metasae_lightning.sae.publish import HUB, README, RECORD, Destination, open_destination, publish, stage
+from metasae_lightning.sae.publish import HUB, README, RECORD, Destination, check_id, open_destination, publish, stage
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ def publish_saes(args: Namespace) -> int:
     Before that the primary is measured, and a copy of each SAE is loaded back and compared.
     """
     args.data = None
+    if args.id is not None:
+        check_id(args.id)
     dest = open_destination(args.dest, private=args.private, revision=args.revision)
     (sae,) = open_saes([args.run], None)
     if sae.run is None:
@@ -110,7 +112,7 @@ def publish_run(
         replace: Whether to replace an SAE of the same name.
         overrides: Public names in place of local paths, by key of the SAE's metadata.
     """
-    name = name or str(sae.metadata.get("hook_name") or sae.name)
+    name = name if name is not None else str(sae.metadata.get("hook_name") or sae.name)
     measured = measure_exported(sae, data, tokens)
     run_record = arm_record(read_record(sae.record), sae.arm)
     check_measurement(sae, measured, run_record)

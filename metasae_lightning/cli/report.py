@@ -13,9 +13,10 @@ def write_report(args: Namespace) -> int:
     """Print the overview and the conclusion of finished runs, then write their page."""
     # Read when NumPy is imported. Figures are drawn beside NumPy's products: a second thread of either waits more than it computes.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from metasae_lightning.report.write import write
+    from metasae_lightning.report.write import check_destination, write
 
-    study = report.study(args.runs, args.title)
+    study, out = report.study(args.runs, args.title), Path(args.out or args.runs[0])
+    check_destination(out)
     console = Console()
     console.print(report.overview(study))
     if any(arm.judging for arm in study.arms):
@@ -26,6 +27,6 @@ def write_report(args: Namespace) -> int:
     console.print(study.verdict.sentence, markup=False, highlight=False)
     for line in study.verdict.beside:
         console.print(line, markup=False, highlight=False)
-    page = write(study, Path(args.out or args.runs[0]))  # the answer is on the terminal while figures are drawn
+    page = write(study, out)  # the answer is on the terminal while figures are drawn
     console.print(f"the page: {page}", markup=False, highlight=False, soft_wrap=True)
     return 0

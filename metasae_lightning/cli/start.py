@@ -90,6 +90,8 @@ def check_run(model: Any, data: Any, trainer: Any, *, resumes: bool) -> None:
     for name, arm in arms_of(model).items():
         with errors_name_arm(name):
             check_optimizers(arm, steps)
+            if batch_size and (parts := arm.primary.config.micro_batches) > batch_size:
+                raise InputError(f"micro_batches must be at most the {batch_size:,} rows of a batch, got {parts:,}")
             if not getattr(data, "language_model", None):
                 check_data(data, arm.hook, arm.primary.sae.cfg.d_in)
             if not resumes:
@@ -108,18 +110,11 @@ def check_cache(data: Any, shard_gib: float) -> None:
         raise InputError("cache: name the folder to write, --data.init_args.cache FOLDER")
     if not 0 < shard_gib < float("inf"):
         raise InputError(f"shard_gib must be more than 0, got {shard_gib}")
-    check_writable(data.cache.path, "cache:")
+    run_folder.check_writable(data.cache.path, "cache:")
     if (data.cache.path / "config.yaml").exists():
         raise InputError(f"cache: {data.cache.path} holds a run: name another folder")
     data.reading_cache = False
     data.check_text(1)
-
-
-def check_writable(folder: Path, option: str) -> None:
-    """Reject a folder that cannot be made or written to; the `InputError` begins with `option`."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise InputError(f"{option} {folder}: {nearest} is not a directory that can be written to")
 
 
 def check_intervals(trainer: Any, steps: float) -> None:
@@ -161,7 +156,7 @@ def arms_of(model: Any) -> dict[str, JointSAE]:
 
 def lock_run(run: Path, resources: ExitStack) -> None:
     """Lock a run's folder, on the first rank, until `resources` are released; reject one that cannot be written to or is being trained."""
-    check_writable(run, "--run")
+    run_folder.check_writable(run, "--run")
     if not any(os.environ.get(name, "0") not in ("", "0") for name in RANKS):
         resources.enter_context(file_lock(run_folder.lock_file(run), f"--run {run}"))
 

@@ -29,13 +29,17 @@ def plant(config: SyntheticModelConfig, *, shared_subspaces: int = 0, sharing: f
     more. These common parts are what a decomposability penalty should find. For independent directions in many dimensions, two features
     with the same common direction have cosine `sharing^2 / (1 + sharing^2)`. `seed` is the model's seed where its config has none.
     """
-    if shared_subspaces < 0:
-        raise InputError(f"shared_subspaces must be 0 or more, got {shared_subspaces}")
+    for name, value in (("shared_subspaces", shared_subspaces), ("sharing", sharing)):
+        if not 0 <= value < float("inf"):
+            raise InputError(f"{name} must be 0 or more, got {value}")
     # Without a seed SAELens uses the global random state.
     config = config if config.seed is not None else replace(config, seed=seed)
     # SAELens orthogonalises by gradient descent, and this function may be called without gradients.
     with torch.inference_mode(False), torch.enable_grad():
         model = SyntheticModel(config).requires_grad_(False)
+    # SAELens takes a negative one, and draws as with its absolute value.
+    if (least := model.activation_generator.std_firing_magnitudes.min().item()) < 0:
+        raise InputError(f"model.std_firing_magnitudes must be 0 or more, got {least:g}")
     if shared_subspaces:
         vectors = model.feature_dict.feature_vectors
         vectors.copy_(_add_common_directions(vectors, shared_subspaces, sharing, _seed("subspaces", config.seed)))
@@ -126,7 +130,7 @@ class SyntheticDataModule(LightningDataModule):
         validation_tokens: Tokens in a validation, over all ranks.
         test_tokens: Tokens in a test, over all ranks.
         shared_subspaces: Number of common directions that the features share; 0 leaves the features as SAELens makes them.
-        sharing: Length of the common direction that is added to a feature's own unit direction.
+        sharing: Length of the common direction that is added to a feature's own unit direction: 0 or more.
         seed: Seed of the batches, and of the model where its config has none.
     """
 

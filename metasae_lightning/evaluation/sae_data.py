@@ -21,6 +21,8 @@ def data_for(sae: EvaluatedSAE, *, recipe: str | Path | None = None, device: str
         sizes: dict[str, Any] = {"context_size": metadata.get("context_size") or 128, "prepend_bos": metadata.get("prepend_bos", True)}
         sizes |= {"held_out": metadata.get("held_out") or 0.05, "max_norm_ratio": metadata.get("max_norm_ratio")}
         data = ActivationsDataModule(language_model_of(sae), corpus_of(sae), tokens=4096, skip_positions=skip, **sizes)
-    if device is not None and isinstance(data, ActivationsDataModule):
-        data.language_model.set_device(parse_device(device))
+    # Checked also where the data have no language model to move.
+    named_device = None if device is None else parse_device(device)
+    if named_device is not None and isinstance(data, ActivationsDataModule):
+        data.language_model.set_device(named_device)
     return data

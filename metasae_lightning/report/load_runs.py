@@ -121,7 +121,10 @@ def read_compressed(path: Path, remedy: str) -> dict[str, Any] | None:
 
 
 def load_arms(folders: Sequence[str]) -> list[Arm]:
-    """Every arm of some runs, in their order. If two arms would have the same name, all names include the run."""
+    """Every arm of some runs, in their order. If two arms would have the same name, all names include the run.
+
+    Runs without any result are an `InputError`.
+    """
     runs = [Path(folder) for folder in folders]
     for run in runs:
         if not run.is_dir():
@@ -132,6 +135,8 @@ def load_arms(folders: Sequence[str]) -> list[Arm]:
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         arms = [arm for run in runs for arm in arms_of(run, prefix=f"{run}/")]
+    if not any(arm.record or arm.curves or is_exported(arm.folder) for arm in arms):
+        raise InputError(f"{', '.join(folders)}: there is no result to report: no evaluation, no SAE and no training curve")
     return arms
 
 

@@ -92,13 +92,19 @@ def study(places: Sequence[str], title: str | None = None) -> Study:
     return Study(title or ", ".join(Path(place).resolve().name for place in places), groups, verdict(groups), compare_with_paper(groups))
 
 
+def check_destination(out: Path) -> None:
+    """Reject a folder that cannot be written to, and one that has a folder `report/` that is not a report."""
+    run_folder.check_writable(out, "--out")
+    if (out / "report").exists() and not (out / "report" / "table.json").exists():
+        raise InputError(f"{out / 'report'} is there and no report of ours: move it away, or name another place, --out")
+
+
 def write(study: Study, out: Path) -> Path:
     """Write `report.html`, and `report/` with figures and tables; each appears complete or not at all. Returns the page's path.
 
     Older ones are replaced; a folder `report/` that is not a report is refused.
     """
-    if (out / "report").exists() and not (out / "report" / "table.json").exists():
-        raise InputError(f"{out / 'report'} is there and no report of ours: move it away, or name another place, --out")
+    check_destination(out)
     try:
         # The folder is replaced before the page, since its block ends first.
         with garbage_collection_off(), draft_of(out / "report.html") as page_draft, draft_of(out / "report") as draft:

@@ -216,6 +216,12 @@ SAE_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*")
 DENSITY_OFFSET = 1e-10
 
 
+def check_id(name: str) -> None:
+    """Reject an SAE's id that is no path of letters and digits."""
+    if not SAE_ID.fullmatch(name) or README in name.split("/"):
+        raise InputError(f"{name!r} is no id for an SAE, which has letters, digits and slashes, such as blocks.8.hook_resid_post")
+
+
 def stage(source: str | Path, draft: Path, *, metadata: Mapping[str, Any], density: Float[Tensor, " d_sae"] | None = None) -> SAE[Any]:
     """Copy an SAE's folder to the new folder `draft`, with more metadata and its latents' firing rates; returns the loaded copy.
 
@@ -253,8 +259,7 @@ def publish(
     """
     target = dest if isinstance(dest, Destination) else open_destination(dest, private=private, revision=revision)
     for name, folder in folders.items():
-        if not SAE_ID.fullmatch(name) or README in name.split("/"):
-            raise InputError(f"{name!r} is no id for an SAE, which has letters, digits and slashes, such as blocks.8.hook_resid_post")
+        check_id(name)
         load_pretrained(folder)
     existing = target.list_files()
     for name, folder in folders.items():

@@ -29,6 +29,9 @@ SCHEDULE = "{class_path: torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr
         (["synthetic", "--model.hook", "blocks.0"], "hook: the data give synthetic: name one of them, got blocks.0"),
         (["synthetic", "--data.validation_tokens", "-1"], "validation_tokens must fill a batch of 1024, got -1"),
         (["synthetic", "--model.clip_grad_norm", "nan"], "clip_grad_norm: expected float, got nan"),
+        (["synthetic", "--model.micro_batches", "1025"], "micro_batches must be at most the 1,024 rows of a batch, got 1,025"),
+        (["synthetic", "--data.sharing", "-1"], "sharing must be 0 or more, got -1.0"),
+        (["synthetic", "--data.model.std_firing_magnitudes", "-0.3"], "model.std_firing_magnitudes must be 0 or more, got -0.3"),
         (["synthetic", "--trainer.accelerator", "gpu"], "trainer.accelerator: gpu is not there: there is cpu alone"),
         (["synthetic", "--model.primary.device", "cuda:9"], "primary.device: 'cuda:9' is not there: there is cpu alone"),
         (["synthetic", "--grid", "a: &a [*a]"], "a value contains itself: a YAML alias is inside of its own anchor"),
@@ -153,6 +156,8 @@ def test_lines_are_held_back_until_they_are_released(released: bool, error: Exce
     [
         (["synthetic"], "data: only ActivationsDataModule has activations to cache, got SyntheticDataModule"),
         (["quickstart", "--data.cache", "out", "--shard_gib", "0"], "shard_gib must be more than 0, got 0.0"),
+        # Not even root can make a folder there.
+        (["quickstart", "--data.cache", "/proc/out"], "cache: /proc/out: /proc is not a directory that can be written to"),
         (["quickstart", "--data.cache", "run"], "cache: run holds a run: name another folder"),
         (["quickstart", "--data.cache", "out", "--data.context_size", "9000"], "context_size must be at most 8192"),
     ],

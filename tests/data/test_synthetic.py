@@ -121,3 +121,7 @@ def test_arguments_out_of_range_are_refused():
         stream(tokens=10)
     with pytest.raises(InputError, match="shared_subspaces must be 0 or more, got -1"):
         plant(config(), shared_subspaces=-1)
+    with pytest.raises(InputError, match=r"^sharing must be 0 or more, got nan"):
+        plant(config(), shared_subspaces=2, sharing=float("nan"))
+    with pytest.raises(InputError, match=r"^model.std_firing_magnitudes must be 0 or more, got -0.5"):
+        plant(config(std_firing_magnitudes=-0.5))

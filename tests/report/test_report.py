@@ -364,10 +364,11 @@ def test_missing_results_are_named_and_the_others_are_plotted(evaluated_run: Pat
     assert "no metrics.csv" in text
     assert {path.stem for path in (run / "report").glob("*.svg")} == {"gain", "tradeoff", "phi", "decoder", "critic", "latents"}
     assert [arm["name"] for arm in latents_in_page((run / "report.html").read_text())["arms"]] == ["joint-seed0"]
-    # A run that has only its config.
+    # A run that has only its config and a training curve.
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(run / "config.yaml", bare)
+    shutil.copy(evaluated_run / "metrics.csv", bare)
     assert main(["report", str(bare)]) == 0
     assert "no co-firing measured" in (bare / "report.html").read_text()
 
@@ -427,7 +428,14 @@ def test_errors_are_one_line_and_leave_the_older_page_unchanged(evaluated_run: P
     (tmp_path / "mine" / "report").mkdir(parents=True)
     assert "no report of ours" in error_line_of(str(evaluated_run), "--out", str(tmp_path / "mine"))
     (tmp_path / "file").write_text("")
-    assert "cannot write" in error_line_of(str(evaluated_run), "--out", str(tmp_path / "file"))
+    for out in (tmp_path / "file", Path("/proc/out")):  # not even root can make a folder there
+        assert main(["report", str(evaluated_run), "--out", str(out)]) == 2
+        printed = capsys.readouterr()  # nothing before the error
+        assert (printed.out, printed.err.count("\n")) == ("", 1) and f"metasae: error: --out {out}: " in printed.err
+    (tmp_path / "bare").mkdir()
+    shutil.copy(evaluated_run / "config.yaml", tmp_path / "bare")
+    assert "there is no result to report" in error_line_of(str(tmp_path / "bare"))
+    assert [path.name for path in (tmp_path / "bare").iterdir()] == ["config.yaml"]
 
 
 def test_a_report_of_finished_runs_imports_neither_torch_nor_sae_lens(evaluated_run: Path, tmp_path: Path):
