@@ -83,7 +83,10 @@ class FollowingTokens:
 
     @classmethod
     def sampled(cls, collected: CollectedCodes, latents: Sequence[int], *, firings: int, elsewhere: int, seed: int) -> "FollowingTokens":
-        """A random sample: at most `firings` of each latent, and `elsewhere` positions. Those with the smallest random keys are in it."""
+        """A random sample: at most `firings` of each latent, and `elsewhere` positions.
+
+        Every position has a random key, and those with the smallest keys are sampled. So a latent's sample depends on no other latent.
+        """
         generator = torch.Generator().manual_seed(seed)
         column = torch.full((len(collected.subject.W_dec),), -1)
         column[list(latents)] = torch.arange(len(latents))
@@ -91,12 +94,13 @@ class FollowingTokens:
         tokens, fires = torch.zeros(0, dtype=torch.long), torch.zeros(0, len(latents), dtype=torch.bool)
         for codes, entry in collected.codes():
             following = next_tokens(entry)
+            key_of_row = torch.rand(len(following), generator=generator, dtype=torch.float64)
             used = ((column[codes.latents] >= 0) & (following[codes.rows] >= 0)).nonzero().flatten()
-            keys = torch.rand(len(used), generator=generator, dtype=torch.float64)
-            added = torch.stack([column[codes.latents[used]].double(), keys, following[codes.rows[used]].double()], 1)
+            rows = codes.rows[used]
+            added = torch.stack([column[codes.latents[used]].double(), key_of_row[rows], following[rows].double()], 1)
             fired = smallest_keys(torch.cat([fired, added]), firings)
             positions = (following >= 0).nonzero().flatten()
-            keys, order = torch.rand(len(positions), generator=generator, dtype=torch.float64).sort()
+            keys, order = key_of_row[positions].sort()
             positions = positions[order[:elsewhere]]
             position_keys, order = torch.cat([position_keys, keys[:elsewhere]]).sort()
             position_keys, order = position_keys[:elsewhere], order[:elsewhere]

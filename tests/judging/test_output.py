@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from metasae_lightning.cli.arguments import data_of
+from metasae_lightning.data.recipe import data_of
 from metasae_lightning.evaluation.collect import CollectedCodes
 from metasae_lightning.evaluation.evaluate import evaluate
 from metasae_lightning.evaluation.saes import load_sae

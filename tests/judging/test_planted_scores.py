@@ -68,7 +68,9 @@ def test_the_right_judge_is_at_chance_under_the_controls(name: str, material: Ma
     own = measure.scores(material, 0, 0.5)
     for control, scores in measure.controls(material, 0, 0.5).items():
         mean = np.nanmean([scores.values[latent] for latent in words])
-        assert abs(mean - measure.chance) < 0.06 and np.nanmean([own.values[latent] for latent in words]) - mean > 0.2, (control, mean)
+        assert abs(mean - measure.chance) < 0.06, (control, mean)
+        # Activations of planted latents are random, so that nobody can order the texts by them.
+        assert name == "strength_spearman" or np.nanmean([own.values[latent] for latent in words]) - mean > 0.2, control
 
 
 def test_a_random_judge_is_at_chance(material: Material):
