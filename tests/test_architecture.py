@@ -73,7 +73,7 @@ DOORS = {
     "triton": {"compute"},
     "starlette": {"server"},
     "uvicorn": {"cli.serve"},
-    "openai": {"judging.chat_server"},
+    "openai": {"judging.judges.chat_server"},
 }
 PURE = {"functional", "compute", "step", "schedules", "data.shuffle", "data.masks"}
 PURE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "jaxtyping", "triton", OURS}

@@ -18,13 +18,13 @@ from metasae_lightning.evaluation.collect import CollectedCodes, collect
 from metasae_lightning.evaluation.held_out_text import split_stream
 from metasae_lightning.evaluation.saes import EvaluatedSAE, device_of, select_hook
 from metasae_lightning.evaluation.settings import Settings
-from metasae_lightning.judging.causal_judge import CausalJudge
-from metasae_lightning.judging.embedding_judge import EMBEDDED_SENTENCES, EmbeddingJudge
-from metasae_lightning.judging.judge import Judge
-from metasae_lightning.judging.ledger import KeptAnswers, Ledger
-from metasae_lightning.judging.measures import measures_for
-from metasae_lightning.judging.openai_judge import OpenAIJudge
+from metasae_lightning.judging.judges.causal_judge import CausalJudge
+from metasae_lightning.judging.judges.embedding_judge import EMBEDDED_SENTENCES, EmbeddingJudge
+from metasae_lightning.judging.judges.judge import Judge
+from metasae_lightning.judging.judges.ledger import KeptAnswers, Ledger
+from metasae_lightning.judging.judges.openai_judge import OpenAIJudge
 from metasae_lightning.judging.records import write_results
+from metasae_lightning.judging.scoring.measures import measures_for
 from metasae_lightning.judging.settings import JudgingSettings
 from metasae_lightning.judging.study import judge_arms
 from metasae_lightning.lm.device import AUTO

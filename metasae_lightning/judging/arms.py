@@ -10,13 +10,13 @@ import torch
 
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.collect import CollectedCodes
-from metasae_lightning.judging.contexts import LatentContexts
-from metasae_lightning.judging.draw import ContextSettings, draw_contexts
 from metasae_lightning.judging.explanations import Explainer, check_latents, read_explanations
-from metasae_lightning.judging.flat_text import FlatText, document_counts
-from metasae_lightning.judging.measured import Material
-from metasae_lightning.judging.sample import SampledLatents, sample_arms
+from metasae_lightning.judging.scoring.measured import Material
 from metasae_lightning.judging.settings import KINDS, JudgingSettings
+from metasae_lightning.judging.texts.contexts import LatentContexts
+from metasae_lightning.judging.texts.draw import ContextSettings, draw_contexts
+from metasae_lightning.judging.texts.flat_text import FlatText, document_counts
+from metasae_lightning.judging.texts.sample import SampledLatents, sample_arms
 
 log = logging.getLogger(__name__)
 

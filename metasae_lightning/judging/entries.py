@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from metasae_lightning.judging.arms import SampledArm
-from metasae_lightning.judging.measured import LatentScores, table
-from metasae_lightning.judging.measures import Measure
 from metasae_lightning.judging.reliability import Reliability
-from metasae_lightning.judging.statistics import mean_over_latents, paired_difference, unpaired_difference
+from metasae_lightning.judging.scoring.measured import LatentScores, table
+from metasae_lightning.judging.scoring.measures import Measure
+from metasae_lightning.judging.scoring.statistics import mean_over_latents, paired_difference, unpaired_difference
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.judging.contexts import Context, LatentContexts
-from metasae_lightning.judging.flat_text import FlatText
-from metasae_lightning.judging.judge import Judge
-from metasae_lightning.judging.questions import Question, ShownText
-from metasae_lightning.judging.text_words import Words
+from metasae_lightning.judging.judges.judge import Judge
+from metasae_lightning.judging.judges.questions import Question, ShownText
+from metasae_lightning.judging.texts.contexts import Context, LatentContexts
+from metasae_lightning.judging.texts.flat_text import FlatText
+from metasae_lightning.judging.texts.text_words import Words
 
 # Tokens and neighbouring words of an explanation by keywords.
 KEY_TOKENS, KEY_WORDS = 4, 6

@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from metasae_lightning.judging.arms import context_settings
-from metasae_lightning.judging.draw import draw_contexts
-from metasae_lightning.judging.flat_text import Collected
-from metasae_lightning.judging.measured import LatentScores, Material, table
-from metasae_lightning.judging.measures import Measure
-from metasae_lightning.judging.planted import PlantSettings, plant
+from metasae_lightning.judging.scoring.measured import LatentScores, Material, table
+from metasae_lightning.judging.scoring.measures import Measure
+from metasae_lightning.judging.scoring.statistics import Mean, best_threshold, mean_over_latents
 from metasae_lightning.judging.settings import JudgingSettings
-from metasae_lightning.judging.statistics import Mean, best_threshold, mean_over_latents
+from metasae_lightning.judging.texts.draw import draw_contexts
+from metasae_lightning.judging.texts.flat_text import Collected
+from metasae_lightning.judging.texts.planted import PlantSettings, plant
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from typing import Any
 
 from metasae_lightning.evaluation.compare import best_matches, firings, splits
 from metasae_lightning.judging.arms import SampledArm
-from metasae_lightning.judging.contexts import Context, LatentContexts
-from metasae_lightning.judging.draw import ContextSettings, draw_contexts
 from metasae_lightning.judging.explanations import Explainer
+from metasae_lightning.judging.texts.contexts import Context, LatentContexts
+from metasae_lightning.judging.texts.draw import ContextSettings, draw_contexts
 
 # Contexts of each latent of a split.
 SHOWN = 5

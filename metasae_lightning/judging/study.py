@@ -10,14 +10,14 @@ from metasae_lightning.evaluation.evaluate import versions
 from metasae_lightning.judging.arms import SampledArm, sampled_arms
 from metasae_lightning.judging.entries import ArmScore, differences_of, latents_entry, score_arm, score_entry
 from metasae_lightning.judging.explanations import Explainer
-from metasae_lightning.judging.flat_text import FlatText
-from metasae_lightning.judging.judge import Judge
-from metasae_lightning.judging.measures import Measure, measures_for
-from metasae_lightning.judging.questions import Cost
+from metasae_lightning.judging.judges.judge import Judge
+from metasae_lightning.judging.judges.questions import Cost
 from metasae_lightning.judging.reliability import Planted, Reliability, reliability_of
+from metasae_lightning.judging.scoring.measures import Measure, measures_for
+from metasae_lightning.judging.scoring.topical_coherence import Embed
 from metasae_lightning.judging.settings import KINDS, JudgingSettings
 from metasae_lightning.judging.split_contexts import split_records
-from metasae_lightning.judging.topical_coherence import Embed
+from metasae_lightning.judging.texts.flat_text import FlatText
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from typing import Any, final, get_args
 
 import numpy as np
 
-from metasae_lightning.judging.concepts import word_explanation, words_of_tokens
-from metasae_lightning.judging.judge import Judge
-from metasae_lightning.judging.planted import PlantedTruth
-from metasae_lightning.judging.questions import Answer, Question, ShownText, Task
+from metasae_lightning.judging.judges.judge import Judge
+from metasae_lightning.judging.judges.questions import Answer, Question, ShownText, Task
+from metasae_lightning.judging.texts.concepts import word_explanation, words_of_tokens
+from metasae_lightning.judging.texts.planted import PlantedTruth
 
 
 @final

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from metasae_lightning.judging import formulas
+from metasae_lightning.judging.scoring import formulas
 
 
 @pytest.mark.parametrize("seed", range(20))

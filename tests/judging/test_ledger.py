@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.judging import prompts
-from metasae_lightning.judging.judge import Judge
-from metasae_lightning.judging.ledger import KeptAnswers, Ledger, key_of
-from metasae_lightning.judging.openai_judge import OpenAIJudge
-from metasae_lightning.judging.questions import Answer, Question, ShownText
+from metasae_lightning.judging.judges import prompts
+from metasae_lightning.judging.judges.judge import Judge
+from metasae_lightning.judging.judges.ledger import KeptAnswers, Ledger, key_of
+from metasae_lightning.judging.judges.openai_judge import OpenAIJudge
+from metasae_lightning.judging.judges.questions import Answer, Question, ShownText
 from tests.helpers.chat_api import MODEL, ChatAPI
 
 ROOT = Path(__file__).parents[2]
@@ -131,8 +131,8 @@ def test_a_damaged_entry_another_database_and_a_folder_are_one_line(tmp_path: Pa
 def test_two_processes_on_one_file_lose_nothing(tmp_path: Path):
     code = (
         "import sys, pathlib\n"
-        "from metasae_lightning.judging.ledger import Ledger\n"
-        "from metasae_lightning.judging.questions import Answer\n"
+        "from metasae_lightning.judging.judges.ledger import Ledger\n"
+        "from metasae_lightning.judging.judges.questions import Answer\n"
         "ledger = Ledger(pathlib.Path(sys.argv[1]))\n"
         "for number in range(100): ledger.put(f'{sys.argv[2]}-{number}', Answer(words=sys.argv[2]))\n"
     )
@@ -146,8 +146,8 @@ def test_two_processes_on_one_file_lose_nothing(tmp_path: Path):
 
 RUN = """
 import pathlib, sys
-from metasae_lightning.judging.ledger import KeptAnswers, Ledger
-from metasae_lightning.judging.openai_judge import OpenAIJudge
+from metasae_lightning.judging.judges.ledger import KeptAnswers, Ledger
+from metasae_lightning.judging.judges.openai_judge import OpenAIJudge
 from tests.judging.test_ledger import MODEL, question
 KeptAnswers(OpenAIJudge(MODEL, sys.argv[1], concurrency=1), Ledger(pathlib.Path(sys.argv[2]))).answers(
     [question(f"text {number}") for number in range(30)]

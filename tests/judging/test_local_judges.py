@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.judging import embedding_judge
-from metasae_lightning.judging.causal_judge import CausalJudge
-from metasae_lightning.judging.embedding_judge import EmbeddingJudge, embedded_sentences_folder
-from metasae_lightning.judging.questions import Answer, Question, ShownText
+from metasae_lightning.judging.judges import embedding_judge
+from metasae_lightning.judging.judges.causal_judge import CausalJudge
+from metasae_lightning.judging.judges.embedding_judge import EmbeddingJudge, embedded_sentences_folder
+from metasae_lightning.judging.judges.questions import Answer, Question, ShownText
 from tests.helpers.models import save_model
 
 TEXTS = ["The fox.", "The quick brown fox jumps over the lazy dog. " * 3, "Tensors of activations are decomposed", "a", "dog " * 40]

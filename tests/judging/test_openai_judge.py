@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.judging.ledger import KeptAnswers, Ledger
-from metasae_lightning.judging.openai_judge import OpenAIJudge
-from metasae_lightning.judging.questions import Answer, Question, ShownText
+from metasae_lightning.judging.judges.ledger import KeptAnswers, Ledger
+from metasae_lightning.judging.judges.openai_judge import OpenAIJudge
+from metasae_lightning.judging.judges.questions import Answer, Question, ShownText
 from tests.helpers.chat_api import MODEL, ChatAPI, Fault
 
 KEY = "sk-a-secret-of-the-test"

@@ -13,7 +13,7 @@ from metasae_lightning.evaluation.collect import CollectedCodes
 from metasae_lightning.evaluation.evaluate import evaluate
 from metasae_lightning.evaluation.saes import load_sae
 from metasae_lightning.evaluation.settings import Settings
-from metasae_lightning.judging.output import FollowingTokens, Output, next_tokens
+from metasae_lightning.judging.scoring.output import FollowingTokens, Output, next_tokens
 from tests.evaluation.test_evaluate import QUICK
 from tests.helpers.judged import write_run
 

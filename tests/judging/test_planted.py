@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from metasae_lightning.judging.concepts import Concept, concept_of, topic_explanation, words_of_tokens
-from metasae_lightning.judging.contexts import Context, LatentContexts
-from metasae_lightning.judging.draw import ContextSettings, DrawnContexts, draw_contexts
-from metasae_lightning.judging.planted import PlantedLatents, PlantedTruth, PlantSettings, plant
-from metasae_lightning.judging.questions import Question, ShownText
+from metasae_lightning.judging.judges.questions import Question, ShownText
+from metasae_lightning.judging.texts.concepts import Concept, concept_of, topic_explanation, words_of_tokens
+from metasae_lightning.judging.texts.contexts import Context, LatentContexts
+from metasae_lightning.judging.texts.draw import ContextSettings, DrawnContexts, draw_contexts
+from metasae_lightning.judging.texts.planted import PlantedLatents, PlantedTruth, PlantSettings, plant
 from tests.helpers.judges import OracleJudge, RandomJudge
 from tests.judging.texts import HandMade, piece_tokenizer
 

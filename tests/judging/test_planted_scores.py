@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metasae_lightning.judging.draw import draw_contexts
-from metasae_lightning.judging.measured import LatentScores, Material
-from metasae_lightning.judging.measures import JudgedMeasure
-from metasae_lightning.judging.planted import PlantedLatents, PlantSettings, plant
-from metasae_lightning.judging.scores import SCORES
+from metasae_lightning.judging.scoring.measured import LatentScores, Material
+from metasae_lightning.judging.scoring.measures import JudgedMeasure
+from metasae_lightning.judging.scoring.scores import SCORES
+from metasae_lightning.judging.texts.draw import draw_contexts
+from metasae_lightning.judging.texts.planted import PlantedLatents, PlantSettings, plant
 from tests.helpers.judges import OracleJudge, RandomJudge
 from tests.helpers.planted_text import TextOnly, documents, tokenizer
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from metasae_lightning.judging.prompts import HERE, messages, version
-from metasae_lightning.judging.questions import Answer, Question, ShownText, Task
-from metasae_lightning.judging.reading import read_answer, read_explanation
+from metasae_lightning.judging.judges.prompts import HERE, messages, version
+from metasae_lightning.judging.judges.questions import Answer, Question, ShownText, Task
+from metasae_lightning.judging.judges.reading import read_answer, read_explanation
 
 TEXT = ShownText(("the", " cat", "\n", "sat"), (False, True, False, True), (0.0, 10.0, 0.0, 3.0))
 YES_NO = Question("detection", (TEXT,), "cats", ("no", "yes"))

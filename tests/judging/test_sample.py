@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.judging.sample import paired_latents, sample_arms, sample_latents
+from metasae_lightning.judging.texts.sample import paired_latents, sample_arms, sample_latents
 
 # 300 live latents with densities from 1e-4 to 0.1, evenly on a logarithmic scale, in random places among 400.
 PLACES = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:300]

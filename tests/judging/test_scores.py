@@ -7,11 +7,11 @@ from math import isnan
 import numpy as np
 import pytest
 
-from metasae_lightning.judging.contexts import Context, LatentContexts
-from metasae_lightning.judging.controls import controls_of, other_explanation, shuffled_contexts
-from metasae_lightning.judging.questions import Answer
-from metasae_lightning.judging.score_kinds import Asked, Score, generator_for
-from metasae_lightning.judging.scores import SCORES, Detection, Fuzzing, Intruder, Replacement2AFC, Simulation, StrengthSpearman
+from metasae_lightning.judging.judges.questions import Answer
+from metasae_lightning.judging.scoring.controls import controls_of, other_explanation, shuffled_contexts
+from metasae_lightning.judging.scoring.score_kinds import Asked, Score, generator_for
+from metasae_lightning.judging.scoring.scores import SCORES, Detection, Fuzzing, Intruder, Replacement2AFC, Simulation, StrengthSpearman
+from metasae_lightning.judging.texts.contexts import Context, LatentContexts
 from tests.judging.word_latents import random_answer, right_answers, word, word_latents
 
 LATENTS = word_latents(12)

@@ -17,7 +17,7 @@ from metasae_lightning.cli.judge import codes_on_test_text
 from metasae_lightning.data.recipe import data_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.saes import load_sae
-from metasae_lightning.judging.ledger import KeptAnswers, Ledger
+from metasae_lightning.judging.judges.ledger import KeptAnswers, Ledger
 from metasae_lightning.judging.records import write_results
 from metasae_lightning.judging.settings import JudgingSettings
 from metasae_lightning.judging.study import Study, judge_arms

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from metasae_lightning.judging.contexts import Context, LatentContexts
-from metasae_lightning.judging.controls import other_explanation, shuffled_contexts
-from metasae_lightning.judging.topical_coherence import ExplanationNearness, TopicalCoherence
+from metasae_lightning.judging.scoring.controls import other_explanation, shuffled_contexts
+from metasae_lightning.judging.scoring.topical_coherence import ExplanationNearness, TopicalCoherence
+from metasae_lightning.judging.texts.contexts import Context, LatentContexts
 from tests.judging.word_latents import FILLER, word, word_latents
 
 LATENTS = word_latents(20)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from metasae_lightning.judging.contexts import Context, LatentContexts
-from metasae_lightning.judging.questions import Answer, Question, ShownText
+from metasae_lightning.judging.judges.questions import Answer, Question, ShownText
+from metasae_lightning.judging.texts.contexts import Context, LatentContexts
 
 FILLER = tuple(f" f{index}" for index in range(40))
 

@@ -5,7 +5,7 @@ import re
 from math import isfinite
 from typing import Any
 
-from metasae_lightning.judging.questions import Answer, Question
+from metasae_lightning.judging.judges.questions import Answer, Question
 
 # Longer writing is not read: no answer needs it.
 LONGEST = 100_000

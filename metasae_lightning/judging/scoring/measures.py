@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any, final
 
 from metasae_lightning.errors import InputError, did_you_mean
-from metasae_lightning.judging.controls import other_explanation, shuffled_contexts
-from metasae_lightning.judging.judge import Judge
-from metasae_lightning.judging.measured import LatentScores, Material, judged
-from metasae_lightning.judging.output import Output
-from metasae_lightning.judging.score_kinds import Score
-from metasae_lightning.judging.scores import SCORES
-from metasae_lightning.judging.topical_coherence import Embed, EmbeddingScore, ExplanationNearness, TopicalCoherence
+from metasae_lightning.judging.judges.judge import Judge
+from metasae_lightning.judging.scoring.controls import other_explanation, shuffled_contexts
+from metasae_lightning.judging.scoring.measured import LatentScores, Material, judged
+from metasae_lightning.judging.scoring.output import Output
+from metasae_lightning.judging.scoring.score_kinds import Score
+from metasae_lightning.judging.scoring.scores import SCORES
+from metasae_lightning.judging.scoring.topical_coherence import Embed, EmbeddingScore, ExplanationNearness, TopicalCoherence
 
 
 class Measure(ABC):

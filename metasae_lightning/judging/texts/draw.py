@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metasae_lightning import functional
-from metasae_lightning.judging.contexts import Context, LatentContexts
-from metasae_lightning.judging.flat_text import Collected, FlatText, Positions
+from metasae_lightning.judging.texts.contexts import Context, LatentContexts
+from metasae_lightning.judging.texts.flat_text import Collected, FlatText, Positions
 
 # Bins with equal numbers of a latent's firings, by activation.
 QUANTILE_BINS = 5

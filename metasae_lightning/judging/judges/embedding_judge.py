@@ -14,9 +14,9 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.judging.causal_judge import batches, fingerprint
-from metasae_lightning.judging.judge import Judge
-from metasae_lightning.judging.questions import Answer, Question, Task
+from metasae_lightning.judging.judges.causal_judge import batches, fingerprint
+from metasae_lightning.judging.judges.judge import Judge
+from metasae_lightning.judging.judges.questions import Answer, Question, Task
 from metasae_lightning.lm.device import AUTO, parse_device
 from metasae_lightning.lm.loading import hub_errors, quiet_loading
 

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 
-from metasae_lightning.judging.concepts import Concept, words_of_tokens
-from metasae_lightning.judging.flat_text import FlatText
+from metasae_lightning.judging.texts.concepts import Concept, words_of_tokens
+from metasae_lightning.judging.texts.flat_text import FlatText
 
 
 @dataclass(frozen=True)

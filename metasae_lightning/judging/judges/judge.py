@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
-from metasae_lightning.judging.questions import Answer, Cost, Question, Task
+from metasae_lightning.judging.judges.questions import Answer, Cost, Question, Task
 
 
 class Judge(ABC):

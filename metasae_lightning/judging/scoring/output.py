@@ -13,8 +13,8 @@ from metasae_lightning.evaluation.collect import CollectedCodes
 from metasae_lightning.evaluation.promoted_tokens import LOGITS
 from metasae_lightning.evaluation.result_cache import Entry
 from metasae_lightning.evaluation.strongest_hits import rank_in_group
-from metasae_lightning.judging.controls import random_cycle
-from metasae_lightning.judging.formulas import auc
+from metasae_lightning.judging.scoring.controls import random_cycle
+from metasae_lightning.judging.scoring.formulas import auc
 from metasae_lightning.step import Codes
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from metasae_lightning.evaluation.collect import CollectedCodes
-from metasae_lightning.judging.contexts import LatentContexts
-from metasae_lightning.judging.judge import Judge
-from metasae_lightning.judging.score_kinds import Asked, Score, generator_for
+from metasae_lightning.judging.judges.judge import Judge
+from metasae_lightning.judging.scoring.score_kinds import Asked, Score, generator_for
+from metasae_lightning.judging.texts.contexts import LatentContexts
 
 
 @dataclass(frozen=True)

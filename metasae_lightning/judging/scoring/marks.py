@@ -5,8 +5,8 @@ from math import ceil
 
 import numpy as np
 
-from metasae_lightning.judging.contexts import Context
-from metasae_lightning.judging.questions import ShownText
+from metasae_lightning.judging.judges.questions import ShownText
+from metasae_lightning.judging.texts.contexts import Context
 
 # Delphi's share of a context's largest activation from which a token counts as one that the latent fires on.
 SHARE = 0.3

@@ -7,8 +7,8 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from metasae_lightning.judging.contexts import LatentContexts
-from metasae_lightning.judging.formulas import auc
+from metasae_lightning.judging.scoring.formulas import auc
+from metasae_lightning.judging.texts.contexts import LatentContexts
 
 # Embeddings of texts, of unit length, one row a text.
 Embed = Callable[[Sequence[str]], Float[Tensor, "text width"]]

@@ -10,9 +10,9 @@ from typing import Any, final
 from urllib.parse import urlsplit
 
 from metasae_lightning.errors import InputError, one_line
-from metasae_lightning.judging.chat_reply import BadReply, Reply, read_reply
-from metasae_lightning.judging.prompts import Messages
-from metasae_lightning.judging.questions import Cost
+from metasae_lightning.judging.judges.chat_reply import BadReply, Reply, read_reply
+from metasae_lightning.judging.judges.prompts import Messages
+from metasae_lightning.judging.judges.questions import Cost
 from metasae_lightning.redaction import redact
 
 # Longest wait before a request is sent again, in seconds. A server that asks for a longer one ends the run.

@@ -7,7 +7,7 @@ import unicodedata
 from functools import cache
 from pathlib import Path
 
-from metasae_lightning.judging.questions import Question, ShownText, Task
+from metasae_lightning.judging.judges.questions import Question, ShownText, Task
 
 Messages = list[dict[str, str]]
 HERE = Path(__file__).parent / "prompts"

@@ -8,12 +8,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, final
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.judging.chat_reply import choice_probabilities
-from metasae_lightning.judging.chat_server import ChatServer, QuestionRefused
-from metasae_lightning.judging.judge import Judge
-from metasae_lightning.judging.prompts import messages
-from metasae_lightning.judging.questions import Answer, Question, Task
-from metasae_lightning.judging.reading import answer_length, read_answer
+from metasae_lightning.judging.judges.chat_reply import choice_probabilities
+from metasae_lightning.judging.judges.chat_server import ChatServer, QuestionRefused
+from metasae_lightning.judging.judges.judge import Judge
+from metasae_lightning.judging.judges.prompts import messages
+from metasae_lightning.judging.judges.questions import Answer, Question, Task
+from metasae_lightning.judging.judges.reading import answer_length, read_answer
 
 # Questions that a server refuses before its first answer at which it is taken to refuse all.
 REFUSED_AT_MOST = 10

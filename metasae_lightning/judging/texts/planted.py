@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metasae_lightning import functional
 from metasae_lightning.evaluation.result_cache import Entry
-from metasae_lightning.judging.concepts import (
+from metasae_lightning.judging.texts.concepts import (
     Concept,
     Kind,
     concept_of,
@@ -19,8 +19,8 @@ from metasae_lightning.judging.concepts import (
     topic_explanation,
     word_explanation,
 )
-from metasae_lightning.judging.flat_text import Collected, FlatText
-from metasae_lightning.judging.text_words import Words
+from metasae_lightning.judging.texts.flat_text import Collected, FlatText
+from metasae_lightning.judging.texts.text_words import Words
 from metasae_lightning.step import Codes
 
 # Suffixes in the order in which they are planted.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import ceil, exp, isnan
 from typing import Any
 
-from metasae_lightning.judging.prompts import Messages
+from metasae_lightning.judging.judges.prompts import Messages
 
 # A larger count of tokens is a fault of the server.
 MOST_TOKENS = 10**8

@@ -7,9 +7,9 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.judging.contexts import LatentContexts
-from metasae_lightning.judging.score_kinds import Score
-from metasae_lightning.judging.topical_coherence import EmbeddingScore
+from metasae_lightning.judging.scoring.score_kinds import Score
+from metasae_lightning.judging.scoring.topical_coherence import EmbeddingScore
+from metasae_lightning.judging.texts.contexts import LatentContexts
 
 T = TypeVar("T")
 Control = Literal["other_explanation", "shuffled_contexts"]

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.judging.judge import Judge
-from metasae_lightning.judging.prompts import messages
-from metasae_lightning.judging.questions import Answer, Question, Task
-from metasae_lightning.judging.reading import answer_length, read_answer
+from metasae_lightning.judging.judges.judge import Judge
+from metasae_lightning.judging.judges.prompts import messages
+from metasae_lightning.judging.judges.questions import Answer, Question, Task
+from metasae_lightning.judging.judges.reading import answer_length, read_answer
 from metasae_lightning.lm.device import AUTO, parse_device
 from metasae_lightning.lm.embedded_model import EMBEDDED, embedded_folder
 from metasae_lightning.lm.loading import hub_errors, parse_dtype, quiet_loading

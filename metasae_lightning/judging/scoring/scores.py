@@ -5,9 +5,9 @@ from typing import Literal, final
 
 import numpy as np
 
-from metasae_lightning.judging import formulas
-from metasae_lightning.judging.contexts import Context, LatentContexts
-from metasae_lightning.judging.marks import (
+from metasae_lightning.judging.judges.questions import Question, Task
+from metasae_lightning.judging.scoring import formulas
+from metasae_lightning.judging.scoring.marks import (
     mean_marks,
     plain,
     with_firing_marked,
@@ -15,8 +15,8 @@ from metasae_lightning.judging.marks import (
     with_nearest_marked,
     with_random_marked,
 )
-from metasae_lightning.judging.questions import Question, Task
-from metasae_lightning.judging.score_kinds import Asked, ChoiceScore, NumbersScore, Score, YesNoScore
+from metasae_lightning.judging.scoring.score_kinds import Asked, ChoiceScore, NumbersScore, Score, YesNoScore
+from metasae_lightning.judging.texts.contexts import Context, LatentContexts
 
 Negatives = Literal["silent", "near"]
 YES_NO, A_B, ONE_TO_FIVE = ("no", "yes"), ("A", "B"), ("1", "2", "3", "4", "5")

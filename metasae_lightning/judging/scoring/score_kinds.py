@@ -8,9 +8,9 @@ from math import isfinite
 
 import numpy as np
 
-from metasae_lightning.judging import formulas
-from metasae_lightning.judging.contexts import LatentContexts
-from metasae_lightning.judging.questions import Answer, Question, Task
+from metasae_lightning.judging.judges.questions import Answer, Question, Task
+from metasae_lightning.judging.scoring import formulas
+from metasae_lightning.judging.texts.contexts import LatentContexts
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, final
 
 from metasae_lightning.errors import InputError, one_line
-from metasae_lightning.judging import prompts
-from metasae_lightning.judging.judge import Judge
-from metasae_lightning.judging.questions import Answer, Question
+from metasae_lightning.judging.judges import prompts
+from metasae_lightning.judging.judges.judge import Judge
+from metasae_lightning.judging.judges.questions import Answer, Question
 
 # Marks a SQLite file as a ledger of this format.
 APPLICATION_ID = 0x6D736A31

@@ -1,0 +1,1 @@
+"""Scores of latents: questions, formulas, controls, and means with intervals."""

@@ -1,0 +1,1 @@
+"""The texts that latents are judged by: contexts drawn from collected codes, samples of latents, and planted latents."""
