@@ -84,7 +84,7 @@ def judge_arms(collected: Mapping[str, CollectedCodes], model: Any, judge: Judge
         record = {"weights": entry["weights"], "latents": latents_entry(arm, of_arm), "splits": list[Any]()}
         if arm is not arms[0]:
             against = {name: differences_of((arms[0], scores[0][name]), (arm, of_arm[name]), **numbers) for name in of_arm}
-            entry["against"] = {"arm": arms[0].name, "scores": against}
+            entry["against"] = {"arm": arms[0].name, "weights": results[0].entry["weights"], "scores": against}
             record["splits"] = split_records(arms[0], arm, explainer, count=settings.splits, seed=settings.seed)
         results.append(JudgedArm(arm.name, arm.collected, entry, record))
     return Study(results, judge.cost)
