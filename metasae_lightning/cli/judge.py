@@ -54,7 +54,9 @@ def judge_latents(args: Namespace) -> int:
         study = judge_arms(by_name, data.language_model, asked, embed, settings)
     write_results(study, out)
     console = Console()
-    console.print(report.judged({arm.name: arm.entry for arm in study.arms}))
+    # Arms that differ in their training seed alone are one group.
+    is_of_runs = all(sae.run is not None for sae in saes)
+    console.print(report.judged_groups(report.study(args.places).groups) if is_of_runs else report.judged(study.entries))
     console.print(f"all latents: {out / 'latents.csv'}; the page shows them: metasae report {args.places[0]}", markup=False, soft_wrap=True)
     return 0
 

@@ -23,7 +23,7 @@ def write_results(study: Study, out: Path) -> None:
         run_folder.add_entry(subject.record, "judging", arm.entry, arm=subject.arm)
         text = json.dumps(run_folder.null_non_finite(arm.record), ensure_ascii=False)
         run_folder.write_file(subject.folder / LATENTS, gzip.compress(text.encode(errors="replace"), mtime=0))
-    run_folder.write_record(out / "judging.json", {"arms": {arm.name: arm.entry for arm in study.arms}, "cost": asdict(study.cost)})
+    run_folder.write_record(out / "judging.json", {"arms": study.entries, "cost": asdict(study.cost)})
     run_folder.write_file(out / "latents.csv", latents_csv(study).encode(errors="replace"))
 
 

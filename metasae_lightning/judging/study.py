@@ -45,6 +45,11 @@ class Study:
     cost: Cost
     """What the answers have cost."""
 
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Each arm's entry, by its name."""
+        return {arm.name: arm.entry for arm in self.arms}
+
 
 def judge_arms(collected: Mapping[str, CollectedCodes], model: Any, judge: Judge, embed: Embed | None, settings: JudgingSettings) -> Study:
     """Explain and score latents of each arm; the others are compared with the first. `model` is the loaded language model.

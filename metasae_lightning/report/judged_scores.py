@@ -145,11 +145,14 @@ def judging_notes(groups: Sequence[Group]) -> list[str]:
     sentences = list(dict.fromkeys(judge_sentence(arm.judging or {}) for arm in arms))
     if reasons := reasons_judged_otherwise(arms):
         sentences.append(f"Some arms cannot be compared: they were judged {' and '.join(reasons)}.")
-    left_out, cost = (totals([(arm.judging or {}).get(kind) or {} for arm in arms]) for kind in ("left_out", "cost"))
+    left_out = totals([(arm.judging or {}).get("left_out") or {} for arm in arms])
+    # The arms that were judged together have a common cost.
+    costs = {json.dumps(cost, sort_keys=True): cost for arm in arms if (cost := (arm.judging or {}).get("cost"))}
+    cost = totals(list(costs.values()))
     if left_out:
         sentences.append(f"Latents left out of all arms: {', '.join(f'{count:,.0f} ({reason})' for reason, count in left_out.items())}.")
     if phrase := cost_phrase(cost):
-        sentences.append(f"Cost of all arms: {phrase}.")
+        sentences.append(f"Cost: {phrase}.")
     return sentences
 
 
@@ -167,7 +170,7 @@ def judge_sentence(entry: Mapping[str, Any]) -> str:
     explanations = ways.get(str(entry.get("explanations")), "with explanations from a file")
     model = f" {judge['model']}" if judge.get("model") else ""
     return (
-        f"The judge: {judge.get('kind', 'unknown')}{model}, {explanations}; "
+        f"The judge: {judge.get('judge', 'unknown')}{model}, {explanations}; "
         f"{entry.get('sampled', 0):,} latents of an arm, contexts from {entry.get('tokens', 0):,} held-out tokens."
     )
 

@@ -53,7 +53,7 @@ def judging_entry(weights: str, latents: Latents, **changes: Any) -> dict[str, A
             **{"controls": controls, "beats_controls": name != "intruder", "reliability": known},
         }
     return {
-        **{"judge": {"kind": "embedding", "model": "all-MiniLM-L6-v2"}, "explanations": "keywords", "weights": weights, "tokens": 20000},
+        **{"judge": {"judge": "embedding", "model": "all-MiniLM-L6-v2"}, "explanations": "keywords", "weights": weights, "tokens": 20000},
         **{"sampled": len(latents), "left_out": {"too few documents": 3}, "settings": {"seed": 0}, "versions": {}},
         **{"cost": {"requests": 40, "tokens": 9000, "seconds": 12.0, "reused": 2}, "scores": scores, **changes},
     }

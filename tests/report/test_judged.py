@@ -103,7 +103,7 @@ def test_over_several_seeds_the_difference_is_of_means_with_a_paired_t_test():
 
 def test_scores_by_other_judges_or_settings_are_not_compared():
     for key, value, reason in (
-        ("judge", {"kind": "causal"}, "not by the same judge"),
+        ("judge", {"judge": "causal"}, "not by the same judge"),
         ("explanations", "none", "not with the same explanations"),
         ("settings", {"seed": 1}, "not with the same settings"),
     ):
