@@ -117,16 +117,22 @@ def test_documents_of_equal_text_are_one_document(text: FlatText):
     assert group_by_text(np.array([4, 5, 9, 4, 9, 5]), np.array([0, 0, 0, 1, 1, 1]), frozenset())[0].tolist() == [0] * 3 + [1] * 3
 
 
-# Copies of one text alone: a latent that fires in all of them has one document, in which it could not be both explained and scored.
-def test_copies_of_a_document_do_not_leak():
-    copies = [texts(1, copies=0)[0]] * 40
-    made = HandMade(copies, lambda _, tokens: torch.eye(len(tokens))[:, :1] * 0 + 1.0, tokenizer=piece_tokenizer(copies))
+def drawn_of_eleventh_tokens(documents: list[str]) -> tuple[HandMade, FlatText, DrawnContexts]:
+    """What is drawn of a latent that fires on the eleventh token of each document."""
+    made = HandMade(documents, lambda _, tokens: torch.eye(len(tokens))[:, 10], tokenizer=piece_tokenizer(texts()))
     text = FlatText.of(made, made.tokenizer)
-    settings = replace(SETTINGS, fewest=1)
-    one = draw_contexts(made, [0], text=text, W_dec=torch.eye(1), settings=settings)
-    assert not one.latents and len(text.hashes) == 2  # the last copy is cut by the end of the text
-    fired = (document_counts(made, text)[1] + document_counts(made, text)[2]).tolist()
-    assert fired == [2]
+    return made, text, draw_contexts(made, [0], text=text, W_dec=torch.eye(1), settings=replace(SETTINGS, fewest=1))
+
+
+# A latent that fires in all copies of one text has one document, in which it cannot be both explained and scored.
+def test_copies_of_a_document_do_not_leak():
+    made, text, of_copies = drawn_of_eleventh_tokens([texts()[0]] * 40)
+    # 40 copies fill an exact number of contexts; else the last one is another text.
+    assert made.owner[-1, -1] == 39 and made.tokens[-1, -1] == made.tokenizer.eos_token_id
+    _, explaining, scoring = document_counts(made, text)
+    assert len(text.hashes) == 1 and explaining + scoring == 1 and not of_copies.latents
+    _, _, of_different = drawn_of_eleventh_tokens(texts()[:40])
+    assert len(of_different.latents[0].explaining) == len(of_different.latents[0].firing) == 10
 
 
 # Five bins with equal numbers of firings: of ten firing contexts, two are from each.

@@ -16,7 +16,11 @@ from metasae_lightning.judging.texts.planted import PlantedLatents, PlantedTruth
 from tests.helpers.judges import OracleJudge, RandomJudge
 from tests.judging.texts import HandMade, piece_tokenizer
 
-STEMS = ["alpha", "beta", "gamma", "delta", "something", "wonderful", "where", "tensor", "sparse", "code", "with", "table", "river"]
+COMMON = """
+alpha beta gamma delta wonderful where tensor sparse code with cloud stone window garden market pencil camera doctor piano marble lemon
+jacket basket violin castle island
+"""
+STEMS = COMMON.split()
 ENDINGS = ["running", "resting", "wanted", "needed", "nation", "station", "slowly", "quickly"]
 TOPICS = [["planet", "comet", "orbit", "galaxy", "meteor", "lunar"], ["butter", "flour", "sugar", "bread", "pepper", "onion"]]
 SETTINGS = PlantSettings(fewest_documents=12)
@@ -28,8 +32,8 @@ def texts(count: int = 240) -> list[str]:
     generator = random.Random(0)
     made: list[str] = []
     for number in range(count):
-        words = generator.choices(STEMS, k=30) + generator.choices(ENDINGS, k=generator.randint(0, 4))
-        words += generator.choices(TOPICS[number % 15], k=12) if number % 15 < 2 else []
+        words = generator.choices(STEMS, k=12) + generator.choices(ENDINGS, k=generator.randint(0, 4))
+        words += generator.choices(TOPICS[number % 15], k=15) if number % 15 < 2 else []
         generator.shuffle(words)
         made.append(" ".join(words).capitalize() + f" {number}.")
     return made
@@ -70,7 +74,7 @@ def test_words_of_tokens_are_those_of_the_joined_text():
 
 def test_all_kinds_are_found(planted: PlantedLatents):
     kinds = list(planted.truth.kinds.values())
-    assert [kinds.count(kind) for kind in ("word", "suffix", "topic", "mixture")] == [8, 4, 2, 2]
+    assert [kinds.count(kind) for kind in ("word", "suffix", "topic", "mixture")] == [8, 4, 2, 4]
     topics = [latent.concept.words for latent in planted.truth.latents if latent.kind == "topic"]
     assert {frozenset(topic) for topic in TOPICS} == set(topics)
     suffixes = [latent.concept.suffix for latent in planted.truth.latents if latent.kind == "suffix"]
@@ -137,7 +141,7 @@ def test_text_without_such_concepts_has_no_planted_latents():
 
 # The concept is decided by what a context shows, also at its borders: this is what lets a judge be right everywhere.
 def test_every_context_shows_where_its_latent_fires(planted: PlantedLatents, drawn: DrawnContexts):
-    assert len(drawn.latents) == 16 and not drawn.left_out
+    assert len(drawn.latents) == 18 and not drawn.left_out
     for contexts in drawn.latents:
         concept = planted.truth.latents[contexts.latent].concept
         for context in (*contexts.explaining, *contexts.firing, *contexts.silent, *contexts.near):
@@ -157,9 +161,9 @@ def right_shares(planted: PlantedLatents, contexts: LatentContexts) -> dict[str,
     explanation, oracle = planted.truth.explanations[contexts.latent], OracleJudge(list(planted.truth.explanations.values()))
     yes = [Question("detection", (shown(context),), explanation, YES_NO) for context in contexts.firing]
     no = [Question("detection", (shown(context),), explanation, YES_NO) for context in (*contexts.silent, *contexts.near)]
-    hits, misses = ([answer.choice for answer in oracle.answers(questions)] for questions in (yes, no))
+    hits, misses = ([answer.choice == 1 for answer in oracle.answers(questions)] for questions in (yes, no))
     marked = [Question("fuzzing", (shown(context, firing_marks(context)),), explanation, YES_NO) for context in contexts.firing]
-    found = []
+    found: list[bool] = []
     for number, silent in enumerate(contexts.silent):
         four = [contexts.firing[(number + 2 * step) % len(contexts.firing)] for step in range(4)]
         five = [shown(context, firing_marks(context)) for context in four]
@@ -167,7 +171,7 @@ def right_shares(planted: PlantedLatents, contexts: LatentContexts) -> dict[str,
         found.append(oracle.answer(Question("intruder", tuple(five), choices=tuple("ABCDE"))).choice == number % 5)
     return {
         "detection": float(np.mean(hits) + 1 - np.mean(misses)) / 2,
-        "fuzzing": float(np.mean([answer.choice for answer in oracle.answers(marked)])),
+        "fuzzing": float(np.mean([answer.choice == 1 for answer in oracle.answers(marked)])),
         "intruder": float(np.mean(found)),
     }
 
@@ -202,11 +206,11 @@ def test_an_oracle_answers_by_the_explanation_and_not_by_the_truth():
     assert oracle.answer(Question("intruder", (text, text, other, text, text), choices=tuple("ABCDE"))).choice == 2
 
 
-# 2000 fair coins: 5 standard deviations are 5 * sqrt(2000) / 2 = 112.
+# 400 fair coins: 5 standard deviations are 5 * sqrt(400) / 2 = 50.
 def test_a_random_judge_answers_at_random_and_the_same_twice():
-    questions = [Question("detection", (ShownText((f" {n}",), (False,)),), topic_explanation(["a"]), YES_NO) for n in range(2000)]
+    questions = [Question("detection", (ShownText((f" {n}",), (False,)),), topic_explanation(["a"]), YES_NO) for n in range(400)]
     answers = RandomJudge(0).answers(questions)
-    assert abs(sum(answer.choice or 0 for answer in answers) - 1000) < 112
+    assert abs(sum(answer.choice or 0 for answer in answers) - 200) < 50
     assert answers == RandomJudge(0).answers(questions) != RandomJudge(1).answers(questions)
     assert all(abs(sum(answer.probabilities) - 1) < 1e-9 and answer.is_readable for answer in answers[:10])
     assert len(RandomJudge(0).answer(Question("simulation", questions[0].texts, "a", numbers=7)).numbers) == 7

@@ -271,7 +271,7 @@ def nearest_live(W_dec: Float[Tensor, "d_sae d_in"], latents: Sequence[int], is_
     {0: 2}
     """
     directions, nearest = functional.unit_rows(W_dec.float().cpu()), dict[int, int | None]()
-    for chunk in torch.tensor(list(latents), dtype=torch.long).split(1024):
+    for chunk in torch.tensor(list(latents), dtype=torch.long).split(1024) if len(latents) else ():
         cosines = (directions[chunk] @ directions.T).masked_fill_(~is_live, -torch.inf)
         cosines[torch.arange(len(chunk)), chunk] = -torch.inf
         largest = cosines.max(1)
