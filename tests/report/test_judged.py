@@ -155,7 +155,7 @@ def test_the_page_and_the_terminal_show_each_score_with_chance_controls_and_the_
     assert "0.230" in terminal and "+7.6 %" in terminal
     notes = judging_notes(groups)
     assert notes[0].startswith("The judge: embedding all-MiniLM-L6-v2, with keywords") and "6 (too few documents)" in notes[1]
-    assert "80 requests or passes" in notes[2] and "4 answers reused" in notes[2]
+    assert "40 requests or passes" in notes[2] and "2 answers reused" in notes[2]  # both arms were judged together
     assert judged_section(groups_of(judged_arm("bare", None, 0, {}))) == ""
 
 
