@@ -14,6 +14,7 @@ from typing import Any
 from metasae_lightning.errors import InputError
 from metasae_lightning.judging.judges.judge import Judge
 from metasae_lightning.judging.judges.questions import Question, ShownText
+from metasae_lightning.judging.judges.reading import read_explanation
 from metasae_lightning.judging.texts.contexts import Context, LatentContexts
 from metasae_lightning.judging.texts.flat_text import FlatText
 from metasae_lightning.judging.texts.text_words import Words
@@ -57,7 +58,7 @@ def explained_by_judge(judge: Judge, contexts: Mapping[int, LatentContexts]) -> 
     """The judge's explanation of each latent, from the contexts for explaining; empty where it wrote nothing."""
     questions = [Question("explanation", tuple(map(with_strengths, found.explaining))) for found in contexts.values()]
     answers = judge.answers(questions)
-    return {latent: one_line(answer.words) for latent, answer in zip(contexts, answers, strict=True)}
+    return {latent: one_line(read_explanation(answer.words)) for latent, answer in zip(contexts, answers, strict=True)}
 
 
 def with_strengths(context: Context) -> ShownText:
