@@ -10,6 +10,7 @@ from metasae_lightning.evaluation.evaluate import versions
 from metasae_lightning.judging.arms import SampledArm, sampled_arms
 from metasae_lightning.judging.entries import ArmScore, differences_of, latents_entry, score_arm, score_entry
 from metasae_lightning.judging.explanations import Explainer
+from metasae_lightning.judging.judges.chat_server import public_url
 from metasae_lightning.judging.judges.judge import Judge
 from metasae_lightning.judging.judges.questions import Cost
 from metasae_lightning.judging.reliability import Planted, Reliability, reliability_of
@@ -74,7 +75,7 @@ def judge_arms(collected: Mapping[str, CollectedCodes], model: Any, judge: Judge
         **{
             "judge": judge.identity,
             "explanations": settings.explanations if settings.explanations in KINDS else "file",
-            "settings": asdict(settings),
+            "settings": public_settings(settings),
             "versions": versions(),
         },
         **{"tokens": int(text.counted.sum()), "cost": asdict(judge.cost)},
@@ -84,15 +85,25 @@ def judge_arms(collected: Mapping[str, CollectedCodes], model: Any, judge: Judge
         entries = {
             measure.name: score_entry(measure, arm, of_arm[measure.name], reliability[measure.name], **numbers) for measure in measures
         }
-        entry = {**about, "weights": arm.collected.subject.cache_key["sae"], "sampled": len(arm.latents), "left_out": dict(arm.left_out)}
+        entry = {**about, **weights_of(arm.collected), "sampled": len(arm.latents), "left_out": dict(arm.left_out)}
         entry["scores"] = entries
-        record = {"weights": entry["weights"], "latents": latents_entry(arm, of_arm), "splits": list[Any]()}
+        record = {**weights_of(arm.collected), "latents": latents_entry(arm, of_arm), "splits": list[Any]()}
         if arm is not arms[0]:
             against = {name: differences_of((arms[0], scores[0][name]), (arm, of_arm[name]), **numbers) for name in of_arm}
             entry["against"] = {"arm": arms[0].name, "weights": results[0].entry["weights"], "scores": against}
             record["splits"] = split_records(arms[0], arm, explainer, count=settings.splits, seed=settings.seed)
         results.append(JudgedArm(arm.name, arm.collected, entry, record))
     return Study(results, judge.cost)
+
+
+def public_settings(settings: JudgingSettings) -> dict[str, Any]:
+    """The settings as records hold them: the server's address without login and query, which may be secret."""
+    return {**asdict(settings), "url": None if settings.url is None else public_url(settings.url)}
+
+
+def weights_of(collected: CollectedCodes) -> dict[str, str]:
+    """Hashes that identify an arm's SAE: of all weights, and of the decoder, which no other thresholds change."""
+    return {"weights": collected.subject.cache_key["sae"], **collected.subject.decoder_cache_key}
 
 
 def score_all(

@@ -124,9 +124,13 @@ def group_score(group: Group, base: Group | None, name: str) -> GroupScore | Non
     )
 
 
+# Settings of the server and of the page that no score depends on.
+NOT_OF_SCORES = {"url", "key_variable", "concurrency", "max_requests", "max_tokens", "timeout", "retries", "splits"}
+
+
 def reasons_judged_otherwise(arms: Sequence[Arm]) -> list[str]:
     """Reasons why scores of some arms cannot be compared; empty if they can."""
-    entries = [arm.judging for arm in arms if arm.judging]
+    entries = [{**arm.judging, "settings": settings_of_scores(arm.judging)} for arm in arms if arm.judging]
     conditions = {
         "not by the same judge": "judge",
         "not with the same explanations": "explanations",
@@ -137,6 +141,11 @@ def reasons_judged_otherwise(arms: Sequence[Arm]) -> list[str]:
         for reason, key in conditions.items()
         if len({json.dumps(entry.get(key), sort_keys=True, default=str) for entry in entries}) > 1
     ]
+
+
+def settings_of_scores(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that scores depend on."""
+    return {name: value for name, value in (entry.get("settings") or {}).items() if name not in NOT_OF_SCORES}
 
 
 def judging_notes(groups: Sequence[Group]) -> list[str]:

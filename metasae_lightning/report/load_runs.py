@@ -56,8 +56,7 @@ class Arm:
     @property
     def is_judged_as_another_sae(self) -> bool:
         """Whether the judged weights differ from the evaluated ones."""
-        judged, evaluated = ((self.record.get(kind) or {}).get("weights") for kind in ("judging", "evaluation"))
-        return None not in (judged, evaluated) and judged != evaluated
+        return is_another_sae(self.record.get("judging") or {}, self.entry or {})
 
     def figure(self, path: str) -> float | None:
         """One measured number, `GROUP/NAME`, or the mean of a score, `judging/NAME`; None if it was not measured or is no number."""
@@ -99,10 +98,16 @@ class Arm:
     def judged(self) -> dict[str, Any] | None:
         """Judged latents and splits, from `judged.json.gz`; None without such a file, or if it is of other weights."""
         judged = read_compressed(self.folder / "judged.json.gz", f"judge again, metasae judge {self.folder}")
-        evaluated = (self.entry or {}).get("weights")
-        if judged is None or (evaluated is not None and judged.get("weights", evaluated) != evaluated):
-            return None
-        return judged
+        return None if judged is None or is_another_sae(judged, self.entry or {}) else judged
+
+
+def is_another_sae(judged: Mapping[str, Any], evaluated: Mapping[str, Any]) -> bool:
+    """Whether two records are of different SAEs, by the decoder where both name it, else by all weights; False where nothing tells.
+
+    Evaluation may set other thresholds, which changes the hash of all weights.
+    """
+    known = (name for name in ("decoder", "weights") if judged.get(name) is not None and evaluated.get(name) is not None)
+    return any(judged[name] != evaluated[name] for name in list(known)[:1])
 
 
 def read_latents(folder: Path) -> dict[str, Any] | None:

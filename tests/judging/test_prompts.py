@@ -4,13 +4,17 @@ import json
 
 import pytest
 
+from metasae_lightning.judging.explanations import explained_by_judge
 from metasae_lightning.judging.judges.prompts import HERE, messages, version
 from metasae_lightning.judging.judges.questions import Answer, Question, ShownText, Task
 from metasae_lightning.judging.judges.reading import read_answer, read_explanation
+from metasae_lightning.judging.texts.contexts import Context, LatentContexts
+from tests.helpers.judges import OracleJudge
 
 TEXT = ShownText(("the", " cat", "\n", "sat"), (False, True, False, True), (0.0, 10.0, 0.0, 3.0))
 YES_NO = Question("detection", (TEXT,), "cats", ("no", "yes"))
 A_TO_E = Question("intruder", (TEXT,) * 5, choices=("A", "B", "C", "D", "E"))
+ONE_TO_FIVE = Question("intruder", (TEXT,) * 5, choices=("1", "2", "3", "4", "5"))
 NUMBERS = Question("simulation", (TEXT,), "cats", numbers=3)
 
 
@@ -33,8 +37,8 @@ def test_texts_are_shown_as_the_task_needs_them():
     assert '\n1. "the« cat»\\n«sat»"\n   strengths: " cat" 10, "sat" 3\n' in user(Question("explanation", (TEXT,)))
     assert '\n1. "the« cat»\\n«sat»"\n=== END OF TEXTS ===' in user(Question("fuzzing", (TEXT,), "cats", ("no", "yes")))
     assert '\n1. ["the", " cat", "\\n", "sat"]\n' in user(NUMBERS)
-    assert [line[:3] for line in user(A_TO_E).split("\n") if "sat" in line] == ["A. ", "B. ", "C. ", "D. ", "E. "]
-    assert "one letter: A or B or C or D or E" in user(A_TO_E)
+    assert [line[:3] for line in user(ONE_TO_FIVE).split("\n") if "sat" in line] == ["1. ", "2. ", "3. ", "4. ", "5. "]
+    assert "one number: 1 or 2 or 3 or 4 or 5" in user(ONE_TO_FIVE)
     assert "JSON array of 3 numbers" in user(NUMBERS)
 
 
@@ -106,3 +110,13 @@ def test_numbers_in_prose(words: str, numbers: tuple[float, ...]):
 def test_an_explanation_is_one_line():
     assert read_explanation('Sure:\nExplanation: "words about cats"\nmore') == "words about cats"
     assert read_explanation("```\n\n```") == ""
+
+
+def test_an_explanation_is_what_the_judge_wrote_after_its_reasoning(monkeypatch: pytest.MonkeyPatch):
+    judge = OracleJudge()
+    context = Context(0, ("a", " cat"), (0.0, 1.0))
+    contexts = {3: LatentContexts(3, 0.1, explaining=[context], firing=[], silent=[], near=[])}
+    for said in ("names of cats", 'the word "cat"'):
+        reply = Answer(words=f"<think>text 1 has cats, or dogs</think>\nSure, here it is:\n\n**Explanation:** {said}")
+        monkeypatch.setattr(judge, "answer", lambda question, reply=reply: reply)
+        assert explained_by_judge(judge, contexts) == {3: said}

@@ -20,7 +20,8 @@ from metasae_lightning.evaluation.saes import load_sae
 from metasae_lightning.judging.judges.ledger import KeptAnswers, Ledger
 from metasae_lightning.judging.records import write_results
 from metasae_lightning.judging.settings import JudgingSettings
-from metasae_lightning.judging.study import Study, judge_arms
+from metasae_lightning.judging.study import Study, judge_arms, public_settings
+from metasae_lightning.report.load_runs import Arm
 from metasae_lightning.run_folder import read_record
 from tests.helpers.judged import data_config, write_run
 from tests.helpers.judges import OracleJudge, RandomJudge
@@ -139,3 +140,26 @@ def test_without_explanations_only_scores_that_need_none(arms: tuple[dict[str, A
     assert set(result.arms[0].entry["scores"]) == {"intruder", "topical_coherence", "output"}
     with pytest.raises(InputError, match="scores: 'detection'"):
         judge_arms({"solo": collected["solo"]}, model, RandomJudge(), embed, replace(settings, scores=["detection"]))
+
+
+def test_an_sae_is_known_by_its_decoder_whatever_its_thresholds(arms: tuple[dict[str, Any], Any], study: Study):
+    # `metasae test` of several arms sets thresholds, which changes the hash of all weights.
+    subject = arms[0]["solo"].subject
+    assert study.arms[0].entry["decoder"] == study.arms[0].record["decoder"] == subject.decoder_cache_key["decoder"]
+    judged = {"judging": study.arms[0].entry}
+    for decoder, is_other in ((subject.decoder_cache_key["decoder"], False), ("another", True)):
+        arm = Arm("solo", Path("solo"), record={**judged, "evaluation": {"weights": "recalibrated", "decoder": decoder}})
+        assert (arm.judging is None) == arm.is_judged_as_another_sae == is_other
+
+
+def test_no_login_of_the_address_is_in_the_record():
+    settings = JudgingSettings(judge="openai", model="m", url="http://me:secret@127.0.0.1:8000/v1?key=hidden")
+    assert public_settings(settings)["url"] == "http://127.0.0.1:8000/v1"
+    assert public_settings(FEW)["url"] is None
+
+
+def test_random_activations_say_nothing_about_a_judge_of_strengths(study: Study):
+    # Nobody can order planted texts by strength: a perfect judge would have a reliability of 0.
+    for arm in study.arms:
+        assert arm.entry["scores"]["strength_spearman"]["reliability"] is None
+        assert arm.entry["scores"]["detection"]["reliability"] is not None

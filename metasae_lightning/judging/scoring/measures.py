@@ -51,7 +51,7 @@ class JudgedMeasure(Measure):
     def __init__(self, score: Score, judge: Judge):
         self.score, self.judge = score, judge
         self.name, self.description, self.chance = score.name, score.description, score.chance
-        self.needs_explanation = score.needs_explanation
+        self.needs_explanation, self.can_be_planted = score.needs_explanation, score.can_be_planted
 
     def scores(self, material: Material, seed: int, threshold: float) -> LatentScores:
         return judged(self.score, material, self.judge, seed=seed, threshold=threshold)

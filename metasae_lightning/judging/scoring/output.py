@@ -25,7 +25,7 @@ class OutputScores:
     own: tuple[float, ...]
     """The score: the latent's row, at its own firings."""
     other_row: tuple[float, ...]
-    """Control: another latent's row, at the latent's firings."""
+    """Control: another latent's row, at the latent's firings; NaN for a single latent, as the other control."""
     other_firings: tuple[float, ...]
     """Control: the latent's row, at another latent's firings."""
     firings: tuple[int, ...]
@@ -58,15 +58,16 @@ class Output:
         if any(name.endswith("hook_z") for name in collected.subject.hook_names) or model.logits_of_directions(rows[:1]) is None:
             return None
         following = FollowingTokens.sampled(collected, latents, firings=self.firings, elsewhere=self.elsewhere, seed=seed)
-        partner = random_cycle(range(len(latents)), np.random.default_rng(seed))
+        partner = random_cycle(range(len(latents)), np.random.default_rng(seed)) if len(latents) > 1 else {}
         of_row = {other: index for index, other in partner.items()}
         own, other_row, other_firings = ([float("nan")] * len(latents) for _ in range(3))
         chunk = max(1, LOGITS // model.logits_of_directions(rows[:1]).shape[1])
         for begin in range(0, len(rows), chunk):
             for index, logits in enumerate(model.logits_of_directions(rows[begin : begin + chunk]).cpu(), begin):
                 own[index] = following.agreement(logits, index)
-                other_row[of_row[index]] = following.agreement(logits, of_row[index])
-                other_firings[index] = following.agreement(logits, partner[index])
+                if partner:
+                    other_row[of_row[index]] = following.agreement(logits, of_row[index])
+                    other_firings[index] = following.agreement(logits, partner[index])
         return OutputScores(tuple(own), tuple(other_row), tuple(other_firings), tuple(map(len, following.after_firing)))
 
 

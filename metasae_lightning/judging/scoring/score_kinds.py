@@ -36,6 +36,8 @@ class Score(ABC):
     """Task of its questions."""
     needs_explanation: bool = True
     """Whether its questions show the explanation."""
+    can_be_planted: bool = True
+    """Whether planted latents tell how reliable a judge is; their activations are random."""
 
     @abstractmethod
     def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:

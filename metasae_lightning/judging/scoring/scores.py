@@ -146,6 +146,7 @@ class StrengthSpearman(NumbersScore):
     name = "strength_spearman"
     description = "Grade texts in which the latent fires by how strongly it does; Spearman correlation with its peaks."
     task: Task = "strength"
+    can_be_planted = False
 
     def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
         shown = [contexts.firing[index] for index in rng.permutation(len(contexts.firing)).tolist()]

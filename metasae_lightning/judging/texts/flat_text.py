@@ -53,7 +53,9 @@ class FlatText:
     @classmethod
     def of(cls, collected: Collected, tokenizer: Any) -> "FlatText":
         """The text that codes were collected on."""
-        return cls.of_entries([entry for _, entry in collected.codes()], tokenizer)
+        # An entry holds the codes too, which are much larger than the text.
+        kept = ("tokens", "counted", "owner")
+        return cls.of_entries([{name: entry[name] for name in kept} for _, entry in collected.codes()], tokenizer)
 
     @classmethod
     def of_entries(cls, entries: Sequence[Entry], tokenizer: Any) -> "FlatText":
