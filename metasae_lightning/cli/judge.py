@@ -1,4 +1,4 @@
-"""The command `judge`: explain latents, score the explanations, and write tables beside the runs."""
+"""The command `judge`: explain and score latents, print a table, and write the results into the run folders."""
 
 import logging
 from contextlib import closing
@@ -21,7 +21,7 @@ from metasae_lightning.evaluation.settings import Settings
 from metasae_lightning.judging.judges.causal_judge import CausalJudge
 from metasae_lightning.judging.judges.embedding_judge import EMBEDDED_SENTENCES, EmbeddingJudge
 from metasae_lightning.judging.judges.judge import Judge
-from metasae_lightning.judging.judges.ledger import KeptAnswers, Ledger
+from metasae_lightning.judging.judges.ledger import JudgeWithLedger, Ledger
 from metasae_lightning.judging.judges.openai_judge import OpenAIJudge
 from metasae_lightning.judging.records import write_results
 from metasae_lightning.judging.scoring.measures import measures_for
@@ -44,13 +44,13 @@ def judge_latents(args: Namespace) -> int:
     out = Path(args.out) if args.out else saes[0].record.parent / "judging"
     embedder = embedder_of(settings, args.device or AUTO)
     judge, embed = judge_of(settings, embedder, args.device or AUTO), embedder and embedder.embed
-    # Names that are not possible are refused before anything is read.
+    # An impossible name of a score is refused before the text is read.
     measures_for(settings.scores, judge, embed, None, explained=settings.explanations != "none")
     print_plan(saes, data, Settings(critic_seeds=0, splice_tokens=0, pairs_gib=0.1), args.memory_gib)
     by_name = {codes.subject.name: codes for codes in codes_on_test_text(saes, data, settings)}
     with closing(Ledger(out / "answers.sqlite")) as ledger:
-        # Embeddings are computed again in less time than their answers are read.
-        asked = judge if isinstance(judge, EmbeddingJudge) else KeptAnswers(judge, ledger)
+        # Reading kept answers would take longer than computing the embeddings again.
+        asked = judge if isinstance(judge, EmbeddingJudge) else JudgeWithLedger(judge, ledger)
         study = judge_arms(by_name, data.language_model, asked, embed, settings)
     write_results(study, out)
     console = Console()
@@ -62,7 +62,7 @@ def judge_latents(args: Namespace) -> int:
 
 
 def codes_on_test_text(saes: list[EvaluatedSAE], data: Any, settings: JudgingSettings) -> list[CollectedCodes]:
-    """The codes of each SAE on the test text, with its stored thresholds."""
+    """The codes of each SAE on the test text, with the thresholds in its folder."""
     for sae in saes:
         select_hook(sae, data)
         sae.sae.to(device_of(data))
@@ -72,7 +72,7 @@ def codes_on_test_text(saes: list[EvaluatedSAE], data: Any, settings: JudgingSet
 
 
 def embedder_of(settings: JudgingSettings, device: str) -> EmbeddingJudge | None:
-    """The sentence embedder. If it is not installed and not asked for, its scores are left out, with a warning."""
+    """The sentence embedder; None with a warning if it is not installed, and neither `embedder` nor `judge` asks for it."""
     try:
         return EmbeddingJudge(settings.embedder or EMBEDDED_SENTENCES, device=device)
     except InputError as error:

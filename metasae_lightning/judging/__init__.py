@@ -1,1 +1,1 @@
-"""Automatic interpretation: explanations of latents, and scores of how well judges tell by them where a latent fires."""
+"""Automatic interpretation: explanations of latents, and scores of how well a judge can tell from them where a latent fires."""

@@ -9,36 +9,36 @@ from torch import Tensor
 
 from metasae_lightning.judging.arms import SampledArm
 from metasae_lightning.judging.reliability import Reliability
-from metasae_lightning.judging.scoring.measured import LatentScores, table
+from metasae_lightning.judging.scoring.latent_scores import LatentScores, score_table
 from metasae_lightning.judging.scoring.measures import Measure
 from metasae_lightning.judging.scoring.statistics import mean_over_latents, paired_difference, unpaired_difference
 
 
 @dataclass(frozen=True)
 class ArmScore:
-    """One score of one arm: of its latents, and under each control."""
+    """One score of the latents of one arm, with the same score under each control."""
 
     by_seed: Sequence[LatentScores]
     """The scores, one for each draw of contexts."""
     controls: Mapping[str, Sequence[LatentScores]]
-    """The same under each control."""
+    """The scores under each control, one for each draw of contexts."""
 
 
 def score_arm(measure: Measure, arm: SampledArm, threshold: float, *, seed: int) -> ArmScore:
     """One score of all latents of an arm, and the same under each control that the score has."""
-    numbered = [(seed + draw, material) for draw, material in enumerate(arm.material)]
-    own = [measure.scores(material, number, threshold) for number, material in numbered]
-    controls = [measure.controls(material, number, threshold) for number, material in numbered]
+    numbered = [(seed + draw, inputs) for draw, inputs in enumerate(arm.inputs)]
+    own = [measure.scores(inputs, number, threshold) for number, inputs in numbered]
+    controls = [measure.controls(inputs, number, threshold) for number, inputs in numbered]
     return ArmScore(own, {name: [of_draw[name] for of_draw in controls] for name in controls[0]})
 
 
 def score_entry(
     measure: Measure, arm: SampledArm, score: ArmScore, reliability: Reliability | None, *, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """One score of one arm for `evaluation.json`: means over the arm's sampled latents, with intervals, and those of the controls."""
+    """One score of one arm for `evaluation.json`: means over its sampled latents and under controls, with intervals."""
     mean = values_of(score.by_seed, arm.latents)
     asked = sum(of_seed.asked for of_seed in score.by_seed)
-    graded = mean_over_latents(table([of_seed.graded for of_seed in score.by_seed], arm.latents), resamples=resamples, seed=seed)
+    graded = mean_over_latents(score_table([of_seed.graded for of_seed in score.by_seed], arm.latents), resamples=resamples, seed=seed)
     controls: dict[str, Any] = {}
     for name, by_seed in score.controls.items():
         control = values_of(by_seed, arm.latents)
@@ -69,8 +69,8 @@ def differences_of(first: tuple[SampledArm, ArmScore], second: tuple[SampledArm,
 
 
 def values_of(by_seed: Sequence[LatentScores], latents: Sequence[int]) -> Tensor:
-    """A score as a tensor, a row a seed and a column a latent."""
-    return table([of_seed.values for of_seed in by_seed], latents)
+    """A score as a tensor, one row for each draw and one column for each latent."""
+    return score_table([of_seed.values for of_seed in by_seed], latents)
 
 
 def latents_entry(arm: SampledArm, scores: Mapping[str, ArmScore]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def latents_entry(arm: SampledArm, scores: Mapping[str, ArmScore]) -> dict[str, 
         entries[str(latent)] = {
             **{"explanation": arm.explanations.get(latent, ""), "density": contexts.density},
             "pair": None if first is None else {"latent": first, "cosine": round(arm.cosines[first], 4)},
-            "paired_by": "sample" if latent in arm.latents else "partner",
+            "chosen_as": "sample" if latent in arm.latents else "partner",
             "scores": {name: values_of(score.by_seed, [latent]).mean().item() for name, score in scores.items()},
             "words": {name: list(found) for name, score in scores.items() if (found := score.by_seed[0].words.get(latent))},
         }

@@ -1,4 +1,4 @@
-"""Explanations of latents: by a judge, from the words of their contexts, or given by the user in a file."""
+"""Explanations of latents: written by a judge, made of words of their contexts, or read from the user's file."""
 
 import csv
 import json
@@ -19,65 +19,65 @@ from metasae_lightning.judging.texts.contexts import Context, LatentContexts
 from metasae_lightning.judging.texts.flat_text import FlatText
 from metasae_lightning.judging.texts.text_words import Words
 
-# Tokens and neighbouring words of an explanation by keywords.
+# Firing tokens and other words in an explanation by keywords, at most.
 KEY_TOKENS, KEY_WORDS = 4, 6
-# A token belongs to the firing ones of a context if its activation is at least this share of the context's largest.
+# A token counts as firing if its activation is at least this share of the largest in its context.
 FIRING_SHARE = 0.3
-# Characters of a judge's explanation at most.
-LENGTH = 400
+# Characters of an explanation at most, the judge's or the user's.
+MAX_LENGTH = 400
 
 
 @dataclass(frozen=True)
 class Explainer:
-    """Explains latents in one way, after their contexts in one text."""
+    """Explains latents from their contexts in one text."""
 
     kind: str
     """`keywords`, `judge`, or `none` for no explanations."""
     judge: Judge
-    """The judge."""
+    """The judge that writes the explanations of the kind `judge`."""
     text: FlatText
-    """The text."""
+    """The text, for the rarity of its words."""
 
     def __post_init__(self) -> None:
         if self.kind == "judge" and "explanation" not in self.judge.tasks:
             raise InputError("explanations: this judge writes none: take keywords, none or a file, or another judge")
 
     def explanations(self, contexts: Mapping[int, LatentContexts]) -> dict[int, str]:
-        """An explanation of each latent; empty where the judge wrote nothing."""
+        """The explanation of each latent, empty where the judge wrote nothing; no entries for the kind `none`."""
         if self.kind == "none":
             return {}
         return explained_by_judge(self.judge, contexts) if self.kind == "judge" else explained_by_keywords(contexts, self.rarity)
 
     @cached_property
     def rarity(self) -> dict[str, float]:
-        """The rarity of each word of the text."""
+        """The rarity of each word of the text, as `word_rarity` defines it."""
         return word_rarity(self.text)
 
 
 def explained_by_judge(judge: Judge, contexts: Mapping[int, LatentContexts]) -> dict[int, str]:
-    """The judge's explanation of each latent, from the contexts for explaining; empty where it wrote nothing."""
+    """The judge's explanation of each latent, from its contexts for the explanation; empty where the judge wrote nothing."""
     questions = [Question("explanation", tuple(map(with_strengths, found.explaining))) for found in contexts.values()]
     answers = judge.answers(questions)
     return {latent: one_line(read_explanation(answer.words)) for latent, answer in zip(contexts, answers, strict=True)}
 
 
 def with_strengths(context: Context) -> ShownText:
-    """A context for an explainer: the firing tokens marked, with strengths from 0 to 10 relative to the largest activation."""
+    """A context with its firing tokens marked, and strengths from 0 to 10, where 10 is the largest activation in the context."""
     peak = context.peak or 1.0
     strengths = tuple(round(10 * max(value, 0.0) / peak) for value in context.activations)
     return ShownText(context.tokens, tuple(value >= FIRING_SHARE * peak for value in context.activations), tuple(map(float, strengths)))
 
 
 def explained_by_keywords(contexts: Mapping[int, LatentContexts], rarity: Mapping[str, float]) -> dict[int, str]:
-    """For each latent, its most frequent firing tokens and the words that are rare in the text but not in its contexts.
+    """For each latent, its most frequent firing tokens, and other words that are frequent in its contexts and rare in the text.
 
-    The weight of a word is the number of the latent's contexts that hold it, times its `rarity`.
+    The weight of a word is the number of the latent's contexts that hold it, times its `rarity`. A word needs two contexts.
     """
     return {latent: keywords(found, rarity) for latent, found in contexts.items()}
 
 
 def keywords(found: LatentContexts, rarity: Mapping[str, float]) -> str:
-    """The explanation of one latent by keywords."""
+    """The explanation of one latent by keywords, from its contexts for the explanation."""
     fired = Counter(token.strip() or repr(token) for context in found.explaining for token in firing_tokens(context))
     tokens = sorted(fired, key=lambda token: (-fired[token], token))[:KEY_TOKENS]
     counts = Counter(word for context in found.explaining for word in words_in(context))
@@ -88,14 +88,14 @@ def keywords(found: LatentContexts, rarity: Mapping[str, float]) -> str:
 
 
 def word_rarity(text: FlatText) -> dict[str, float]:
-    """For each word of a text the logarithm of the share of documents that hold it, negated."""
+    """The rarity of each word of a text: minus the logarithm of the share of documents that hold it."""
     words = Words.of(text)
     documents = len(text.hashes)
     return {name: math.log(documents / count) for name, count in zip(words.names, words.n_documents().tolist(), strict=True) if count}
 
 
 def firing_tokens(context: Context) -> set[str]:
-    """The texts of the tokens that fire at `FIRING_SHARE` of the context's largest activation or more."""
+    """The texts of the tokens whose activation is at least `FIRING_SHARE` of the largest in the context."""
     pairs = zip(context.tokens, context.activations, strict=True)
     return {token for token, value in pairs if value > 0 and value >= FIRING_SHARE * context.peak}
 
@@ -110,7 +110,7 @@ def words_in(context: Context) -> set[str]:
 
 
 def read_explanations(path: Path) -> dict[str, dict[int, str]]:
-    """A user's explanations by arm and latent; the arm is empty where the file names none.
+    """A user's explanations by arm and latent; the arm is `""` where the file names none.
 
     A CSV file has the columns `latent`, `explanation` and, for several arms, `arm`. A JSON file maps latents to explanations, or arms to
     such maps. Anything else is an `InputError`.
@@ -146,16 +146,16 @@ def rows_of_json(content: Any) -> list[tuple[str, str, str]]:
 
 
 def one_line(text: str) -> str:
-    """A text in one line of at most `LENGTH` characters, without control characters.
+    """A text in one line of at most `MAX_LENGTH` characters, without control characters.
 
     >>> one_line(" fires on\\n cats\\x1b[31m ")
     'fires on cats [31m'
     """
-    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", " ", text).split())[:LENGTH].rstrip()
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", " ", text).split())[:MAX_LENGTH].rstrip()
 
 
 def check_latents(explanations: Mapping[int, str], d_sae: int, live: Sequence[bool]) -> None:
-    """Refuse explanations of latents that an SAE does not have, or that never fire on the text."""
+    """Raise an `InputError` if the SAE lacks one of the explained latents, or if none of them fires on the text."""
     for latent in explanations:
         if latent >= d_sae:
             raise InputError(f"explanations: there is no latent {latent}: the SAE has {d_sae}")

@@ -1,4 +1,4 @@
-"""The files of a judging run: an entry in each run's record, each arm's latents for the page, and a table of all latents."""
+"""The files of a judging run: entries in `evaluation.json`, each arm's latents for the page, and a table of all latents."""
 
 import csv
 import gzip
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from metasae_lightning import run_folder
-from metasae_lightning.judging.study import JudgedArm, Study
+from metasae_lightning.judging.study import JudgedArm, JudgingResults
 
 # Name of the file with an arm's latents, in the arm's folder.
 LATENTS = "judged.json.gz"
 
 
-def write_results(study: Study, out: Path) -> None:
-    """Write the results beside each SAE; in `out`, the table `latents.csv` and everything as `judging.json`."""
+def write_results(study: JudgingResults, out: Path) -> None:
+    """Write each arm's results beside its SAE, and the table `latents.csv` and all arms' entries, `judging.json`, into `out`."""
     for arm in study.arms:
         subject = arm.collected.subject
         run_folder.add_entry(subject.record, "judging", arm.entry, arm=subject.arm)
@@ -27,8 +27,8 @@ def write_results(study: Study, out: Path) -> None:
     run_folder.write_file(out / "latents.csv", latents_csv(study).encode(errors="replace"))
 
 
-def latents_csv(study: Study) -> str:
-    """A row for each latent of each arm: firing rate, pair in the first arm, explanation and scores."""
+def latents_csv(study: JudgingResults) -> str:
+    """A CSV table with a row for each latent of each arm: firing rate, pair in the first arm, explanation and scores."""
     names = list(dict.fromkeys(name for arm in study.arms for name in arm.entry["scores"]))
     file = io.StringIO(newline="")
     writer = csv.writer(file)
@@ -43,6 +43,6 @@ def rows_of(arm: JudgedArm, names: list[str]) -> Iterator[list[Any]]:
         pair = found["pair"] or {"latent": "", "cosine": ""}
         scores = (found["scores"].get(name) for name in names)
         numbers = ["" if value is None or value != value else f"{value:.6g}" for value in scores]
-        # A spreadsheet runs a cell that begins like a formula.
+        # A spreadsheet would compute a cell that begins like a formula.
         text = f"'{found['explanation']}" if found["explanation"][:1] in ("=", "+", "-", "@") else found["explanation"]
         yield [arm.name, latent, f"{found['density']:.3e}", pair["latent"], pair["cosine"], text, *numbers]

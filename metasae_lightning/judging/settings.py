@@ -5,8 +5,8 @@ from typing import Literal
 
 from metasae_lightning.errors import InputError
 
-# Explanations that are made; anything else is a file of the user's.
-KINDS = ("keywords", "judge", "none")
+# Kinds of explanations that need no file. Any other value of `explanations` is the path of a file.
+EXPLANATION_KINDS = ("keywords", "judge", "none")
 
 
 @dataclass(frozen=True)
@@ -14,27 +14,27 @@ class JudgingSettings:
     """Which latents are explained and scored, from how many contexts, and by which judge.
 
     Args:
-        latents: Latents of each arm, drawn evenly over firing rates.
+        latents: Number of latents of each arm, drawn evenly over firing rates.
         scores: Names of the scores to compute. Default: all that the judge and the explanations allow.
-        explanations: `keywords` for words of the contexts, `judge` for the judge's own, `none`, or a CSV or JSON file of yours.
+        explanations: `keywords` for words of the contexts, `judge` for the judge's own, `none`, or your CSV or JSON file.
         judge: `embedding` for a sentence embedder, `causal` for a local Hugging Face model, `openai` for a server with OpenAI's interface.
         model: The judge's model: a name on the Hub, a folder, or the server's name for it. Default: the judge's embedded model.
         url: Address of the server, for the judge `openai`, such as `http://127.0.0.1:8000/v1`.
         key_variable: Environment variable that holds the server's key.
         concurrency: Requests to the server at a time.
         max_requests: Requests to the server at most, repeated ones included. Answers are kept, so a stopped run continues.
-        max_tokens: Tokens of questions and answers at most.
+        max_tokens: Tokens of questions to the server and of its answers, at most; requests under way may exceed it.
         timeout: Seconds to wait for an answer of the server.
         retries: Times that a failed request is sent again.
         embedder: Model of the sentence embedder. Default: the embedded all-MiniLM-L6-v2.
         seeds: Number of draws of the contexts that latents are scored by.
-        explaining: Contexts of each latent that its explanation is made from.
-        scoring: Firing contexts of each latent that it is scored by, and as many contexts in which it does not fire.
-        pair_cosine: Smallest cosine of decoder rows at which latents of two arms are a pair.
-        splits: Latents of the first arm that another arm splits, with texts of each side on the page.
+        explaining: Number of contexts from which a latent is explained.
+        scoring: Number of contexts in which a latent fires that it is scored by, and of contexts in which it does not fire.
+        pair_cosine: Smallest cosine of the decoder rows of a pair of latents of two arms.
+        splits: Number of split latents of the first arm on the page, each beside its parts in another arm.
         tokens: Held-out tokens to read. Default: `test_tokens` of the data's recipe.
         resamples: Bootstrap resamples of latents for intervals.
-        seed: Seed of the sample of latents, of the contexts and of the bootstrap.
+        seed: Seed of the sample of latents, of contexts, questions, controls, planted latents and the bootstrap.
     """
 
     latents: int = 100

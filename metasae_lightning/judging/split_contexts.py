@@ -1,4 +1,4 @@
-"""Latents of the first arm that another arm splits, with contexts and explanations of each side."""
+"""Latents of the first arm that another arm splits, with contexts and explanations of each latent and of its parts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from metasae_lightning.judging.explanations import Explainer
 from metasae_lightning.judging.texts.contexts import Context, LatentContexts
 from metasae_lightning.judging.texts.draw import ContextSettings, draw_contexts
 
-# Contexts of each latent of a split.
+# Contexts of a split latent, and of each of its parts.
 SHOWN = 5
 # Memory for counting co-firings, in GiB.
 PAIRS_GIB = 0.5
@@ -18,7 +18,7 @@ PAIRS_GIB = 0.5
 def split_records(first: SampledArm, other: SampledArm, explainer: Explainer, *, count: int, seed: int) -> list[dict[str, Any]]:
     """Up to `count` latents of the first arm that another arm splits, as `evaluation.compare.splits` finds them, with contexts.
 
-    A split of which a latent has too few contexts is left out.
+    A split is left out if one of its latents has too few contexts.
     """
     if not count:
         return []
@@ -49,7 +49,7 @@ def split_records(first: SampledArm, other: SampledArm, explainer: Explainer, *,
 
 
 def shown(contexts: Sequence[Context]) -> list[dict[str, Any]]:
-    """Contexts as JSON values: texts and activations of the tokens, and the index of the strongest."""
+    """Contexts as JSON values: texts of the tokens, their activations, and the index of the token with the largest."""
     return [
         {
             "tokens": list(context.tokens),

@@ -13,10 +13,10 @@ from metasae_lightning.judging.explanations import Explainer
 from metasae_lightning.judging.judges.chat_server import public_url
 from metasae_lightning.judging.judges.judge import Judge
 from metasae_lightning.judging.judges.questions import Cost
-from metasae_lightning.judging.reliability import Planted, Reliability, reliability_of
+from metasae_lightning.judging.reliability import PlantedContexts, Reliability, reliability_of
+from metasae_lightning.judging.scoring.embedding_scores import Embed
 from metasae_lightning.judging.scoring.measures import Measure, measures_for
-from metasae_lightning.judging.scoring.topical_coherence import Embed
-from metasae_lightning.judging.settings import KINDS, JudgingSettings
+from metasae_lightning.judging.settings import EXPLANATION_KINDS, JudgingSettings
 from metasae_lightning.judging.split_contexts import split_records
 from metasae_lightning.judging.texts.flat_text import FlatText
 
@@ -30,7 +30,7 @@ class JudgedArm:
     name: str
     """Name of the arm."""
     collected: CollectedCodes
-    """Its codes on the test text."""
+    """The codes of its SAE on the test text."""
     entry: dict[str, Any]
     """Its entry `judging` in `evaluation.json`."""
     record: dict[str, Any]
@@ -38,13 +38,13 @@ class JudgedArm:
 
 
 @dataclass(frozen=True)
-class Study:
+class JudgingResults:
     """The results of a judging run."""
 
     arms: Sequence[JudgedArm]
     """Each arm's results."""
     cost: Cost
-    """What the answers have cost."""
+    """Requests, tokens and time of the answers."""
 
     @property
     def entries(self) -> dict[str, dict[str, Any]]:
@@ -52,17 +52,20 @@ class Study:
         return {arm.name: arm.entry for arm in self.arms}
 
 
-def judge_arms(collected: Mapping[str, CollectedCodes], model: Any, judge: Judge, embed: Embed | None, settings: JudgingSettings) -> Study:
-    """Explain and score latents of each arm; the others are compared with the first. `model` is the loaded language model.
+def judge_arms(
+    collected: Mapping[str, CollectedCodes], model: Any, judge: Judge, embed: Embed | None, settings: JudgingSettings
+) -> JudgingResults:
+    """Explain and score latents of each arm, and compare each other arm with the first. `model` is the loaded language model.
 
-    The judge's reliability is measured first, on latents planted in the same text; its threshold for yes comes from there too.
+    The judge's reliability and its threshold for yes are measured first, on latents planted in the same text. Without `embed` there are no
+    scores by sentence embeddings.
     """
     first = next(iter(collected.values()))
     text = FlatText.of(first, model.tokenizer)
-    # A user's file says nothing about latents of splits, which are explained by keywords.
-    explainer = Explainer(settings.explanations if settings.explanations in KINDS else "keywords", judge, text)
+    # A user's file does not explain the latents of splits, so they are explained by keywords.
+    explainer = Explainer(settings.explanations if settings.explanations in EXPLANATION_KINDS else "keywords", judge, text)
     measures = measures_for(settings.scores, judge, embed, model, explained=settings.explanations != "none")
-    planted = Planted.on(first, model.tokenizer, settings)
+    planted = PlantedContexts.on(first, model.tokenizer, settings)
     numbers = {"resamples": settings.resamples, "seed": settings.seed}
     reliability: dict[str, Reliability | None] = {}
     for measure in measures:
@@ -74,7 +77,7 @@ def judge_arms(collected: Mapping[str, CollectedCodes], model: Any, judge: Judge
     about = {
         **{
             "judge": judge.identity,
-            "explanations": settings.explanations if settings.explanations in KINDS else "file",
+            "explanations": settings.explanations if settings.explanations in EXPLANATION_KINDS else "file",
             "settings": public_settings(settings),
             "versions": versions(),
         },
@@ -93,7 +96,7 @@ def judge_arms(collected: Mapping[str, CollectedCodes], model: Any, judge: Judge
             entry["against"] = {"arm": arms[0].name, "weights": results[0].entry["weights"], "scores": against}
             record["splits"] = split_records(arms[0], arm, explainer, count=settings.splits, seed=settings.seed)
         results.append(JudgedArm(arm.name, arm.collected, entry, record))
-    return Study(results, judge.cost)
+    return JudgingResults(results, judge.cost)
 
 
 def public_settings(settings: JudgingSettings) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class OracleJudge(Judge):
             return Answer(words=self.explanation(texts))
         if question.task == "intruder":
             return certain(self.intruder(texts), question)
-        masks = [PlantedTruth.is_concept(question.explanation, text.tokens) for text in texts]
+        masks = [PlantedTruth.concept_mask(question.explanation, text.tokens) for text in texts]
         if question.task == "detection":
             return certain(int(masks[0].any()), question)
         if question.task == "fuzzing":
@@ -56,7 +56,7 @@ class OracleJudge(Judge):
         """The hypothesis that holds on the marked tokens and on few others."""
 
         def f1(hypothesis: str) -> float:
-            masks = [PlantedTruth.is_concept(hypothesis, text.tokens) for text in texts]
+            masks = [PlantedTruth.concept_mask(hypothesis, text.tokens) for text in texts]
             marked = [np.array(text.marked) for text in texts]
             both = sum(int((mask & mark).sum()) for mask, mark in zip(masks, marked, strict=True))
             return 2 * both / max(1, sum(int(mask.sum() + mark.sum()) for mask, mark in zip(masks, marked, strict=True)))
@@ -68,7 +68,7 @@ class OracleJudge(Judge):
 
         def holds(hypothesis: str, text: ShownText) -> bool:
             marked = np.array(text.marked)
-            return bool(PlantedTruth.is_concept(hypothesis, text.tokens)[marked].any())
+            return bool(PlantedTruth.concept_mask(hypothesis, text.tokens)[marked].any())
 
         table = np.array([[holds(hypothesis, text) for text in texts] for hypothesis in self._hypotheses(texts)], dtype=int)
         if not len(table):

@@ -27,7 +27,7 @@ def judged_latents(numbers: Sequence[int], seed: int, *, gain: float = 0.0, pair
         scores = {name: round(min(chance + 0.4 * drawn.random() + gain, 1.0), 2) for name, chance in CHANCES.items()}
         pair = {"latent": pairs[number], "cosine": 0.93} if pairs and number in pairs else None
         latents[str(number)] = {
-            **{"explanation": f"words about harbour {number} and ships", "density": 0.01, "pair": pair, "paired_by": "sample"},
+            **{"explanation": f"words about harbour {number} and ships", "density": 0.01, "pair": pair, "chosen_as": "sample"},
             **{"scores": scores, "words": {"detection": [f"Yes, it is about harbour {number}."], "fuzzing": []}},
         }
     return latents

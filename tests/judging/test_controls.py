@@ -4,8 +4,8 @@ import pytest
 
 from metasae_lightning.errors import InputError
 from metasae_lightning.judging.scoring.controls import controls_of, other_explanation, shuffled_contexts
+from metasae_lightning.judging.scoring.embedding_scores import ExplanationNearness, TopicalCoherence
 from metasae_lightning.judging.scoring.scores import SCORES
-from metasae_lightning.judging.scoring.topical_coherence import ExplanationNearness, TopicalCoherence
 from tests.judging.word_latents import word, word_latents
 
 

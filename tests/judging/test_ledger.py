@@ -15,7 +15,7 @@ import pytest
 from metasae_lightning.errors import InputError
 from metasae_lightning.judging.judges import prompts
 from metasae_lightning.judging.judges.judge import Judge
-from metasae_lightning.judging.judges.ledger import KeptAnswers, Ledger, key_of
+from metasae_lightning.judging.judges.ledger import JudgeWithLedger, Ledger, key_of
 from metasae_lightning.judging.judges.openai_judge import OpenAIJudge
 from metasae_lightning.judging.judges.questions import Answer, Question, ShownText
 from tests.helpers.chat_api import MODEL, ChatAPI
@@ -54,20 +54,20 @@ class Counted(Judge):
 def test_each_question_is_asked_once_and_answers_are_in_order(tmp_path: Path):
     texts = ["a", "bb", "a", "ccc", "bb"]
     first = Counted()
-    answers = KeptAnswers(first, Ledger(tmp_path / "deep" / "answers.sqlite")).answers(list(map(question, texts)))
+    answers = JudgeWithLedger(first, Ledger(tmp_path / "deep" / "answers.sqlite")).answers(list(map(question, texts)))
     assert [answer.choice for answer in answers] == [1, 0, 1, 1, 0]
     assert first.asked == ["a", "bb", "ccc"] and first.cost.reused == 2
     again = Counted()
-    assert KeptAnswers(again, Ledger(tmp_path / "deep" / "answers.sqlite")).answers(list(map(question, texts))) == answers
+    assert JudgeWithLedger(again, Ledger(tmp_path / "deep" / "answers.sqlite")).answers(list(map(question, texts))) == answers
     assert again.asked == [] and again.cost.reused == 5
 
 
 def test_answers_before_an_error_are_kept(tmp_path: Path):
     ledger = Ledger(tmp_path / "answers.sqlite")
     with pytest.raises(InputError, match=r"^no more; 2 answers are kept in .*answers.sqlite, run again to go on$"):
-        KeptAnswers(Counted(most=2), ledger).answers([question("a"), question("b"), question("c")])
+        JudgeWithLedger(Counted(most=2), ledger).answers([question("a"), question("b"), question("c")])
     second = Counted()
-    KeptAnswers(second, ledger).answers([question("a"), question("b"), question("c")])
+    JudgeWithLedger(second, ledger).answers([question("a"), question("b"), question("c")])
     assert second.asked == ["c"]
 
 
@@ -146,10 +146,10 @@ def test_two_processes_on_one_file_lose_nothing(tmp_path: Path):
 
 RUN = """
 import pathlib, sys
-from metasae_lightning.judging.judges.ledger import KeptAnswers, Ledger
+from metasae_lightning.judging.judges.ledger import JudgeWithLedger, Ledger
 from metasae_lightning.judging.judges.openai_judge import OpenAIJudge
 from tests.judging.test_ledger import MODEL, question
-KeptAnswers(OpenAIJudge(MODEL, sys.argv[1], concurrency=1), Ledger(pathlib.Path(sys.argv[2]))).answers(
+JudgeWithLedger(OpenAIJudge(MODEL, sys.argv[1], concurrency=1), Ledger(pathlib.Path(sys.argv[2]))).answers(
     [question(f"text {number}") for number in range(30)]
 )
 """
@@ -171,7 +171,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path: Path):
         answered = [request.user for request in api.log[:12]]
         assert len(Ledger(path)) == len(set(answered)) == 12
         api.before = lambda: None
-        again = KeptAnswers(OpenAIJudge(MODEL, api.url), Ledger(path))
+        again = JudgeWithLedger(OpenAIJudge(MODEL, api.url), Ledger(path))
         assert all(answer.choice == 1 for answer in again.answers([question(f"text {number}") for number in range(30)]))
         assert again.cost.requests == 18 and again.cost.reused == 12
         times = Counter(request.user for request in api.log)

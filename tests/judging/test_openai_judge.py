@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.judging.judges.ledger import KeptAnswers, Ledger
+from metasae_lightning.judging.judges.ledger import JudgeWithLedger, Ledger
 from metasae_lightning.judging.judges.openai_judge import OpenAIJudge
 from metasae_lightning.judging.judges.questions import Answer, Question, ShownText
 from tests.helpers.chat_api import MODEL, ChatAPI, Fault
@@ -124,7 +124,7 @@ def test_the_server_says_how_long_to_wait(api: ChatAPI, monkeypatch: pytest.Monk
 )
 def test_a_lasting_fault_is_one_line_and_loses_nothing(api: ChatAPI, fault: Fault, line: str, tmp_path: Path):
     ledger = Ledger(tmp_path / "answers.sqlite")
-    kept = KeptAnswers(judge(api, concurrency=1), ledger)
+    kept = JudgeWithLedger(judge(api, concurrency=1), ledger)
     kept.answers(QUESTIONS[:5])
     api.faults.append(fault)
     with pytest.raises(InputError) as error:
@@ -161,7 +161,7 @@ def test_an_unknown_model_and_path_are_one_line(api: ChatAPI):
 
 def test_a_refused_question_counts_as_unreadable_and_is_not_kept(api: ChatAPI, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     api.logprobs = [("no", -0.1)]
-    kept = KeptAnswers(judge(api, concurrency=1), Ledger(tmp_path / "answers.sqlite"))
+    kept = JudgeWithLedger(judge(api, concurrency=1), Ledger(tmp_path / "answers.sqlite"))
     api.faults.append(Fault("error", status=400, message="the prompt is too long"))
     answers = kept.answers(QUESTIONS[:3])
     assert [answer.is_readable for answer in answers] == [False, True, True]
@@ -182,11 +182,11 @@ def test_budgets_stop_cleanly_and_lose_nothing(api: ChatAPI, tmp_path: Path):
     with pytest.raises(
         InputError, match=r"^max_requests: the budget of 5 is spent: raise it; 5 answers are kept in .*, run again to go on$"
     ):
-        KeptAnswers(judge(api, max_requests=5), ledger).answers(QUESTIONS)
+        JudgeWithLedger(judge(api, max_requests=5), ledger).answers(QUESTIONS)
     # A hundred tokens a request, one at a time: 200 are less than 250, 300 are not.
     with pytest.raises(InputError, match=r"^max_tokens: the budget of 250 is spent: raise it; 8 answers"):
-        KeptAnswers(judge(api, max_tokens=250, concurrency=1), ledger).answers(QUESTIONS)
-    last = KeptAnswers(judge(api), ledger)
+        JudgeWithLedger(judge(api, max_tokens=250, concurrency=1), ledger).answers(QUESTIONS)
+    last = JudgeWithLedger(judge(api), ledger)
     assert len(last.answers(QUESTIONS)) == 12
     assert (last.cost.requests, last.cost.reused) == (4, 8)
     assert len({request.user for request in api.log}) == len(api.log) == 12
@@ -218,7 +218,7 @@ def test_the_key_is_sent_and_is_in_no_file_or_output(tmp_path: Path, monkeypatch
     monkeypatch.setenv("JUDGE_KEY", KEY)
     ledger = Ledger(tmp_path / "answers.sqlite")
     with ChatAPI(lambda body: f"yes, {KEY}", key=KEY, logprobs=[("yes", -0.1)]) as api:
-        kept = KeptAnswers(judge(api, key_variable="JUDGE_KEY"), ledger)
+        kept = JudgeWithLedger(judge(api, key_variable="JUDGE_KEY"), ledger)
         assert kept.answers(QUESTIONS)[0] == Answer("yes, ***", 1, (0.0, 1.0))
         assert {request.headers["authorization"] for request in api.log} == {f"Bearer {KEY}"}
         monkeypatch.setenv("JUDGE_KEY", f"{KEY}-wrong")

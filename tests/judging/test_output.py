@@ -13,7 +13,7 @@ from metasae_lightning.evaluation.collect import CollectedCodes
 from metasae_lightning.evaluation.evaluate import evaluate
 from metasae_lightning.evaluation.saes import load_sae
 from metasae_lightning.evaluation.settings import Settings
-from metasae_lightning.judging.scoring.output import FollowingTokens, Output, next_tokens
+from metasae_lightning.judging.scoring.output_score import FollowingTokens, OutputScore, next_tokens
 from tests.evaluation.test_evaluate import QUICK
 from tests.helpers.judged import write_run
 
@@ -45,7 +45,7 @@ def followed(collected_and_model: tuple[CollectedCodes, Any]) -> list[tuple[int,
 
 def test_the_score_is_that_of_all_firings(collected_and_model: tuple[CollectedCodes, Any], followed: list[tuple[int, set[int]]]):
     collected, model = collected_and_model
-    scores = Output(firings=10**6, elsewhere=10**6).values(collected, model, LATENTS, seed=0)
+    scores = OutputScore(firings=10**6, elsewhere=10**6).values(collected, model, LATENTS, seed=0)
     assert scores is not None
     logits = model.logits_of_directions(collected.subject.W_dec)
 
@@ -78,7 +78,7 @@ def test_a_row_that_promotes_what_follows_beats_its_controls(
     collected_and_model: tuple[CollectedCodes, Any], followed: list[tuple[int, set[int]]]
 ):
     collected, latents = collected_and_model[0], list(range(48))
-    scores = Output(firings=64, elsewhere=256).values(collected, Promoter(collected.subject.W_dec, followed), latents, seed=0)
+    scores = OutputScore(firings=64, elsewhere=256).values(collected, Promoter(collected.subject.W_dec, followed), latents, seed=0)
     assert scores is not None and max(scores.firings) == 64
     own, other_row, other_firings = (np.nanmean(values) for values in (scores.own, scores.other_row, scores.other_firings))
     assert own > other_row + 0.1 and own > other_firings + 0.1
@@ -89,7 +89,7 @@ def test_an_sae_that_does_not_read_the_residual_stream_has_no_score(collected_an
         def logits_of_directions(self, rows: torch.Tensor) -> None:
             return None
 
-    assert Output().values(collected_and_model[0], Blind(), LATENTS, seed=0) is None
+    assert OutputScore().values(collected_and_model[0], Blind(), LATENTS, seed=0) is None
 
 
 def test_a_sample_is_random_and_follows_from_its_seed(
@@ -105,7 +105,7 @@ def test_a_sample_is_random_and_follows_from_its_seed(
     assert len(first.elsewhere) == 50 and set(first.elsewhere.tolist()) <= set(everywhere)
     # A latent without a followed firing has no score.
     silent = FollowingTokens(tuple(torch.zeros(0, dtype=torch.long) for _ in LATENTS), first.elsewhere, first.fires)
-    assert isnan(silent.agreement(torch.zeros(max(everywhere) + 1), 0))
+    assert isnan(silent.following_auc(torch.zeros(max(everywhere) + 1), 0))
 
 
 def test_the_token_after_the_end_of_a_context_or_document_does_not_count():

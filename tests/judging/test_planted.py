@@ -64,7 +64,7 @@ def drawn(planted: PlantedLatents) -> DrawnContexts:
     ],
 )
 def test_the_concept_of_an_explanation_holds_on_the_right_tokens(explanation: str, tokens: list[str], expected: list[int]):
-    assert PlantedTruth.is_concept(explanation, tokens).astype(int).tolist() == expected
+    assert PlantedTruth.concept_mask(explanation, tokens).astype(int).tolist() == expected
 
 
 def test_words_of_tokens_are_those_of_the_joined_text():

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metasae_lightning.judging.scoring.measured import LatentScores, Material
+from metasae_lightning.judging.scoring.latent_scores import LatentScores, ScoringInputs
 from metasae_lightning.judging.scoring.measures import JudgedMeasure
 from metasae_lightning.judging.scoring.scores import SCORES
 from metasae_lightning.judging.texts.draw import draw_contexts
@@ -24,9 +24,9 @@ def planted() -> PlantedLatents:
 
 
 @pytest.fixture(scope="module")
-def material(planted: PlantedLatents) -> Material:
+def inputs(planted: PlantedLatents) -> ScoringInputs:
     found = draw_contexts(planted, range(len(planted.firings)), text=planted.text, W_dec=planted.W_dec)
-    return Material({contexts.latent: contexts for contexts in found.latents}, planted.truth.explanations)
+    return ScoringInputs({contexts.latent: contexts for contexts in found.latents}, planted.truth.explanations)
 
 
 @pytest.fixture(scope="module")
@@ -41,42 +41,42 @@ def by_kind(scores: LatentScores, planted: PlantedLatents) -> dict[str, float]:
     return {kind: float(np.mean(values)) for kind, values in kinds.items()}
 
 
-def test_every_kind_is_planted(planted: PlantedLatents, material: Material):
+def test_every_kind_is_planted(planted: PlantedLatents, inputs: ScoringInputs):
     counts = {
-        kind: sum(planted.truth.kinds[latent] == kind for latent in material.contexts) for kind in ("word", "suffix", "topic", "mixture")
+        kind: sum(planted.truth.kinds[latent] == kind for latent in inputs.contexts) for kind in ("word", "suffix", "topic", "mixture")
     }
     assert all(count >= 2 for count in counts.values()), counts
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_the_right_judge_gets_1(name: str, material: Material, planted: PlantedLatents, oracle: OracleJudge):
-    means = by_kind(JudgedMeasure(SCORES[name], oracle).scores(material, 0, 0.5), planted)
+def test_the_right_judge_gets_1(name: str, inputs: ScoringInputs, planted: PlantedLatents, oracle: OracleJudge):
+    means = by_kind(JudgedMeasure(SCORES[name], oracle).scores(inputs, 0, 0.5), planted)
     assert means["word"] == means["suffix"] == means["topic"] == 1.0, means
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_a_mixture_scores_below_every_pure_kind(name: str, material: Material, planted: PlantedLatents, oracle: OracleJudge):
-    means = by_kind(JudgedMeasure(SCORES[name], oracle).scores(material, 0, 0.5), planted)
+def test_a_mixture_scores_below_every_pure_kind(name: str, inputs: ScoringInputs, planted: PlantedLatents, oracle: OracleJudge):
+    means = by_kind(JudgedMeasure(SCORES[name], oracle).scores(inputs, 0, 0.5), planted)
     assert means["mixture"] < min(means[kind] for kind in ("word", "suffix", "topic")), means
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_the_right_judge_is_at_chance_under_the_controls(name: str, material: Material, planted: PlantedLatents, oracle: OracleJudge):
+def test_the_right_judge_is_at_chance_under_the_controls(name: str, inputs: ScoringInputs, planted: PlantedLatents, oracle: OracleJudge):
     # Planted words are rare: they are in few contexts of other latents. Suffixes and topics are in many, where yes is right.
     measure = JudgedMeasure(SCORES[name], oracle)
-    words = [latent for latent in material.contexts if planted.truth.kinds[latent] == "word"]
-    own = measure.scores(material, 0, 0.5)
-    for control, scores in measure.controls(material, 0, 0.5).items():
+    words = [latent for latent in inputs.contexts if planted.truth.kinds[latent] == "word"]
+    own = measure.scores(inputs, 0, 0.5)
+    for control, scores in measure.controls(inputs, 0, 0.5).items():
         mean = np.nanmean([scores.values[latent] for latent in words])
         assert abs(mean - measure.chance) < 0.06, (control, mean)
         # Activations of planted latents are random, so that nobody can order the texts by them.
         assert name == "strength_spearman" or np.nanmean([own.values[latent] for latent in words]) - mean > 0.2, control
 
 
-def test_a_random_judge_is_at_chance(material: Material):
+def test_a_random_judge_is_at_chance(inputs: ScoringInputs):
     means: Mapping[str, Any] = {
         name: np.mean(
-            [np.nanmean(list(JudgedMeasure(score, RandomJudge(seed)).scores(material, seed, 0.5).values.values())) for seed in range(5)]
+            [np.nanmean(list(JudgedMeasure(score, RandomJudge(seed)).scores(inputs, seed, 0.5).values.values())) for seed in range(5)]
         )
         for name, score in SCORES.items()
     }

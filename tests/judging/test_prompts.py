@@ -5,7 +5,7 @@ import json
 import pytest
 
 from metasae_lightning.judging.explanations import explained_by_judge
-from metasae_lightning.judging.judges.prompts import HERE, messages, version
+from metasae_lightning.judging.judges.prompts import PROMPT_FOLDER, messages, version
 from metasae_lightning.judging.judges.questions import Answer, Question, ShownText, Task
 from metasae_lightning.judging.judges.reading import read_answer, read_explanation
 from metasae_lightning.judging.texts.contexts import Context, LatentContexts
@@ -24,7 +24,7 @@ def user(question: Question) -> str:
 
 def test_every_task_has_a_prompt_that_fills_in_everything():
     tasks: list[Task] = ["explanation", "detection", "fuzzing", "replacement_2afc", "strength", "simulation", "intruder"]
-    assert sorted(path.stem for path in HERE.glob("*.txt")) == sorted(tasks)
+    assert sorted(path.stem for path in PROMPT_FOLDER.glob("*.txt")) == sorted(tasks)
     assert len({version(task) for task in tasks}) == 7
     for task in tasks:
         asked = messages(Question(task, (TEXT, TEXT), "cats", ("A", "B"), numbers=2))

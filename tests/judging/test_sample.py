@@ -78,10 +78,10 @@ def test_arms_have_the_partners_of_the_first_arms_sample_and_a_sample_of_their_o
     density[7] = 0
     arms = sample_arms({"solo": W, "joint": other}, {"solo": density, "joint": density[order]}, 10, seed=4)
     solo, joint = arms["solo"], arms["joint"]
-    assert len(solo.unpaired) == len(joint.unpaired) == 10 and not solo.partners and 7 not in solo.unpaired
-    assert list(joint.partners) == solo.unpaired and [int(order[b]) for b in joint.partners.values()] == solo.unpaired
+    assert len(solo.own_sample) == len(joint.own_sample) == 10 and not solo.partners and 7 not in solo.own_sample
+    assert list(joint.partners) == solo.own_sample and [int(order[b]) for b in joint.partners.values()] == solo.own_sample
     assert min(joint.cosines.values()) > 0.9 and joint.cosines.keys() == joint.partners.keys()
-    assert joint.latents == sorted({*joint.unpaired, *joint.partners.values()})
+    assert joint.latents == sorted({*joint.own_sample, *joint.partners.values()})
     # The samples are independent: the same density under another arm's place gives another sample.
     both = sample_arms({"a": W, "b": W}, {"a": density, "b": density}, 10, seed=4)
-    assert both["a"].unpaired == solo.unpaired != both["b"].unpaired
+    assert both["a"].own_sample == solo.own_sample != both["b"].own_sample

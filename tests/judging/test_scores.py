@@ -9,7 +9,7 @@ import pytest
 
 from metasae_lightning.judging.judges.questions import Answer
 from metasae_lightning.judging.scoring.controls import controls_of, other_explanation, shuffled_contexts
-from metasae_lightning.judging.scoring.score_kinds import Asked, Score, generator_for
+from metasae_lightning.judging.scoring.score_kinds import QuestionSet, Score, generator_for
 from metasae_lightning.judging.scoring.scores import SCORES, Detection, Fuzzing, Intruder, Replacement2AFC, Simulation, StrengthSpearman
 from metasae_lightning.judging.texts.contexts import Context, LatentContexts
 from tests.judging.word_latents import random_answer, right_answers, word, word_latents
@@ -18,7 +18,7 @@ LATENTS = word_latents(12)
 EXPLANATIONS = {latent: word(latent) for latent in LATENTS}
 
 
-def asked_of(score: Score, contexts: LatentContexts, explanation: str, seed: int = 0) -> Asked:
+def asked_of(score: Score, contexts: LatentContexts, explanation: str, seed: int = 0) -> QuestionSet:
     return score.questions(contexts, explanation, generator_for(seed, score=score.name, latent=contexts.latent))
 
 
@@ -88,7 +88,7 @@ def test_questions_follow_from_seed_score_and_latent(score: Score):
     assert first != generator_for(0, score=score.name, latent=1).random() != generator_for(0, score="other", latent=1).random()
     assert all(question.explanation == (word(0) if score.needs_explanation else "") for question in asked.questions)
     assert not score.questions(LatentContexts(0, 0.0, [], [], [], []), "", np.random.default_rng()).questions
-    assert isnan(score.value(Asked(), []))
+    assert isnan(score.value(QuestionSet(), []))
 
 
 def test_the_positions_of_right_choices_tell_nothing():
@@ -130,7 +130,7 @@ def test_questions_by_hand():
     assert asked.truths == ((0, 10, 3, 2.9), (0, 0, 0, 0)) and [question.numbers for question in asked.questions] == [4, 4]
 
 
-def with_probabilities(asked: Asked, probability: Callable[[int], float]) -> list[Answer]:
+def with_probabilities(asked: QuestionSet, probability: Callable[[int], float]) -> list[Answer]:
     chances = [probability(truth) for truth in asked.truths if isinstance(truth, int)]
     return [Answer(choice=int(p >= 0.5), probabilities=(1 - p, p)) for p in chances]
 

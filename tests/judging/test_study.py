@@ -17,10 +17,10 @@ from metasae_lightning.cli.judge import codes_on_test_text
 from metasae_lightning.data.recipe import data_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.saes import load_sae
-from metasae_lightning.judging.judges.ledger import KeptAnswers, Ledger
+from metasae_lightning.judging.judges.ledger import JudgeWithLedger, Ledger
 from metasae_lightning.judging.records import write_results
 from metasae_lightning.judging.settings import JudgingSettings
-from metasae_lightning.judging.study import Study, judge_arms, public_settings
+from metasae_lightning.judging.study import JudgingResults, judge_arms, public_settings
 from metasae_lightning.report.load_runs import Arm
 from metasae_lightning.run_folder import read_record
 from tests.helpers.judged import data_config, write_run
@@ -52,11 +52,11 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]
 
 
 @pytest.fixture(scope="module")
-def study(arms: tuple[dict[str, Any], Any]) -> Study:
+def study(arms: tuple[dict[str, Any], Any]) -> JudgingResults:
     return judge_arms(*arms, RandomJudge(), embed, SETTINGS)
 
 
-def test_the_same_sae_scores_the_same(study: Study):
+def test_the_same_sae_scores_the_same(study: JudgingResults):
     # `twin` is `solo` again: each sampled latent is its own pair, and every difference is 0.
     solo, twin, _ = study.arms
     against = twin.entry["against"]["scores"]
@@ -68,9 +68,9 @@ def test_the_same_sae_scores_the_same(study: Study):
     assert set(solo.record["latents"]) <= set(twin.record["latents"])
 
 
-def test_means_are_those_of_the_sampled_latents(study: Study):
+def test_means_are_those_of_the_sampled_latents(study: JudgingResults):
     for arm in study.arms:
-        sampled = [found for found in arm.record["latents"].values() if found["paired_by"] == "sample"]
+        sampled = [found for found in arm.record["latents"].values() if found["chosen_as"] == "sample"]
         assert len(sampled) == arm.entry["sampled"]
         for name, entry in arm.entry["scores"].items():
             values = [found["scores"][name] for found in sampled]
@@ -80,10 +80,10 @@ def test_means_are_those_of_the_sampled_latents(study: Study):
 
 
 def test_repeating_asks_nothing_and_changes_nothing(arms: tuple[dict[str, Any], Any], tmp_path: Path):
-    results: list[Study] = []
+    results: list[JudgingResults] = []
     for _ in range(2):
         ledger = Ledger(tmp_path / "answers.sqlite")
-        results.append(judge_arms(*arms, KeptAnswers(RandomJudge(), ledger), embed, FEW))
+        results.append(judge_arms(*arms, JudgeWithLedger(RandomJudge(), ledger), embed, FEW))
         ledger.close()
     first, second = results
     assert first.cost.requests > 0 and second.cost.requests == 0
@@ -95,15 +95,15 @@ def test_repeating_asks_nothing_and_changes_nothing(arms: tuple[dict[str, Any], 
 
 def test_another_judge_answers_for_itself(arms: tuple[dict[str, Any], Any], tmp_path: Path):
     ledger = Ledger(tmp_path / "answers.sqlite")
-    judge_arms(*arms, KeptAnswers(RandomJudge(0), ledger), embed, FEW)
-    other = judge_arms(*arms, KeptAnswers(RandomJudge(1), ledger), embed, FEW)
+    judge_arms(*arms, JudgeWithLedger(RandomJudge(0), ledger), embed, FEW)
+    other = judge_arms(*arms, JudgeWithLedger(RandomJudge(1), ledger), embed, FEW)
     alone = judge_arms(*arms, RandomJudge(1), embed, FEW)
     ledger.close()
     assert other.arms[0].entry["scores"]["detection"]["mean"] == alone.arms[0].entry["scores"]["detection"]["mean"]
     assert other.cost.requests == alone.cost.requests or other.cost.reused > 0
 
 
-def test_results_are_beside_each_sae(study: Study, tmp_path: Path):
+def test_results_are_beside_each_sae(study: JudgingResults, tmp_path: Path):
     write_results(study, tmp_path)
     for arm in study.arms:
         subject = arm.collected.subject
@@ -115,7 +115,7 @@ def test_results_are_beside_each_sae(study: Study, tmp_path: Path):
     assert {row["arm"] for row in rows} == {"solo", "twin", "other"}
 
 
-def test_a_users_explanations_choose_the_latents(arms: tuple[dict[str, Any], Any], study: Study, tmp_path: Path):
+def test_a_users_explanations_choose_the_latents(arms: tuple[dict[str, Any], Any], study: JudgingResults, tmp_path: Path):
     latent = next(iter(study.arms[0].record["latents"]))
     other = list(study.arms[0].record["latents"])[1]
     file = tmp_path / "mine.csv"

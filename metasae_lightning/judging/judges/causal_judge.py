@@ -1,4 +1,4 @@
-"""A judge that is a local causal language model: choices by the odds of their first tokens, words and numbers by greedy generation."""
+"""A judge that is a local causal language model. Choices come from token probabilities, words and numbers from greedy generation."""
 
 import hashlib
 import inspect
@@ -26,15 +26,15 @@ log = logging.getLogger(__name__)
 
 @final
 class CausalJudge(Judge):
-    """A causal language model of transformers.
+    """A causal language model of transformers, as a judge.
 
-    A choice has the summed probability of the tokens with which it can begin, divided by that of all choices.
+    The probability of a choice is the summed probability of the tokens with which it can begin, divided by the sum over all choices.
 
     Args:
         name: A model's name on the Hub, a local folder, or the embedded model.
         device: A name such as `cuda:1` or `cpu`; `auto` is the current GPU, or the CPU without any GPU.
         dtype: The dtype of the model's weights and computations.
-        batch_tokens: Tokens of prompts in a forward pass at most, padding included; a longer prompt is a pass of its own.
+        batch_tokens: Tokens of prompts in a forward pass at most, padding included; a longer prompt has a pass of its own.
         answer_tokens: Tokens of an answer in words or numbers at most. Default: what the task needs.
     """
 
@@ -74,7 +74,7 @@ class CausalJudge(Judge):
 
     @torch.no_grad()
     def stream_answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """Indices of questions with their answers, batch by batch. A question that is too long for the model has an empty answer."""
+        """Indices of questions with their answers, as batches are done. A question that is too long for the model has an empty answer."""
         prompts = [self.prompt(question) for question in questions]
         fits: list[int] = []
         for index, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
@@ -95,7 +95,7 @@ class CausalJudge(Judge):
                 yield from zip(batch, answers, strict=True)
 
     def prompt(self, question: Question) -> list[int]:
-        """The tokens of the prompt that asks a question, by the model's chat template where it has one."""
+        """The tokens of the prompt that asks a question: by the model's chat template, or as plain paragraphs if it has none."""
         chat = [{**message, "content": self._without_special(message["content"])} for message in messages(question)]
         if self._tokenizer.chat_template:
             text: str = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -103,13 +103,16 @@ class CausalJudge(Judge):
         return self._tokenizer.encode("\n\n".join(message["content"] for message in chat) + "\n\nAnswer:")
 
     def _without_special(self, text: str) -> str:
-        """A text in which special tokens are written with an escape, as JSON strings may be, so that they are text to the tokenizer."""
+        """A text with the first character of each special token as a JSON escape, so that the tokenizer reads it as ordinary text."""
         for token in self._tokenizer.all_special_tokens:
             text = text.replace(token, f"\\u{ord(token[0]):04x}{token[1:]}")
         return text
 
     def first_tokens(self, choices: Sequence[str]) -> list[list[int]]:
-        """For each choice, the tokens with which it, its capitalised form, or either after a space begins, and which begin no other."""
+        """The possible first tokens of each choice, as written or capitalised, with or without a space before it.
+
+        A token with which several choices begin is left out. A choice without a token of its own is an `InputError`.
+        """
         begins = [
             {
                 self._tokenizer.encode(space + form, add_special_tokens=False)[0]
@@ -126,7 +129,7 @@ class CausalJudge(Judge):
         return own
 
     def _choose(self, questions: Sequence[Question], prompts: Sequence[list[int]]) -> list[Answer]:
-        """Answers to questions with choices, from one forward pass."""
+        """Answers to questions with choices, by one forward pass."""
         tokens, mask = self._padded(prompts)
         arguments = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -154,7 +157,7 @@ class CausalJudge(Judge):
 
     @property
     def _padding(self) -> int:
-        """A token for padding, which the mask hides."""
+        """The token for padding. Any token will do, because the mask hides it."""
         ends = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0)
         return next(token for token in ends if token is not None)
 
@@ -172,7 +175,7 @@ class CausalJudge(Judge):
 
 
 def batches(indices: Sequence[int], length: Callable[[int], int], most: int) -> Iterator[list[int]]:
-    """Batches of indices, sorted by length, longest first; their padded size is at most `most`, unless one alone is larger.
+    """Indices in batches, longest first. The padded size of a batch is at most `most`; a longer index is a batch of its own.
 
     >>> lengths = [2, 9, 3, 2]
     >>> list(batches(range(4), lambda index: lengths[index], 6))
@@ -189,7 +192,7 @@ def batches(indices: Sequence[int], length: Callable[[int], int], most: int) -> 
 
 
 def fingerprint(model: Any, tokenizer: Any) -> str:
-    """A hash of names, shapes and the first 64 values of a model's weights, and of the chat template: another model has another."""
+    """A hash that identifies a model: of names, shapes and the first 64 values of its weights, and of the chat template."""
     hasher = hashlib.blake2b(str(tokenizer.chat_template).encode(), digest_size=8)
     for name, weight in model.state_dict().items():
         hasher.update(f"{name} {tuple(weight.shape)}".encode())

@@ -1,4 +1,4 @@
-"""Replies of servers with OpenAI's chat interface: their text, their log-probabilities and their cost. Nothing in them is trusted."""
+"""Replies of servers with OpenAI's chat interface: their text, log-probabilities and number of tokens. Every value is checked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,28 +7,28 @@ from typing import Any
 
 from metasae_lightning.judging.judges.prompts import Messages
 
-# A larger count of tokens is a fault of the server.
+# A count of tokens that is not below this is taken for an error of the server.
 MOST_TOKENS = 10**8
 
 
 class BadReply(ValueError):
-    """A reply that is not what OpenAI's chat interface sends."""
+    """A reply without the fields that OpenAI's chat interface defines."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The part of a reply that is used."""
+    """The text, size and log-probabilities of a reply."""
 
     words: str
     """The text; empty where the model refused to write one."""
     tokens: int
-    """Tokens of prompt and text. Where the server does not count them, one for four characters."""
+    """Tokens of prompt and text; where the server does not count them, an estimate of one for four characters."""
     alternatives: tuple[tuple[str, float], ...]
-    """Tokens with log-probabilities at the place of the first token that is not blank, the one written first; empty without them."""
+    """The first written token that is not blank, then the other candidates for its place, each with its log-probability; may be empty."""
 
 
 def read_reply(body: Any, messages: Messages) -> Reply:
-    """The text, the cost and the log-probabilities in the JSON body of a reply to messages. A body without a message is a `BadReply`."""
+    """The text, size and log-probabilities in the JSON body of a reply to messages. A body without a message is a `BadReply`."""
     try:
         choice = body["choices"][0]
         words = choice["message"].get("content")
@@ -43,7 +43,7 @@ def read_reply(body: Any, messages: Messages) -> Reply:
 
 
 def _alternatives(choice: dict[str, Any]) -> tuple[tuple[str, float], ...]:
-    """The first written token that is not blank, and the others in its place, with log-probabilities; empty if anything is amiss."""
+    """The alternatives in a reply's choice (see `Reply`); empty if log-probabilities are missing or malformed."""
     try:
         entry = next(entry for entry in choice["logprobs"]["content"] if entry["token"].strip())
         pairs = {entry["token"]: entry["logprob"]} | {other["token"]: other["logprob"] for other in entry["top_logprobs"]}
@@ -57,27 +57,31 @@ def _alternatives(choice: dict[str, Any]) -> tuple[tuple[str, float], ...]:
 
 
 def choice_probabilities(choices: Sequence[str], alternatives: Sequence[tuple[str, float]]) -> tuple[float, ...]:
-    """Probability of each choice by the tokens with which it can begin; empty if the token that was written begins none of them.
+    """Probability of each choice, from the tokens with which it can begin; empty if the written token begins none of them.
 
     >>> pairs = [("Yes", -0.5), (" no", -1.5), ("Maybe", -3.0)]
     >>> [round(p, 4) for p in choice_probabilities(("no", "yes"), pairs)], choice_probabilities(("A", "B"), pairs)
     ([0.2689, 0.7311], ())
     """
-    if not alternatives or begun(choices, alternatives[0][0]) is None:
+    if not alternatives or choice_of_token(choices, alternatives[0][0]) is None:
         return ()
     sums = [0.0] * len(choices)
     for token, value in alternatives:
-        if (index := begun(choices, token)) is not None:
+        if (index := choice_of_token(choices, token)) is not None:
             sums[index] += exp(value)
     total = sum(sums)
     return tuple(value / total for value in sums) if total > 0 else ()
 
 
-def begun(choices: Sequence[str], token: str) -> int | None:
-    """Index of the one choice that begins with a token; case and spaces are ignored, but not the case of single letters.
+def choice_of_token(choices: Sequence[str], token: str) -> int | None:
+    """Index of the only choice that begins with a token; None if no choice or several do.
 
-    >>> begun(("no", "yes"), " Ye"), begun(("A", "B"), "a"), begun(("A", "B"), " B"), begun(("no", "not"), "no")
-    (1, None, 1, None)
+    Spaces are ignored. Case is ignored too, except for choices of a single letter.
+
+    >>> choice_of_token(("no", "yes"), " Ye"), choice_of_token(("no", "not"), "no")
+    (1, None)
+    >>> choice_of_token(("A", "B"), "a"), choice_of_token(("A", "B"), " B")
+    (None, 1)
     """
     text = token.strip()
     found = [

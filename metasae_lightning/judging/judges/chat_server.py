@@ -1,4 +1,4 @@
-"""A server with OpenAI's chat interface: requests are repeated where that helps, counted, and stopped at a budget. The door to `openai`."""
+"""A server with OpenAI's chat interface: failed requests are repeated, and a budget ends them. Only this module imports `openai`."""
 
 import email.utils
 import logging
@@ -15,18 +15,18 @@ from metasae_lightning.judging.judges.prompts import Messages
 from metasae_lightning.judging.judges.questions import Cost
 from metasae_lightning.redaction import redact
 
-# Longest wait before a request is sent again, in seconds. A server that asks for a longer one ends the run.
+# Longest wait before a request is sent again, in seconds. If the server asks for a longer wait, the run ends.
 LONGEST_WAIT = 300.0
 # Log-probabilities that are asked for at each token.
 TOP_LOGPROBS = 10
 # Statuses after which the same request may succeed.
-PASSING = {408, 409, 425, 429}
+TRANSIENT = {408, 409, 425, 429}
 
 log = logging.getLogger(__name__)
 
 
 class BudgetExhausted(InputError):
-    """The requests or tokens that were allowed are spent."""
+    """The limit of requests or of tokens is reached."""
 
 
 class QuestionRefused(Exception):
@@ -35,9 +35,9 @@ class QuestionRefused(Exception):
 
 @final
 class ChatServer:
-    """One model of a server. Threads may use it at the same time; `cost` counts every request that is sent.
+    """One model of a server. Several threads may use it at the same time. `cost` counts every request that is sent.
 
-    Errors hold neither the key nor the exceptions of `openai`, which hold it.
+    Its errors hold neither the key nor an exception of `openai`, because such an exception holds the key.
     """
 
     def __init__(
@@ -59,16 +59,16 @@ class ChatServer:
         self._secrets = [secret for secret in (read_key(key_variable), urlsplit(url).username, urlsplit(url).password) if secret]
         key = read_key(key_variable)
         self._openai, self._client = open_client(url, key, timeout)
-        # The client would invent a key where there is none.
+        # Without a key, the client would send a made-up one.
         self._headers = {} if key else {"Authorization": self._openai.Omit()}
         self._lock = threading.Lock()
-        # What this server refuses of a request's parameters.
+        # Parameters of requests that this server has refused.
         self._left_out: set[str] = set()
 
     def reply(self, messages: Messages, length: int, *, logprobs: bool) -> Reply:
         """The reply to messages, of at most `length` tokens.
 
-        A refused question is a `QuestionRefused`, a spent budget a `BudgetExhausted`, a server that cannot be used an `InputError`.
+        It raises `QuestionRefused` for a refused question, `BudgetExhausted`, or `InputError` for a server that cannot be used.
         """
         attempt = 0
         while True:
@@ -89,7 +89,7 @@ class ChatServer:
                 raise InputError(f"url: {self.url} was not asked again, because another request failed: {said}")
 
     def _parameters(self, length: int, *, logprobs: bool) -> dict[str, Any]:
-        """The parameters of a request beside model and messages, without those that the server has refused."""
+        """The parameters of a request, apart from model and messages, without those that the server has refused."""
         asked: dict[str, Any] = {"temperature": 0}
         # The newer name of the same limit; OpenAI's reasoning models know no other.
         asked["max_completion_tokens" if "max_tokens" in self._left_out else "max_tokens"] = length
@@ -98,7 +98,7 @@ class ChatServer:
         return {name: value for name, value in asked.items() if name not in self._left_out}
 
     def _leave_out(self, said: str, parameters: dict[str, Any]) -> bool:
-        """Whether the server has refused a parameter that can be left out; from then on it is."""
+        """Leave out the parameter that the server's message refuses, from now on. False if it names none that can be left out."""
         named = next((name for name in ("logprobs", "max_tokens", "temperature") if name in parameters and name in said), None)
         if named is None:
             return False
@@ -109,7 +109,7 @@ class ChatServer:
         return True
 
     def _send(self, messages: Messages, parameters: dict[str, Any]) -> Reply | tuple[str, int, float | None]:
-        """Send one request. Returns the reply; or what went wrong, the status or 0, and the seconds that the server asks to wait."""
+        """Send one request. Returns the reply; or an error message, the status or 0, and the seconds that the server asks to wait."""
         with self._lock:
             self._check_budget()
             self.cost.requests += 1
@@ -144,18 +144,18 @@ class ChatServer:
             raise InputError(f"model or url: {self.url} does not know the model {self.model!r}, or has no chat interface (404): {said}")
         if status in (400, 413, 422):
             raise QuestionRefused(said)
-        if 300 <= status < 500 and status not in PASSING:
+        if 300 <= status < 500 and status not in TRANSIENT:
             raise InputError(f"url: {self.url} refuses requests ({status}): {said}")
 
     def _without_secrets(self, text: str) -> str:
-        """A text without the key, the login of the address and the user's tokens: a server may repeat them."""
+        """A text without the key, the login of the address and other tokens of the user, which a server may repeat."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return redact(text)
 
 
 def public_url(url: str) -> str:
-    """An address without login, query and fragment. What is no address of a web server is an `InputError`.
+    """An address without login, query and fragment. Text that is no http or https address is an `InputError`.
 
     >>> public_url("http://me:secret@127.0.0.1:8000/v1/?key=secret")
     'http://127.0.0.1:8000/v1'
@@ -172,7 +172,7 @@ def public_url(url: str) -> str:
 
 
 def read_key(variable: str) -> str:
-    """The key in an environment variable; empty if it is not set. One that no header can hold is an `InputError`."""
+    """The key in an environment variable; empty if it is not set. A key that does not fit into an HTTP header is an `InputError`."""
     key = os.environ.get(variable, "").strip()
     if not key.isascii() or not key.isprintable():
         raise InputError(f"key_variable: {variable} holds characters that no key has")
@@ -180,7 +180,7 @@ def read_key(variable: str) -> str:
 
 
 def open_client(url: str, key: str, timeout: float) -> tuple[Any, Any]:
-    """The module `openai`, and its client, which repeats nothing by itself."""
+    """The module `openai`, and a client that sends each request once."""
     try:
         import openai
     except ImportError as error:

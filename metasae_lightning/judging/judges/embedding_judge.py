@@ -1,4 +1,4 @@
-"""A judge by sentence embeddings: it reads nothing but how near texts lie to each other and to an explanation."""
+"""A judge by sentence embeddings: its answers are cosines between texts, or between a text and an explanation."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ from metasae_lightning.lm.device import AUTO, parse_device
 from metasae_lightning.lm.loading import hub_errors, quiet_loading
 
 EMBEDDED_SENTENCES = "all-MiniLM-L6-v2"
-# The parts of a model of sentence embeddings that are computed here.
+# The parts of such a model that this module can compute.
 PARTS = {"Transformer", "Pooling", "Normalize"}
 
 
@@ -37,7 +37,7 @@ def embedded_sentences_folder() -> Path:
 
 @final
 class EmbeddingJudge(Judge):
-    """A model of sentence embeddings, as the package sentence-transformers saves them.
+    """A model of sentence embeddings in the format of the package sentence-transformers, as a judge.
 
     Detection: the probability of `yes` is the cosine of text and explanation, at least 0. Intruder: the probabilities are the softmax of
     minus each text's mean cosine with the others.
@@ -70,10 +70,10 @@ class EmbeddingJudge(Judge):
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "text width"]:
-        """Embeddings of texts, of unit length, one row a text. Each different text is embedded once."""
+        """Embeddings of texts, of unit length, one row for each text. A text is embedded once, and cut if it is too long for the model."""
         start = time.monotonic()
         new = [text for text in dict.fromkeys(texts) if text not in self._rows]
-        # Half a surrogate pair is no Unicode text.
+        # The tokenizer refuses half a surrogate pair, because it is no Unicode text.
         clean = [text.encode(errors="replace").decode() for text in new]
         encoded: list[list[int]] = self._tokenizer(clean, truncation=True, max_length=self._longest)["input_ids"] if new else []
         for batch in batches(range(len(new)), lambda index: len(encoded[index]), self.batch_tokens):
@@ -98,7 +98,7 @@ class EmbeddingJudge(Judge):
         return [self._answer(question) for question in questions]
 
     def _answer(self, question: Question) -> Answer:
-        """The answer to one question, whose texts are embedded."""
+        """The answer to one question."""
         rows = self.embed(texts_of(question))
         if question.task == "detection":
             yes = float((rows[0] @ rows[1]).clamp(0, 1))
@@ -109,7 +109,7 @@ class EmbeddingJudge(Judge):
 
 
 def texts_of(question: Question) -> list[str]:
-    """The texts that a question is answered from: those it shows, and for detection the explanation."""
+    """The texts that are compared to answer a question: those that it shows, and for detection the explanation."""
     if question.task not in EmbeddingJudge.tasks:
         raise InputError(f"judge: embeddings answer no questions of the task {question.task}: take another judge")
     return [text.text for text in question.texts] + ([question.explanation] if question.task == "detection" else [])
@@ -122,7 +122,7 @@ def read_json(folder: str, name: str, default: Any) -> Any:
 
 
 def pools_first_token(folder: str, name: str) -> bool:
-    """Whether a model takes the embedding of the first token, and not the mean over tokens. Other poolings are an `InputError`."""
+    """Whether a model's embedding is that of the first token, and not the mean over tokens. Any other pooling is an `InputError`."""
     modules: list[dict[str, str]] = read_json(folder, "modules.json", [])
     unknown = {part for module in modules if (part := module["type"].rpartition(".")[2]) not in PARTS}
     pooling = next((module["path"] for module in modules if module["type"].endswith(".Pooling")), None)

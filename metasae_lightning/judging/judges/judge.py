@@ -8,7 +8,7 @@ from metasae_lightning.judging.judges.questions import Answer, Cost, Question, T
 
 
 class Judge(ABC):
-    """Answers questions about texts."""
+    """A judge, which answers questions about texts."""
 
     tasks: Set[Task]
     """The tasks whose questions it answers."""
@@ -19,15 +19,15 @@ class Judge(ABC):
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What its answers depend on beside the question: model, settings, prompts. It never holds a key or password."""
+        """The model and the settings that its answers depend on, as JSON values. It never holds a key or password."""
 
     @abstractmethod
     def answers(self, questions: Sequence[Question]) -> list[Answer]:
-        """One answer a question, in order. What they cost is added to `cost`."""
+        """The answer to each question, in order. Their requests, tokens and time are added to `cost`."""
 
     def stream_answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """Indices of questions with their answers, in any order. A judge whose answers come one after another gives each when it came.
+        """Indices of questions with their answers, in any order, each as soon as the judge has it.
 
-        The answer of a request that failed is empty.
+        A question that a server refuses, or that is too long for the model, has an empty answer.
         """
         yield from enumerate(self.answers(questions))

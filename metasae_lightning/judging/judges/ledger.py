@@ -1,4 +1,4 @@
-"""The ledger: a file in which every answer of a judge is kept, so that a stopped run goes on and asks nothing twice."""
+"""The ledger: a file in which every answer of a judge is kept, so that a run that was stopped asks no question twice."""
 
 import contextlib
 import hashlib
@@ -16,12 +16,12 @@ from metasae_lightning.judging.judges.questions import Answer, Question
 
 # Marks a SQLite file as a ledger of this format.
 APPLICATION_ID = 0x6D736A31
-# Seconds to wait while another process writes.
-PATIENCE = 60.0
+# Seconds to wait for another process that is writing.
+LOCK_TIMEOUT = 60.0
 
 
 class Ledger:
-    """Answers in an SQLite file, each written when it comes. Several processes may use one file.
+    """Answers in an SQLite file, each written as soon as it comes. Several processes may use one file.
 
     A key is a hash of the judge's identity, the version of the task's prompt, and the question as the prompt shows it.
     """
@@ -30,8 +30,8 @@ class Ledger:
         self.path = path
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
-            # A written answer survives the end of this process. Only the machine's own end may take the last ones with it.
+            self._file = sqlite3.connect(path, timeout=LOCK_TIMEOUT, isolation_level=None)
+            # A written answer survives a crash of this process. Only a crash of the machine may lose the last answers.
             self._file.execute("PRAGMA journal_mode = WAL")
             self._file.execute("PRAGMA synchronous = NORMAL")
         try:
@@ -53,7 +53,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def _errors(self) -> Generator[None, None, None]:
-        """Turn what goes wrong with the file into an `InputError` of one line."""
+        """Turn an error in the use of the file into an `InputError` of one line."""
         try:
             yield
         except sqlite3.OperationalError as error:
@@ -64,15 +64,15 @@ class Ledger:
             raise InputError(f"{self.path} is damaged: move it away, and its questions are asked again ({one_line(error)})") from error
 
     def get(self, key: str) -> Answer | None:
-        """The kept answer of a key."""
+        """The kept answer with a key; None if there is none."""
         with self._errors():
             row = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
             return None if row is None else _answer_of(json.loads(row[0]))
 
     def put(self, key: str, answer: Answer) -> None:
-        """Write an answer; when this returns, it survives the end of this process."""
+        """Write an answer. After the call it survives a crash of this process."""
         with self._errors():
-            # ASCII: SQLite refuses half a surrogate pair, which a server can send.
+            # JSON in ASCII, because a server can send half a surrogate pair, which SQLite refuses.
             self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(asdict(answer))))
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class Ledger:
 
 
 def _answer_of(content: Any) -> Answer:
-    """The answer of an entry; a `TypeError` or `ValueError` if it is none."""
+    """The answer in an entry's JSON. A damaged entry raises a `LookupError`, `TypeError` or `ValueError`."""
     choice = content["choice"]
     numbers = {name: tuple(map(float, content[name])) for name in ("probabilities", "numbers")}
     return Answer(words="".join(content["words"]), choice=None if choice is None else int(choice), **numbers)
@@ -98,10 +98,10 @@ def key_of(identity: dict[str, Any], question: Question) -> str:
 
 
 @final
-class KeptAnswers(Judge):
-    """A judge that is asked only what a ledger does not hold, each different question once. Its answers are kept as they come.
+class JudgeWithLedger(Judge):
+    """A judge with a ledger. It is asked only questions that the ledger does not hold, each once; answers are kept as they come.
 
-    An answer that cannot be read is kept as well. An empty one, of a request that failed, is not: it is asked again in the next run.
+    An unreadable answer is kept too. An empty answer, to a refused or too long question, is not: the next run asks again.
     """
 
     def __init__(self, judge: Judge, ledger: Ledger) -> None:
@@ -127,7 +127,7 @@ class KeptAnswers(Judge):
         return [by_key[key] for key in keys]
 
     def _asked(self, missing: dict[str, Question]) -> Iterator[tuple[str, Answer]]:
-        """Keys and new answers, as they come; each is kept before it is given out."""
+        """Keys and new answers, as they come. Each answer is in the ledger before it is yielded."""
         keys = list(missing)
         for index, answer in self.judge.stream_answers(list(missing.values())):
             if answer != Answer():

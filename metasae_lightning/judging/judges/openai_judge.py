@@ -15,8 +15,8 @@ from metasae_lightning.judging.judges.prompts import messages
 from metasae_lightning.judging.judges.questions import Answer, Question, Task
 from metasae_lightning.judging.judges.reading import answer_length, read_answer
 
-# Questions that a server refuses before its first answer at which it is taken to refuse all.
-REFUSED_AT_MOST = 10
+# After this many refused questions, and no answer, the server is taken to refuse every question.
+REFUSALS_BEFORE_ERROR = 10
 
 log = logging.getLogger(__name__)
 
@@ -25,18 +25,18 @@ log = logging.getLogger(__name__)
 class OpenAIJudge(Judge):
     """A model behind a server with OpenAI's chat interface.
 
-    Where the server gives log-probabilities, choices are read from them, else from what the model writes.
+    Choices are read from log-probabilities where the server gives them, and otherwise from what the model writes.
 
     Args:
         model: The server's name of the model.
         url: Address of the interface, such as `http://127.0.0.1:8000/v1`.
-        key_variable: Environment variable that holds the key. Without a key the server is asked without.
+        key_variable: Environment variable that holds the key. If it is not set, requests are sent without a key.
         concurrency: Requests at a time.
-        timeout: Seconds without a sign of the server after which a request has failed.
+        timeout: Seconds to wait for data from the server before a request counts as failed.
         retries: Times that a failed request is sent again.
-        backoff: Seconds before the first repetition; each further wait is twice as long, unless the server says how long.
+        backoff: Seconds before a failed request is sent again, doubled after each failure. A wait that the server asks for replaces it.
         max_requests: Requests at most, repeated ones included.
-        max_tokens: Tokens of questions and answers after which no request is sent. Those under way are waited for and may exceed it.
+        max_tokens: Tokens of questions and answers after which no request is sent. Requests under way may exceed it.
             Where a server does not count tokens, they are estimated, one for four characters.
         answer_tokens: Tokens of an answer at most. Default: what the task needs. A model that reasons first needs more.
     """
@@ -83,7 +83,7 @@ class OpenAIJudge(Judge):
         return [by_index[index] for index in range(len(questions))]
 
     def stream_answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """Indices of questions with their answers, as they come. Before an error is raised, the answers under way are waited for."""
+        """Indices of questions with their answers, as they come. An error is raised only after the requests under way have ended."""
         waiting, running, failures = iter(enumerate(questions)), dict[Future[Answer], int](), list[BaseException]()
         self.server.stopped.clear()
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -124,10 +124,10 @@ class OpenAIJudge(Judge):
         return Answer(answer.words, max(range(len(probabilities)), key=probabilities.__getitem__), probabilities)
 
     def _note_refused(self, said: str) -> Answer:
-        """An empty answer, after a warning for the first refused question; an error if the server has refused many and answered none."""
+        """An empty answer, with a warning for the first refused question. Without any answer, many refusals are an `InputError`."""
         with self._lock:
             self._refused += 1
-            if not self._answered and self._refused >= REFUSED_AT_MOST:
+            if not self._answered and self._refused >= REFUSALS_BEFORE_ERROR:
                 raise InputError(f"url: {self.server.url} refuses every question: {said}")
             if self._refused == 1:
                 log.warning("%s refuses a question, which counts as unreadable: %s", self.server.url, said)

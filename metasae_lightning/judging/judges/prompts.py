@@ -1,4 +1,4 @@
-"""Prompts for judges that read and write: one file a task, with the texts of a question quoted as data."""
+"""Prompts for language models as judges: one file for each task, into which a question's texts are written as quoted data."""
 
 import hashlib
 import json
@@ -10,8 +10,8 @@ from pathlib import Path
 from metasae_lightning.judging.judges.questions import Question, ShownText, Task
 
 Messages = list[dict[str, str]]
-HERE = Path(__file__).parent / "prompts"
-# The line between the system's part of a prompt file and the user's.
+PROMPT_FOLDER = Path(__file__).parent / "prompts"
+# The line between the system message and the user message in a prompt file.
 SEPARATOR = "\n---\n"
 # Characters that are written as escapes: control, format, surrogate, private and unassigned ones, and separators of lines.
 ESCAPED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -19,39 +19,42 @@ ESCAPED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 @cache
 def template(task: Task) -> tuple[str, str]:
-    """The system's and the user's part of a task's prompt file."""
-    system, user = (HERE / f"{task}.txt").read_text(encoding="utf-8").split(SEPARATOR)
+    """The system message and the user message in a task's prompt file, with their fields in braces."""
+    system, user = (PROMPT_FOLDER / f"{task}.txt").read_text(encoding="utf-8").split(SEPARATOR)
     return system.strip(), user.strip()
 
 
 @cache
 def version(task: Task) -> str:
     """A hash of the content of a task's prompt file."""
-    return hashlib.blake2b((HERE / f"{task}.txt").read_bytes(), digest_size=8).hexdigest()
+    return hashlib.blake2b((PROMPT_FOLDER / f"{task}.txt").read_bytes(), digest_size=8).hexdigest()
 
 
 def messages(question: Question) -> Messages:
-    """The messages of a chat that ask a question: the system's, and the user's."""
+    """The system message and the user message that ask a question."""
     values = {
         "explanation": quote(question.explanation),
         "texts": "\n".join(f"{label}. {shown(question.task, text)}" for label, text in zip(labels(question), question.texts, strict=True)),
         "choices": " or ".join(question.choices),
         "numbers": str(question.numbers),
     }
-    # One pass over the template: what a text says in braces is not filled in.
+    # All fields are filled in at once, so that braces inside a text are never taken for a field.
     system, user = (re.sub(r"\{(\w+)\}", lambda match: values[match[1]], part) for part in template(question.task))
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
 def labels(question: Question) -> tuple[str, ...]:
-    """The name of each text in a prompt: the choices where a text is chosen, else numbers."""
+    """The label of each text in a prompt: its choice if the question is which text, or else its number."""
     if question.task in ("replacement_2afc", "intruder") and len(question.choices) == len(question.texts):
         return question.choices
     return tuple(str(number + 1) for number in range(len(question.texts)))
 
 
 def shown(task: Task, text: ShownText) -> str:
-    """A text as the prompt of a task shows it: quoted, with marks, as a list of tokens, or with the strengths of its marked tokens."""
+    """A text as a task's prompt shows it: for `simulation` a list of tokens, else one quoted string with its marks, if any.
+
+    For `explanation` the strengths of the marked tokens follow.
+    """
     if task == "simulation":
         return f"[{', '.join(map(quote, text.tokens))}]"
     quoted = quote(with_marks(text))
@@ -79,7 +82,7 @@ def with_marks(text: ShownText) -> str:
 
 
 def quote(text: str) -> str:
-    r"""A text as a JSON string in one line. Invisible characters are escaped, and so is `<|`, with which many models' special tokens begin.
+    r"""A text as a JSON string in one line, with invisible characters escaped, and `<|`, with which many models' special tokens begin.
 
     >>> print(quote('one\ntwo "three" <|im_end|>'))
     "one\ntwo \"three\" \u003c|im_end|>"

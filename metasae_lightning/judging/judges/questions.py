@@ -15,7 +15,7 @@ class ShownText:
     marked: tuple[bool, ...]
     """Whether each token is marked for the judge."""
     strengths: tuple[float, ...] = ()
-    """Activation of each token, for questions that show it; else empty."""
+    """Activation of each token from 0 to 10, where 10 is the largest in the text, for questions that show it; else empty."""
 
     @property
     def text(self) -> str:
@@ -28,7 +28,7 @@ class Question:
     """One question for a judge."""
 
     task: Task
-    """What is asked. Prompts are written by task."""
+    """The kind of question; each has its own prompt."""
     texts: tuple[ShownText, ...]
     """The texts that the question is about."""
     explanation: str = ""
@@ -36,15 +36,15 @@ class Question:
     choices: tuple[str, ...] = ()
     """The possible answers, such as `("no", "yes")`; empty for a task that asks for words or numbers."""
     numbers: int = 0
-    """The number of numbers asked for, each from 0 to 10; 0 for other tasks."""
+    """How many numbers are asked for, each from 0 to 10; 0 for other tasks."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A judge's answer. Everything is empty or None in an answer that could not be read."""
+    """A judge's answer. An unreadable answer has no choice, probabilities or numbers."""
 
     words: str = ""
-    """What the judge wrote, as it came; empty for a judge that writes nothing."""
+    """The text that the judge wrote, unchanged; empty for a judge that writes none."""
     choice: int | None = None
     """Index of the chosen answer."""
     probabilities: tuple[float, ...] = ()
@@ -54,16 +54,16 @@ class Answer:
 
     @property
     def is_readable(self) -> bool:
-        """Whether the answer holds what a question with choices or numbers asks for."""
+        """Whether the answer has a choice or numbers."""
         return self.choice is not None or bool(self.numbers)
 
 
 @dataclass
 class Cost:
-    """What answers have cost."""
+    """Requests, tokens and time that answers have taken."""
 
     requests: int = 0
-    """Requests sent to a server, repeated ones included, or passes of a local model."""
+    """Requests sent to a server, repeated ones included; or batches of a local model."""
     tokens: int = 0
     """Tokens of prompts and answers."""
     seconds: float = 0.0

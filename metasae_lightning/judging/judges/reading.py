@@ -1,4 +1,4 @@
-"""What a judge wrote, read as an answer: a choice or a list of numbers, or an answer that cannot be read."""
+"""Read a judge's text as an answer: a choice, a list of numbers, or neither if the text is unreadable."""
 
 import json
 import re
@@ -7,8 +7,9 @@ from typing import Any
 
 from metasae_lightning.judging.judges.questions import Answer, Question
 
-# Longer writing is not read: no answer needs it.
+# Characters of a judge's text at most. A longer text is unreadable, because no answer needs so many.
 LONGEST = 100_000
+# The largest number that a question allows.
 LARGEST = 10
 FENCE = re.compile(r"```\w*")
 # What may stand around a choice: quotes, brackets, emphasis, punctuation.
@@ -16,7 +17,7 @@ AROUND = r"[\s\"'`*_()\[\]{}.,:;!«»]*"
 
 
 def read_answer(question: Question, words: str) -> Answer:
-    """The answer that a judge wrote. Prose around it is passed over; what is contradictory, cut off or out of range cannot be read."""
+    """The answer that a judge wrote. Words around it are ignored. A contradictory, incomplete or out-of-range answer is unreadable."""
     text = answer_part(words) if len(words) <= LONGEST else ""
     if question.choices:
         return Answer(words=words, choice=read_choice(question.choices, text))
@@ -33,15 +34,15 @@ def answer_part(words: str) -> str:
 def read_choice(choices: tuple[str, ...], text: str) -> int | None:
     """The index of the choice that a text names; None if it names none, or more than one.
 
-    Named is what follows the word `answer`; else what stands alone on a line; else, for choices of several letters, the first word before
-    a punctuation mark.
+    A choice is named after the word `answer`. If none is, a choice is named alone on a line. If none is, and choices have several letters,
+    a choice is named as the first word of the text, with a punctuation mark behind it.
 
     >>> [read_choice(("no", "yes"), text) for text in ("**Yes.**", "Yes, because of it", "The answer is: no", "yes and no")]
     [1, 1, 0, None]
     >>> read_choice(("A", "B"), "A cat is in text B")
     """
     name = f"({'|'.join(re.escape(choice) for choice in sorted(choices, key=len, reverse=True))})"
-    # A single letter is a word of prose if its case is ignored.
+    # The case of single letters counts: the word "a" is not the choice "A".
     case = re.IGNORECASE if all(len(choice) > 1 for choice in choices) else 0
     patterns = [rf"\b(?i:answer)[\s\"'*_`]*(?:is|:|=)?[\s\"'*_`:(\[]*{name}\b", rf"^{AROUND}{name}{AROUND}$"]
     if case:
@@ -76,7 +77,7 @@ def as_numbers(array: str) -> tuple[float, ...]:
 
 
 def read_explanation(words: str) -> str:
-    """The explanation in what a judge wrote: the first line that is no announcement, without a label and quotes around it.
+    """The explanation in a judge's text: the first line that does not end in a colon, without a label and quotes.
 
     >>> read_explanation("Sure, here it is:\\n\\n**Explanation:** names of cats\\nI hope this helps.")
     'names of cats'

@@ -1,1 +1,1 @@
-"""Scores of latents: questions, formulas, controls, and means with intervals."""
+"""Scores of latents: their questions, formulas and controls, and means over latents with intervals."""

@@ -7,18 +7,18 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from metasae_lightning.errors import InputError
+from metasae_lightning.judging.scoring.embedding_scores import EmbeddingScore
 from metasae_lightning.judging.scoring.score_kinds import Score
-from metasae_lightning.judging.scoring.topical_coherence import EmbeddingScore
 from metasae_lightning.judging.texts.contexts import LatentContexts
 
 T = TypeVar("T")
 Control = Literal["other_explanation", "shuffled_contexts"]
-# Random orders of the latents, of which the one that gives the fewest latents their own explanation in another's name is used.
+# Random cycles that are tried. The one in which the fewest latents get an explanation equal to their own is used.
 TRIES = 100
 
 
 def controls_of(score: Score | EmbeddingScore) -> tuple[Control, ...]:
-    """The controls of a score. One that shows no explanation has only `shuffled_contexts`."""
+    """The controls of a score. A score that needs no explanation has only `shuffled_contexts`."""
     return ("other_explanation", "shuffled_contexts") if score.needs_explanation else ("shuffled_contexts",)
 
 
@@ -26,7 +26,8 @@ def other_explanation(explanations: Mapping[int, str], seed: int) -> dict[int, s
     """Each latent with the explanation of another latent, drawn at random; each explanation is used once.
 
     A perfect judge finds the concept of another latent equally often in contexts of either kind, so it is at chance. It is above chance as
-    far as the two latents fire in the same contexts. Explanations of the same words change places only where nothing else is possible.
+    far as the two latents fire in the same contexts. Of `TRIES` random draws, the one in which the fewest latents get an explanation equal
+    to their own is used.
 
     >>> sorted(other_explanation({3: "cats", 5: "dogs"}, seed=0).items())
     [(3, 'dogs'), (5, 'cats')]
@@ -36,14 +37,14 @@ def other_explanation(explanations: Mapping[int, str], seed: int) -> dict[int, s
 
 
 def cycle_of(explanations: Mapping[int, str], seed: int) -> dict[int, int]:
-    """Another latent for each latent, along a random cycle through all latents, with the fewest equal explanations among partners."""
+    """Another latent for each latent, by the random cycle that gives the fewest latents an explanation equal to their own."""
     rng = np.random.default_rng([seed, 0])
     cycles = [random_cycle(list(explanations), rng) for _ in range(TRIES)]
     return min(cycles, key=lambda partner: sum(explanations[latent] == explanations[partner[latent]] for latent in partner))
 
 
 def random_cycle(latents: Sequence[int], rng: np.random.Generator) -> dict[int, int]:
-    """Another latent for each latent: the next along a random cycle through all of them. A single latent is an `InputError`."""
+    """Another latent for each latent: the next in a random cycle through all of them. A single latent is an `InputError`."""
     if len(latents) < 2:
         raise InputError(f"latents: a control needs two at least, got {len(latents)}")
     cycle = _permuted(latents, rng)
@@ -53,12 +54,12 @@ def random_cycle(latents: Sequence[int], rng: np.random.Generator) -> dict[int, 
 def shuffled_contexts(contexts: Mapping[int, LatentContexts], seed: int) -> dict[int, LatentContexts]:
     """Each latent with contexts in which random other latents fire, in place of those in which it fires; all else is its own.
 
-    The contexts keep the activations of their own latents. Other latents take turns, so that contexts of one latent are few. They share no
-    document with the latent's own contexts, because it may fire there.
+    A context keeps the activations of the latent that fires in it. The other latents give one context each in turn, so that few are from
+    the same latent. No context is from a document of the latent's own firing contexts, because the latent may fire there.
 
     A perfect judge finds the latent's concept in neither kind of context, so it is at chance. It is above chance as far as the latent fires
-    in contexts of others, as one that fires nearly everywhere does. Of five contexts of different latents each is as much an intruder.
-    A judge that is above chance here tells the two kinds of context apart by something else than the concept.
+    in contexts of others, as one that fires nearly everywhere does. In `intruder`, five contexts of different latents have no intruder.
+    A judge that is above chance for another reason tells the two kinds of context apart by something else than the concept.
     """
     if len(contexts) < 2:
         raise InputError(f"latents: a control needs two at least, got {len(contexts)}")
@@ -66,7 +67,7 @@ def shuffled_contexts(contexts: Mapping[int, LatentContexts], seed: int) -> dict
 
 
 def _with_contexts_of_others(own: LatentContexts, contexts: Mapping[int, LatentContexts], rng: np.random.Generator) -> LatentContexts:
-    """The latent with as many contexts of others in place of its own as it has, or as many as they have."""
+    """The latent with contexts of other latents in place of its firing ones: as many, or fewer if the others have too few."""
     documents = {context.document for context in [*own.explaining, *own.firing]}
     others = [latent for latent in contexts if latent != own.latent]
     supplies = [

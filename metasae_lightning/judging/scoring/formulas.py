@@ -1,8 +1,8 @@
-"""Formulas of the scores, pure: how well answers agree with truths.
+"""Formulas of the scores, as pure functions of answers and truths.
 
-An answer that could not be read is at chance. It is never dropped: a judge would then choose what it is scored on. Among predicted choices
-it is None, among probabilities and numbers NaN. A formula is NaN only where nothing could be asked: without any truth, or with one of two
-classes missing.
+An unreadable answer counts as chance. It is never dropped, because a judge would then choose its own questions. It is None among predicted
+choices, and NaN among probabilities and numbers. A formula is NaN only if there are too few truths: none, a single one for a correlation,
+or one of two classes missing.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 
 def accuracy(truths: Sequence[int], predictions: Sequence[int | None], choices: int) -> float:
-    """Share of right predictions. One that could not be read counts `1 / choices`, the expectation of a guess.
+    """Share of right predictions. An unreadable prediction counts `1 / choices`, the expected value of a guess.
 
     Two are right, one is wrong, and one of five is guessed: `(2 + 0.2) / 4`.
 
@@ -26,9 +26,9 @@ def accuracy(truths: Sequence[int], predictions: Sequence[int | None], choices: 
 
 
 def balanced_accuracy(truths: Sequence[int], predictions: Sequence[int | None]) -> float:
-    """Mean of the true positive rate and the true negative rate, `(TPR + TNR) / 2`. A prediction that could not be read counts 1/2.
+    """Mean of the true positive rate and the true negative rate, `(TPR + TNR) / 2`. An unreadable prediction counts 1/2.
 
-    Two positives, one of which is found, and one negative, which is found: `(1/2 + 1) / 2`. An answer that could not be read is half right.
+    One of two positives is found, and the one negative: `(1/2 + 1) / 2`. In the second example the unreadable prediction is half right.
 
     >>> balanced_accuracy([1, 1, 0], [1, 0, 0])
     0.75
@@ -65,7 +65,7 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
 def pearson(truths: Sequence[float], predictions: Sequence[float]) -> float:
     """Pearson's correlation; 0, which is chance, where either side is constant.
 
-    In place of a prediction that could not be read (NaN) stands the mean of the others, which adds nothing to the covariance.
+    An unreadable prediction (NaN) is replaced by the mean of the others, which adds nothing to the covariance.
 
     >>> pearson([0.0, 1.0, 2.0], [1.0, 3.0, 5.0])
     1.0
@@ -83,7 +83,7 @@ def pearson(truths: Sequence[float], predictions: Sequence[float]) -> float:
 def spearman(truths: Sequence[float], predictions: Sequence[float]) -> float:
     """Spearman's rank correlation: Pearson's of the ranks, where equal values have their mean rank. 0 where either side is constant.
 
-    A prediction that could not be read (NaN) has the mean rank of the others.
+    An unreadable prediction (NaN) has the mean rank of the others.
 
     >>> spearman([0.0, 1.0, 2.0], [1.0, 8.0, 9.0])
     1.0
@@ -107,8 +107,8 @@ def ranks(values: Sequence[float]) -> NDArray[np.float64]:
 
 
 def _with_means(predictions: Sequence[float]) -> NDArray[np.float64]:
-    """The predictions, with the mean of the others in place of each NaN; zeros if all are NaN."""
+    """The predictions, with each NaN replaced by the mean of the others; zeros if all are NaN."""
     values = np.asarray(predictions, float)
     read = values[~np.isnan(values)]
-    # Between the extremes, so that rounding makes no difference among equal predictions.
+    # Clipped, because a rounded mean of equal predictions could differ from them.
     return np.where(np.isnan(values), read.mean().clip(read.min(), read.max()) if len(read) else 0.0, values)

@@ -1,4 +1,4 @@
-"""Contexts as a question shows them: plain, with marked tokens, or with other tokens in place of some."""
+"""Contexts as a question shows them: unchanged, with marked tokens, or with replaced tokens."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -8,23 +8,23 @@ import numpy as np
 from metasae_lightning.judging.judges.questions import ShownText
 from metasae_lightning.judging.texts.contexts import Context
 
-# Delphi's share of a context's largest activation from which a token counts as one that the latent fires on.
-SHARE = 0.3
+# Delphi's share: a token counts as firing if its activation is at least this share of the largest in the context.
+FIRING_SHARE = 0.3
 
 
 def plain(context: Context) -> ShownText:
-    """The context without a mark."""
+    """The context without marks."""
     return ShownText(context.tokens, (False,) * len(context.tokens))
 
 
 def with_firing_marked(context: Context) -> ShownText:
     """The context with the tokens marked that the latent fires on."""
-    return ShownText(context.tokens, firing_tokens(context.activations))
+    return ShownText(context.tokens, firing_mask(context.activations))
 
 
 def with_nearest_marked(context: Context) -> ShownText:
     """The context with the tokens marked that the latent with the nearest decoder row fires on."""
-    return ShownText(context.tokens, firing_tokens(context.nearest_activations))
+    return ShownText(context.tokens, firing_mask(context.nearest_activations))
 
 
 def with_random_marked(context: Context, count: int, rng: np.random.Generator) -> ShownText:
@@ -36,9 +36,9 @@ def with_random_marked(context: Context, count: int, rng: np.random.Generator) -
 def with_firing_replaced(context: Context, other_tokens: Sequence[str], rng: np.random.Generator) -> ShownText | None:
     """The context with a random one of `other_tokens` in place of each token that the latent fires on.
 
-    Words that the latent fires on in this context are not put in. None if all the other tokens are such words.
+    A token that equals, apart from spaces, one that the latent fires on here is not used. None if no other token is left.
     """
-    fires = firing_tokens(context.activations)
+    fires = firing_mask(context.activations)
     words = {token.strip() for token, is_firing in zip(context.tokens, fires, strict=True) if is_firing}
     candidates = [token for token in other_tokens if token.strip() not in words]
     if not candidates:
@@ -48,16 +48,16 @@ def with_firing_replaced(context: Context, other_tokens: Sequence[str], rng: np.
     return ShownText(tuple(tokens), (False,) * len(tokens))
 
 
-def firing_tokens(activations: Sequence[float]) -> tuple[bool, ...]:
-    """Whether a latent fires on each token of a context with at least `SHARE` of its peak there.
+def firing_mask(activations: Sequence[float]) -> tuple[bool, ...]:
+    """Whether a latent's activation on each token of a context is at least `FIRING_SHARE` of the largest there.
 
-    >>> firing_tokens((0.0, 10.0, 3.0, 2.9))
+    >>> firing_mask((0.0, 10.0, 3.0, 2.9))
     (False, True, True, False)
     """
     peak = max(activations, default=0.0)
-    return tuple(activation > 0 and activation >= SHARE * peak for activation in activations)
+    return tuple(activation > 0 and activation >= FIRING_SHARE * peak for activation in activations)
 
 
-def mean_marks(contexts: Sequence[Context]) -> int:
+def mean_marked(contexts: Sequence[Context]) -> int:
     """Mean number of tokens that `with_firing_marked` marks, rounded up."""
-    return ceil(sum(sum(firing_tokens(context.activations)) for context in contexts) / len(contexts))
+    return ceil(sum(sum(firing_mask(context.activations)) for context in contexts) / len(contexts))

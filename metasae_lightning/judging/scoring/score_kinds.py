@@ -14,17 +14,17 @@ from metasae_lightning.judging.texts.contexts import LatentContexts
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The questions about one latent for one score, with what is right."""
+class QuestionSet:
+    """The questions about one latent for one score, with their right answers."""
 
     questions: tuple[Question, ...] = ()
-    """The questions; none if the latent lacks the contexts for them."""
+    """The questions; none if the latent has too few contexts."""
     truths: tuple[int | tuple[float, ...], ...] = ()
     """For each question, the index of the right choice or the true activations."""
 
 
 class Score(ABC):
-    """A score of a latent."""
+    """A score of a latent, from a judge's answers to questions about its contexts."""
 
     name: str
     """Name in tables."""
@@ -40,21 +40,22 @@ class Score(ABC):
     """Whether planted latents tell how reliable a judge is; their activations are random."""
 
     @abstractmethod
-    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
-        """The questions about a latent. Everything random in them comes from `rng`, such as that of `generator_for`."""
+    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> QuestionSet:
+        """The questions about a latent. All random choices come from `rng`, such as that of `generator_for`."""
 
     @abstractmethod
-    def value(self, asked: Asked, answers: Sequence[Answer], threshold: float = 0.5) -> float:
-        """The score. An unreadable answer is at chance; without questions the score is NaN.
+    def value(self, asked: QuestionSet, answers: Sequence[Answer], threshold: float = 0.5) -> float:
+        """The score. An unreadable answer counts as chance. Without questions the score is NaN.
 
-        `threshold` is the smallest probability of `yes` that is a yes, for answers with probabilities to questions of yes and no.
+        `threshold` is the smallest probability of `yes` that counts as yes, for answers with probabilities to yes-or-no questions.
         """
 
-    def graded(self, asked: Asked, answers: Sequence[Answer]) -> float:
-        """AUC of the answers' probabilities, which depends on no threshold and no preference for a choice; chance is 0.5.
+    def graded(self, asked: QuestionSet, answers: Sequence[Answer]) -> float:
+        """AUC of the answers' probabilities. It depends on no threshold and on no preference for a choice. Chance is 0.5.
 
-        For each choice it is the probability that the choice has a larger probability where it is right than where it is wrong; this is
-        averaged over the choices. An unreadable answer counts as a tie. NaN if no answer has probabilities.
+        A choice should be more probable in the questions for which it is right. Its AUC is the share of pairs of a question for which it is
+        right and one for which it is wrong that have this order. The result is the mean over the choices. An unreadable answer counts as a
+        tie. NaN if no answer has probabilities.
         """
         if not any(answer.probabilities for answer in answers):
             return float("nan")
@@ -68,17 +69,17 @@ class Score(ABC):
         by_choice = [value for value in by_choice if isfinite(value)]
         return float(np.mean(by_choice)) if by_choice else float("nan")
 
-    def unreadable(self, asked: Asked, answers: Sequence[Answer]) -> int:
+    def unreadable(self, asked: QuestionSet, answers: Sequence[Answer]) -> int:
         """Number of answers that do not hold what was asked for, such as a list of numbers that is too short."""
         return sum(not is_readable(question, answer) for question, answer in zip(asked.questions, answers, strict=True))
 
 
 class YesNoScore(Score):
-    """A score by balanced accuracy: a question of yes and no for each context, yes for those in which the latent fires."""
+    """A score by balanced accuracy: a yes-or-no question for each context, where yes is right if the latent fires in it."""
 
     chance = 0.5
 
-    def value(self, asked: Asked, answers: Sequence[Answer], threshold: float = 0.5) -> float:
+    def value(self, asked: QuestionSet, answers: Sequence[Answer], threshold: float = 0.5) -> float:
         predictions = [
             choice if choice is None or not answer.probabilities else int(answer.probabilities[1] >= threshold)
             for choice, answer in zip(chosen(asked, answers), answers, strict=True)
@@ -87,18 +88,18 @@ class YesNoScore(Score):
 
 
 class ChoiceScore(Score):
-    """A score by accuracy: which of several texts is the one asked for."""
+    """A score by accuracy: each question asks which of several texts is the right one."""
 
-    def value(self, asked: Asked, answers: Sequence[Answer], threshold: float = 0.5) -> float:
+    def value(self, asked: QuestionSet, answers: Sequence[Answer], threshold: float = 0.5) -> float:
         return formulas.accuracy(right_choices(asked), chosen(asked, answers), round(1 / self.chance))
 
 
 class NumbersScore(Score):
-    """A score by the correlation of numbers from 0 to 10 with activations. An unreadable list counts as the mean of the readable ones."""
+    """A score by the correlation of numbers from 0 to 10 with activations. Unreadable numbers count as the mean of the readable ones."""
 
     chance = 0.0
 
-    def value(self, asked: Asked, answers: Sequence[Answer], threshold: float = 0.5) -> float:
+    def value(self, asked: QuestionSet, answers: Sequence[Answer], threshold: float = 0.5) -> float:
         truths = [value for truth in asked.truths if isinstance(truth, tuple) for value in truth]
         predictions = [
             value
@@ -109,11 +110,11 @@ class NumbersScore(Score):
 
     @abstractmethod
     def correlation(self, truths: Sequence[float], predictions: Sequence[float]) -> float:
-        """The correlation of all activations with the numbers for them."""
+        """The correlation of the activations, `truths`, with the judge's numbers for them."""
 
 
 def generator_for(seed: int, *, score: str, latent: int) -> np.random.Generator:
-    """The generator for the questions about a latent: it depends on no other score and no other latent."""
+    """The generator for one score's questions about one latent. It depends on no other score and no other latent."""
     return np.random.default_rng([seed, zlib.crc32(score.encode()), latent])
 
 
@@ -124,11 +125,11 @@ def is_readable(question: Question, answer: Answer) -> bool:
     return len(answer.numbers) == question.numbers and all(map(isfinite, answer.numbers))
 
 
-def chosen(asked: Asked, answers: Sequence[Answer]) -> list[int | None]:
+def chosen(asked: QuestionSet, answers: Sequence[Answer]) -> list[int | None]:
     """The choice in each answer; None if it is unreadable."""
     return [answer.choice if is_readable(question, answer) else None for question, answer in zip(asked.questions, answers, strict=True)]
 
 
-def right_choices(asked: Asked) -> list[int]:
+def right_choices(asked: QuestionSet) -> list[int]:
     """The index of each question's right choice."""
     return [truth for truth in asked.truths if isinstance(truth, int)]

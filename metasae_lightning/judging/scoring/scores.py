@@ -1,4 +1,4 @@
-"""The scores that a judge's answers give."""
+"""The scores from a judge's answers, each with its questions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, final
@@ -8,14 +8,14 @@ import numpy as np
 from metasae_lightning.judging.judges.questions import Question, Task
 from metasae_lightning.judging.scoring import formulas
 from metasae_lightning.judging.scoring.marks import (
-    mean_marks,
+    mean_marked,
     plain,
     with_firing_marked,
     with_firing_replaced,
     with_nearest_marked,
     with_random_marked,
 )
-from metasae_lightning.judging.scoring.score_kinds import Asked, ChoiceScore, NumbersScore, Score, YesNoScore
+from metasae_lightning.judging.scoring.score_kinds import ChoiceScore, NumbersScore, QuestionSet, Score, YesNoScore
 from metasae_lightning.judging.texts.contexts import Context, LatentContexts
 
 Negatives = Literal["silent", "near"]
@@ -26,8 +26,8 @@ YES_NO, A_B, ONE_TO_FIVE = ("no", "yes"), ("A", "B"), ("1", "2", "3", "4", "5")
 class Detection(YesNoScore):
     """Does the text hold what the explanation says? Yes for texts in which the latent fires.
 
-    `negatives` are random contexts in which it does not fire, or `near` ones: contexts in which only the latent with the nearest decoder
-    row fires.
+    The right answer is no for the texts of `negatives`: `silent` is random contexts in which the latent does not fire, and `near` is
+    contexts in which only the latent with the nearest decoder row fires.
     """
 
     task: Task = "detection"
@@ -38,13 +38,13 @@ class Detection(YesNoScore):
         others = "random texts in which it does not" if negatives == "silent" else "texts in which only the latent nearest to it fires"
         self.description = f"Tell texts in which the latent fires from {others}; balanced accuracy."
 
-    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
+    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> QuestionSet:
         others = negatives_of(contexts, self.negatives)
         if not contexts.firing or not others:
-            return Asked()
+            return QuestionSet()
         shown = [plain(context) for context in [*contexts.firing, *others]]
         asked = tuple(Question(self.task, (text,), explanation, YES_NO) for text in shown)
-        return Asked(asked, (1,) * len(contexts.firing) + (0,) * len(others))
+        return QuestionSet(asked, (1,) * len(contexts.firing) + (0,) * len(others))
 
 
 @final
@@ -52,8 +52,8 @@ class Fuzzing(YesNoScore):
     """Are the marked tokens those that the explanation describes? Yes for marks on the tokens that the latent fires on.
 
     These are Delphi's questions. In a text in which the latent fires, tokens with at least 0.3 of its peak are marked. In `silent` texts
-    random tokens are marked, as many as are marked in the first on average, rounded up. (Delphi counts weaker firings too, and always marks
-    one certain position.) In `near` texts the tokens are marked that the nearest latent fires on, with at least 0.3 of its peak.
+    random tokens are marked: as many as the mean over the texts in which the latent fires, rounded up. (Delphi counts weaker firings too,
+    and always marks one fixed position.) In `near` texts the marks are on tokens with at least 0.3 of the nearest latent's peak.
     """
 
     task: Task = "fuzzing"
@@ -64,18 +64,18 @@ class Fuzzing(YesNoScore):
         others = "random tokens of other texts" if negatives == "silent" else "tokens that only the latent nearest to it fires on"
         self.description = f"Tell marks on the tokens that the latent fires on from marks on {others}; balanced accuracy."
 
-    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
+    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> QuestionSet:
         others = negatives_of(contexts, self.negatives)
         if not contexts.firing or not others:
-            return Asked()
-        count = mean_marks(contexts.firing)
+            return QuestionSet()
+        count = mean_marked(contexts.firing)
         shown = [with_firing_marked(context) for context in contexts.firing]
         shown += [
             with_nearest_marked(context) if any(context.nearest_activations) else with_random_marked(context, count, rng)
             for context in others
         ]
         asked = tuple(Question(self.task, (text,), explanation, YES_NO) for text in shown)
-        return Asked(asked, (1,) * len(contexts.firing) + (0,) * len(others))
+        return QuestionSet(asked, (1,) * len(contexts.firing) + (0,) * len(others))
 
 
 def negatives_of(contexts: LatentContexts, negatives: Negatives) -> Sequence[Context]:
@@ -88,7 +88,7 @@ class Replacement2AFC(ChoiceScore):
     """Which of two texts is real: a context in which the latent fires, or the same with random tokens in place of those it fires on?
 
     A two-alternative forced choice, as the paper describes it. The random tokens are those of contexts in which the latent does not fire.
-    They spoil the sentence as well: a judge that knows the language is above chance with any explanation, so compare with the controls.
+    They also spoil the sentence, so a judge that knows the language is above chance with any explanation: compare the controls.
     """
 
     name = "replacement_2afc"
@@ -96,20 +96,21 @@ class Replacement2AFC(ChoiceScore):
     task: Task = "replacement_2afc"
     chance = 0.5
 
-    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
+    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> QuestionSet:
         other_tokens = [token for context in [*contexts.silent, *contexts.near] for token in context.tokens]
         replaced = [(plain(context), with_firing_replaced(context, other_tokens, rng)) for context in contexts.firing]
         pairs = [(real, copy) for real, copy in replaced if copy is not None]
         truths = balanced_positions(len(pairs), 2, rng)
         shown = [(copy, real) if truth else (real, copy) for (real, copy), truth in zip(pairs, truths, strict=True)]
-        return Asked(tuple(Question(self.task, texts, explanation, A_B) for texts in shown), tuple(truths))
+        return QuestionSet(tuple(Question(self.task, texts, explanation, A_B) for texts in shown), tuple(truths))
 
 
 @final
 class Intruder(ChoiceScore):
     """Which of five texts is the intruder? In four the latent fires, in the intruder it does not. No explanation is shown.
 
-    The tokens that the latent fires on are marked, and in the intruder as many random ones as in the others on average, rounded up.
+    In the four, the tokens that the latent fires on are marked. In the intruder, random tokens are marked, as many as in the four on
+    average, rounded up.
     """
 
     name = "intruder"
@@ -121,9 +122,9 @@ class Intruder(ChoiceScore):
     def __init__(self, rounds: int = 5) -> None:
         self.rounds = rounds
 
-    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
+    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> QuestionSet:
         if len(contexts.firing) < 4 or not contexts.silent:
-            return Asked()
+            return QuestionSet()
         truths = balanced_positions(self.rounds, 5, rng)
         order = rng.permutation(len(contexts.silent)).tolist()
         asked: list[Question] = []
@@ -131,9 +132,9 @@ class Intruder(ChoiceScore):
             four = [contexts.firing[index] for index in rng.permutation(len(contexts.firing))[:4].tolist()]
             texts = [with_firing_marked(context) for context in four]
             silent = contexts.silent[order[number % len(order)]]
-            texts.insert(truth, with_random_marked(silent, mean_marks(four), rng))
+            texts.insert(truth, with_random_marked(silent, mean_marked(four), rng))
             asked.append(Question(self.task, tuple(texts), choices=ONE_TO_FIVE))
-        return Asked(tuple(asked), tuple(truths))
+        return QuestionSet(tuple(asked), tuple(truths))
 
 
 @final
@@ -148,12 +149,12 @@ class StrengthSpearman(NumbersScore):
     task: Task = "strength"
     can_be_planted = False
 
-    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
+    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> QuestionSet:
         shown = [contexts.firing[index] for index in rng.permutation(len(contexts.firing)).tolist()]
         if len(shown) < 2:
-            return Asked()
+            return QuestionSet()
         question = Question(self.task, tuple(map(plain, shown)), explanation, numbers=len(shown))
-        return Asked((question,), (tuple(context.peak for context in shown),))
+        return QuestionSet((question,), (tuple(context.peak for context in shown),))
 
     def correlation(self, truths: Sequence[float], predictions: Sequence[float]) -> float:
         return formulas.spearman(truths, predictions)
@@ -161,7 +162,10 @@ class StrengthSpearman(NumbersScore):
 
 @final
 class Simulation(NumbersScore):
-    """How strongly does the latent fire on each token? A question a text: `firing` ones, from strong to weak, and `silent` ones."""
+    """How strongly does the latent fire on each token? One question for each text.
+
+    The latent fires in `firing` of the texts, evenly from the strongest to the weakest, and does not in `silent` of them.
+    """
 
     name = "simulation"
     description = "Grade each token of texts by how strongly the latent fires on it; Pearson correlation over all tokens."
@@ -170,21 +174,21 @@ class Simulation(NumbersScore):
     def __init__(self, firing: int = 4, silent: int = 1) -> None:
         self.firing, self.silent = firing, silent
 
-    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> Asked:
+    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> QuestionSet:
         if not contexts.firing:
-            return Asked()
+            return QuestionSet()
         spread = np.linspace(0, len(contexts.firing) - 1, min(self.firing, len(contexts.firing))).round().astype(int).tolist()
         shown = [contexts.firing[index] for index in spread]
         shown += [contexts.silent[index] for index in rng.permutation(len(contexts.silent))[: self.silent].tolist()]
         asked = tuple(Question(self.task, (plain(context),), explanation, numbers=len(context.tokens)) for context in shown)
-        return Asked(asked, tuple(context.activations for context in shown))
+        return QuestionSet(asked, tuple(context.activations for context in shown))
 
     def correlation(self, truths: Sequence[float], predictions: Sequence[float]) -> float:
         return formulas.pearson(truths, predictions)
 
 
 def balanced_positions(count: int, choices: int, rng: np.random.Generator) -> list[int]:
-    """The right choice of each of `count` questions: random, and each choice equally often, up to one."""
+    """The right choice of each of `count` questions, in random order; each choice occurs equally often or once more."""
     return rng.permutation((np.arange(count) + rng.integers(choices)) % choices).tolist()
 
 
@@ -198,5 +202,5 @@ _ALL: tuple[Score, ...] = (
     Simulation(),
     Intruder(),
 )
-# Each score that a judge's answers give, by name.
+# Each score from a judge's answers, by name.
 SCORES: Mapping[str, Score] = {score.name: score for score in _ALL}

@@ -20,7 +20,7 @@ class Mean:
     value: float
     """The mean; NaN without latents."""
     low: float
-    """Lower end of the 95 % interval, from resampled latents."""
+    """Lower end of the 95 % bootstrap interval over latents."""
     high: float
     """Upper end of the interval."""
     latents: int
@@ -31,7 +31,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference(Mean):
-    """A mean difference between two arms, the second minus the first. Its latents are pairs, or those of the smaller arm."""
+    """A mean difference between two arms, the second minus the first. `latents` counts the pairs, or the latents of the smaller arm."""
 
     sign_p: float = nan
     """Two-sided p value of the sign test over pairs without ties; NaN for arms that are not paired."""
@@ -69,7 +69,7 @@ def paired_difference(first: Scores, second: Scores, *, resamples: int, seed: in
 def unpaired_difference(
     first: Float[Tensor, "seed latent"], second: Float[Tensor, "seed other"], *, resamples: int, seed: int = 0
 ) -> Difference:
-    """The mean of `second` minus the mean of `first`. The latents of each are resampled on their own.
+    """The mean of `second` minus the mean of `first`. The latents of the two arms are resampled independently.
 
     >>> unpaired_difference(torch.zeros(1, 3), torch.ones(1, 4), resamples=10).value
     1.0
@@ -86,7 +86,9 @@ def unpaired_difference(
 
 
 def best_threshold(probabilities: Float[Tensor, " answer"], is_true: Int[Tensor, " answer"]) -> float:
-    """The probability of "yes" from which an answer counts as yes, so that balanced accuracy is largest: the middle of the best gap.
+    """The smallest probability of "yes" that counts as yes, chosen for the largest balanced accuracy; 0.5 if all truths are equal.
+
+    It lies in the middle between two neighbouring probabilities.
 
     >>> round(best_threshold(torch.tensor([0.1, 0.2, 0.6]), torch.tensor([0, 1, 1])), 3)
     0.15
@@ -108,7 +110,7 @@ def best_threshold(probabilities: Float[Tensor, " answer"], is_true: Int[Tensor,
 
 
 def _resampled_means(values: Float[Tensor, " latent"], resamples: int, seed: int) -> Float[Tensor, " resample"]:
-    """The mean over each of some resamples of latents; NaN for a single latent, which tells no spread."""
+    """The mean over the latents of each resample; NaN for a single latent, because it has no spread."""
     if len(values) < 2:
         return torch.full((resamples,), torch.nan, dtype=torch.float64)
     return bootstrap_weights(len(values), resamples, seed) @ values / len(values)

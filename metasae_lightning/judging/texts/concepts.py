@@ -1,4 +1,4 @@
-"""Concepts that are exactly a word, a suffix, or the words of a topic, with explanations that can be read back."""
+"""Concepts that are sets of words: a word, a suffix, or the words of a topic. Each has an explanation from which it can be recovered."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -12,25 +12,25 @@ Kind = Literal["word", "suffix", "topic", "mixture"]
 
 # A word is a run of these letters; upper and lower case are the same.
 WORD = re.compile(r"[A-Za-z]+")
-# The explanation of each kind. Between quotation marks are the words or the suffix.
+# The explanation of each kind of concept, with its words or its suffix in quotation marks.
 WORD_EXPLANATION, SUFFIX_EXPLANATION, TOPIC_EXPLANATION = 'the word "{}"', 'words that end in "-{}"', "words of one topic: {}"
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A set of words: those in a list, and those that end in a suffix and are longer than it."""
+    """A set of words: those in `words`, and those that end in `suffix` and are longer than it."""
 
     words: frozenset[str] = frozenset()
     """The words in lower case."""
     suffix: str = ""
-    """The suffix; empty if there is none. Such a concept holds on the last token of a word, any other on all its tokens."""
+    """The suffix, or empty. A concept with a suffix holds on the last token of a word, any other on all tokens of a word."""
 
     def holds_for(self, word: str) -> bool:
         """Whether a word in lower case is in the set."""
         return word in self.words or (bool(self.suffix) and len(word) > len(self.suffix) and word.endswith(self.suffix))
 
     def mask(self, tokens: Sequence[str]) -> Bool[np.ndarray, " token"]:
-        """The tokens of a text on which the concept holds.
+        """Whether the concept holds on each token of a text.
 
         >>> Concept(suffix="ing").mask(["I", " am", " sing", "ing", " a", " thing", "y"]).tolist()
         [False, False, False, True, False, False, False]
@@ -74,7 +74,7 @@ def topic_explanation(words: Sequence[str]) -> str:
 
 
 def concept_of(explanation: str) -> Concept | None:
-    """The concept that an explanation names, or None if it is no explanation of this module.
+    """The concept that an explanation of this module names; None for any other explanation.
 
     >>> concept_of('words that end in "-ing"').suffix, concept_of("words about food")
     ('ing', None)

@@ -1,4 +1,4 @@
-"""Contexts of a latent: pieces of documents in which it fires, or does not."""
+"""Contexts of a latent: parts of documents in which it fires, or in which it does not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Context:
     activations: tuple[float, ...]
     """Activation of the latent on each token; 0 where it does not fire."""
     nearest_activations: tuple[float, ...] = ()
-    """In a context where the latent with the nearest decoder row fires: that latent's activation on each token; else empty."""
+    """For the contexts `LatentContexts.near`: activation of the latent with the nearest decoder row on each token; else empty."""
 
     @property
     def text(self) -> str:
@@ -30,12 +30,12 @@ class Context:
 
 @dataclass(frozen=True)
 class LatentContexts:
-    """The contexts that one latent is explained and scored by. Those of `explaining` share no document with the others."""
+    """The contexts that one latent is explained and scored by. Those in `explaining` share no document with the others."""
 
     latent: int
     """Index of the latent."""
     density: float
-    """Share of tokens on which it fires."""
+    """Share of the counted tokens on which it fires."""
     explaining: Sequence[Context]
     """Contexts for the explanation in which the latent fires, strongest first."""
     firing: Sequence[Context]
@@ -45,4 +45,4 @@ class LatentContexts:
     near: Sequence[Context]
     """Contexts for the scores in which the latent with the nearest decoder row fires and this latent does not."""
     nearest: int | None = None
-    """The latent with the nearest decoder row."""
+    """The latent with the nearest decoder row; None if no other latent fires."""

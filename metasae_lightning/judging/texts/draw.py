@@ -15,7 +15,7 @@ from metasae_lightning.judging.texts.flat_text import Collected, FlatText, Posit
 
 # Bins with equal numbers of a latent's firings, by activation.
 QUANTILE_BINS = 5
-# Random positions that are tried in each document for a context in which a latent does not fire.
+# Random positions that are tried in each document to find a context in which a latent does not fire.
 SILENT_TRIES = 16
 
 
@@ -32,7 +32,7 @@ class ContextSettings:
     near: int = 5
     """Contexts for the scores in which the latent with the nearest decoder row fires and this one does not."""
     fewest: int = 5
-    """A latent with fewer contexts for the explanation, fewer firing ones or fewer silent ones for the scores is left out."""
+    """A latent is left out if it has fewer contexts than this, and fewer than asked for, in `explaining`, `scoring` or `silent`."""
     before: int = 24
     """Tokens of a context before the one that the latent fires on."""
     after: int = 7
@@ -40,7 +40,7 @@ class ContextSettings:
     seed: int = 0
     """Seed of the documents' split and of all random choices."""
     draw: int = 0
-    """Number of the draw: another one draws other contexts from the same split."""
+    """Number of the draw. Each draws other contexts from the same split."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class DrawnContexts:
 
 @dataclass(frozen=True)
 class LatentFirings:
-    """The tokens on which one latent fires, in the order of the text."""
+    """The firings of one latent, in the order of the text: positions of tokens, and activations (`values`)."""
 
     positions: Int[np.ndarray, " firing"]
     values: Float[np.ndarray, " firing"]
@@ -79,15 +79,15 @@ class LatentFirings:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Windows around the firings of a latent that are the strongest of their own window."""
+    """Windows of a latent, each around a firing that is the strongest in it: activation, first position, position after the last."""
 
     values: Float[np.ndarray, " window"]
     start: Positions
     stop: Positions
     group: Positions
-    """Number of the window's document (see `FlatText.group`)."""
+    """Number of each window's document (see `FlatText.group`)."""
     quantile_bin: Positions
-    """The bin of `QUANTILE_BINS` that holds the activation, among all firings of the latent; 0 holds the weakest."""
+    """Quantile bin of each window's activation among all firings of the latent, of `QUANTILE_BINS`; 0 has the weakest."""
 
     @classmethod
     def of(cls, firings: LatentFirings, text: FlatText, settings: ContextSettings) -> "Candidates":
@@ -111,7 +111,7 @@ class Candidates:
         return Candidates(*(field[chosen] for field in fields))
 
     def windows(self, indices: Sequence[int]) -> list[tuple[int, int]]:
-        """First position and the position after the last of some windows."""
+        """The first position of some windows, and the position after their last."""
         return list(zip(self.start[indices].tolist(), self.stop[indices].tolist(), strict=True)) if indices else []
 
     def strongest_first(self) -> list[int]:
@@ -130,7 +130,7 @@ class Candidates:
 
 
 class Picker:
-    """Picks windows for one latent: at most one from each document, and none whose tokens equal those of another."""
+    """Picks windows for one latent: at most one from each document, and none with the same tokens as another."""
 
     def __init__(self, text: FlatText):
         self._text = text
@@ -161,8 +161,8 @@ class Picker:
         return picked
 
 
-class Drawing:
-    """Draws the contexts of one latent after the other from the same text."""
+class ContextDrawer:
+    """Draws the contexts of latents, one latent at a time, from the same text."""
 
     def __init__(self, text: FlatText, settings: ContextSettings):
         self._text, self._settings = text, settings
@@ -203,7 +203,7 @@ class Drawing:
         )
 
     def _explaining(self, picker: Picker, candidates: Candidates, generator: np.random.Generator) -> list[tuple[int, int]]:
-        """A third of the contexts are the strongest, and the others from all quantiles."""
+        """Windows for the explanation: a third are the strongest, and the others are from all quantile bins."""
         strongest = picker.pick(candidates.windows(candidates.strongest_first()), self._settings.explaining // 3)
         count = self._settings.explaining - len(strongest)
         return strongest + picker.pick_evenly(candidates, generator, count)
@@ -244,7 +244,7 @@ def draw_contexts(
 ) -> DrawnContexts:
     """The contexts of some latents. They depend on the seed, and not on which other latents are drawn.
 
-    Each document, by its text, is either for explanations or for scores, and gives at most one context of a latent. Of the contexts for the
+    A document is for explanations or for scores, by a hash of its text, and gives at most one context of a latent. Of the contexts for the
     explanation, a third are the strongest; the others, and the firing contexts for the scores, are drawn evenly from `QUANTILE_BINS` bins
     of the latent's activations. A context is drawn around the firing that is the strongest in it. Silent contexts are drawn at random.
     """
@@ -252,11 +252,11 @@ def draw_contexts(
     counts = sum((codes.firings() for codes, _ in collected.codes()), start=torch.zeros(len(W_dec), dtype=torch.long))
     nearest = nearest_live(W_dec, latents, counts > 0)
     firings = _firings(collected, {*latents, *(other for other in nearest.values() if other is not None)}, len(W_dec))
-    drawing, drawn, left_out = Drawing(text, settings), list[LatentContexts](), dict[int, str]()
+    drawer, drawn, left_out = ContextDrawer(text, settings), list[LatentContexts](), dict[int, str]()
     for latent in latents:
         density = int(counts[latent]) / max(1, int(text.counted.sum()))
         other = nearest[latent]
-        contexts = drawing.draw(latent, firings[latent], density, nearest=other, nearest_firings=None if other is None else firings[other])
+        contexts = drawer.draw(latent, firings[latent], density, nearest=other, nearest_firings=None if other is None else firings[other])
         if isinstance(contexts, str):
             left_out[latent] = contexts
         else:

@@ -1,4 +1,4 @@
-"""Collected text as flat arrays: tokens, documents by their text, and windows that end at borders and between words."""
+"""Collected text as flat arrays of tokens, with documents grouped by their text, and windows that do not cut words."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -38,9 +38,9 @@ class FlatText:
     document: Tokens
     """Document id of each token."""
     group: Tokens
-    """Number of each token's document; documents with the same text have the same number."""
+    """Number of the group of each token's document. Documents with the same text are one group."""
     hashes: tuple[bytes, ...]
-    """Hash of the text of each group. It does not depend on the other documents."""
+    """Hash of the text of each group."""
     begins: Tokens
     """First position of each token's segment."""
     ends: Tokens
@@ -83,7 +83,7 @@ class FlatText:
         )
 
     def is_explaining(self, seed: int) -> Bool[np.ndarray, " group"]:
-        """Whether each group of documents is used for explanations; the others are used for scores. Each has an even chance."""
+        """Whether each group of documents is used for explanations, with probability 1/2; the other groups are used for scores."""
         digests = [hashlib.blake2b(text_hash, digest_size=1, key=str(seed).encode()).digest() for text_hash in self.hashes]
         return np.array([digest[0] % 2 == 1 for digest in digests], dtype=bool)
 
@@ -102,7 +102,7 @@ class FlatText:
 
     @cached_property
     def _word_begins(self) -> tuple[Tokens, Tokens]:
-        """For each token the nearest position up to it, and from it on, that does not continue a word."""
+        """For each position, the last at or before it, and the first at or after it, whose token does not continue a word."""
         places, size = np.arange(len(self.tokens)), len(self.tokens)
         preceding = np.maximum.accumulate(np.where(self.continues_word, 0, places))
         return preceding, np.minimum.accumulate(np.where(self.continues_word, size, places)[::-1])[::-1]
@@ -118,9 +118,9 @@ class FlatText:
 
 
 def group_by_text(tokens: Tokens, document: Tokens, special: frozenset[int]) -> tuple[Tokens, tuple[bytes, ...]]:
-    """For each token the number of its document among documents of different text, and the hash of each such text.
+    """The group of each token's document, where documents with the same text are one group, and the hash of each group's text.
 
-    Special tokens do not count: a document that is cut into two contexts may have some in its middle.
+    Special tokens are not compared, because a document that is cut into two contexts may have some in its middle.
 
     >>> group_by_text(np.array([5, 6, 0, 5, 6]), np.array([0, 0, 1, 1, 1]), frozenset({0}))[0].tolist()
     [0, 0, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""Planted latents: latents whose concept is known, on the same text as an SAE's latents. They measure how reliable a judge is."""
+"""Planted latents: made-up latents with a known concept, on the same text as an SAE's latents. They measure how reliable a judge is."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,40 +23,45 @@ from metasae_lightning.judging.texts.flat_text import Collected, FlatText
 from metasae_lightning.judging.texts.text_words import Words
 from metasae_lightning.step import Codes
 
-# Suffixes in the order in which they are planted.
+# Suffixes that may be planted, the first ones first.
 SUFFIXES = ("ing", "ed", "tion", "ly", "ment", "able", "ity", "ness", "ous", "ive", "est", "er")
 # A planted word has at least this many letters, and is in at most this share of the documents.
 LETTERS, MOST_DOCUMENTS = 4, 0.5
-# Words of a topic; each is in at least so many documents, and in at most this share of them.
+# Words of a topic, the smallest number of documents that have each, and the largest share of them.
 TOPIC_WORDS, TOPIC_DOCUMENTS, MOST_TOPIC_DOCUMENTS = 6, 5, 0.1
-# Words among which topics are searched: the most frequent ones. Memory grows with the square.
+# Topics are searched among this many words, the most frequent ones. Memory grows with the square.
 TOPIC_CANDIDATES = 2000
 Firings = tuple[Int[np.ndarray, " _"], Float[np.ndarray, " _"]]
-# Width of the decoder rows, which are random.
+# Width of the random decoder rows.
 D_IN = 64
 
 
 @dataclass(frozen=True)
 class PlantSettings:
-    """How many latents of each kind are planted. If the text has fewer such concepts, fewer are planted."""
+    """How many latents of each kind are planted, at most: a text may have fewer such concepts."""
 
     words: int = 8
+    """Latents that fire on one word."""
     suffixes: int = 6
+    """Latents that fire on words with one suffix."""
     topics: int = 4
+    """Latents that fire on the words of one topic."""
     mixtures: int = 4
+    """Latents that fire on two unrelated words."""
     fewest_documents: int = 24
-    """The concept of a planted latent is in at least so many documents of different text."""
+    """Smallest number of documents of different text that have the concept of a planted latent."""
     seed: int = 0
+    """Seed of the choice of words, of the activations and of the decoder rows."""
 
 
 @dataclass(frozen=True)
 class PlantedLatent:
-    """A latent that fires exactly where its concept holds."""
+    """A latent that fires on exactly the tokens on which its concept holds."""
 
     kind: Kind
     """What it fires on: a word; words that end in a suffix; the words of a topic; or two unrelated words."""
     explanation: str
-    """Its explanation. That of a mixture names the more frequent of its two words."""
+    """Its explanation. The explanation of a mixture names only the more frequent of its two words."""
     concept: Concept
     """The words on which it fires."""
     unnamed: str = ""
@@ -68,6 +73,7 @@ class PlantedTruth:
     """The explanations and kinds of planted latents."""
 
     latents: Sequence[PlantedLatent]
+    """The latents, in the order of their indices."""
 
     @property
     def explanations(self) -> dict[int, str]:
@@ -80,10 +86,10 @@ class PlantedTruth:
         return {index: latent.kind for index, latent in enumerate(self.latents)}
 
     @staticmethod
-    def is_concept(explanation: str, tokens: Sequence[str]) -> Bool[np.ndarray, " token"]:
-        """The tokens of a text on which the concept of an explanation holds; none if the explanation is not of a planted latent.
+    def concept_mask(explanation: str, tokens: Sequence[str]) -> Bool[np.ndarray, " token"]:
+        """Whether the concept of an explanation holds on each token of a text; nowhere if it is no explanation of a planted latent.
 
-        >>> PlantedTruth.is_concept('the word "cat"', ["A", " cat", "."]).tolist()
+        >>> PlantedTruth.concept_mask('the word "cat"', ["A", " cat", "."]).tolist()
         [False, True, False]
         """
         concept = concept_of(explanation)
@@ -92,14 +98,14 @@ class PlantedTruth:
 
 @dataclass(frozen=True)
 class PlantedLatents:
-    """Planted latents with their codes, as of an SAE."""
+    """Planted latents with their codes, in the form of an SAE's collected codes."""
 
     truth: PlantedTruth
     """What the latents fire on."""
     text: FlatText
-    """The text. All its tokens are counted: the concepts are known on each."""
+    """The text. All its tokens are counted, because the concepts are known on each."""
     W_dec: Float[Tensor, "latent d_in"]
-    """Random unit rows, for the nearest latent of each."""
+    """Random unit rows. They only decide which planted latent is the nearest of each."""
     entries: Sequence[Entry]
     """Tokens and document ids of each passage."""
     firings: Sequence[Firings]
@@ -125,8 +131,8 @@ def plant(collected: Collected, tokenizer: Any, settings: PlantSettings | None =
     """Plant latents in the text that codes were collected on. No two of them have a word in common.
 
     Activations are random between 0.5 and 1. A mixture must get lower scores than the others: it fires on two unrelated words, and its
-    explanation names one concept, as explanations do. A judge that believes it misses the other word. The unnamed word has the larger
-    activations, so that the order of strengths contradicts the explanation too.
+    explanation names one of them, so a judge that follows the explanation misses the other. The unnamed word has the larger activations, so
+    that the strengths contradict the explanation too.
     """
     settings = settings or PlantSettings()
     entries = [
@@ -147,14 +153,14 @@ def plant(collected: Collected, tokenizer: Any, settings: PlantSettings | None =
 
 
 def _suffixes(words: Words, settings: PlantSettings) -> list[PlantedLatent]:
-    """Latents of the first suffixes that enough documents have."""
+    """Latents of suffixes: the first in `SUFFIXES` that enough documents have."""
     concepts = [Concept(suffix=suffix) for suffix in SUFFIXES]
     frequent = [concept for concept in concepts if words.n_documents_of(concept) >= settings.fewest_documents]
     return [PlantedLatent("suffix", suffix_explanation(concept.suffix), concept) for concept in frequent[: settings.suffixes]]
 
 
 def _topics(words: Words, taken: Sequence[Concept], settings: PlantSettings) -> list[PlantedLatent]:
-    """Latents of topics: a word and those with the largest phi with it over documents. The topics with the largest mean phi come first."""
+    """Latents of topics: a word, and the words with the largest phi with it over documents. Topics with the largest mean phi come first."""
     most = MOST_TOPIC_DOCUMENTS * words.n_texts
     candidates = words.candidates(taken, LETTERS, TOPIC_DOCUMENTS, most)[:TOPIC_CANDIDATES]
     if len(candidates) < TOPIC_WORDS:
@@ -177,7 +183,7 @@ def _topics(words: Words, taken: Sequence[Concept], settings: PlantSettings) -> 
 def _words_and_mixtures(
     words: Words, taken: Sequence[Concept], settings: PlantSettings, generator: np.random.Generator
 ) -> tuple[list[PlantedLatent], list[PlantedLatent]]:
-    """Latents of single words from the whole range of frequency, and mixtures of two unrelated words of like frequency."""
+    """Latents of single words, from frequent to rare, and mixtures of two unrelated words of similar frequency."""
     candidates = words.candidates(taken, LETTERS, settings.fewest_documents, MOST_DOCUMENTS * words.n_texts)
     parts = [part for part in np.array_split(candidates, settings.words) if len(part)] if settings.words else []
     chosen = [int(generator.choice(part)) for part in parts]

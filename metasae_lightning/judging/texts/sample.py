@@ -10,15 +10,15 @@ from torch import Tensor
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.compare import match_decoder_rows
 
-# Bins with equal numbers of live latents, by density.
+# Number of quantile bins of density, with equal numbers of live latents.
 DENSITY_BINS = 10
 
 
 def sample_latents(density: Float[Tensor, " d_sae"], count: int, *, seed: int | tuple[int, ...] = 0, bins: int = DENSITY_BINS) -> list[int]:
     """A random sample of live latents with equal numbers from each of `bins` quantile bins of log density, sorted by index.
 
-    A latent with density 0 is not live. If `count` is no multiple of the number of bins, random bins give one more. If there are no more
-    than `count` live latents, all are in the sample.
+    A latent with density 0 is not live. If `count` is no multiple of the number of bins, random bins give one more. If there are at
+    most `count` live latents, all are in the sample.
 
     >>> import torch
     >>> sample_latents(torch.tensor([0.0, 0.1, 0.1, 0.0]), 5)
@@ -41,7 +41,7 @@ def sample_latents(density: Float[Tensor, " d_sae"], count: int, *, seed: int | 
 
 
 def _within_sizes(of_part: np.ndarray, parts: list[np.ndarray]) -> list[int]:
-    """Numbers of latents from each part with the same sum, none larger than its part."""
+    """How many latents to take from each part: as wanted, but where a part is too small, the rest comes from the other parts."""
     wanted, sizes = of_part.tolist(), [len(part) for part in parts]
     excess = sum(max(0, n - size) for n, size in zip(wanted, sizes, strict=True))
     wanted = [min(n, size) for n, size in zip(wanted, sizes, strict=True)]
@@ -71,7 +71,7 @@ def paired_latents(
     live_b: Bool[Tensor, " d_b"],
     threshold: float = 0.7,
 ) -> LatentPairs:
-    """The pairs of live latents whose decoder rows match with the largest sum of cosines, without pairs below a cosine of `threshold`.
+    """The one-to-one pairs of live latents with the largest sum of cosines of decoder rows, without pairs below `threshold`.
 
     >>> import torch
     >>> rows, live = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([True, True])
@@ -90,17 +90,17 @@ def paired_latents(
 class SampledLatents:
     """The latents of one arm that are judged."""
 
-    unpaired: list[int]
-    """A stratified sample of this arm's latents."""
+    own_sample: list[int]
+    """A stratified sample of this arm's latents, or the latents that the user's file explains."""
     partners: Mapping[int, int] = field(default_factory=dict)
-    """For each latent in the first arm's sample that has a partner in this arm, the partner. Empty for the first arm."""
+    """The partner in this arm of each latent in the first arm's sample that has one. Empty for the first arm."""
     cosines: Mapping[int, float] = field(default_factory=dict)
     """The cosine of each such pair, by the first arm's latent."""
 
     @property
     def latents(self) -> list[int]:
         """All latents of this arm that are judged, sorted."""
-        return sorted({*self.unpaired, *self.partners.values()})
+        return sorted({*self.own_sample, *self.partners.values()})
 
 
 def sample_arms(
@@ -117,12 +117,12 @@ def sample_arms(
     """
     sampled, first = dict[str, SampledLatents](), next(iter(decoders))
     for index, (name, W_dec) in enumerate(decoders.items()):
-        unpaired = sample_latents(densities[name], count, seed=(seed, index))
+        own_sample = sample_latents(densities[name], count, seed=(seed, index))
         if name == first:
-            sampled[name] = SampledLatents(unpaired)
+            sampled[name] = SampledLatents(own_sample)
             continue
         live = {"live_a": densities[first] > 0, "live_b": densities[name] > 0}
-        pairs, wanted = paired_latents(decoders[first], W_dec, **live, threshold=threshold), set(sampled[first].unpaired)
+        pairs, wanted = paired_latents(decoders[first], W_dec, **live, threshold=threshold), set(sampled[first].own_sample)
         chosen = [pair for pair in zip(pairs.a, pairs.b, pairs.cosine, strict=True) if pair[0] in wanted]
-        sampled[name] = SampledLatents(unpaired, {a: b for a, b, _ in chosen}, {a: cosine for a, _, cosine in chosen})
+        sampled[name] = SampledLatents(own_sample, {a: b for a, b, _ in chosen}, {a: cosine for a, _, cosine in chosen})
     return sampled

@@ -1,4 +1,4 @@
-"""The words of a text: where they are, in which documents, and how they go together."""
+"""The words of a text: their positions, their documents, and the phi of pairs of words over documents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ class Words:
     last: Int[np.ndarray, " occurrence"]
     """Position of its last token."""
     documents: Any
-    """A sparse matrix, a row a document of different text: 1 where it has a word."""
+    """Sparse matrix [group, word]: 1 if the documents of a group (see `FlatText.group`) have the word."""
 
     @classmethod
     def of(cls, text: FlatText) -> "Words":
         """The words of a text. A word ends where its segment ends."""
         ids, places = np.unique(text.tokens, return_inverse=True)
-        # Single tokens have the same letters as in the text, where only characters of several tokens differ.
+        # A token alone has the same letters as in the text: only characters that span several tokens differ, and those are not A to Z.
         texts = [text.spelling.token_texts([token])[0] for token in ids.tolist()]
         found = [
             (word, begin + first, begin + last)
@@ -55,7 +55,7 @@ class Words:
         return np.diff(self.documents.indptr)
 
     def candidates(self, taken: Sequence[Concept], letters: int, fewest: float, most: float) -> Int[np.ndarray, " word"]:
-        """The words of enough letters that `fewest` to `most` documents have, the most frequent first, without those of taken concepts."""
+        """Words of at least `letters` letters in `fewest` to `most` documents, most frequent first, without those of `taken` concepts."""
         n_documents = self.n_documents()
         by_frequency = np.argsort(-n_documents, kind="stable")
         inside = by_frequency[(n_documents[by_frequency] >= fewest) & (n_documents[by_frequency] <= most)]
@@ -77,7 +77,7 @@ class Words:
         return np.unique(starts + np.arange(len(starts)))
 
     def phi(self, words: Int[np.ndarray, " word"]) -> Float[np.ndarray, "word word"]:
-        """Phi of each two of some words over documents: the correlation of their being in a document."""
+        """Phi of each two of some words: the correlation, over documents, of having the one and having the other."""
         part, n = self.documents[:, words], self.n_texts
         share = np.asarray(part.mean(0)).ravel()
         deviation = np.sqrt(share * (1 - share)).clip(1e-12)

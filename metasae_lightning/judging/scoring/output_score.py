@@ -1,4 +1,4 @@
-"""What a latent does: whether its decoder row raises the logits of the tokens that follow its firings."""
+"""The score `output`: whether a latent's decoder row raises the logits of the tokens that follow its firings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from metasae_lightning.step import Codes
 
 
 @dataclass(frozen=True)
-class OutputScores:
-    """The score of each of some latents, with its controls. NaN for a latent whose firings no token follows."""
+class OutputWithControls:
+    """The score `output` of some latents, with its controls. NaN for a latent if no token follows any of its firings."""
 
     own: tuple[float, ...]
     """The score: the latent's row, at its own firings."""
@@ -29,30 +29,32 @@ class OutputScores:
     other_firings: tuple[float, ...]
     """Control: the latent's row, at another latent's firings."""
     firings: tuple[int, ...]
-    """Number of firings used."""
+    """Number of firings in each latent's sample."""
 
 
 @final
-class Output:
+class OutputScore:
     """Does a latent's decoder row promote the tokens that follow its firings?
 
     The score is the probability that the row adds more to the logit of a token that follows a firing than to that of a token that follows
     a random position where the latent does not fire. It is the direct effect: no layer after the hook has a part in it.
 
     Args:
-        firings: Random firings of each latent, at most.
-        elsewhere: Random positions that the firings of all latents are compared with.
+        firings: Number of random firings of each latent, at most.
+        elsewhere: Number of random positions that the firings of all latents are compared with.
     """
 
     name = "output"
-    description = "Probability that the decoder row raises the token after a firing more than one after a random position."
+    description = (
+        "Probability that the decoder row raises the logit of a token after a firing more than that of a token after a random position."
+    )
     chance = 0.5
     needs_explanation = False
 
     def __init__(self, firings: int = 256, elsewhere: int = 1024) -> None:
         self.firings, self.elsewhere = firings, elsewhere
 
-    def values(self, collected: CollectedCodes, model: Any, latents: Sequence[int], seed: int) -> OutputScores | None:
+    def values(self, collected: CollectedCodes, model: Any, latents: Sequence[int], seed: int) -> OutputWithControls | None:
         """The scores of latents; `model` is the loaded language model. None if the SAE does not read the residual stream."""
         rows = collected.subject.W_dec[list(latents)]
         if any(name.endswith("hook_z") for name in collected.subject.hook_names) or model.logits_of_directions(rows[:1]) is None:
@@ -64,11 +66,11 @@ class Output:
         chunk = max(1, LOGITS // model.logits_of_directions(rows[:1]).shape[1])
         for begin in range(0, len(rows), chunk):
             for index, logits in enumerate(model.logits_of_directions(rows[begin : begin + chunk]).cpu(), begin):
-                own[index] = following.agreement(logits, index)
+                own[index] = following.following_auc(logits, index)
                 if partner:
-                    other_row[of_row[index]] = following.agreement(logits, of_row[index])
-                    other_firings[index] = following.agreement(logits, partner[index])
-        return OutputScores(tuple(own), tuple(other_row), tuple(other_firings), tuple(map(len, following.after_firing)))
+                    other_row[of_row[index]] = following.following_auc(logits, of_row[index])
+                    other_firings[index] = following.following_auc(logits, partner[index])
+        return OutputWithControls(tuple(own), tuple(other_row), tuple(other_firings), tuple(map(len, following.after_firing)))
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ class FollowingTokens:
 
     @classmethod
     def sampled(cls, collected: CollectedCodes, latents: Sequence[int], *, firings: int, elsewhere: int, seed: int) -> "FollowingTokens":
-        """A random sample: at most `firings` of each latent, and `elsewhere` positions.
+        """A random sample of at most `firings` firings of each latent, and of `elsewhere` positions.
 
-        Every position has a random key, and those with the smallest keys are sampled. So a latent's sample depends on no other latent.
+        Every position has a random key, and the positions with the smallest keys are sampled. A latent's sample depends on no other latent.
         """
         generator = torch.Generator().manual_seed(seed)
         column = torch.full((len(collected.subject.W_dec),), -1)
@@ -110,13 +112,13 @@ class FollowingTokens:
         after = tuple(fired[fired[:, 0] == index, 2].long() for index in range(len(latents)))
         return cls(after, tokens, fires)
 
-    def agreement(self, logits: Float[Tensor, " vocabulary"], index: int) -> float:
-        """Probability that a token after a firing of a latent has a larger logit than one after a position where it does not fire."""
+    def following_auc(self, logits: Float[Tensor, " vocabulary"], index: int) -> float:
+        """Probability that a token after a firing has a larger logit than a token after a position where the latent does not fire."""
         return auc(logits[self.after_firing[index]].tolist(), logits[self.elsewhere[~self.fires[:, index]]].tolist())
 
 
 def next_tokens(entry: Entry) -> Int[Tensor, " row"]:
-    """The token after each counted one of a cached passage; -1 where it is not counted, or in another context or document."""
+    """The next token of each counted token in a cached passage; -1 if the next is not counted, or in another context or document."""
     tokens, counted, owner = entry["tokens"].long(), entry["counted"].bool(), entry["owner"]
     following = torch.full_like(tokens, -1)
     is_next = counted[:, 1:] & (owner[:, 1:] == owner[:, :-1])

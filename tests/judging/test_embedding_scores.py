@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metasae_lightning.judging.scoring.controls import other_explanation, shuffled_contexts
-from metasae_lightning.judging.scoring.topical_coherence import ExplanationNearness, TopicalCoherence
+from metasae_lightning.judging.scoring.embedding_scores import ExplanationNearness, TopicalCoherence
 from metasae_lightning.judging.texts.contexts import Context, LatentContexts
 from tests.judging.word_latents import FILLER, word, word_latents
 

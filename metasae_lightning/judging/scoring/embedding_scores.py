@@ -1,4 +1,4 @@
-"""Scores by sentence embeddings: whether the contexts of a latent lie near each other, or near its explanation."""
+"""Scores from sentence embeddings: whether the contexts of a latent are near each other, or near its explanation."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ Embed = Callable[[Sequence[str]], Float[Tensor, "text width"]]
 
 
 class EmbeddingScore(ABC):
-    """A score by the nearness of a latent's contexts to a reference.
+    """A score by how near a latent's contexts are to reference texts.
 
-    It is the probability that a context in which the latent fires lies nearer to the reference than a random one in which it does not.
-    Nearness is the mean cosine to the texts of the reference. NaN where one of the three is missing.
+    It is the probability that a context in which the latent fires is nearer to the reference than a random one in which it does not.
+    Nearness is the mean cosine with the reference texts. NaN without reference texts, firing contexts or silent contexts.
     """
 
     name: str
@@ -26,7 +26,7 @@ class EmbeddingScore(ABC):
     description: str
     """The formula, in one line."""
     chance: float = 0.5
-    """Value for contexts that have nothing to do with the reference."""
+    """Value for contexts that are unrelated to the reference."""
     needs_explanation: bool
     """Whether the reference is the explanation."""
 
@@ -43,12 +43,12 @@ class EmbeddingScore(ABC):
 
     @abstractmethod
     def reference(self, contexts: LatentContexts, explanation: str) -> list[str]:
-        """The texts of the reference."""
+        """The reference texts; empty if there are none."""
 
 
 @final
 class TopicalCoherence(EmbeddingScore):
-    """Do a latent's contexts lie near each other? The reference are the contexts for the explanation, which are of other documents."""
+    """Are a latent's contexts near each other? The reference texts are its contexts for the explanation, from other documents."""
 
     name = "topical_coherence"
     description = "Probability that a text in which the latent fires is nearer to its other texts than a random text is (embeddings)."
@@ -60,7 +60,7 @@ class TopicalCoherence(EmbeddingScore):
 
 @final
 class ExplanationNearness(EmbeddingScore):
-    """Do a latent's contexts lie near its explanation? The reference is the explanation."""
+    """Are a latent's contexts near its explanation? The only reference text is the explanation."""
 
     name = "explanation_nearness"
     description = "Probability that a text in which the latent fires is nearer to its explanation than a random text is (embeddings)."

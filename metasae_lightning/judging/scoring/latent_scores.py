@@ -1,4 +1,4 @@
-"""Scores of many latents: of the arms, of the controls and of planted latents."""
+"""One score of many latents, with its inputs: for the latents of an arm, for a control, or for planted latents."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from metasae_lightning.evaluation.collect import CollectedCodes
 from metasae_lightning.judging.judges.judge import Judge
-from metasae_lightning.judging.scoring.score_kinds import Asked, Score, generator_for
+from metasae_lightning.judging.scoring.score_kinds import QuestionSet, Score, generator_for
 from metasae_lightning.judging.texts.contexts import LatentContexts
 
 
 @dataclass(frozen=True)
-class Material:
-    """What the latents of one SAE are scored by, in one draw of contexts."""
+class ScoringInputs:
+    """What the scores of one SAE's latents are computed from: one draw of contexts, explanations and codes."""
 
     contexts: Mapping[int, LatentContexts]
     """Contexts by latent."""
@@ -30,24 +30,24 @@ class LatentScores:
     """One score of some latents."""
 
     values: Mapping[int, float]
-    """The score by latent; NaN where nothing could be asked."""
+    """The score by latent; NaN if its contexts are too few, and no entry if it lacks an explanation that the score needs."""
     graded: Mapping[int, float] = field(default_factory=dict)
-    """AUC of the answers' probabilities by latent, where the judge gives them."""
+    """AUC of the answers' probabilities by latent; NaN if the judge gives none."""
     words: Mapping[int, Sequence[str]] = field(default_factory=dict)
     """What the judge wrote, by latent."""
     asked: int = 0
     """Number of questions."""
     unreadable: int = 0
-    """Number of answers that could not be read."""
+    """Number of unreadable answers."""
     probabilities: Sequence[tuple[float, int]] = ()
-    """Probability of yes and whether yes is right, of each answer to a question of yes and no that has probabilities."""
+    """The probability of yes, and 1 if yes is right or else 0, for each answer with probabilities to a yes-or-no question."""
 
 
-def judged(score: Score, material: Material, judge: Judge, *, seed: int, threshold: float = 0.5) -> LatentScores:
-    """A score by a judge's answers. The questions of all latents are asked at once."""
-    asked: dict[int, Asked] = {}
-    for latent, contexts in material.contexts.items():
-        explanation = material.explanations.get(latent, "")
+def scores_by_judge(score: Score, inputs: ScoringInputs, judge: Judge, *, seed: int, threshold: float = 0.5) -> LatentScores:
+    """The score of each latent, from a judge's answers. The questions about all latents are asked in one call."""
+    asked: dict[int, QuestionSet] = {}
+    for latent, contexts in inputs.contexts.items():
+        explanation = inputs.explanations.get(latent, "")
         if explanation or not score.needs_explanation:
             asked[latent] = score.questions(contexts, explanation, generator_for(seed, score=score.name, latent=latent))
     answers = judge.answers([question for of_latent in asked.values() for question in of_latent.questions])
@@ -66,8 +66,8 @@ def judged(score: Score, material: Material, judge: Judge, *, seed: int, thresho
     return LatentScores(values, graded, words, len(answers), unreadable, probabilities)
 
 
-def table(scores: Sequence[Mapping[int, float]], latents: Sequence[int]) -> Tensor:
-    """A score as a tensor, a row a seed and a column a latent; NaN where a latent has no score."""
+def score_table(scores: Sequence[Mapping[int, float]], latents: Sequence[int]) -> Tensor:
+    """A score as a tensor, one row for each draw and one column for each latent; NaN where a latent has no score."""
     return torch.tensor([[of_seed.get(latent, nan) for latent in latents] for of_seed in scores], dtype=torch.float64).view(
         len(scores), len(latents)
     )
