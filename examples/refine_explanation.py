@@ -2,7 +2,7 @@
 
     python examples/refine_explanation.py RUN --latent 17
 
-RUN is the folder of a run, or of one arm, that `metasae test` has measured. Without --latent it is the first latent that fires.
+RUN is the folder of a run, or of one arm, that `metasae test` has measured. Without --latent, the latent is the first that fires.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from metasae_lightning.evaluation import HeldOutContext, Latents, open_latents
 
 # Two words come before the tested one, because many SAEs are not trained on the first tokens of a text.
 SENTENCES = ["It is about {} and more.", "She said that {} was there.", "In this case {} is used.", "We found a {} in the list."]
-# The same sentences without the proposed word.
+# Words that take the place of the proposed word, to see where the latent fires without it.
 OTHER_WORDS = ["water", "seven", "it"]
-# A word is kept if the latent fires in so much larger a share of the sentences with it than without it.
+# A word is kept if the latent fires in a share of its sentences that is larger by this than with any of the other words.
 MARGIN = 0.5
 
 
@@ -35,9 +35,9 @@ def firing_words(context: HeldOutContext) -> dict[str, float]:
 
 
 def propose(contexts: list[HeldOutContext], count: int) -> list[str]:
-    """The words that the latent fires on most in its contexts."""
-    # Here a judge could propose instead: metasae_lightning.judging.explanations.explained_by_judge asks a language model
-    # for an explanation of the same contexts, and a question about it would be tested in the same way.
+    """The `count` words with the largest sum of activations in the contexts."""
+    # A language model could propose words instead: metasae_lightning.judging.explanations.explained_by_judge asks one for an
+    # explanation. The words of its answer would be tested in the same way.
     return [word for word, _ in sum((Counter(firing_words(context)) for context in contexts), Counter[str]()).most_common(count)]
 
 
@@ -64,7 +64,7 @@ def main(args: list[str] | None = None) -> None:
     if not contexts:
         raise SystemExit(f"latent {latent} did not fire on the held-out text")
 
-    # Every second context is for proposing. The others tell how much the kept words account for.
+    # Words are proposed from every second context. The share of activation that they account for is measured on the others.
     proposing, judging = contexts[::2], contexts[1::2]
     without = max(firing_share(latents, latent, word) for word in OTHER_WORDS)
     print(f"latent {latent} fires in {without:.0%} of the sentences without a proposed word")

@@ -1,4 +1,4 @@
-"""The data module that a recipe, or a run's `config.yaml`, describes."""
+"""Builds the data module that a recipe, or a run's `config.yaml`, describes."""
 
 import importlib
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from metasae_lightning.errors import InputError
 from metasae_lightning.run_folder import read_config
 
-# The packages whose classes the data of a recipe name.
+# The packages that export the classes in a recipe's data.
 PACKAGES = ("metasae_lightning.corpora", "metasae_lightning.data", "metasae_lightning.lm")
 
 
@@ -24,7 +24,7 @@ def data_of(path: Path) -> Any:
 
 
 def tree_of(path: Path) -> dict[str, Any]:
-    """The content of a config file; a file that describes no data is an `InputError`."""
+    """The content of a recipe or config file; a file without `data` is an `InputError`."""
     tree = read_config(path)
     if not isinstance(tree.get("data"), dict):
         raise InputError(f"{path} is no recipe: it has no data")
@@ -32,7 +32,7 @@ def tree_of(path: Path) -> dict[str, Any]:
 
 
 def import_classes(packages: Iterable[str]) -> None:
-    """Import every class that these packages export: jsonargparse resolves short names, such as `PythonDocs`, among imported ones only."""
+    """Import every class that these packages export, because jsonargparse finds a short name, such as `PythonDocs`, only then."""
     for package in map(importlib.import_module, packages):
         for name in package.__all__:
             getattr(package, name)

@@ -1,4 +1,4 @@
-"""Activations of latents on texts of the user, and their contexts on held-out text."""
+"""The latents of an SAE: their activations on the user's texts, and their contexts in held-out text."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ class TextActivations:
     """A text as tokens, with the activations of some latents on each."""
 
     tokens: tuple[str, ...]
-    """Texts of the tokens, BOS included; a character that spans several tokens stands in the last."""
+    """Texts of the tokens, BOS included; a character that spans several tokens is in the last."""
     latents: tuple[int, ...]
     """Indices of the latents, in the order of the columns."""
     activations: Float[Tensor, "token latent"]
@@ -47,7 +47,7 @@ class TextActivations:
 
 @dataclass(frozen=True, repr=False)
 class HeldOutContext:
-    """Consecutive tokens of a held-out document around one that a latent fires on."""
+    """Consecutive tokens of a held-out document around a token that a latent fires on."""
 
     tokens: tuple[str, ...]
     """Texts of the tokens."""
@@ -58,7 +58,7 @@ class HeldOutContext:
     position: int | None
     """Position of the first token among all held-out tokens that were read; None in records of older versions."""
     quantile: float | None
-    """Share of the latent's firings that are at most as strong as this; None in records of older versions."""
+    """Share of the latent's firings that are at most as strong as the one at `at`; None in records of older versions."""
 
     @property
     def text(self) -> str:
@@ -91,11 +91,11 @@ class Latents:
         return f"Latents({self.subject.source!r}, {len(self)} latents)"
 
     def activations(self, texts: Sequence[str], latents: Iterable[SupportsIndex]) -> list[TextActivations]:
-        """The activations of these latents on each text, in the order of the texts; latents in the order given.
+        """The activations of these latents on each text. Texts and latents keep their order.
 
         Each text is one document and one context, read as in training, with BOS in front. A text that is empty, or longer than the
-        training's contexts, is an `InputError` and is never cut or split: split it where its parts make sense alone. Texts are read
-        several at a time, which changes no activation by more than rounding. The limit of norms, `max_norm_ratio`, is not applied.
+        training's contexts, is an `InputError`. No text is cut or split: split it yourself where its parts make sense alone. Texts are
+        read several at a time, which changes activations by rounding at most. The limit of norms, `max_norm_ratio`, is not applied.
         """
         # A text is a sequence of texts too, of its characters.
         if isinstance(texts, str):
@@ -111,10 +111,10 @@ class Latents:
         return [found[index] for index in range(len(contexts))]
 
     def contexts(self, latent: SupportsIndex) -> list[HeldOutContext]:
-        """The contexts of a latent that `metasae test` kept, strongest first: the best documents, and firings by quantile.
+        """The contexts of a latent that `metasae test` stored, strongest first: its strongest firings, and firings by quantile.
 
         Empty for a latent that never fired on the held-out text. An SAE that was not tested is an `InputError` with the command.
-        `metasae test` of several SAEs may move thresholds: activations here are by the thresholds that it used.
+        The activations are those with the thresholds of `metasae test`, which may change thresholds when it measures several SAEs.
         """
         index, command = self._checked(latent), f"metasae test {self.subject.source}"
         record = self._record
@@ -134,7 +134,7 @@ class Latents:
 
     @cached_property
     def _reader(self) -> TextReader:
-        """Reads texts with the language model of the SAE, which is loaded up to the SAE's hook."""
+        """A reader of texts with the SAE's language model, which is loaded up to the hook."""
         data = data_for(self.subject, recipe=self.recipe, device=self.device)
         if not isinstance(data, ActivationsDataModule):
             raise InputError(f"{self.subject.source} reads activations without text, and activations() reads texts")
@@ -144,7 +144,7 @@ class Latents:
         return TextReader(data.language_model, data.batching)
 
     def _checked(self, latent: SupportsIndex) -> int:
-        """The index of a latent as an `int`; an `InputError` if the SAE has none such."""
+        """The index of a latent as an `int`; an `InputError` if the SAE has no such latent."""
         index = operator.index(latent)
         if not 0 <= index < len(self):
             raise InputError(f"latent must be in 0 to {len(self) - 1}, got {latent}")
@@ -158,15 +158,15 @@ def open_latents(
 
     Args:
         place: The folder or the name. The folder of a run with several arms is an `InputError` that names them.
-        recipe: A recipe with the language model and the settings of contexts, for an SAE that does not tell them.
-        device: Device of the language model and of the SAE, such as `cuda:1`; by default as the recipe says.
-        out: The folder of results, if `metasae test` was told one with `--out`.
+        recipe: A recipe with the language model and the settings of contexts, for an SAE whose folder does not name them.
+        device: Device of the language model and of the SAE, such as `cuda:1`; by default the recipe's.
+        out: The folder of results, if `metasae test` had the option `--out`.
     """
     return Latents(load_sae(str(place), out=out), recipe=recipe, device=device)
 
 
 def held_out_context(example: Example) -> HeldOutContext:
-    """An example without the tokens far from its own, of whose activations the record says nothing."""
+    """An example with at most `BEFORE` tokens before its own and `AFTER` after it: the record has no activations farther away."""
     begin, end = max(0, example.at - BEFORE), example.at + AFTER + 1
     tokens, fired = tuple(example.tokens[begin:end]), dict(example.fired)
     values = tuple(fired.get(begin + index, 0.0) for index in range(len(tokens)))

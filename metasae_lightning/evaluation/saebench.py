@@ -27,7 +27,7 @@ FINDS_SAEBENCH = "import importlib.util; print(importlib.util.find_spec('sae_ben
 
 
 def saebench_python(python: str | None) -> str:
-    """The path of the Python to run SAEBench with, by default this one. One that there is not, or without SAEBench, is an `InputError`."""
+    """The path of the Python that runs SAEBench, by default this one. A Python that is missing or lacks SAEBench is an `InputError`."""
     path = shutil.which(python or sys.executable)
     if path is None:
         raise InputError(f"python: there is no Python {python}; an environment with SAEBench is made by: {ENVIRONMENT}")
@@ -48,7 +48,7 @@ def saebench_python(python: str | None) -> str:
 
 
 def held_out_contexts(sae: EvaluatedSAE, data: Any, n_tokens: int) -> Int[Tensor, "context position"]:
-    """Contexts with about `n_tokens` held-out tokens, in full batches. The data module loads its language model, in float32."""
+    """Held-out contexts with about `n_tokens` tokens, in full batches. The data module loads its language model, in float32."""
     if getattr(data, "language_model", None) is None:
         raise InputError(
             f"{sae.source} reads planted activations, and SAEBench's core evaluation needs a language model: --evals meta_structure"
@@ -57,7 +57,7 @@ def held_out_contexts(sae: EvaluatedSAE, data: Any, n_tokens: int) -> Int[Tensor
     select_hook(sae, data)
     data.setup("test")
     contexts: list[Tensor] = []
-    max_tokens = 2 * n_tokens  # fewer rows count than there are tokens
+    max_tokens = 2 * n_tokens  # more than the loop below reads: it stops after n_tokens tokens
     for passage in held_out_text.passages(held_out_text.split_stream(data, "test", max_tokens), max_tokens):
         contexts.append(passage.tokens)
         if sum(part.numel() for part in contexts) >= n_tokens:
@@ -71,14 +71,14 @@ def held_out_contexts(sae: EvaluatedSAE, data: Any, n_tokens: int) -> Int[Tensor
 
 
 def model_place(model: Any) -> str:
-    """The Hub name or local folder that transformers loads a language model from."""
+    """The Hub name or local folder from which transformers loads a language model."""
     return str(embedded_folder()) if model.name == EMBEDDED else model.name
 
 
 def run_saebench(
     python: str, sae: EvaluatedSAE, evaluation: str, *, model: str = "", tokens: Tensor | None = None, steps: int = 1500, seed: int = 0
 ) -> bytes:
-    """The JSON that SAEBench writes of an evaluation, `core` (on a model and contexts) or `meta_structure`.
+    """The JSON of one evaluation by SAEBench: `core`, which needs `model` and `tokens`, or `meta_structure`.
 
     A failed evaluation is an `InputError` with SAEBench's own message.
     """
@@ -89,7 +89,7 @@ def run_saebench(
             save_file({"tokens": tokens.int().contiguous()}, contexts)
         place = sae_folder(sae, Path(folder) / "sae")
         job = Job(evaluation, str(place), sae.slug, str(out), model=model, tokens=contexts, steps=steps, seed=seed)
-        # SAEBench's own lines and progress go to stderr.
+        # SAEBench's messages and progress bars go to stderr.
         status = subprocess.run([python, "-I", saebench_script.__file__, json.dumps(asdict(job))]).returncode
         if status == 130:
             raise KeyboardInterrupt
@@ -101,7 +101,7 @@ def run_saebench(
 
 
 def sae_folder(sae: EvaluatedSAE, folder: Path) -> Path:
-    """The SAELens folder of an SAE; one from the Hub is written to `folder`."""
+    """The SAELens folder of an SAE. An SAE from the Hub is written to `folder`."""
     place = exported_sae(Path(sae.source)) if sae.run else Path(sae.source)
     if not place.is_dir():
         sae.sae.save_model(folder)
@@ -110,6 +110,6 @@ def sae_folder(sae: EvaluatedSAE, folder: Path) -> Path:
 
 
 def figures(result: bytes) -> dict[str, float]:
-    """The figures in SAEBench's JSON by name, of all its groups, without those that it did not compute."""
+    """The figures of all groups in SAEBench's JSON, by name, without those that SAEBench did not compute."""
     groups = json.loads(result)["eval_result_metrics"].values()
     return {name: value for group in groups for name, value in group.items() if value is not None}

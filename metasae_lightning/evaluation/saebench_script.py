@@ -1,4 +1,4 @@
-"""One of SAEBench's evaluations of an SAE folder. SAEBench's Python runs this file as a script; it imports nothing of this package.
+"""One of SAEBench's evaluations of an SAE folder. SAEBench's Python runs this script, which imports nothing of this package.
 
 SAEBench's own commands accept only names on the Hub. Its functions accept a loaded SAE, a model and a store of tokens.
 """
@@ -36,7 +36,7 @@ class Job:
     steps: int = 1500
     """Training steps of the meta SAE, for `meta_structure`."""
     seed: int = 0
-    """Seed of the meta SAE."""
+    """Seed of the meta SAE's training."""
 
 
 def special_tokens(tokenizer: Any) -> set[int]:
@@ -45,7 +45,7 @@ def special_tokens(tokenizer: Any) -> set[int]:
 
 
 def hooked_transformer(name: str, n_ctx: int) -> Any:
-    """TransformerLens's model of a name or local folder, without weight processing. Its `from_pretrained` accepts no folder."""
+    """TransformerLens's model from a Hub name or a local folder, without weight processing. Its own `from_pretrained` accepts no folder."""
     from transformer_lens import HookedTransformer, loading_from_pretrained
     from transformers import AutoTokenizer
 
@@ -61,7 +61,7 @@ def hooked_transformer(name: str, n_ctx: int) -> Any:
 
 @torch.no_grad()
 def largest_difference(model: Any, name: str, tokens: torch.Tensor) -> float:
-    """The largest difference of any log-probability from that of transformers."""
+    """The largest absolute difference between a log-probability of `model` and that of transformers' model."""
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
@@ -80,13 +80,13 @@ def core(job: Job) -> None:
     from safetensors.torch import load_file
 
     tokens = load_file(job.tokens)["tokens"].long()
-    _, sae, _ = load_and_format_sae("local", SAE.load_from_disk(job.sae), "cpu")  # writes hook and layer where `run_evals` reads them
+    _, sae, _ = load_and_format_sae("local", SAE.load_from_disk(job.sae), "cpu")  # sets the hook and the layer that `run_evals` reads
     model = hooked_transformer(job.model, tokens.shape[1])
     difference = largest_difference(model, job.model, tokens[:1])
     print(f"{job.model}: log-probabilities differ from transformers' by at most {difference:.1g}")
     data = Dataset.from_dict({"input_ids": tokens.tolist()})
     store = ActivationsStore.from_sae(model, sae, data, context_size=tokens.shape[1], streaming=False, total_tokens=len(tokens))
-    # All batches: the store does not restart at its reset, and so the second evaluation gets the same tokens only after a full cycle.
+    # The store's reset does not restart it, so the second evaluation has the same tokens only if the first has read all batches.
     batches = len(tokens) // PROMPTS
     config = CoreEvalConfig(
         model_name=job.model,
@@ -109,7 +109,7 @@ def core(job: Job) -> None:
 
 
 def meta_structure(job: Job) -> None:
-    """Train SAEBench's meta SAE on the decoder. SAEBench seeds only torch; autocast would slow a CPU tenfold."""
+    """Train SAEBench's meta SAE on the decoder. SAEBench itself seeds only torch. Autocast is off: it is ten times slower on a CPU."""
     from sae_bench.evals.meta_structure.eval_config import MetaStructureEvalConfig  # pyright: ignore[reportMissingImports]
     from sae_bench.evals.meta_structure.main import run_eval_single_sae  # pyright: ignore[reportMissingImports]
     from sae_lens import SAE
@@ -123,7 +123,7 @@ EVALUATIONS = {"core": core, "meta_structure": meta_structure}
 
 
 def main() -> int:
-    """Run the job of the first argument. An exception goes as one line into the file `OUT.error`; METASAE_DEBUG shows its traceback."""
+    """Run the job in the first argument. An exception is written in one line to the file `OUT.error`; METASAE_DEBUG shows its traceback."""
     job = Job(**json.loads(sys.argv[1]))
     try:
         with contextlib.redirect_stdout(sys.stderr):

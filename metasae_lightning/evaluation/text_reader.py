@@ -1,4 +1,4 @@
-"""Texts of a user as contexts of a language model, and the activations on them."""
+"""The user's texts as contexts of a language model, and the model's activations on them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from metasae_lightning.lm.base import LanguageModel
 
 @dataclass(frozen=True)
 class TextReader:
-    """Reads texts as an SAE's training did: each text is one context, with the same BOS, length limit and skipped positions."""
+    """Reads texts with the settings of an SAE's training: BOS, context size and skipped positions. Each text is one context."""
 
     model: LanguageModel
     """The loaded model."""
@@ -24,7 +24,7 @@ class TextReader:
     """How texts become contexts: BOS, context size, skipped positions."""
 
     def tokens(self, text: str, name: str = "text") -> Int[Tensor, " position"]:
-        """The context of a text; an `InputError`, which calls the text `name`, if it has no token or too many."""
+        """The tokens of a text's context. A text without tokens or with too many is an `InputError`, in which it is called `name`."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -43,12 +43,12 @@ class TextReader:
         return trainable_tokens(tokens, torch.tensor(special_ids(self.model.tokenizer)), self.batching.skip_positions)
 
     def activations(self, contexts: Sequence[Int[Tensor, " _"]]) -> Iterator[tuple[int, Float[Tensor, "_ d_model"]]]:
-        """The index of each context and the activations on it, from the shortest context to the longest, several in one forward pass."""
+        """The index of each context with the activations on it, shortest contexts first, several in one forward pass."""
         by_length = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
         for begin in range(0, len(by_length), self.batching.forward_batch):
             indices = by_length[begin : begin + self.batching.forward_batch]
             longest = len(contexts[indices[-1]])
-            # A causal model does not see the padding behind a text. Padding with a padding token would make some backends mask it.
+            # A causal model does not see the padding after a text. It repeats the last token, because some backends mask padding tokens.
             padded = [torch.cat([contexts[i], contexts[i][-1:].expand(longest - len(contexts[i]))]) for i in indices]
             for index, rows in zip(indices, self.model.activations(torch.stack(padded)), strict=True):
                 yield index, rows[: len(contexts[index])]

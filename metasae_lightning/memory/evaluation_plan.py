@@ -20,7 +20,7 @@ def print_and_check_evaluation_plan(
 ) -> None:
     """Raise an `InputError` if an evaluation of SAEs on `data` needs more than the available memory, else print its plan to stderr.
 
-    The memory for pairs of latents is what they take at most. What depends on firings and on the vocabulary is named as not planned.
+    The memory for pairs of latents is an upper bound. Memory that depends on firings or on the vocabulary is listed as not planned.
 
     Args:
         saes: The SAEs, on the CPU.
@@ -28,7 +28,7 @@ def print_and_check_evaluation_plan(
         pairs_gib: Memory for counting pairs of latents, in GiB.
         critics: Whether fresh meta SAEs are trained on the decoder.
         splices: Whether the complete language model is loaded to measure losses.
-        limit_gib: Replaces the available memory of each device.
+        limit_gib: Memory limit in GiB, in place of the available memory of each device.
     """
     check_limit(limit_gib)
     model = getattr(data, "language_model", None)
@@ -45,7 +45,7 @@ def print_and_check_evaluation_plan(
 
 
 def measure_items(saes: Sequence[Any], device: str, pairs_gib: float, critics: bool) -> Iterator[MemoryItem]:
-    """The SAEs, and for the widest of them the counts of its pairs of latents and a critic. SAEs are measured one after the other."""
+    """Memory of all SAEs, and for the largest, of the counts of pairs of latents and of a critic: SAEs are measured one at a time."""
     widest = max(saes, key=lambda sae: sae.W_dec.numel())
     d_sae, d_in = widest.W_dec.shape
     names = f"{len(saes)}, the widest with {d_sae:,} latents of {d_in} numbers"

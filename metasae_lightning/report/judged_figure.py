@@ -1,4 +1,4 @@
-"""The figure of paired latents: the scores of one arm against those of another."""
+"""The figure of paired latents: the scores of one arm's latents against those of their partners in another arm."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Points = list[tuple[float, float]]
 
 
 def pair_scores(base: Arm, compared: Arm) -> dict[str, Points]:
-    """The scores of each pair of latents, of `base` and of `compared`, by the name of the score; empty if the arms were not paired."""
+    """For each score, the values of each pair of latents in `base` and in `compared`; empty if the arms were not paired."""
     against = (compared.judging or {}).get("against") or {}
     if base.judged is None or compared.judged is None or not is_arm_of(against, base):
         return {}
@@ -37,7 +37,7 @@ def pair_scores(base: Arm, compared: Arm) -> dict[str, Points]:
 
 
 def scatter(arms: Sequence[Arm]) -> Figure | None:
-    """A panel for each of up to six scores: paired latents of the second arm against those of the first; None without pairs."""
+    """A figure with a panel for each of the first six scores: pairs of latents, the first arm across, the second up; None without pairs."""
     points = pair_scores(*arms) if len(arms) == 2 else {}
     if not points:
         return None
@@ -58,7 +58,7 @@ def scatter(arms: Sequence[Arm]) -> Figure | None:
 
 
 def draw_pairs(axes: Any, points: Points) -> None:
-    """Draw the pairs of one score, equal ones as one larger circle, and the diagonal."""
+    """Draw a circle for each pair of one score, one larger circle for equal pairs, and the diagonal."""
     counts = Counter(points)
     x, y = zip(*counts, strict=True)
     low, high = min(*x, *y), max(*x, *y)
@@ -72,7 +72,7 @@ def draw_pairs(axes: Any, points: Points) -> None:
 
 
 def mean_difference(base: Arm, compared: Arm, name: str, points: Points) -> str:
-    """The mean difference over pairs with its interval, from the record; without an interval if the record has none."""
+    """The mean difference over pairs with its interval, from `evaluation.json`; from the points, without an interval, if it has none."""
     pairs = difference_over_pairs(Group("", [compared]), Group("", [base]), f"judging/{name}") or {}
     value = number(pairs.get("value")) if pairs else sum(y - x for x, y in points) / len(points)
     ends = [number(pairs.get(end)) for end in ("low", "high")]

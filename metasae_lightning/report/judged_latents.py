@@ -1,4 +1,4 @@
-"""Explanations, scores and the judge's words of single latents, for the page's list."""
+"""The explanation, the scores and the judge's words of each latent, for the page's list."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,26 +9,26 @@ from metasae_lightning.report.judged_scores import ORDER, chance, label, number
 from metasae_lightning.report.load_runs import Arm
 from metasae_lightning.report.seeds import Group, is_arm_of
 
-# Characters of an explanation and of one answer, and answers of a score, at most: a judge may write without end.
+# Characters of an explanation and of an answer, and answers of a score, at most: a judge's texts may be long and many.
 MAX_EXPLANATION, MAX_ANSWER, MAX_ANSWERS = 600, 300, 4
 
 
 @dataclass(frozen=True)
 class JudgedLatent:
-    """What a judge said of one latent."""
+    """The explanation, the scores and the judge's words of one latent."""
 
     explanation: str
-    """Its explanation; empty without one."""
+    """Its explanation; empty if it has none."""
     scores: list[float | None]
-    """Its scores, in the order of `names_of_scores`; None where there is none."""
+    """Its scores, in the order of `names_of_scores`; None for a score that it lacks."""
     pair: list[float]
-    """Its pair in the first judged arm and the cosine of the decoder rows; empty without a pair."""
+    """Its partner in the first judged arm and the cosine of the decoder rows; empty without a partner."""
     words: list[list[str]]
     """What the judge wrote, for each score."""
 
     @property
     def index_columns(self) -> list[Any]:
-        """What the list of latents has of it."""
+        """Its columns in the page's list of latents."""
         return [self.explanation, self.scores, self.pair]
 
 
@@ -67,7 +67,7 @@ def cut(text: str, length: int) -> str:
 
 
 def judged_entry(arm: Arm, arms: Sequence[Arm]) -> dict[str, Any]:
-    """The arm's judged scores for `page.js`: name and chance of each, and the index in `arms` of the arm that pairs are in; or nothing."""
+    """The arm's judged scores for `page.js`: name and chance of each, and the index in `arms` of the arm with the partners; or empty."""
     if not (names := names_of_scores(arm)) and not (arm.judged or {}).get("latents"):
         return {}
     chances = [chance([Group(arm.name, [arm])], name) for name in names]

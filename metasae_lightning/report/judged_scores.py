@@ -9,7 +9,7 @@ from typing import Any
 from metasae_lightning.report.load_runs import Arm
 from metasae_lightning.report.seeds import Estimate, Group, difference, difference_over_pairs
 
-# Scores in the order of the page; others follow.
+# The order of scores on the page. Scores that are not named here come last.
 ORDER = (
     *("detection", "detection_near", "fuzzing", "fuzzing_near", "replacement_2afc", "intruder", "strength_spearman", "simulation"),
     *("topical_coherence", "explanation_nearness", "output"),
@@ -26,12 +26,12 @@ PAPER_NOTE = (
 
 @dataclass(frozen=True)
 class GroupScore:
-    """One score of one group. Numbers are means over its judged arms."""
+    """One score of one group of arms. Scores and shares are means over the judged arms of the group."""
 
     value: float
     """The mean score."""
     interval: tuple[float, float] | None
-    """The 95 % interval over latents; None for several arms or if it is not known."""
+    """The 95 % interval over latents; None for several arms, or if the record has none."""
     deviation: float
     """Standard deviation over training seeds; NaN for a single arm."""
     arms: int
@@ -41,17 +41,17 @@ class GroupScore:
     controls: dict[str, float]
     """The mean of each control."""
     graded: float
-    """The mean of the graded score, which needs no threshold; NaN if there is none."""
+    """The AUC of the judge's probabilities, which needs no threshold; NaN if there is none."""
     unreadable: float
-    """Share of answers that could not be read."""
+    """Share of unreadable answers."""
     reliability: float
     """The score on planted latents, whose meaning is known; NaN if it was not measured."""
     reliability_by_kind: dict[str, float]
     """The score on each kind of planted latent."""
     change: Estimate | None
-    """The difference from the baseline; None for the baseline and if it cannot be told."""
+    """The difference from the baseline; None for the baseline, and for arms that cannot be compared."""
     sign_p: float
-    """p value of the sign test over pairs of latents; NaN with several seeds or without pairs."""
+    """p value of the sign test over pairs of latents; NaN for several training seeds, or without pairs."""
 
 
 def judged_groups_of(groups: Sequence[Group]) -> list[Group]:
@@ -76,12 +76,12 @@ def scores_of(arm: Arm) -> dict[str, Any]:
 
 
 def chance(groups: Sequence[Group], name: str) -> float:
-    """The value of a score that says nothing; NaN if it is not known."""
+    """The value of a score by chance; NaN if the records have none."""
     return next((number(scores_of(arm)[name].get("chance")) for arm in judged_arms(groups) if name in scores_of(arm)), math.nan)
 
 
-def about(groups: Sequence[Group], name: str) -> str:
-    """What a score asks, in a line."""
+def description(groups: Sequence[Group], name: str) -> str:
+    """The description of a score in one line; empty if the records have none."""
     return next((str(scores_of(arm)[name].get("about") or "") for arm in judged_arms(groups) if name in scores_of(arm)), "")
 
 
@@ -103,7 +103,7 @@ def group_score(group: Group, base: Group | None, name: str) -> GroupScore | Non
     value = mean(values)
     ends = [number(entries[0]["mean"].get(end)) for end in ("low", "high")]
     change = pairs = None
-    if base is not None and group is not base and not reasons_judged_otherwise([*base.arms, *group.arms]):
+    if base is not None and group is not base and not reasons_not_comparable([*base.arms, *group.arms]):
         change, pairs = difference(group, base, f"judging/{name}"), difference_over_pairs(group, base, f"judging/{name}")
     reliabilities = [entry["reliability"] for entry in entries if entry.get("reliability")]
     return GroupScore(
@@ -113,11 +113,11 @@ def group_score(group: Group, base: Group | None, name: str) -> GroupScore | Non
         arms=len(values),
         not_above_controls=sum(entry.get("beats_controls") is False for entry in entries),
         controls=means_by_name(
-            [{name: at(control, "mean", "value") for name, control in (e.get("controls") or {}).items()} for e in entries]
+            [{name: number_at(control, "mean", "value") for name, control in (e.get("controls") or {}).items()} for e in entries]
         ),
-        graded=mean([at(entry, "graded", "value") for entry in entries]),
+        graded=mean([number_at(entry, "graded", "value") for entry in entries]),
         unreadable=mean([number(entry.get("unreadable") or 0.0) for entry in entries]),
-        reliability=mean([at(entry, "mean", "value") for entry in reliabilities]),
+        reliability=mean([number_at(entry, "mean", "value") for entry in reliabilities]),
         reliability_by_kind=means_by_name([entry.get("by_kind") or {} for entry in reliabilities]),
         change=change,
         sign_p=number(pairs.get("sign_p")) if pairs and change and change.seeds == 1 else math.nan,
@@ -128,8 +128,8 @@ def group_score(group: Group, base: Group | None, name: str) -> GroupScore | Non
 NOT_OF_SCORES = {"url", "key_variable", "concurrency", "max_requests", "max_tokens", "timeout", "retries", "splits"}
 
 
-def reasons_judged_otherwise(arms: Sequence[Arm]) -> list[str]:
-    """Reasons why scores of some arms cannot be compared; empty if they can."""
+def reasons_not_comparable(arms: Sequence[Arm]) -> list[str]:
+    """Reasons why the scores of these arms cannot be compared; empty if they can."""
     entries = [{**arm.judging, "settings": settings_of_scores(arm.judging)} for arm in arms if arm.judging]
     conditions = {
         "not by the same judge": "judge",
@@ -152,7 +152,7 @@ def judging_notes(groups: Sequence[Group]) -> list[str]:
     """Sentences on how latents were judged: judge, explanations, number of latents, those left out, cost."""
     arms = judged_arms(groups)
     sentences = list(dict.fromkeys(judge_sentence(arm.judging or {}) for arm in arms))
-    if reasons := reasons_judged_otherwise(arms):
+    if reasons := reasons_not_comparable(arms):
         sentences.append(f"Some arms cannot be compared: they were judged {' and '.join(reasons)}.")
     left_out = totals([(arm.judging or {}).get("left_out") or {} for arm in arms])
     # The arms that were judged together have a common cost.
@@ -173,7 +173,7 @@ def totals(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def judge_sentence(entry: Mapping[str, Any]) -> str:
-    """Who judged an arm, from which explanations, how many latents and on how many tokens."""
+    """A sentence that names an arm's judge, explanations, number of latents and number of tokens."""
     judge = entry.get("judge") or {}
     ways = {"none": "without explanations", "keywords": "with keywords as explanations", "judge": "with explanations of its own"}
     explanations = ways.get(str(entry.get("explanations")), "with explanations from a file")
@@ -195,11 +195,11 @@ def cost_phrase(cost: Mapping[str, float]) -> str:
 
 
 def number(value: Any) -> float:
-    """A number of a record; NaN for null and for what is no number."""
+    """A value of a record as a number; NaN if it is no number."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def at(entry: Mapping[str, Any], *path: str) -> float:
+def number_at(entry: Mapping[str, Any], *path: str) -> float:
     """The number at a path of keys; NaN if there is none."""
     for key in path[:-1]:
         entry = entry.get(key) or {}
@@ -219,21 +219,21 @@ def means_by_name(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def score_rows(arm: Arm) -> dict[str, float | bool]:
-    """The arm's scores as columns of `table.csv`: the mean as `judging/NAME`, its interval, controls and so on below it."""
+    """The arm's scores as columns of `table.csv`: the mean in `judging/NAME`, its interval, controls and others in `judging/NAME/...`."""
     row: dict[str, float | bool] = {}
     for name, entry in scores_of(arm).items():
         paths = {"": ("mean", "value"), "/low": ("mean", "low"), "/high": ("mean", "high"), "/latents": ("mean", "latents")}
         paths |= {"/seed_deviation": ("mean", "seed_deviation"), "/graded": ("graded", "value"), "/chance": ("chance",)}
         paths |= {"/unreadable": ("unreadable",), "/reliability": ("reliability", "mean", "value")}
         paths |= {f"/{control}": ("controls", control, "mean", "value") for control in entry.get("controls") or {}}
-        row |= {f"judging/{name}{end}": value for end, path in paths.items() if math.isfinite(value := at(entry, *path))}
+        row |= {f"judging/{name}{end}": value for end, path in paths.items() if math.isfinite(value := number_at(entry, *path))}
         if isinstance(entry.get("beats_controls"), bool):
             row[f"judging/{name}/beats_controls"] = entry["beats_controls"]
     return row
 
 
 def control_verdict(score: GroupScore) -> str:
-    """That a score does not beat its controls, in words; empty if it does or was not compared."""
+    """The words "does not beat its controls", if that is so; empty if the score does, or was not compared."""
     if not score.not_above_controls:
         return ""
     return "does not beat its controls" + (f" in {score.not_above_controls} of {score.arms} seeds" if score.arms > 1 else "")

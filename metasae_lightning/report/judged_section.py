@@ -9,14 +9,15 @@ from metasae_lightning.report.judged_scores import PAPER_NOTE, PAPER_RESULT, PAP
 from metasae_lightning.report.seeds import Group, baseline, headline
 
 CAPTION = (
-    "Scores of paired latents, a circle for each place: the larger, the more pairs. Above the line the second arm's latent has the higher "
-    "score. The title has the mean difference with its 95 % interval over pairs."
+    "Scores of paired latents. A circle is a pair; a larger circle is several pairs with equal scores. Above the line the second "
+    "arm's latent has the higher score. The title of a panel has the mean difference with its 95 % interval over pairs."
 )
 READING = (
-    "A score says how well a judge can tell what a latent fires on. Chance is the score of a guess. This judge's own score is on planted "
-    "latents, whose meaning is known: words and suffixes. Below a mean: its 95 % interval over latents, or the spread over training seeds; "
-    "the change against the baseline with its interval, bold if that excludes 0; and two controls, which are the same score with another "
-    "latent's explanation and with contexts of other latents."
+    "A score says how well a judge can tell where a latent fires. Chance is the score of a guess. The third column is this judge's"
+    " score on planted latents, whose meaning is known: a word, a suffix or a topic. Below a mean are its 95 % interval over "
+    "latents, or the spread over training seeds; the change against the baseline with its interval, bold if that excludes 0; and "
+    "the controls: the same score with another latent's explanation, with contexts of other latents, or with another latent's "
+    "decoder row."
 )
 
 
@@ -46,7 +47,7 @@ def score_row(groups: Sequence[Group], shown: Sequence[Group], base: Group | Non
     values = list(dict.fromkeys(html_number(score.reliability, ".2f") for score in known)) or [DASH]
     kinds = known[0].reliability_by_kind if len(values) == 1 and known else {}
     small = "".join(f"<small>{html_text(label(kind))} {html_number(value, '.2f')}</small>" for kind, value in kinds.items())
-    about = judged_scores.about(groups, name)
+    about = judged_scores.description(groups, name)
     words = f"<b>{html_text(label(name))}</b>" + (f"<small>{html_text(about)}</small>" if about else "")
     cells = "".join(score_cell(score, in_percent=name == PAPER_SCORE) for score in scores)
     chance = html_number(judged_scores.chance(groups, name), ".2f")
@@ -64,7 +65,7 @@ def score_cell(score: GroupScore | None, *, in_percent: bool) -> str:
         parts.append(f"± {html_number(score.deviation, '.3f')}")
     if not math.isnan(score.graded):
         parts.append(f"graded {html_number(score.graded, '.3f')}")
-    # Bold says that the interval excludes 0.
+    # Bold means that the interval excludes 0.
     is_sure = score.change is not None and score.change.sign != 0
     parts += [f"<b>{part}</b>" if is_sure else part for part in change_parts(score)]
     if in_percent and score.change is not None and score.change.base:
@@ -89,7 +90,7 @@ def change_parts(score: GroupScore) -> list[str]:
 
 
 def paper_row(groups: Sequence[Group], shown: Sequence[Group], base: Group | None) -> str:
-    """The table row of the paper's result, in the columns of the baseline and of the group that the first sentence is about."""
+    """The table row of the paper's result, in the columns of the baseline and of the group in the page's first sentence."""
     solo, joint, percent = PAPER_RESULT
     compared = None if base is None else headline(groups, base)
     cells = {id(base): f"{solo:.3f}", id(compared): f"{joint:.3f}<small>{percent:+.1f} %</small>"}

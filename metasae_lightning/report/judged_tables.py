@@ -57,7 +57,7 @@ def score_table(heading: str, width: int) -> Table:
 
 
 def plain(text: str) -> str:
-    """Text for a table, with markup and control characters, apart from line feeds, shown as text."""
+    """Text for a table: markup and control characters are shown as text, and line feeds are kept."""
     return "\n".join(escape(printable(line)) for line in text.split("\n"))
 
 

@@ -1,4 +1,4 @@
-"""The page's section on splits: the texts of a latent beside those of the latents that it is split into."""
+"""The page's section on splits: the texts of a latent, and beside them the texts of the latents that it is split into."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,16 @@ from metasae_lightning.report.judged_scores import number
 from metasae_lightning.report.load_runs import Arm
 from metasae_lightning.report.number_format import format_number
 
-# Splits, texts of a latent, tokens on either side of the strongest, and characters of a token at most: all of it is in the page.
+# Splits, texts of a latent, tokens before and after the strongest, and characters of a token, at most, to limit the page's size.
 MAX_SPLITS, MAX_TEXTS, AROUND, MAX_TOKEN = 12, 5, 20, 40
 READING = (
     "On the left a latent of {base}, on the right the latents of {arm} that it is split into. The latent fires on the marked tokens. "
-    "Phi is the correlation of firings. From each side's phi with the whole follows the smallest phi that the two sides can have."
+    "Phi is the correlation of firings. Two parts with a large phi with the latent have a phi with each other that is not below a bound."
 )
 
 
 def split_section(base: Arm | None, arms: Sequence[Arm]) -> str:
-    """The section on the splits of the first of `arms` that has some; empty if none has."""
+    """The section on splits, of the first of `arms` that has any; empty if none has."""
     arm = next((arm for arm in arms if (arm.judged or {}).get("splits")), None)
     if arm is None or arm.judged is None:
         return ""
@@ -33,7 +33,7 @@ def split_section(base: Arm | None, arms: Sequence[Arm]) -> str:
 
 
 def split_article(split: Mapping[str, Any], base: str, arm: str) -> str:
-    """One split: the whole on the left, its parts on the right, and phi below."""
+    """One split: the latent on the left, its parts on the right, and phi below."""
     explanations, contexts = split.get("explanations") or {}, split.get("contexts") or {}
     parts = list(enumerate(split["into"]))
     whole = side(base, split["latent"], explanations.get("latent"), contexts.get("latent"))
@@ -57,7 +57,7 @@ def side(arm: str, latent: int, explanation: str | None, contexts: Sequence[Mapp
 
 
 def context_line(context: Mapping[str, Any]) -> str:
-    """A text with the tokens marked that the latent fires on, stronger for larger activations."""
+    """A text with marks on the tokens that the latent fires on, darker for larger activations."""
     tokens, values, middle = context["tokens"], [number(value) for value in context.get("values") or []], int(context.get("at") or 0)
     begin = max(0, middle - AROUND)
     largest = max((value for value in values if math.isfinite(value)), default=0.0)
@@ -73,7 +73,7 @@ def context_line(context: Mapping[str, Any]) -> str:
 
 
 def phi_sentence(split: Mapping[str, Any]) -> str:
-    """Phi of either side with the whole, what follows for the two sides, and what was measured."""
+    """A split's phi in words: of each part with the latent, the bound for the two parts, and the measured phi of the two parts."""
     names = [f"#{latent}" for latent in split["into"]]
     phi = [number(value) for value in split.get("phi") or []]
     of_sides = " and ".join(f"{value:.2f} ({name})" for name, value in zip(names, phi, strict=False))
@@ -83,7 +83,7 @@ def phi_sentence(split: Mapping[str, Any]) -> str:
 
 
 def bound_phrase(bound: float) -> str:
-    """What the smallest possible phi of two sides forbids. The bound is rounded down, so that it stays true.
+    """The smallest possible phi of two parts in words. It is rounded down, so that it stays a lower bound.
 
     >>> bound_phrase(0.1456)
     'The two must fire together with phi of at least 0.14, so they are not disjoint senses.'

@@ -1,1 +1,1 @@
-"""The page of `metasae serve`: where latents fire on a typed text, and what one of them does to its continuation."""
+"""The server of `metasae serve`: its page shows where latents fire on a typed text, and how a latent changes the continuation."""

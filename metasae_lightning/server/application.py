@@ -1,4 +1,4 @@
-"""The web application of `metasae serve`: one page, and two JSON requests that the language model answers one at a time."""
+"""The web application of `metasae serve`: one page, and two JSON requests for the language model, which are answered one at a time."""
 
 import asyncio
 import ipaddress
@@ -22,9 +22,9 @@ from metasae_lightning.run_folder import null_non_finite
 from metasae_lightning.server.typed_text import ServedSAEs
 
 HERE = Path(__file__).parent
-# Bytes of a request's body: the longest text, with each character escaped in JSON.
-BODY = 2**17
-# The page loads its own script and style, and asks nobody else for anything.
+# Bytes of a request's body at most: enough for the longest text with each character escaped in JSON.
+MAX_BODY = 2**17
+# The page may load only its own script and style, and send requests only to this server.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -79,14 +79,14 @@ def page_file(name: str, kind: str) -> Callable[[Request], Any]:
 
 
 async def json_of(request: Request) -> dict[str, Any]:
-    """The JSON object in a request's body, of at most `BODY` bytes. Pages of other sites cannot send this content type unasked."""
+    """The JSON object in a body of at most `MAX_BODY` bytes. A page of another site cannot send JSON, because CORS forbids it."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "the content type must be application/json")
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > BODY:
-            raise HTTPException(413, f"a request has at most {BODY} bytes")
+        if len(body) > MAX_BODY:
+            raise HTTPException(413, f"a request has at most {MAX_BODY} bytes")
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -123,7 +123,10 @@ async def refusal(_: Request, error: Exception) -> Response:
 
 
 class OwnHostOnly:
-    """Refuse requests for another host: a page elsewhere could let its own name lead to this address, and read the answers."""
+    """Middleware that refuses requests with another Host header, against DNS rebinding.
+
+    A page of another site could otherwise read the answers, by making its own host name resolve to this address.
+    """
 
     def __init__(self, app: ASGIApp, host: str):
         self.app = app
@@ -140,8 +143,8 @@ class OwnHostOnly:
 def is_own_host(header: str, host: str) -> bool:
     """Whether a Host header names the address `host`, with any port.
 
-    A loopback address may be called by any of its names. All addresses at once (0.0.0.0) may be called by number or as localhost, since
-    another site's name is never a number.
+    For a loopback address, the header may be any loopback address or localhost. For all addresses at once (0.0.0.0), it may be any
+    address or localhost. It is never another name, because that can belong to another site.
 
     >>> is_own_host("localhost:8000", "127.0.0.1"), is_own_host("rebound.example:8000", "127.0.0.1"), is_own_host("10.0.0.7", "0.0.0.0")
     (True, False, True)
@@ -159,7 +162,7 @@ def is_own_host(header: str, host: str) -> bool:
 
 
 def address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that a name is; None for a name that only a name server knows.
+    """The IP address in a host name, where localhost is 127.0.0.1; None for any other name.
 
     >>> address_of("localhost"), address_of("example.org")
     (IPv4Address('127.0.0.1'), None)

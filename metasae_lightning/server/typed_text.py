@@ -15,31 +15,31 @@ from metasae_lightning.evaluation.top_contexts import Spelling
 from metasae_lightning.lm.base import LanguageModel
 from metasae_lightning.lm.predictions import Edit
 
-# Latents of one token, tokens of one continuation, and the largest strength of a steered latent.
-LATENTS, TOKENS, STRENGTH = 32, 64, 1e6
+# Latents shown for one token, tokens of a continuation, and strength of a steered latent, at most.
+MAX_LATENTS, MAX_TOKENS, MAX_STRENGTH = 32, 64, 1e6
 
 
 @dataclass(frozen=True)
 class ServedSAEs:
-    """SAEs of one hook, and the complete language model that they read."""
+    """SAEs of one hook, with the complete language model."""
 
     reader: TextReader
-    """Reads texts with the complete model."""
+    """Reader of texts with the complete language model."""
     saes: Mapping[str, EvaluatedSAE]
     """The SAEs by name."""
 
     def description(self) -> dict[str, Any]:
         """The names and limits that the page shows."""
         arms = [{"name": name, "latents": len(sae.W_dec)} for name, sae in self.saes.items()]
-        return {"model": self.model.name, "hook": self.model.hooks[0], "arms": arms, "tokens": TOKENS}
+        return {"model": self.model.name, "hook": self.model.hooks[0], "arms": arms, "tokens": MAX_TOKENS}
 
     @property
     def model(self) -> LanguageModel:
-        """The complete model."""
+        """The complete language model."""
         return self.reader.model
 
     def firings(self, text: str) -> dict[str, Any]:
-        """The tokens of a text, and for each SAE the latents that fire on each token, strongest first, at most `LATENTS`."""
+        """The tokens of a text, and for each SAE the latents that fire on each token, strongest first, at most `MAX_LATENTS`."""
         tokens = self.reader.tokens(text)[None]
         activations, is_read = self.model.activations(tokens)[0], self.reader.is_trained_on(tokens)[0].tolist()
         arms: list[dict[str, Any]] = []
@@ -49,23 +49,23 @@ class ServedSAEs:
             for row, latent, value in zip(codes.rows.tolist(), codes.latents.tolist(), codes.values.tolist(), strict=True):
                 if is_read[row]:
                     by_token[row].append((latent, float(f"{value:.4g}")))
-            arms.append({"name": name, "firings": [sorted(found, key=lambda firing: -firing[1])[:LATENTS] for found in by_token]})
+            arms.append({"name": name, "firings": [sorted(found, key=lambda firing: -firing[1])[:MAX_LATENTS] for found in by_token]})
         return {"tokens": Spelling(self.model.tokenizer).token_texts(tokens[0].tolist()), "read": is_read, "arms": arms}
 
     def continuations(self, text: str, arm: str, latent: int, strength: float, count: int) -> dict[str, Any]:
-        """The greedy continuation of a text, as it is and with `strength` times a latent's decoder row added to the activations.
+        """Two greedy continuations of a text: unchanged, and with `strength` times a latent's decoder row added to the activations.
 
-        The row is added at every token that the SAEs are trained on, those of the continuation included.
+        The row is added at every token that the SAEs are trained on, also in the continuation.
         """
         if arm not in self.saes:
             raise InputError(f"arm: there is no {arm!r}{did_you_mean(arm, self.saes)}")
         d_sae = len(self.saes[arm].W_dec)
         if not 0 <= latent < d_sae:
             raise InputError(f"latent must be in 0 to {d_sae - 1}, got {latent}")
-        if not (math.isfinite(strength) and abs(strength) <= STRENGTH):
-            raise InputError(f"strength must be in -{STRENGTH:g} to {STRENGTH:g}, got {strength}")
-        if not 1 <= count <= TOKENS:
-            raise InputError(f"count must be in 1 to {TOKENS}, got {count}")
+        if not (math.isfinite(strength) and abs(strength) <= MAX_STRENGTH):
+            raise InputError(f"strength must be in -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}, got {strength}")
+        if not 1 <= count <= MAX_TOKENS:
+            raise InputError(f"count must be in 1 to {MAX_TOKENS}, got {count}")
         tokens, step = self.reader.tokens(text)[None], strength * self.saes[arm].W_dec[latent].float()
         if tokens.shape[1] == self.reader.batching.context_size:
             raise InputError(f"text fills the context of {tokens.shape[1]} tokens: nothing can follow")

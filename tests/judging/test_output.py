@@ -119,6 +119,6 @@ def test_the_token_after_the_end_of_a_context_or_document_does_not_count():
 
 
 def test_a_single_latent_has_a_score_and_no_controls(collected_and_model: tuple[CollectedCodes, Any]):
-    scores = Output().values(*collected_and_model, [LATENTS[0]], seed=0)
+    scores = OutputScore().values(*collected_and_model, [LATENTS[0]], seed=0)
     assert scores is not None and 0 <= scores.own[0] <= 1
     assert isnan(scores.other_row[0]) and isnan(scores.other_firings[0])

@@ -142,7 +142,7 @@ def test_without_explanations_only_scores_that_need_none(arms: tuple[dict[str, A
         judge_arms({"solo": collected["solo"]}, model, RandomJudge(), embed, replace(settings, scores=["detection"]))
 
 
-def test_an_sae_is_known_by_its_decoder_whatever_its_thresholds(arms: tuple[dict[str, Any], Any], study: Study):
+def test_an_sae_is_known_by_its_decoder_whatever_its_thresholds(arms: tuple[dict[str, Any], Any], study: JudgingResults):
     # `metasae test` of several arms sets thresholds, which changes the hash of all weights.
     subject = arms[0]["solo"].subject
     assert study.arms[0].entry["decoder"] == study.arms[0].record["decoder"] == subject.decoder_cache_key["decoder"]
@@ -158,7 +158,7 @@ def test_no_login_of_the_address_is_in_the_record():
     assert public_settings(FEW)["url"] is None
 
 
-def test_random_activations_say_nothing_about_a_judge_of_strengths(study: Study):
+def test_random_activations_say_nothing_about_a_judge_of_strengths(study: JudgingResults):
     # Nobody can order planted texts by strength: a perfect judge would have a reliability of 0.
     for arm in study.arms:
         assert arm.entry["scores"]["strength_spearman"]["reliability"] is None

@@ -19,7 +19,7 @@ from metasae_lightning.server.typed_text import ServedSAEs
 pytest.importorskip("uvicorn")
 testclient = pytest.importorskip("starlette.testclient")
 
-from metasae_lightning.server.application import BODY, application, is_own_host  # noqa: E402
+from metasae_lightning.server.application import MAX_BODY, application, is_own_host  # noqa: E402
 
 
 class Answers(ServedSAEs):
@@ -115,7 +115,7 @@ def test_a_host_header_names_the_address(header: str, host: str, is_own: bool):
         (b"\xff", "application/json", 400, "not JSON"),
         (b"[" * 100_000, "application/json", 400, "not JSON"),
         (b"[1]", "application/json", 400, "no JSON object"),
-        (b'{"text": "' + b"a" * BODY + b'"}', "application/json", 413, f"at most {BODY} bytes"),
+        (b'{"text": "' + b"a" * MAX_BODY + b'"}', "application/json", 413, f"at most {MAX_BODY} bytes"),
         (b'{"text": 1}', "application/json", 400, "text must be a text"),
         (b"{}", "application/json", 400, "the arguments are text, got none"),
         (b'{"text": "a", "more": 1}', "application/json", 400, "the arguments are text, got text, more"),

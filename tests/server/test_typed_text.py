@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 
 from metasae_lightning.cli.serve import served_saes
 from metasae_lightning.errors import InputError
-from metasae_lightning.server.typed_text import LATENTS, ServedSAEs
+from metasae_lightning.server.typed_text import MAX_LATENTS, ServedSAEs
 from tests.helpers.judged import sae, write_run
 
 TEXT = "The lazy dog"
@@ -42,7 +42,7 @@ def test_the_firings_of_each_sae_are_its_encodings_strongest_first(served: Serve
         acts = sae(seed).encode(activations).detach()
         assert arm["firings"][0] == []  # BOS, which the SAEs are not trained on, though latents fire on it
         for row, firings in list(zip(acts, arm["firings"], strict=True))[1:]:
-            assert 1 < len(firings) == min(LATENTS, int((row > 0).sum()))
+            assert 1 < len(firings) == min(MAX_LATENTS, int((row > 0).sum()))
             assert dict(firings) == pytest.approx({latent: row[latent].item() for latent, _ in firings}, rel=1e-3)
             assert [value for _, value in firings] == sorted((value for _, value in firings), reverse=True)
     assert (sae(0).encode(activations)[0] > 0).any()
