@@ -83,7 +83,7 @@ def read_explanation(words: str) -> str:
     'names of cats'
     """
     lines = [line.strip(" \t*`") for line in answer_part(words).splitlines()]
-    lines = [re.sub(r"^(explanation|answer)\W*:\W*", "", line, flags=re.IGNORECASE) for line in lines]
+    lines = [re.sub(r"^(explanation|answer)\W*:[\s*`]*", "", line, flags=re.IGNORECASE) for line in lines]
     # Quotes around the whole line are taken away; a quoted word at its end keeps them.
     lines = [re.sub(r"^([\"'])([^\"]*)\1$", r"\2", line) for line in lines]
     return next((line for line in lines if line and not line.endswith(":")), "")
