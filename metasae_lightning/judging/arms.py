@@ -14,9 +14,10 @@ from metasae_lightning.judging.explanations import Explainer, check_latents, rea
 from metasae_lightning.judging.scoring.latent_scores import ScoringInputs
 from metasae_lightning.judging.settings import EXPLANATION_KINDS, JudgingSettings
 from metasae_lightning.judging.texts.contexts import LatentContexts
-from metasae_lightning.judging.texts.draw import ContextSettings, draw_contexts
+from metasae_lightning.judging.texts.draw import draw_contexts
 from metasae_lightning.judging.texts.flat_text import FlatText, document_counts
 from metasae_lightning.judging.texts.sample import SampledLatents, sample_arms
+from metasae_lightning.judging.texts.windows import ContextSettings
 
 log = logging.getLogger(__name__)
 

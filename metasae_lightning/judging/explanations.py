@@ -15,14 +15,13 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.judging.judges.judge import Judge
 from metasae_lightning.judging.judges.questions import Question, ShownText
 from metasae_lightning.judging.judges.reading import read_explanation
+from metasae_lightning.judging.scoring.marks import firing_mask
 from metasae_lightning.judging.texts.contexts import Context, LatentContexts
 from metasae_lightning.judging.texts.flat_text import FlatText
 from metasae_lightning.judging.texts.text_words import Words
 
 # Firing tokens and other words in an explanation by keywords, at most.
 KEY_TOKENS, KEY_WORDS = 4, 6
-# A token counts as firing if its activation is at least this share of the largest in its context.
-FIRING_SHARE = 0.3
 # Characters of an explanation at most, the judge's or the user's.
 MAX_LENGTH = 400
 
@@ -65,7 +64,7 @@ def with_strengths(context: Context) -> ShownText:
     """A context with its firing tokens marked, and strengths from 0 to 10, where 10 is the largest activation in the context."""
     peak = context.peak or 1.0
     strengths = tuple(round(10 * max(value, 0.0) / peak) for value in context.activations)
-    return ShownText(context.tokens, tuple(value >= FIRING_SHARE * peak for value in context.activations), tuple(map(float, strengths)))
+    return ShownText(context.tokens, firing_mask(context.activations), tuple(map(float, strengths)))
 
 
 def explained_by_keywords(contexts: Mapping[int, LatentContexts], rarity: Mapping[str, float]) -> dict[int, str]:
@@ -95,9 +94,8 @@ def word_rarity(text: FlatText) -> dict[str, float]:
 
 
 def firing_tokens(context: Context) -> set[str]:
-    """The texts of the tokens whose activation is at least `FIRING_SHARE` of the largest in the context."""
-    pairs = zip(context.tokens, context.activations, strict=True)
-    return {token for token, value in pairs if value > 0 and value >= FIRING_SHARE * context.peak}
+    """The texts of the tokens that count as firing (see `firing_mask`)."""
+    return {token for token, fires in zip(context.tokens, firing_mask(context.activations), strict=True) if fires}
 
 
 def words_in(context: Context) -> set[str]:

@@ -7,7 +7,8 @@ from metasae_lightning.evaluation.compare import best_matches, firings, splits
 from metasae_lightning.judging.arms import SampledArm
 from metasae_lightning.judging.explanations import Explainer
 from metasae_lightning.judging.texts.contexts import Context, LatentContexts
-from metasae_lightning.judging.texts.draw import ContextSettings, draw_contexts
+from metasae_lightning.judging.texts.draw import draw_contexts
+from metasae_lightning.judging.texts.windows import ContextSettings
 
 # Contexts of a split latent, and of each of its parts.
 SHOWN = 5

@@ -81,7 +81,7 @@ def judge_arms(
             "settings": public_settings(settings),
             "versions": versions(),
         },
-        **{"tokens": int(text.counted.sum()), "cost": asdict(judge.cost)},
+        "tokens": int(text.counted.sum()),
     }
     results: list[JudgedArm] = []
     for arm, of_arm in zip(arms, scores, strict=True):
@@ -96,6 +96,8 @@ def judge_arms(
             entry["against"] = {"arm": arms[0].name, "weights": results[0].entry["weights"], "scores": against}
             record["splits"] = split_records(arms[0], arm, explainer, count=settings.splits, seed=settings.seed)
         results.append(JudgedArm(arm.name, arm.collected, entry, record))
+    for result in results:  # explanations of splits cost too
+        result.entry["cost"] = asdict(judge.cost)
     return JudgingResults(results, judge.cost)
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from metasae_lightning.judging.texts.contexts import Context, LatentContexts
-from metasae_lightning.judging.texts.draw import ContextSettings, DrawnContexts, draw_contexts
+from metasae_lightning.judging.texts.draw import DrawnContexts, draw_contexts
 from metasae_lightning.judging.texts.flat_text import FlatText, document_counts, group_by_text
+from metasae_lightning.judging.texts.windows import ContextSettings
 from tests.judging.texts import END, LENGTH, HandMade, piece_tokenizer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "something", "wonderful", "of", "the", "tensor", "activation", "sparse", "code", "running"]

@@ -11,8 +11,9 @@ import torch
 from metasae_lightning.judging.judges.questions import Question, ShownText
 from metasae_lightning.judging.texts.concepts import Concept, concept_of, topic_explanation, words_of_tokens
 from metasae_lightning.judging.texts.contexts import Context, LatentContexts
-from metasae_lightning.judging.texts.draw import ContextSettings, DrawnContexts, draw_contexts
+from metasae_lightning.judging.texts.draw import DrawnContexts, draw_contexts
 from metasae_lightning.judging.texts.planted import PlantedLatents, PlantedTruth, PlantSettings, plant
+from metasae_lightning.judging.texts.windows import ContextSettings
 from tests.helpers.judges import OracleJudge, RandomJudge
 from tests.judging.texts import HandMade, piece_tokenizer
 

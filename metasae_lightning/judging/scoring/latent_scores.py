@@ -30,7 +30,7 @@ class LatentScores:
     """One score of some latents."""
 
     values: Mapping[int, float]
-    """The score by latent; NaN if its contexts are too few, and no entry if it lacks an explanation that the score needs."""
+    """The score by latent; NaN if its contexts are too few, and chance if it lacks an explanation that the score needs."""
     graded: Mapping[int, float] = field(default_factory=dict)
     """AUC of the answers' probabilities by latent; NaN if the judge gives none."""
     words: Mapping[int, Sequence[str]] = field(default_factory=dict)
@@ -63,7 +63,8 @@ def scores_by_judge(score: Score, inputs: ScoringInputs, judge: Judge, *, seed: 
         for question, truth, answer in zip(of_latent.questions, of_latent.truths, found, strict=True):
             if question.choices == ("no", "yes") and answer.probabilities and isinstance(truth, int):
                 probabilities.append((answer.probabilities[1], truth))
-    return LatentScores(values, graded, words, len(answers), unreadable, probabilities)
+    without_explanation = {latent: score.chance for latent in inputs.contexts if latent not in asked}
+    return LatentScores({**values, **without_explanation}, graded, words, len(answers), unreadable, probabilities)
 
 
 def score_table(scores: Sequence[Mapping[int, float]], latents: Sequence[int]) -> Tensor:

@@ -1,7 +1,6 @@
 """Contexts as a question shows them: unchanged, with marked tokens, or with replaced tokens."""
 
 from collections.abc import Sequence
-from math import ceil
 
 import numpy as np
 
@@ -27,10 +26,18 @@ def with_nearest_marked(context: Context) -> ShownText:
     return ShownText(context.tokens, firing_mask(context.nearest_activations))
 
 
-def with_random_marked(context: Context, count: int, rng: np.random.Generator) -> ShownText:
-    """The context with `count` random tokens marked, or all if it has fewer."""
-    marked = rng.permutation(len(context.tokens)) < count
-    return ShownText(context.tokens, tuple(marked.tolist()))
+def with_marks_of(context: Context, other: Context) -> ShownText:
+    """The context with tokens marked at the places, counted from the end, where `other` has tokens that its latent fires on.
+
+    So marks in both kinds of texts are as many and stand alike. If the context is too short for any of them, its first token is marked.
+
+    >>> with_marks_of(Context(0, ("a", "b", "c"), (0.0,) * 3), Context(1, ("x", "y", "z", "w"), (0.0, 0.0, 5.0, 0.0))).marked
+    (False, True, False)
+    """
+    length = len(context.tokens)
+    marks = firing_mask(other.activations)[-length:]
+    marked = (False,) * (length - len(marks)) + marks
+    return ShownText(context.tokens, marked if any(marked) else (True, *marked[1:]))
 
 
 def with_firing_replaced(context: Context, other_tokens: Sequence[str], rng: np.random.Generator) -> ShownText | None:
@@ -56,8 +63,3 @@ def firing_mask(activations: Sequence[float]) -> tuple[bool, ...]:
     """
     peak = max(activations, default=0.0)
     return tuple(activation > 0 and activation >= FIRING_SHARE * peak for activation in activations)
-
-
-def mean_marked(contexts: Sequence[Context]) -> int:
-    """Mean number of tokens that `with_firing_marked` marks, rounded up."""
-    return ceil(sum(sum(firing_mask(context.activations)) for context in contexts) / len(contexts))

@@ -25,7 +25,7 @@ class Measure(ABC):
     chance: float
     """Value of the score by chance."""
     needs_explanation: bool
-    """Whether a latent without an explanation has no score."""
+    """Whether the score is of an explanation. A latent without one is at chance, so that a judge cannot leave latents out."""
     works_on_planted: bool = True
     """Whether planted latents can have the score."""
 
@@ -37,7 +37,9 @@ class Measure(ABC):
         """The scores under each control, by the name of the control; empty for a single latent."""
         if len(inputs.contexts) < 2:
             return {}
-        controls = {"shuffled_contexts": replace(inputs, contexts=shuffled_contexts(inputs.contexts, seed))}
+        # Contexts near to a latent's own are nearer to its concept than those of other latents: shuffled, they are below chance.
+        is_against_near = self.name.endswith("_near")
+        controls = {} if is_against_near else {"shuffled_contexts": replace(inputs, contexts=shuffled_contexts(inputs.contexts, seed))}
         explained = {latent: inputs.explanations[latent] for latent in inputs.contexts if inputs.explanations.get(latent)}
         if self.needs_explanation and len(explained) > 1:
             controls["other_explanation"] = replace(inputs, explanations=other_explanation(explained, seed))
@@ -51,7 +53,7 @@ class JudgedMeasure(Measure):
     def __init__(self, score: Score, judge: Judge):
         self.score, self.judge = score, judge
         self.name, self.description, self.chance = score.name, score.description, score.chance
-        self.needs_explanation, self.can_be_planted = score.needs_explanation, score.can_be_planted
+        self.needs_explanation, self.works_on_planted = score.needs_explanation, score.works_on_planted
 
     def scores(self, inputs: ScoringInputs, seed: int, threshold: float) -> LatentScores:
         return scores_by_judge(self.score, inputs, self.judge, seed=seed, threshold=threshold)
@@ -71,8 +73,9 @@ class EmbeddedMeasure(Measure):
         return LatentScores(
             {
                 latent: self.score.value(contexts, explained[latent], self.embed)
-                for latent, contexts in inputs.contexts.items()
                 if explained[latent] or not self.needs_explanation
+                else self.chance
+                for latent, contexts in inputs.contexts.items()
             }
         )
 

@@ -36,7 +36,7 @@ class Score(ABC):
     """Task of its questions."""
     needs_explanation: bool = True
     """Whether its questions show the explanation."""
-    can_be_planted: bool = True
+    works_on_planted: bool = True
     """Whether planted latents tell how reliable a judge is; their activations are random."""
 
     @abstractmethod

@@ -8,12 +8,11 @@ import numpy as np
 from metasae_lightning.judging.judges.questions import Question, Task
 from metasae_lightning.judging.scoring import formulas
 from metasae_lightning.judging.scoring.marks import (
-    mean_marked,
     plain,
     with_firing_marked,
     with_firing_replaced,
+    with_marks_of,
     with_nearest_marked,
-    with_random_marked,
 )
 from metasae_lightning.judging.scoring.score_kinds import ChoiceScore, NumbersScore, QuestionSet, Score, YesNoScore
 from metasae_lightning.judging.texts.contexts import Context, LatentContexts
@@ -51,9 +50,9 @@ class Detection(YesNoScore):
 class Fuzzing(YesNoScore):
     """Are the marked tokens those that the explanation describes? Yes for marks on the tokens that the latent fires on.
 
-    These are Delphi's questions. In a text in which the latent fires, tokens with at least 0.3 of its peak are marked. In `silent` texts
-    random tokens are marked: as many as the mean over the texts in which the latent fires, rounded up. (Delphi counts weaker firings too,
-    and always marks one fixed position.) In `near` texts the marks are on tokens with at least 0.3 of the nearest latent's peak.
+    In a text in which the latent fires, tokens with at least 0.3 of its peak are marked. A `silent` text has the marks of such a text, at
+    the same places from its end: where marks stand does not tell the answer. (Delphi marks random tokens and one fixed place.) In `near`
+    texts the marks are on tokens with at least 0.3 of the nearest latent's peak.
     """
 
     task: Task = "fuzzing"
@@ -61,18 +60,20 @@ class Fuzzing(YesNoScore):
     def __init__(self, negatives: Negatives = "silent") -> None:
         self.negatives: Negatives = negatives
         self.name = "fuzzing" if negatives == "silent" else "fuzzing_near"
-        others = "random tokens of other texts" if negatives == "silent" else "tokens that only the latent nearest to it fires on"
+        others = "other tokens of other texts" if negatives == "silent" else "tokens that only the latent nearest to it fires on"
         self.description = f"Tell marks on the tokens that the latent fires on from marks on {others}; balanced accuracy."
 
     def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> QuestionSet:
         others = negatives_of(contexts, self.negatives)
         if not contexts.firing or not others:
             return QuestionSet()
-        count = mean_marked(contexts.firing)
         shown = [with_firing_marked(context) for context in contexts.firing]
+        order = rng.permutation(len(contexts.firing)).tolist()
         shown += [
-            with_nearest_marked(context) if any(context.nearest_activations) else with_random_marked(context, count, rng)
-            for context in others
+            with_nearest_marked(context)
+            if any(context.nearest_activations)
+            else with_marks_of(context, contexts.firing[order[number % len(order)]])
+            for number, context in enumerate(others)
         ]
         asked = tuple(Question(self.task, (text,), explanation, YES_NO) for text in shown)
         return QuestionSet(asked, (1,) * len(contexts.firing) + (0,) * len(others))
@@ -109,8 +110,8 @@ class Replacement2AFC(ChoiceScore):
 class Intruder(ChoiceScore):
     """Which of five texts is the intruder? In four the latent fires, in the intruder it does not. No explanation is shown.
 
-    In the four, the tokens that the latent fires on are marked. In the intruder, random tokens are marked, as many as in the four on
-    average, rounded up.
+    In the four, the tokens that the latent fires on are marked. In the intruder, tokens at the same places as in one of the four are
+    marked, so that the places of marks do not tell it.
     """
 
     name = "intruder"
@@ -132,7 +133,7 @@ class Intruder(ChoiceScore):
             four = [contexts.firing[index] for index in rng.permutation(len(contexts.firing))[:4].tolist()]
             texts = [with_firing_marked(context) for context in four]
             silent = contexts.silent[order[number % len(order)]]
-            texts.insert(truth, with_random_marked(silent, mean_marked(four), rng))
+            texts.insert(truth, with_marks_of(silent, four[int(rng.integers(4))]))
             asked.append(Question(self.task, tuple(texts), choices=ONE_TO_FIVE))
         return QuestionSet(tuple(asked), tuple(truths))
 
@@ -147,7 +148,7 @@ class StrengthSpearman(NumbersScore):
     name = "strength_spearman"
     description = "Grade texts in which the latent fires by how strongly it does; Spearman correlation with its peaks."
     task: Task = "strength"
-    can_be_planted = False
+    works_on_planted = False
 
     def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> QuestionSet:
         shown = [contexts.firing[index] for index in rng.permutation(len(contexts.firing)).tolist()]

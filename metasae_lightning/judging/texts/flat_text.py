@@ -100,6 +100,15 @@ class FlatText:
         whole = np.where(stop < len(preceding), preceding[stop.clip(max=len(preceding) - 1)], stop)
         return start, np.where(whole > positions, whole, stop)
 
+    def shortened(self, start: int, stop: int, size: int, *, keep: int) -> int:
+        """The first position of a window cut to about `size` tokens at its start: where a word begins, and not after `keep`."""
+        cut = stop - size
+        if cut <= start:
+            return start
+        preceding, following = self._word_begins
+        begin = int(following[cut])
+        return begin if begin <= keep else max(start, int(preceding[keep]))
+
     @cached_property
     def _word_begins(self) -> tuple[Tokens, Tokens]:
         """For each position, the last at or before it, and the first at or after it, whose token does not continue a word."""
