@@ -136,6 +136,14 @@ def test_copies_of_a_document_do_not_leak():
     assert len(of_different.latents[0].explaining) == len(of_different.latents[0].firing) == 10
 
 
+# Documents that begin with the same text are different, but their windows around the eleventh token are equal, except where a context ends.
+def test_equal_windows_of_different_documents_do_not_leak():
+    _, text, of_beginnings = drawn_of_eleventh_tokens([f"{texts()[0]} {number}." for number in range(40)])
+    (contexts,) = of_beginnings.latents
+    shown = [context.tokens for context in [*contexts.explaining, *contexts.firing]]
+    assert len(text.hashes) >= 39 and len(shown) == len(set(shown)) < 20
+
+
 # Five bins with equal numbers of firings: of ten firing contexts, two are from each.
 def test_firing_contexts_are_from_all_quantiles(collected: HandMade, drawn: DrawnContexts):
     for contexts in drawn.latents:

@@ -23,7 +23,7 @@ jacket basket violin castle island
 """
 STEMS = COMMON.split()
 ENDINGS = ["running", "resting", "wanted", "needed", "nation", "station", "slowly", "quickly"]
-TOPICS = [["planet", "comet", "orbit", "galaxy", "meteor", "lunar"], ["butter", "flour", "sugar", "bread", "pepper", "onion"]]
+TOPICS = [["planet", "comet", "orbit", "galaxy", "meteor", "lunar"], ["honey", "flour", "sugar", "bread", "salad", "onion"]]
 SETTINGS = PlantSettings(fewest_documents=12)
 YES_NO = ("no", "yes")
 
