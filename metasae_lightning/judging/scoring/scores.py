@@ -110,7 +110,7 @@ class Replacement2AFC(ChoiceScore):
 class Intruder(ChoiceScore):
     """Which of five texts is the intruder? In four the latent fires, in the intruder it does not. No explanation is shown.
 
-    In the four, the tokens that the latent fires on are marked. In the intruder, tokens at the same places as in one of the four are
+    In the four, the tokens that the latent fires on are marked. In the intruder, tokens at the same places as in a fifth text are
     marked, so that the places of marks do not tell it.
     """
 
@@ -130,10 +130,10 @@ class Intruder(ChoiceScore):
         order = rng.permutation(len(contexts.silent)).tolist()
         asked: list[Question] = []
         for number, truth in enumerate(truths):
-            four = [contexts.firing[index] for index in rng.permutation(len(contexts.firing))[:4].tolist()]
+            *four, fifth = [contexts.firing[index] for index in [*rng.permutation(len(contexts.firing)).tolist(), 0][:5]]
             texts = [with_firing_marked(context) for context in four]
             silent = contexts.silent[order[number % len(order)]]
-            texts.insert(truth, with_marks_of(silent, four[int(rng.integers(4))]))
+            texts.insert(truth, with_marks_of(silent, fifth))
             asked.append(Question(self.task, tuple(texts), choices=ONE_TO_FIVE))
         return QuestionSet(tuple(asked), tuple(truths))
 
