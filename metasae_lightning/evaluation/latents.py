@@ -122,6 +122,9 @@ class Latents:
             raise InputError(f"{self.subject.folder} holds no contexts of latents: measure first, {command}")
         if len(record["firings"]) != len(self):
             raise InputError(f"{self.subject.folder} holds contexts of another SAE, of {len(record['firings'])} latents: {command}")
+        # A test may change thresholds, and never the decoder. Older records do not name it.
+        if record.get("decoder", own := self.subject.decoder_cache_key["decoder"]) != own:
+            raise InputError(f"{self.subject.folder} holds contexts of an SAE that has been trained anew since: {command}")
         examples = examples_of(record, index)
         if not examples and record["firings"][index]:
             raise InputError(f"{self.subject.folder} was measured without texts: {command} --contexts 3")

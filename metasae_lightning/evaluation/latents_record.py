@@ -30,6 +30,7 @@ def latents_record(collected: CollectedCodes, tokenizer: Any | None, *, count: i
     has_text = tokenizer is not None and count
     contexts = top_contexts(collected, live, tokenizer, count=count) if has_text else {}
     return {
+        **collected.subject.decoder_cache_key,
         **{"weights": collected.subject.cache_key["sae"], "tokens": int(collected.reconstruction.tokens)},
         **{"firings": firings.tolist(), "maximum": [float(f"{value:.4g}") for value in maximum.tolist()]},
         "histograms": shown_histograms(activations, HISTOGRAM_BINS),

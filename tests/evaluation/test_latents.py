@@ -178,6 +178,8 @@ def test_contexts_of_an_sae_that_was_not_tested_name_the_command(folder: Path, r
         contexts_of(examples={})
     with pytest.raises(InputError, match=f"holds contexts of another SAE, of 47 latents: metasae test {untested}"):
         contexts_of(firings=record["firings"][1:])
+    with pytest.raises(InputError, match=f"holds contexts of an SAE that has been trained anew since: metasae test {untested}"):
+        contexts_of(decoder="of before")
     assert contexts_of(examples={}, firings=[0] * 48) == []
     (tmp_path / "latents.json.gz").write_bytes(b"no gzip")
     with pytest.raises(InputError, match="is damaged"):

@@ -55,6 +55,21 @@ def test_batches_equal_single_questions(folder: Path):
     assert max(answer.probabilities[0] for answer in alone[:5]) - min(answer.probabilities[0] for answer in alone[:5]) > 1e-3
 
 
+def test_a_space_of_its_own_is_no_first_token_of_a_choice(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    class SpaceFirst:
+        """A tokenizer that writes the token 3, a space, before every text, and a token for each character."""
+
+        def encode(self, text: str, **_: Any) -> list[int]:
+            return [3, *(100 + ord(letter) for letter in text.strip())]
+
+        def decode(self, tokens: list[int]) -> str:
+            return "".join(" " if token == 3 else chr(token - 100) for token in tokens)
+
+    judge = CausalJudge(str(folder), device="cpu")
+    monkeypatch.setattr(judge, "_tokenizer", SpaceFirst())
+    assert judge.first_tokens(["1", "2"]) == [[100 + ord("1")], [100 + ord("2")]]
+
+
 def test_words_are_generated_greedily(folder: Path):
     judge = CausalJudge(str(folder), device="cpu", answer_tokens=4)
     question = Question("explanation", (ShownText(("x",), (True,)),))

@@ -114,12 +114,7 @@ class CausalJudge(Judge):
         A token with which several choices begin is left out. A choice without a token of its own is an `InputError`.
         """
         begins = [
-            {
-                self._tokenizer.encode(space + form, add_special_tokens=False)[0]
-                for space in ("", " ")
-                for form in {choice, choice.capitalize()}
-            }
-            for choice in choices
+            {self._first_visible_token(space + form) for space in ("", " ") for form in {choice, choice.capitalize()}} for choice in choices
         ]
         own = [
             sorted(tokens - set().union(*(others for j, others in enumerate(begins) if j != index))) for index, tokens in enumerate(begins)
@@ -127,6 +122,11 @@ class CausalJudge(Judge):
         if not all(own):
             raise InputError(f"name: {self.name!r} begins two of the answers {', '.join(choices)} with the same token: take another judge")
         return own
+
+    def _first_visible_token(self, text: str) -> int:
+        """The first token of a text that is more than a space. Some tokenizers write a space before every text, as a token of its own."""
+        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return next((token for token in tokens if self._tokenizer.decode([token]).strip()), tokens[0])
 
     def _choose(self, questions: Sequence[Question], prompts: Sequence[list[int]]) -> list[Answer]:
         """Answers to questions with choices, by one forward pass."""
