@@ -17,7 +17,8 @@ READING = (
     " score on planted latents, whose meaning is known: a word, a suffix or a topic. Below a mean are its 95 % interval over "
     "latents, or the spread over training seeds; the change against the baseline with its interval, bold if that excludes 0; and "
     "the controls: the same score with another latent's explanation, with contexts of other latents, or with another latent's "
-    "decoder row."
+    "decoder row. A mean is over the arm's own sample of latents, and a change with one seed over pairs: it is not the difference "
+    "of the means."
 )
 
 

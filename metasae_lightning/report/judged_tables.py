@@ -18,7 +18,7 @@ from metasae_lightning.report.seeds import Group, baseline, headline
 
 READING = (
     "Controls: the same score with another latent's explanation or decoder row (other), and with contexts of other latents (shuffled). "
-    "Changes are over pairs of latents or, with several seeds, over seeds."
+    "Means are over each arm's own sample of latents; changes are over pairs of latents or, with several seeds, over seeds."
 )
 
 
