@@ -77,7 +77,7 @@ def test_help_lists_every_command_with_its_line(capsys: pytest.CaptureFixture[st
     assert main([]) == 0
     text = capsys.readouterr().out
     wanted = {"fit", "validate", "test", "cache", "evaluate", "calibrate", "compare", "report", "publish"}
-    assert COMMANDS.keys() == wanted | {"export-dashboard", "saebench", "serve", "recipes", "completion"}
+    assert COMMANDS.keys() == wanted | {"export-dashboard", "saebench", "serve", "judge", "recipes", "completion"}
     assert all(f"  {command.name} " in text and command.summary in text for command in TABLE)
     assert main(["--help"]) == 0 and capsys.readouterr().out == text
 

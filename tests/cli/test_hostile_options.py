@@ -54,12 +54,14 @@ NEEDS_RUN = {
     "export-dashboard": [["missing"]],
     "saebench": [["missing"]],
     "serve": [["missing"]],
+    "judge": [["missing"]],
 }
 FLAGS = {
     "publish": ["--tokens"],
     "export-dashboard": ["--tokens", "--contexts", "--latents_per_file"],
     "saebench": ["--tokens", "--steps", "--seed", "--evals", "--python"],
     "serve": ["--port"],
+    "judge": ["--latents", "--scores", "--explanations", "--judge", "--seeds", "--max_requests", "--timeout", "--pair_cosine", "--splits"],
 }
 
 
