@@ -36,7 +36,7 @@ def test_the_wheel_has_exactly_the_files_of_the_package(wheel: Path):
         path.relative_to(ROOT).as_posix()
         # Folders that are links, such as that of the callbacks, are followed.
         for folder in [ROOT / PACKAGE, *(child for child in (ROOT / PACKAGE).iterdir() if child.is_dir())]
-        for pattern in ("**/*.py", "**/*.yaml", "**/page.*", "**/py.typed")
+        for pattern in ("**/*.py", "**/*.yaml", "**/page.*", "**/prompts/*.txt", "**/py.typed")
         for path in folder.glob(pattern)
     }
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
