@@ -270,7 +270,7 @@ def test_splits_stand_side_by_side_where_there_is_room(judged_page_in_browser: A
     letters = page.evaluate("[...document.querySelectorAll('#concepts svg text')].map((text) => text.getBoundingClientRect().height)")
     assert letters and min(letters) > 7
     page.click("#splits .side a >> nth=0")
-    page.wait_for_function("document.querySelector('#latent h3').innerText.startsWith('#3')")
+    page.wait_for_function("document.querySelector('#latent h3')?.innerText.startsWith('#3')")
     assert not problems
     if folder := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=f"{folder}/judged-{request.node.callspec.id}.png", full_page=True)
