@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import Namespace
 from rich.console import Console
 
-from metasae_lightning import report
+from metasae_lightning import report, run_folder
 from metasae_lightning.cli.arguments import check_same_data, data_for, open_saes, places_of_arms
 from metasae_lightning.cli.measure import print_plan
 from metasae_lightning.data.datamodule import ActivationsDataModule
@@ -18,6 +18,7 @@ from metasae_lightning.evaluation.collect import CollectedCodes, collect
 from metasae_lightning.evaluation.held_out_text import split_stream
 from metasae_lightning.evaluation.saes import EvaluatedSAE, device_of, select_hook
 from metasae_lightning.evaluation.settings import Settings
+from metasae_lightning.judging.explanations import read_explanations
 from metasae_lightning.judging.judges.causal_judge import CausalJudge
 from metasae_lightning.judging.judges.embedding_judge import EMBEDDED_SENTENCES, EmbeddingJudge
 from metasae_lightning.judging.judges.judge import Judge
@@ -25,7 +26,7 @@ from metasae_lightning.judging.judges.ledger import JudgeWithLedger, Ledger
 from metasae_lightning.judging.judges.openai_judge import OpenAIJudge
 from metasae_lightning.judging.records import write_results
 from metasae_lightning.judging.scoring.measures import measures_for
-from metasae_lightning.judging.settings import JudgingSettings
+from metasae_lightning.judging.settings import EXPLANATION_KINDS, JudgingSettings
 from metasae_lightning.judging.study import judge_arms
 from metasae_lightning.lm.device import AUTO
 from metasae_lightning.lm.embedded_model import EMBEDDED
@@ -42,6 +43,9 @@ def judge_latents(args: Namespace) -> int:
     if not isinstance(data, ActivationsDataModule):
         raise InputError(f"{args.places[0]} reads activations without text, and judges read text")
     out = Path(args.out) if args.out else saes[0].record.parent / "judging"
+    run_folder.check_writable(out, "--out")
+    if settings.explanations not in EXPLANATION_KINDS:
+        read_explanations(Path(settings.explanations))
     embedder = embedder_of(settings, args.device or AUTO)
     judge, embed = judge_of(settings, embedder, args.device or AUTO), embedder and embedder.embed
     # An impossible name of a score is refused before the text is read.

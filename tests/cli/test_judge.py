@@ -94,3 +94,10 @@ def test_a_score_that_the_judge_does_not_give_is_refused_before_anything_is_read
         assert main([*words(run, api, tmp_path), "--scores", "[detecton]"]) == 2
         assert capsys.readouterr().err.splitlines()[-1].endswith("there is no such score (did you mean detection or detection_near?)")
         assert not api.log and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("option", "value"), [("--explanations", "/missing.csv"), ("--out", "/proc/judged")])
+def test_a_wrong_file_is_refused_before_the_plan(run: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["judge", str(run), option, value]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("\n") == 1 and value in output.err

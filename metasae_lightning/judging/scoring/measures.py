@@ -26,6 +26,8 @@ class Measure(ABC):
     """Value of the score by chance."""
     needs_explanation: bool
     """Whether the score is of an explanation. A latent without one is at chance, so that a judge cannot leave latents out."""
+    has_shuffled_control: bool = True
+    """Whether contexts of other latents are a control."""
     works_on_planted: bool = True
     """Whether planted latents can have the score."""
 
@@ -37,9 +39,9 @@ class Measure(ABC):
         """The scores under each control, by the name of the control; empty for a single latent."""
         if len(inputs.contexts) < 2:
             return {}
-        # Contexts near to a latent's own are nearer to its concept than those of other latents: shuffled, they are below chance.
-        is_against_near = self.name.endswith("_near")
-        controls = {} if is_against_near else {"shuffled_contexts": replace(inputs, contexts=shuffled_contexts(inputs.contexts, seed))}
+        controls: dict[str, ScoringInputs] = {}
+        if self.has_shuffled_control:
+            controls["shuffled_contexts"] = replace(inputs, contexts=shuffled_contexts(inputs.contexts, seed))
         explained = {latent: inputs.explanations[latent] for latent in inputs.contexts if inputs.explanations.get(latent)}
         if self.needs_explanation and len(explained) > 1:
             controls["other_explanation"] = replace(inputs, explanations=other_explanation(explained, seed))
@@ -54,6 +56,7 @@ class JudgedMeasure(Measure):
         self.score, self.judge = score, judge
         self.name, self.description, self.chance = score.name, score.description, score.chance
         self.needs_explanation, self.works_on_planted = score.needs_explanation, score.works_on_planted
+        self.has_shuffled_control = score.has_shuffled_control
 
     def scores(self, inputs: ScoringInputs, seed: int, threshold: float) -> LatentScores:
         return scores_by_judge(self.score, inputs, self.judge, seed=seed, threshold=threshold)

@@ -34,6 +34,8 @@ class Score(ABC):
     """Value of a judge that guesses."""
     task: Task
     """Task of its questions."""
+    has_shuffled_control: bool = True
+    """Whether contexts of other latents are a control. They are not beside near contexts, which are nearer to the latent's concept."""
     needs_explanation: bool = True
     """Whether its questions show the explanation."""
     works_on_planted: bool = True

@@ -33,6 +33,7 @@ class Detection(YesNoScore):
 
     def __init__(self, negatives: Negatives = "silent") -> None:
         self.negatives: Negatives = negatives
+        self.has_shuffled_control = negatives == "silent"
         self.name = "detection" if negatives == "silent" else "detection_near"
         others = "random texts in which it does not" if negatives == "silent" else "texts in which only the latent nearest to it fires"
         self.description = f"Tell texts in which the latent fires from {others}; balanced accuracy."
@@ -59,6 +60,7 @@ class Fuzzing(YesNoScore):
 
     def __init__(self, negatives: Negatives = "silent") -> None:
         self.negatives: Negatives = negatives
+        self.has_shuffled_control = negatives == "silent"
         self.name = "fuzzing" if negatives == "silent" else "fuzzing_near"
         others = "other tokens of other texts" if negatives == "silent" else "tokens that only the latent nearest to it fires on"
         self.description = f"Tell marks on the tokens that the latent fires on from marks on {others}; balanced accuracy."
