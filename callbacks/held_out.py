@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
+from metasae_lightning.architectures import Units
 from metasae_lightning.compute.sharding import full
 from metasae_lightning.metrics.dead_latents import DeadLatents
 from metasae_lightning.metrics.feature_recovery import FeatureRecovery
@@ -27,13 +30,12 @@ class HeldOut(Observer):
 
     def _create_metrics(self, trainer: Trainer, pl_module: Any) -> None:
         """Create metrics that hold no batch yet."""
-        d_sae, d_in = pl_module.primary.W_dec.shape
-        self._reconstruction = Reconstruction(d_in).to(pl_module.device)
-        self._dead = DeadLatents(d_sae).to(pl_module.device)
+        self._reconstruction = Reconstruction(pl_module.primary.W_dec.shape[1]).to(pl_module.device)
+        self._dead = DeadLatents(Units.of(pl_module.primary.sae.cfg).count).to(pl_module.device)
         features = getattr(getattr(trainer, "datamodule", None), "features", None)
         if features is not None:
             self._recovery = FeatureRecovery(features).to(pl_module.device)
-            self._recovery.update(full(pl_module.primary.W_dec.detach()))
+            self._recovery.update(_directions(pl_module.primary))
 
     def _update(self, pl_module: Any, outputs: Any, batch: Any) -> None:
         """Add a held-out batch to each metric."""
@@ -42,7 +44,7 @@ class HeldOut(Observer):
         self._reconstruction.update(evaluation.activations, evaluation.reconstruction, evaluation.codes)
         self._dead.update(evaluation.codes)
         if self._recovery is not None:
-            self._recovery.update(full(pl_module.primary.W_dec.detach()), evaluation.codes, Batch.of(batch).features)
+            self._recovery.update(_directions(pl_module.primary), evaluation.codes, Batch.of(batch).features)
 
     def _log(self, pl_module: Any, prefix: str) -> None:
         """Compute each metric and log its values as `{prefix}/{name}`."""
@@ -74,3 +76,8 @@ class HeldOut(Observer):
     # A test begins and takes batches as a validation does; only the prefix of the logged names differs.
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
+
+
+def _directions(primary: Any) -> Float[Tensor, "unit d_in"]:
+    """The decoder's direction of each unit, from all shards."""
+    return Units.of(primary.sae.cfg).directions(full(primary.W_dec.detach()))

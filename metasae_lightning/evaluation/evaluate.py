@@ -98,7 +98,12 @@ def measure_all(collected: CollectedCodes, spliced: SplicedLosses | None, settin
     if spliced is not None:
         figures["splice"] = spliced.figures()
     return {
-        **{"sae": subject.source, "architecture": subject.sae.cfg.architecture(), "d_sae": len(subject.W_dec), **subject.decoder_cache_key},
+        **{
+            "sae": subject.source,
+            "architecture": subject.sae.cfg.architecture(),
+            "d_sae": len(subject.decoder_rows),
+            **subject.decoder_cache_key,
+        },
         **{
             "weights": subject.cache_key["sae"],
             "rule": subject.rule or {"rule": "stored"},
@@ -156,7 +161,7 @@ def recovery(collected: CollectedCodes, features: Tensor, stream: Any) -> dict[s
 def decoder(subject: EvaluatedSAE) -> dict[str, Any]:
     """Cosines of decoder rows with their nearest rows, as mean, maximum and histogram, and lengths of decoder rows."""
     metric = DecoderGeometry()
-    metric.update(subject.W_dec)
+    metric.update(subject.decoder_rows)
     rows = torch.histogram(metric.nearest[0].cpu().double().clamp(0, 1), COSINES).hist.int().tolist()
     return {**floats(metric.compute()), "nearest": {"edges": COSINES.tolist(), "rows": rows}}
 
@@ -164,7 +169,7 @@ def decoder(subject: EvaluatedSAE) -> dict[str, Any]:
 def critic(subject: EvaluatedSAE, settings: Settings) -> dict[str, float]:
     """Fractions of the variance of the decoder and of its nulls that fresh meta SAEs explain. Each meta SAE has a cache entry."""
     metric = Decomposition(seeds=settings.critic_seeds, steps=settings.critic_steps, cuda_graph=settings.cuda_graph)
-    metric.update(subject.W_dec)
+    metric.update(subject.decoder_rows)
 
     def explained(name: str, rows: Tensor, seed: int) -> float:
         # Random rows of one shape are the same for every SAE.

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metasae_lightning.architectures import Units
 from metasae_lightning.corpora.base import Corpus
 from metasae_lightning.corpora.python_docs import PythonDocs
 from metasae_lightning.corpora.sources import HubText, SavedDataset, TextFiles
@@ -45,6 +46,8 @@ class EvaluatedSAE:
     """Folder of its run, if it is of a run."""
     arm: str = ""
     """Name of its arm, if the run has several."""
+    by_polarity: bool = False
+    """Whether each sign of a latent with signed activations is a unit."""
     rule: dict[str, Any] = field(default_factory=dict)
     """How its thresholds were recalibrated; empty if they were not."""
 
@@ -73,10 +76,20 @@ class EvaluatedSAE:
         """The names of the SAE's hook in its metadata: TransformerLens's and transformers', one of them, or none."""
         return {str(self.metadata[key]) for key in ("hook_name", "hf_hook_name") if self.metadata.get(key)}
 
+    @cached_property
+    def units(self) -> Units:
+        """What a firing is a firing of."""
+        return Units.of(self.sae.cfg, by_polarity=self.by_polarity)
+
     @property
-    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
+    def decoder_rows(self) -> Float[Tensor, "d_sae d_in"]:
         """The SAE's decoder, without gradient."""
         return self.sae.W_dec.detach()
+
+    @property
+    def W_dec(self) -> Float[Tensor, "unit d_in"]:
+        """The decoder's direction of each unit: the decoder's rows, where each latent is a unit."""
+        return self.units.directions(self.decoder_rows)
 
     @property
     def target_l0(self) -> float | None:
@@ -87,29 +100,32 @@ class EvaluatedSAE:
     @cached_property
     def decoder_cache_key(self) -> dict[str, Any]:
         """Cache key of results that depend on the decoder alone."""
-        return {"decoder": hash_weights({"W_dec": self.W_dec})}
+        return {"decoder": hash_weights({"W_dec": self.decoder_rows})}
 
     @cached_property
     def cache_key(self) -> dict[str, Any]:
         """Cache key of its codes, without the text: weights and config."""
-        return {"sae": hash_weights(self.sae.state_dict()), "config": {**self.sae.cfg.to_dict(), "metadata": None, "device": None}}
+        config = {**self.sae.cfg.to_dict(), "metadata": None, "device": None}
+        return {"sae": hash_weights(self.sae.state_dict()), "config": config, **({"by_polarity": True} if self.by_polarity else {})}
 
     @torch.no_grad()
     def encode_decode(self, x: Float[Tensor, "row d_in"]) -> tuple[Codes, Float[Tensor, "row d_in"]]:
         """Codes and reconstruction of raw activations, computed in chunks of rows."""
-        parts = [(Codes.from_dense(acts), self.sae.decode(acts).float()) for acts in self._encoded_chunks(x)]
+        parts = [(Codes.from_dense(self.units.activations(acts)), self.sae.decode(acts).float()) for acts in self._encoded_chunks(x)]
         return Codes.concatenate([codes for codes, _ in parts]), torch.cat([rebuilt for _, rebuilt in parts])
 
     @torch.no_grad()
     def encode_decode_padded(self, x: Float[Tensor, "row d_in"], room: int) -> tuple[PaddedCodes, Float[Tensor, "row d_in"]]:
         """As `encode_decode`, with room for that many active latents of a token: the host does not wait for a GPU."""
-        parts = [(PaddedCodes.from_dense(acts, room), self.sae.decode(acts).float()) for acts in self._encoded_chunks(x)]
+        parts = [
+            (PaddedCodes.from_dense(self.units.activations(acts), room), self.sae.decode(acts).float()) for acts in self._encoded_chunks(x)
+        ]
         return PaddedCodes.concatenate([codes for codes, _ in parts]), torch.cat([rebuilt for _, rebuilt in parts])
 
     @torch.no_grad()
-    def encode(self, x: Float[Tensor, "row d_in"], latents: Sequence[int]) -> Float[Tensor, "row latent"]:
-        """Activations of some latents on raw activations, in float32."""
-        return torch.cat([acts[:, list(latents)].float() for acts in self._encoded_chunks(x)])
+    def encode(self, x: Float[Tensor, "row d_in"], latents: Sequence[int]) -> Float[Tensor, "row unit"]:
+        """Activations of some units on raw activations, in float32."""
+        return torch.cat([self.units.activations(acts)[:, list(latents)].float() for acts in self._encoded_chunks(x)])
 
     @torch.no_grad()
     def reconstruct(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
@@ -121,7 +137,7 @@ class EvaluatedSAE:
 
         SAELens keeps the normalisation statistics of the rows that it encoded last, until it decodes.
         """
-        for rows in x.to(self.sae.device, self.sae.dtype, non_blocking=True).split(max(1, AT_ONCE // len(self.W_dec))):
+        for rows in x.to(self.sae.device, self.sae.dtype, non_blocking=True).split(max(1, AT_ONCE // self.sae.cfg.d_sae)):
             yield self.sae.encode(rows).detach()
 
 

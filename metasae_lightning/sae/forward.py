@@ -12,6 +12,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
 from metasae_lightning import compute
+from metasae_lightning.architectures import Units
 from metasae_lightning.compute.gpu.encoder import LEAST_PADDED
 from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.sharding import all_reduce_sum, local, replicated, shard_offset
@@ -38,6 +39,7 @@ class ForwardPass(ABC):
 
     def __init__(self, sae: AnySAE) -> None:
         self.sae: Any = sae
+        self.units = Units.of(sae.cfg)
         self.cached_support: tuple[Tensor, Tensor] | None = None
         """Row and latent indices of the nonzeros that `read` with `reuse_support` keeps."""
         self.parallelism = Parallelism()
@@ -62,7 +64,7 @@ class ForwardPass(ABC):
     def read(
         self, z: Float[Tensor, "row d_in"], *, reuse_support: bool = False, reuse_output: bool = False
     ) -> tuple[Codes, Float[Tensor, "row d_in"]]:
-        """Codes and reconstruction by the training rule; no statistic is updated.
+        """Codes of units and reconstruction by the training rule; no statistic is updated.
 
         `reuse_support`: keep the active latents of the previous such call instead of running top-k. `reuse_output`: return a buffer
         that all SAEs of the process share, valid until the next such call of any of them.
@@ -107,12 +109,16 @@ class DenseForward(ForwardPass):
         out = self.sae.training_forward_pass(
             TrainStepInput(sae_in=z, coefficients=coefficients, dead_neuron_mask=dead, n_training_steps=step, is_logging_step=False)
         )
-        return ForwardResult(out.loss, out.losses, Codes.from_dense(out.feature_acts), lambda: out.sae_out.detach())
+        return ForwardResult(out.loss, out.losses, self._codes(out.feature_acts), lambda: out.sae_out.detach())
 
     def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
         """SAELens's encoder and decoder, computed anew at each call; the two options make no difference."""
         acts = self.sae.encode(z)
-        return Codes.from_dense(acts), self.sae.decode(acts)
+        return self._codes(acts), self.sae.decode(acts)
+
+    def _codes(self, acts: Tensor) -> Codes:
+        """The codes of the SAE's units."""
+        return Codes.from_dense(self.units.activations(acts))
 
 
 @final

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from metasae_lightning import functional
+from metasae_lightning.architectures import Units
 from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.row_passes import remove_radial, write_unit_rows
 from metasae_lightning.compute.sharding import copy_into, full_state_dict, is_sharded, local, shard_offset, shard_parameters
@@ -42,7 +43,7 @@ class Learner(HostCounters):
     COUNTERS = ("steps", "updates", "rows_seen", "initialized")
 
     silent_for: Tensor
-    """Rows seen by all ranks since each latent last fired: tokens for a primary, decoder rows for a meta SAE."""
+    """Rows seen by all ranks since each unit last fired: tokens for a primary, decoder rows for a meta SAE."""
     steps: int = 0
     """Number of optimiser steps applied."""
     updates: int = 0
@@ -62,7 +63,7 @@ class Learner(HostCounters):
         self.step_graph = StepGraph(self) if config.cuda_graph and config.micro_batches == 1 else None
         self.guard: NonFiniteGuard | None = None
         self.normalizer = make_normalizer(cfg.normalize_activations, cfg.d_in)
-        self.register_buffer("silent_for", torch.zeros(cfg.d_sae, dtype=torch.int64, device=cfg.device))
+        self.register_buffer("silent_for", torch.zeros(Units.of(cfg).count, dtype=torch.int64, device=cfg.device))
         if config.init_from is not None and config.init_from.measured_k:
             self.register_buffer("measured_k", torch.zeros((), dtype=torch.float64))
             self.register_load_state_dict_post_hook(pretrained.apply_measured_k)

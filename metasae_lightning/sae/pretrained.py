@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from metasae_lightning import functional
+from metasae_lightning.architectures import Units
 from metasae_lightning.atomic_files import draft_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.redaction import redact
@@ -33,7 +34,7 @@ def build(cfg: TrainingSAEConfig, *, role: str, seed: int) -> AnySAE:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sae = get_sae_training_class(cfg.architecture())[0](cfg)
-    if not isinstance(getattr(sae, "W_dec", None), torch.nn.Parameter):
+    if not isinstance(getattr(sae, "W_dec", None), Tensor):
         raise InputError(f"{role}: architecture {cfg.architecture()!r} has no decoder matrix W_dec, which joint training is about")
     return sae
 
@@ -140,10 +141,10 @@ def add_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:
 @torch.no_grad()
 def measure(sae: SAE[Any], samples: Sequence[Tensor]) -> tuple[float, float]:
     """L0 and FVU over all tokens of some batches of raw activations; at least one batch is needed."""
-    active, sums = 0, None
+    units, active, sums = Units.of(sae.cfg), 0, None
     for x in samples:
         codes = sae.encode(x)
-        active += int(codes.count_nonzero())
+        active += int(units.activations(codes).count_nonzero())
         batch_sums = functional.reconstruction_sums(x, sae.decode(codes))
         sums = batch_sums if sums is None else tuple(a + b for a, b in zip(sums, batch_sums, strict=True))
     assert sums is not None

@@ -1,0 +1,5 @@
+"""SAE architectures that SAELens lacks, and the units of an SAE. Importing this package registers them with SAELens."""
+
+from metasae_lightning.architectures.units import Units
+
+__all__ = ["Units"]
