@@ -1,9 +1,10 @@
 """The latents of an SAE: their activations on the user's texts, and their contexts in held-out text."""
 
+import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -15,6 +16,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.examples import AFTER, BEFORE
 from metasae_lightning.evaluation.sae_data import data_for
 from metasae_lightning.evaluation.saes import EvaluatedSAE, device_of, load_sae, select_hook
+from metasae_lightning.evaluation.steering import MetaLatents, Mode, SteeredModel, change_latents, check_mode
 from metasae_lightning.evaluation.text_reader import TextReader
 from metasae_lightning.evaluation.top_contexts import Spelling
 from metasae_lightning.report.example_texts import Example, examples_of
@@ -130,6 +132,32 @@ class Latents:
             raise InputError(f"{self.subject.folder} was measured without texts: {command} --contexts 3")
         return [held_out_context(example) for example in examples]
 
+    def steered(self, numbers: Mapping[SupportsIndex, float], *, mode: Mode = "add", meta: bool = False) -> SteeredModel:
+        """The complete language model, steered with some latents. What the SAE does not reconstruct stays in the activations.
+
+        Args:
+            numbers: A number for each latent that is changed; no latent changes nothing.
+            mode: What the number does to the latent's activation: `add` is added to it, `scale` multiplies it, `set` replaces it.
+            meta: Whether `numbers` names meta-latents, whose directions are shared by several latents (see `meta_latents`).
+        """
+        count, kind = (len(self.meta_latents.W_dec), "meta-latent") if meta else (len(self), "latent")
+        chosen = {check_index(latent, count, kind): float(number) for latent, number in numbers.items()}
+        if wrong := [number for number in chosen.values() if not math.isfinite(number)]:
+            raise InputError(f"numbers must be finite, got {wrong[0]}")
+        change = partial(change_latents, numbers=chosen, mode=check_mode(mode))
+        return SteeredModel(self._complete_reader, self.meta_latents if meta else self.subject.sae, change)
+
+    @cached_property
+    def meta_latents(self) -> MetaLatents:
+        """The meta-latents of the SAE's run; an `InputError` if it has no meta-SAE."""
+        return MetaLatents.of(self.subject)
+
+    @cached_property
+    def _complete_reader(self) -> TextReader:
+        """A reader of texts with all layers of the language model."""
+        reader = self._reader
+        return TextReader(reader.model.complete(), reader.batching)
+
     @cached_property
     def _record(self) -> dict[str, Any] | None:
         """The content of `latents.json.gz`; None if there is no such file."""
@@ -148,10 +176,7 @@ class Latents:
 
     def _checked(self, latent: SupportsIndex) -> int:
         """The index of a latent as an `int`; an `InputError` if the SAE has no such latent."""
-        index = operator.index(latent)
-        if not 0 <= index < len(self):
-            raise InputError(f"latent must be in 0 to {len(self) - 1}, got {latent}")
-        return index
+        return check_index(latent, len(self), "latent")
 
 
 def open_latents(
@@ -175,3 +200,11 @@ def held_out_context(example: Example) -> HeldOutContext:
     values = tuple(fired.get(begin + index, 0.0) for index in range(len(tokens)))
     position = None if example.start is None else example.start + begin
     return HeldOutContext(tokens, values, example.at - begin, position, example.quantile)
+
+
+def check_index(latent: SupportsIndex, count: int, kind: str) -> int:
+    """The index of one of `count` latents as an `int`; any other is an `InputError`, in which a latent is called `kind`."""
+    index = operator.index(latent)
+    if not 0 <= index < count:
+        raise InputError(f"{kind} must be in 0 to {count - 1}, got {latent}")
+    return index

@@ -1,6 +1,6 @@
 """The user's texts as contexts of a language model, and the model's activations on them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,9 @@ from metasae_lightning.corpora.tokenization import TOKENIZER_LOCK, boundary_toke
 from metasae_lightning.data.batching import Batching
 from metasae_lightning.data.masks import trainable_tokens
 from metasae_lightning.errors import InputError
+from metasae_lightning.evaluation.top_contexts import Spelling
 from metasae_lightning.lm.base import LanguageModel
+from metasae_lightning.lm.predictions import Edit
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,25 @@ class TextReader:
             padded = [torch.cat([contexts[i], contexts[i][-1:].expand(longest - len(contexts[i]))]) for i in indices]
             for index, rows in zip(indices, self.model.activations(torch.stack(padded)), strict=True):
                 yield index, rows[: len(contexts[index])]
+
+    def greedy(
+        self, tokens: Int[Tensor, " position"], count: int, edit_of: Callable[[Int[Tensor, "context position"]], Edit] | None = None
+    ) -> list[int]:
+        """The most likely next tokens, one after another, up to the end of the text or of the context. The model must be complete.
+
+        `edit_of` gives the edit of the activations for the tokens of each forward pass; None edits nothing.
+        """
+        contexts, found = tokens[None], list[int]()
+        for _ in range(min(count, self.batching.context_size - len(tokens))):
+            edit = None if edit_of is None else edit_of(contexts)
+            following = int(self.model.logits(contexts, edit=edit)[0, -1].argmax())
+            if following == self.model.tokenizer.eos_token_id:
+                break
+            found.append(following)
+            contexts = torch.cat([contexts, torch.tensor([[following]])], 1)
+        return found
+
+    def text_after(self, tokens: Int[Tensor, " position"], continuation: Sequence[int]) -> str:
+        """The text of a continuation of some tokens."""
+        before = tokens.tolist()
+        return "".join(Spelling(self.model.tokenizer).token_texts([*before, *continuation])[len(before) :])

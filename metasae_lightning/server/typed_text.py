@@ -1,19 +1,17 @@
 """Where latents fire on a typed text, and how its continuation changes when a latent's decoder row is added to the activations."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from metasae_lightning.errors import InputError, did_you_mean
 from metasae_lightning.evaluation.saes import EvaluatedSAE
+from metasae_lightning.evaluation.steering import SteeredModel, change_latents
 from metasae_lightning.evaluation.text_reader import TextReader
 from metasae_lightning.evaluation.top_contexts import Spelling
 from metasae_lightning.lm.base import LanguageModel
-from metasae_lightning.lm.predictions import Edit
 
 # Latents shown for one token, tokens of a continuation, and strength of a steered latent, at most.
 MAX_LATENTS, MAX_TOKENS, MAX_STRENGTH = 32, 64, 1e6
@@ -53,9 +51,10 @@ class ServedSAEs:
         return {"tokens": Spelling(self.model.tokenizer).token_texts(tokens[0].tolist()), "read": is_read, "arms": arms}
 
     def continuations(self, text: str, arm: str, latent: int, strength: float, count: int) -> dict[str, Any]:
-        """Two greedy continuations of a text: unchanged, and with `strength` times a latent's decoder row added to the activations.
+        """Two greedy continuations of a text: unchanged, and with `strength` added to a latent's activation.
 
-        The row is added at every token that the SAEs are trained on, also in the continuation.
+        It is added at every token that the SAEs are trained on, also in the continuation. The SAE's reconstruction error stays, so this
+        adds `strength` times the latent's decoder row to the model's activations.
         """
         if arm not in self.saes:
             raise InputError(f"arm: there is no {arm!r}{did_you_mean(arm, self.saes)}")
@@ -66,28 +65,10 @@ class ServedSAEs:
             raise InputError(f"strength must be in -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}, got {strength}")
         if not 1 <= count <= MAX_TOKENS:
             raise InputError(f"count must be in 1 to {MAX_TOKENS}, got {count}")
-        tokens, step = self.reader.tokens(text)[None], strength * self.saes[arm].W_dec[latent].float()
-        if tokens.shape[1] == self.reader.batching.context_size:
-            raise InputError(f"text fills the context of {tokens.shape[1]} tokens: nothing can follow")
-
-        def steer(activations: Tensor, context: Tensor) -> Tensor:
-            return activations + self.reader.is_trained_on(context)[..., None].to(activations) * step.to(activations.device)
-
-        spelling, before = Spelling(self.model.tokenizer), tokens[0].tolist()
-
-        def text_of(continuation: Sequence[int]) -> str:
-            return "".join(spelling.token_texts([*before, *continuation])[len(before) :])
-
-        plain, steered = (list(self._continued(tokens, count, edit)) for edit in (None, steer))
-        return {"plain": text_of(plain), "steered": text_of(steered), "tokens": [len(plain), len(steered)]}
-
-    def _continued(self, tokens: Tensor, count: int, steer: Any) -> Iterator[int]:
-        """The most likely next tokens, one after another, up to the end of the text or of the context."""
-        for _ in range(min(count, self.reader.batching.context_size - tokens.shape[1])):
-            context = tokens
-            edit: Edit | None = None if steer is None else lambda activations, context=context: steer(activations, context)
-            following = int(self.model.logits(context, edit=edit)[0, -1].argmax())
-            if following == self.model.tokenizer.eos_token_id:
-                return
-            yield following
-            tokens = torch.cat([context, torch.tensor([[following]])], 1)
+        tokens = self.reader.tokens(text)
+        if len(tokens) == self.reader.batching.context_size:
+            raise InputError(f"text fills the context of {len(tokens)} tokens: nothing can follow")
+        steered_model = SteeredModel(self.reader, self.saes[arm].sae, partial(change_latents, numbers={latent: strength}))
+        plain, steered = (self.reader.greedy(tokens, count, edit_of) for edit_of in (None, steered_model.edit))
+        texts = {"plain": self.reader.text_after(tokens, plain), "steered": self.reader.text_after(tokens, steered)}
+        return {**texts, "tokens": [len(plain), len(steered)]}
