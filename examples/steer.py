@@ -1,59 +1,47 @@
-"""Steer a language model with one latent: add its decoder row to the activations, and compare the next tokens.
+"""Steer a language model with latents or meta-latents of an SAE, and compare the next tokens.
 
     python examples/steer.py RUN --latent 1375 --strength 20 --text "I think that"
+    python examples/steer.py RUN --latent 1375 1380 --mode scale --strength 0
+    python examples/steer.py RUN --latent 12 --meta
 
-RUN is the folder of a run, or of one arm: it holds saes/primary.
+RUN is the folder of a run, or of one arm: it holds saes/primary, and for --meta also saes/meta. What the SAE does not reconstruct stays in
+the activations.
 """
 
 import argparse
 from pathlib import Path
 
-import torch
-from sae_lens import SAE
+from torch.nn.functional import kl_div
 
-from metasae_lightning.lm import HuggingFaceLM
-
-
-def next_tokens(model: HuggingFaceLM, logits: torch.Tensor, count: int = 5) -> str:
-    """The most likely next tokens with their probabilities."""
-    probabilities, tokens = logits[0, -1].softmax(-1).topk(count)
-    return ", ".join(
-        f"{model.tokenizer.decode([token])!r} {p:.2f}" for p, token in zip(probabilities.tolist(), tokens.tolist(), strict=True)
-    )
+from metasae_lightning.errors import InputError
+from metasae_lightning.evaluation import open_latents
 
 
 def main(args: list[str] | None = None) -> None:
-    """Print the most likely next tokens without and with the latent's direction added."""
+    """Print the most likely next tokens without and with the change of the latents' activations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--latent", type=int, default=0)
-    parser.add_argument(
-        "--strength", type=float, default=20.0, help="length of the added vector, in units of the token's standard deviation"
-    )
+    parser.add_argument("--latent", type=int, nargs="+", default=[0], help="latents that are changed together")
+    parser.add_argument("--meta", action="store_true", help="the numbers are of meta-latents")
+    parser.add_argument("--strength", type=float, default=20.0, help="the number that is added, multiplied with, or set")
+    parser.add_argument("--mode", default="add", help="add, scale or set")
     parser.add_argument("--text", default="I think that")
     options = parser.parse_args(args)
-    if not (options.run / "saes" / "primary").is_dir():
-        raise SystemExit(
-            f"{options.run} has no folder saes/primary: name a run with one SAE, or an arm, such as {options.run / 'arms' / 'joint'}"
-        )
-
-    sae = SAE.load_from_disk(options.run / "saes" / "primary")
-    metadata = sae.cfg.metadata
-    model = HuggingFaceLM(metadata.model_name, metadata.hook_name, device="cpu").complete()
-    tokens = model.tokenizer(options.text, return_tensors="pt").input_ids
-    direction = torch.nn.functional.normalize(sae.W_dec[options.latent].detach(), dim=0)
-
-    def add_direction(activations: torch.Tensor) -> torch.Tensor:
-        return activations + options.strength * activations.std(-1, keepdim=True) * direction
-
-    with torch.no_grad():
-        plain, steered = model.logits(tokens), model.logits(tokens, edit=add_direction)
-        divergence = torch.nn.functional.kl_div(
-            steered[0, -1].log_softmax(-1), plain[0, -1].log_softmax(-1), log_target=True, reduction="sum"
-        )
-    print(f"plain:   {next_tokens(model, plain)}")
-    print(f"steered: {next_tokens(model, steered)}")
-    print(f"KL divergence of the next token: {divergence:.3f}")
+    try:
+        latents = open_latents(options.run)
+        plain = latents.steered({})
+        steered = latents.steered(dict.fromkeys(options.latent, options.strength), mode=options.mode, meta=options.meta)
+        before, after = (model.logits(options.text)[-1].log_softmax(-1) for model in (plain, steered))
+    except InputError as error:
+        raise SystemExit(str(error)) from error
+    if options.meta:
+        for latent in options.latent:
+            shown = ", ".join(f"{member} ({value:.2f})" for member, value in list(latents.meta_latents.members(latent).items())[:5])
+            print(f"meta-latent {latent} is a part of the latents {shown or 'of none'}")
+    for name, model in (("plain", plain), ("steered", steered)):
+        tokens = ", ".join(f"{token!r} {probability:.2f}" for token, probability in model.next_tokens(options.text))
+        print(f"{name + ':':<8} {tokens}")
+    print(f"KL divergence of the next token: {kl_div(after, before, log_target=True, reduction='sum'):.3f}")
 
 
 if __name__ == "__main__":

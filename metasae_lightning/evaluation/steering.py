@@ -104,8 +104,8 @@ class MetaLatents:
 
     def encode(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row meta"]:
         """The activations of the meta-latents on raw activations of the language model."""
-        lengths = self.primary.W_dec.detach().float().norm(dim=1)
-        return (self.primary.encode(x).to_dense().float() * lengths) @ self.parts
+        acts, lengths = self.primary.encode(x).to_dense().to(self.parts), self.primary.W_dec.detach().to(self.parts).norm(dim=1)
+        return (acts * lengths) @ self.parts
 
     def decode(self, feature_acts: Float[Tensor, "*rows meta"]) -> Float[Tensor, "*rows d_in"]:
         """The sum of the meta-latents' directions, times the factor of the token where the primary normalises each token."""

@@ -3,12 +3,15 @@
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metasae_lightning.cli import main
-from metasae_lightning.evaluation import HeldOutContext, TextActivations
+from metasae_lightning.evaluation import HeldOutContext, TextActivations, open_latents
+from tests.helpers.judged import write_run
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"tokens": 2048, "batch_size": 256, "buffer_size": 1024, "validation_tokens": 512, "forward_batch": 4}
@@ -23,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def example(name: str, *args: str | Path) -> None:
+def example(name: str, *args: str | int | Path) -> None:
     importlib.import_module(f"examples.{name}").main([str(arg) for arg in args])
 
 
@@ -41,9 +44,16 @@ def test_a_word_that_is_not_in_the_text_is_named_in_the_error(run: Path):
         example("latents_of_a_word", run, "--word", "Rome")
 
 
-@pytest.mark.parametrize("name", ["latents_of_a_word", "steer"])
-def test_a_folder_without_saes_is_an_error_of_one_line(name: str, tmp_path: Path):
-    with pytest.raises(SystemExit, match=r"has no folder saes/primary: .*arms/joint"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("latents_of_a_word", r"has no folder saes/primary: .*arms/joint"),
+        ("steer", "is neither a run, which has saes/primary, nor a SAELens folder"),
+        ("adapter", "is neither a run, which has saes/primary, nor a SAELens folder"),
+    ],
+)
+def test_a_folder_without_saes_is_an_error_of_one_line(name: str, message: str, tmp_path: Path):
+    with pytest.raises(SystemExit, match=message):
         example(name, tmp_path)
 
 
@@ -121,3 +131,41 @@ def test_a_word_that_the_latent_does_not_fire_on_alone_is_dropped(monkeypatch: p
     ]
     with pytest.raises(SystemExit, match="latent 0 did not fire on the held-out text"):
         example("refine_explanation", "run", "--latent", "0")
+
+
+def test_steering_with_a_meta_latent_names_the_latents_that_it_is_a_part_of(run: Path, capsys: pytest.CaptureFixture[str]):
+    parts = open_latents(run).meta_latents.parts
+    meta_latent = int((parts > 0).sum(0).argmax())
+    example("steer", run, "--latent", meta_latent, "--meta")
+    output = capsys.readouterr().out
+    assert re.match(rf"meta-latent {meta_latent} is a part of the latents {int(parts[:, meta_latent].argmax())} \(\d", output)
+    assert float(re.search(r"KL divergence of the next token: (\S+)", output)[1]) > 1e-3  # type: ignore[index]
+
+
+def test_the_loss_of_an_adapter_in_code_space_falls_and_its_l1_norm_is_paid_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tiny = write_run(tmp_path, "tiny", hf_hook_name="model.layers.1")
+    options = ["--text", "The quick", "A lazy", "--prefer", " fox", "--to", " dog", "--steps", "15"]
+    before: list[float] = []
+    after: list[float] = []
+    for l1 in ("0", "1"):
+        example("adapter", tiny, *options, "--l1", l1)
+        losses = re.fullmatch(r"loss before training ([\d.]+), after 15 steps ([\d.]+)\n", capsys.readouterr().out)
+        assert losses is not None
+        before.append(float(losses[1]))
+        after.append(float(losses[2]))
+    # At first nothing is added to the codes, so the loss is that of the clean model whatever the weight of the norm.
+    model, tokenizer = (kind.from_pretrained(tmp_path / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    losses = []
+    for text in options[1:3]:
+        fox, dog = (log_probability_of(model, tokenizer, text, answer) for answer in (" fox", " dog"))
+        # SimPO's loss with beta 2 and margin 1.
+        losses.append(-torch.nn.functional.logsigmoid(2 * (fox - dog) - 1).item())
+    assert before == [pytest.approx(sum(losses) / 2, abs=1e-3)] * 2
+    assert after[0] < 0.7 * before[0] and after[0] < after[1]
+
+
+def log_probability_of(model: Any, tokenizer: Any, text: str, answer: str) -> torch.Tensor:
+    """The mean log-probability of the tokens of an answer, from transformers' own loss."""
+    prompt, tokens = (tokenizer(part, add_special_tokens=first)["input_ids"] for part, first in ((text, True), (answer, False)))
+    labels = torch.tensor([[-100] * len(prompt) + tokens])
+    return -model(torch.tensor([prompt + tokens]), labels=labels).loss.detach()
