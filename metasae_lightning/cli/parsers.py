@@ -91,6 +91,8 @@ def add_report(parser: ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=str, help="Run folders, with all their arms, or folders of single arms.")
     parser.add_argument("--out", type=str | None, default=None, help="Folder of the page; by default the first run.")
     parser.add_argument("--title", type=str | None, default=None, help="Title of the page; by default the names of the runs.")
+    text = "Number of topics that the latents of each arm are merged into, by the words of their texts; by default no topics."
+    parser.add_argument("--topics", type=int | None, default=None, help=text)
 
 
 def add_publish(parser: ArgumentParser) -> None:

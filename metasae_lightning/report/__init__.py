@@ -7,7 +7,7 @@ from metasae_lightning.lazy_exports import lazy_exports
 if TYPE_CHECKING:
     from metasae_lightning.report.conclusions import compare_with_paper, verdict
     from metasae_lightning.report.judged_tables import judged, judged_groups
-    from metasae_lightning.report.tables import cross, differences, evaluations, overview, shared
+    from metasae_lightning.report.tables import cross, differences, evaluations, merged_topics, overview, shared
     from metasae_lightning.report.write import Study, study
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "evaluations",
     "judged",
     "judged_groups",
+    "merged_topics",
     "overview",
     "shared",
     "study",
@@ -28,7 +29,7 @@ __getattr__, __dir__ = lazy_exports(
     {
         **dict.fromkeys(["compare_with_paper", "verdict"], "metasae_lightning.report.conclusions"),
         **dict.fromkeys(["judged", "judged_groups"], "metasae_lightning.report.judged_tables"),
-        **dict.fromkeys(["cross", "differences", "evaluations", "overview", "shared"], "metasae_lightning.report.tables"),
+        **dict.fromkeys(["cross", "differences", "evaluations", "merged_topics", "overview", "shared"], "metasae_lightning.report.tables"),
         **dict.fromkeys(["Study", "study"], "metasae_lightning.report.write"),
     },
 )

@@ -8,10 +8,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from metasae_lightning.report.conclusions import FIGURES
+from metasae_lightning.report.html_page import printable
 from metasae_lightning.report.number_format import format_number
 from metasae_lightning.report.seeds import baseline, difference, threshold_rule
 
 if TYPE_CHECKING:
+    from metasae_lightning.report.topics import Topics
     from metasae_lightning.report.write import Study
 
 # Rows of the evaluation table: label, `GROUP/NAME` of the figure, its format, and the name of the interval or spread beside it.
@@ -153,3 +155,16 @@ def shared(splits: Sequence[Mapping[str, Any]], contexts: Mapping[str, Mapping[s
             for hit in contexts[side].get(str(latent), []):
                 table.add_row(str(latent), escape(hit["text"]))
         yield table
+
+
+def merged_topics(name: str, merged: "Topics") -> Table:
+    """The topics of one arm: their latents, coherence with its level of chance, and words."""
+    title = f"{name}: {len(merged.topics)} topics. Coherence {merged.coherence:.3f}, of words of like frequency {merged.chance:.3f}; "
+    title += f"diversity {merged.diversity:.1%}"
+    table = Table(title=escape(title), title_justify="left", show_edge=False, pad_edge=False)
+    for column in ("latents", "coherence", "chance", "words"):
+        table.add_column(column, justify="left" if column == "words" else "right")
+    for topic in merged.topics:
+        numbers = (format_number(value, ".2f") for value in (topic.coherence, topic.chance))
+        table.add_row(f"{len(topic.latents):,}", *numbers, escape(printable(" ".join(topic.words))))
+    return table

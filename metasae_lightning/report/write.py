@@ -4,7 +4,7 @@ import csv
 import gc
 import math
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +24,8 @@ from metasae_lightning.report.latent_data import compressed, detail_files, page_
 from metasae_lightning.report.load_runs import Arm, load_arms
 from metasae_lightning.report.seeds import Group, baseline, difference, group_by_recipe, headline
 from metasae_lightning.report.split_section import split_section
+from metasae_lightning.report.topics import Topics
+from metasae_lightning.report.topics_section import topics_section
 
 # Bytes of the page at most, so that it opens on a phone.
 MAX_PAGE_BYTES = 4_900_000
@@ -99,10 +101,10 @@ def check_destination(out: Path) -> None:
         raise InputError(f"{out / 'report'} is there and no report of ours: move it away, or name another place, --out")
 
 
-def write(study: Study, out: Path) -> Path:
+def write(study: Study, out: Path, *, topics: Mapping[str, Topics] | None = None) -> Path:
     """Write `report.html`, and `report/` with figures and tables; each appears complete or not at all. Returns the page's path.
 
-    Older ones are replaced; a folder `report/` that is not a report is refused.
+    Older ones are replaced; a folder `report/` that is not a report is refused. `topics` are those of each arm, by its name.
     """
     check_destination(out)
     try:
@@ -110,19 +112,20 @@ def write(study: Study, out: Path) -> Path:
         with garbage_collection_off(), draft_of(out / "report.html") as page_draft, draft_of(out / "report") as draft:
             draft.mkdir()
             with ThreadPoolExecutor(1) as pool:
-                text, arms_in_files = page_of_limited_size(study, pool.submit(write_figures, study, draft))
+                text, arms_in_files = page_of_limited_size(study, pool.submit(write_figures, study, draft), topics_section(topics or {}))
             write_details(arms_in_files, draft / "latents")
-            write_tables(study, draft)
+            write_tables(study, draft, topics or {})
             page_draft.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
     return out / "report.html"
 
 
-def page_of_limited_size(study: Study, figure_elements: Future[dict[str, str]]) -> tuple[str, Sequence[BrowsedArm]]:
+def page_of_limited_size(study: Study, figure_elements: Future[dict[str, str]], topics: str = "") -> tuple[str, Sequence[BrowsedArm]]:
     """The page, and the arms whose latents' details must lie in files beside it, because the page would be larger than `MAX_PAGE_BYTES`.
 
     If even the list of latents is too large, the page has fewer latents. `figure_elements` is awaited after the latents were described.
+    `topics` is the section on topics.
     """
     limit, decoders, with_details = MAX_LATENTS, [read_decoder(arm) for arm in study.browsed], True
     first, *compared = [*study.browsed, None][:2]
@@ -132,7 +135,7 @@ def page_of_limited_size(study: Study, figure_elements: Future[dict[str, str]]) 
         arms = browsed_latents(study.browsed, decoders, matches, limit)
         latent_data = compressed(page_data(arms, with_details=with_details)) if arms else ""
         elements, files = figure_elements.result(), not with_details
-        judged = judged_section(study.groups, elements.get("judged", "")) + splits
+        judged = judged_section(study.groups, elements.get("judged", "")) + splits + topics
         text = page(study.title, study.groups, study.verdict, study.paper, elements, latent_data, judged=judged, reads_files=files)
         size, count = len(text.encode(errors="replace")), max((len(arm.latents) for arm in arms), default=0)
         if size <= MAX_PAGE_BYTES or (not with_details and count <= 1):
@@ -177,7 +180,7 @@ def garbage_collection_off() -> Generator[None]:
             gc.enable()
 
 
-def write_tables(study: Study, folder: Path) -> None:
+def write_tables(study: Study, folder: Path, topics: Mapping[str, Topics]) -> None:
     """Write `table.csv` and `table.json`, the page's numbers for programs."""
     rows = study.rows()
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -185,4 +188,5 @@ def write_tables(study: Study, folder: Path) -> None:
         writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
         writer.writerows(rows)
-    run_folder.write_record(folder / "table.json", study.record())
+    record = {"topics": {name: merged.record() for name, merged in topics.items()}} if topics else {}
+    run_folder.write_record(folder / "table.json", {**study.record(), **record})
