@@ -2,15 +2,19 @@
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Literal
 
 import numpy as np
 
-from metasae_lightning.judging.judges.questions import Answer, Question, Task
+from metasae_lightning.judging.judges.questions import Answer, Question, ShownText, Task
 from metasae_lightning.judging.scoring import formulas
-from metasae_lightning.judging.texts.contexts import LatentContexts
+from metasae_lightning.judging.texts.contexts import Context, LatentContexts
+
+Negatives = Literal["silent", "near"]
+YES_NO = ("no", "yes")
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,33 @@ class Score(ABC):
 
 
 class YesNoScore(Score):
-    """A score by balanced accuracy: a yes-or-no question for each context, where yes is right if the latent fires in it."""
+    """A score by balanced accuracy: a yes-or-no question for each context, where yes is right if the latent fires in it.
+
+    The right answer is no for the contexts of `negatives`: `silent` is random contexts in which the latent does not fire, and `near` is
+    contexts in which only the latent with the nearest decoder row fires.
+    """
 
     chance = 0.5
+    descriptions: Mapping[Negatives, str]
+    """The description for each kind of negatives."""
+
+    def __init__(self, negatives: Negatives = "silent") -> None:
+        self.negatives: Negatives = negatives
+        self.has_shuffled_control = negatives == "silent"
+        self.name = self.task if negatives == "silent" else f"{self.task}_near"
+        self.description = self.descriptions[negatives]
+
+    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> QuestionSet:
+        others = contexts.silent if self.negatives == "silent" else contexts.near
+        if not contexts.firing or not others:
+            return QuestionSet()
+        shown = self.shown(contexts.firing, others, rng)
+        asked = tuple(Question(self.task, (text,), explanation, YES_NO) for text in shown)
+        return QuestionSet(asked, (1,) * len(contexts.firing) + (0,) * len(others))
+
+    @abstractmethod
+    def shown(self, firing: Sequence[Context], others: Sequence[Context], rng: np.random.Generator) -> list[ShownText]:
+        """The texts of the questions: of the contexts in which the latent fires, then of the others."""
 
     def value(self, asked: QuestionSet, answers: Sequence[Answer], threshold: float = 0.5) -> float:
         predictions = [

@@ -1,11 +1,11 @@
 """The scores from a judge's answers, each with its questions."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, final
+from typing import final
 
 import numpy as np
 
-from metasae_lightning.judging.judges.questions import Question, Task
+from metasae_lightning.judging.judges.questions import Question, ShownText, Task
 from metasae_lightning.judging.scoring import formulas
 from metasae_lightning.judging.scoring.marks import (
     plain,
@@ -14,37 +14,24 @@ from metasae_lightning.judging.scoring.marks import (
     with_marks_of,
     with_nearest_marked,
 )
-from metasae_lightning.judging.scoring.score_kinds import ChoiceScore, NumbersScore, QuestionSet, Score, YesNoScore
+from metasae_lightning.judging.scoring.score_kinds import ChoiceScore, Negatives, NumbersScore, QuestionSet, Score, YesNoScore
 from metasae_lightning.judging.texts.contexts import Context, LatentContexts
 
-Negatives = Literal["silent", "near"]
-YES_NO, A_B, ONE_TO_FIVE = ("no", "yes"), ("A", "B"), ("1", "2", "3", "4", "5")
+A_B, ONE_TO_FIVE = ("A", "B"), ("1", "2", "3", "4", "5")
 
 
 @final
 class Detection(YesNoScore):
-    """Does the text hold what the explanation says? Yes for texts in which the latent fires.
-
-    The right answer is no for the texts of `negatives`: `silent` is random contexts in which the latent does not fire, and `near` is
-    contexts in which only the latent with the nearest decoder row fires.
-    """
+    """Does the text hold what the explanation says? Yes for texts in which the latent fires."""
 
     task: Task = "detection"
+    descriptions: Mapping[Negatives, str] = {
+        "silent": "Tell texts in which the latent fires from random texts in which it does not; balanced accuracy.",
+        "near": "Tell texts in which the latent fires from texts in which only the latent nearest to it fires; balanced accuracy.",
+    }
 
-    def __init__(self, negatives: Negatives = "silent") -> None:
-        self.negatives: Negatives = negatives
-        self.has_shuffled_control = negatives == "silent"
-        self.name = "detection" if negatives == "silent" else "detection_near"
-        others = "random texts in which it does not" if negatives == "silent" else "texts in which only the latent nearest to it fires"
-        self.description = f"Tell texts in which the latent fires from {others}; balanced accuracy."
-
-    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> QuestionSet:
-        others = negatives_of(contexts, self.negatives)
-        if not contexts.firing or not others:
-            return QuestionSet()
-        shown = [plain(context) for context in [*contexts.firing, *others]]
-        asked = tuple(Question(self.task, (text,), explanation, YES_NO) for text in shown)
-        return QuestionSet(asked, (1,) * len(contexts.firing) + (0,) * len(others))
+    def shown(self, firing: Sequence[Context], others: Sequence[Context], rng: np.random.Generator) -> list[ShownText]:
+        return [plain(context) for context in [*firing, *others]]
 
 
 @final
@@ -57,33 +44,18 @@ class Fuzzing(YesNoScore):
     """
 
     task: Task = "fuzzing"
+    descriptions: Mapping[Negatives, str] = {
+        "silent": "Tell marks on the tokens that the latent fires on from marks on other tokens of other texts; balanced accuracy.",
+        "near": "Tell marks on the tokens that the latent fires on from marks on tokens that only the latent nearest to it fires on; "
+        "balanced accuracy.",
+    }
 
-    def __init__(self, negatives: Negatives = "silent") -> None:
-        self.negatives: Negatives = negatives
-        self.has_shuffled_control = negatives == "silent"
-        self.name = "fuzzing" if negatives == "silent" else "fuzzing_near"
-        others = "other tokens of other texts" if negatives == "silent" else "tokens that only the latent nearest to it fires on"
-        self.description = f"Tell marks on the tokens that the latent fires on from marks on {others}; balanced accuracy."
-
-    def questions(self, contexts: LatentContexts, explanation: str, rng: np.random.Generator) -> QuestionSet:
-        others = negatives_of(contexts, self.negatives)
-        if not contexts.firing or not others:
-            return QuestionSet()
-        shown = [with_firing_marked(context) for context in contexts.firing]
-        order = rng.permutation(len(contexts.firing)).tolist()
-        shown += [
-            with_nearest_marked(context)
-            if any(context.nearest_activations)
-            else with_marks_of(context, contexts.firing[order[number % len(order)]])
+    def shown(self, firing: Sequence[Context], others: Sequence[Context], rng: np.random.Generator) -> list[ShownText]:
+        order = rng.permutation(len(firing)).tolist()
+        return [with_firing_marked(context) for context in firing] + [
+            with_nearest_marked(context) if any(context.nearest_activations) else with_marks_of(context, firing[order[number % len(order)]])
             for number, context in enumerate(others)
         ]
-        asked = tuple(Question(self.task, (text,), explanation, YES_NO) for text in shown)
-        return QuestionSet(asked, (1,) * len(contexts.firing) + (0,) * len(others))
-
-
-def negatives_of(contexts: LatentContexts, negatives: Negatives) -> Sequence[Context]:
-    """The latent's contexts in which it does not fire, of one kind."""
-    return contexts.silent if negatives == "silent" else contexts.near
 
 
 @final
