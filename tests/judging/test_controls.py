@@ -1,11 +1,15 @@
 """Controls: no latent keeps its own explanation or contexts."""
 
 import pytest
+import torch
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.judging.scoring.controls import controls_of, other_explanation, shuffled_contexts
+from metasae_lightning.judging.scoring.controls import other_explanation, shuffled_contexts
 from metasae_lightning.judging.scoring.embedding_scores import ExplanationNearness, TopicalCoherence
+from metasae_lightning.judging.scoring.latent_scores import ScoringInputs
+from metasae_lightning.judging.scoring.measures import EmbeddedMeasure, JudgedMeasure
 from metasae_lightning.judging.scoring.scores import SCORES
+from tests.helpers.judges import RandomJudge
 from tests.judging.word_latents import word, word_latents
 
 
@@ -51,6 +55,15 @@ def test_one_latent_has_no_controls():
         other_explanation({3: "cats"}, seed=0)
 
 
-def test_scores_without_explanations_have_one_control():
-    scores = [*SCORES.values(), TopicalCoherence(), ExplanationNearness()]
-    assert {score.name for score in scores if controls_of(score) == ("shuffled_contexts",)} == {"intruder", "topical_coherence"}
+# Near contexts are nearer to the latent's concept than contexts of others, so shuffled contexts are no control beside them.
+def test_each_score_has_the_controls_that_fit_it():
+    latents = word_latents(4)
+    inputs = ScoringInputs(latents, {latent: word(latent) for latent in latents})
+    measures = [JudgedMeasure(score, RandomJudge()) for score in SCORES.values()]
+    embedded = [EmbeddedMeasure(score, lambda texts: torch.ones(len(texts), 1)) for score in (TopicalCoherence(), ExplanationNearness())]
+    by_controls: dict[tuple[str, ...], set[str]] = {}
+    for measure in (*measures, *embedded):
+        by_controls.setdefault(tuple(measure.controls(inputs, 0, 0.5)), set()).add(measure.name)
+    assert by_controls.pop(("shuffled_contexts",)) == {"intruder", "topical_coherence"}
+    assert by_controls.pop(("other_explanation",)) == {"detection_near", "fuzzing_near"}
+    assert list(by_controls) == [("other_explanation", "shuffled_contexts")]

@@ -72,7 +72,6 @@ def test_latents_with_too_few_documents_are_left_out_by_reason(drawn: DrawnConte
     assert [contexts.latent for contexts in drawn.latents] == [0, 1, 2, 3, 4, 5, 6, 7, 11]
     few = "fires in too few documents for explanations"
     assert drawn.left_out == {8: few, 9: "is silent in too few documents", 10: few}
-    assert drawn.left_out_counts == {few: 2, "is silent in too few documents": 1}
 
 
 # The dense activations of the tokens of a context, found again in the text by their spelling, are the context's activations.

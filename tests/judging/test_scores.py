@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metasae_lightning.judging.judges.questions import Answer
-from metasae_lightning.judging.scoring.controls import controls_of, other_explanation, shuffled_contexts
+from metasae_lightning.judging.scoring.controls import other_explanation, shuffled_contexts
 from metasae_lightning.judging.scoring.score_kinds import QuestionSet, Score, generator_for
 from metasae_lightning.judging.scoring.scores import SCORES, Detection, Fuzzing, Intruder, Replacement2AFC, Simulation, StrengthSpearman
 from metasae_lightning.judging.texts.contexts import Context, LatentContexts
@@ -32,7 +32,7 @@ def test_a_judge_that_is_right_gets_1_and_chance_under_the_controls(score: Score
     assert values(LATENTS, EXPLANATIONS) == pytest.approx([1.0] * 12)
     # What the judge cannot tell it answers by the first choice, and each choice is right equally often: exactly at chance.
     assert values(shuffled_contexts(LATENTS, seed=1), EXPLANATIONS) == pytest.approx([score.chance] * 12)
-    if "other_explanation" in controls_of(score):
+    if score.needs_explanation:
         # `near` contexts hold the word of the nearest latent. With that one's explanation the judge is wrong about each of them: 0.
         others = other_explanation(EXPLANATIONS, seed=1)
         wrong = {latent for latent in LATENTS if others[latent] == word((latent + 1) % 12) and score.name.endswith("near")}

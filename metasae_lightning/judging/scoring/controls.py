@@ -2,24 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from metasae_lightning.errors import InputError
-from metasae_lightning.judging.scoring.embedding_scores import EmbeddingScore
-from metasae_lightning.judging.scoring.score_kinds import Score
 from metasae_lightning.judging.texts.contexts import LatentContexts
 
 T = TypeVar("T")
-Control = Literal["other_explanation", "shuffled_contexts"]
 # Random cycles that are tried. The one in which the fewest latents get an explanation equal to their own is used.
 TRIES = 100
-
-
-def controls_of(score: Score | EmbeddingScore) -> tuple[Control, ...]:
-    """The controls of a score. A score that needs no explanation has only `shuffled_contexts`."""
-    return ("other_explanation", "shuffled_contexts") if score.needs_explanation else ("shuffled_contexts",)
 
 
 def other_explanation(explanations: Mapping[int, str], seed: int) -> dict[int, str]:

@@ -1,6 +1,5 @@
 """Draw the contexts of many latents from collected codes: for their explanations, and for their scores."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,11 +25,6 @@ class DrawnContexts:
     """The contexts of each latent, in the order asked for."""
     left_out: Mapping[int, str]
     """For each latent without contexts, the reason."""
-
-    @property
-    def left_out_counts(self) -> dict[str, int]:
-        """Number of latents left out, by reason."""
-        return dict(Counter(self.left_out.values()))
 
 
 class ContextDrawer:
