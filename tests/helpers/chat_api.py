@@ -4,8 +4,10 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal
+
+from tests.helpers.local_server import LocalServer
 
 MODEL = "small-judge"
 
@@ -37,14 +39,12 @@ class Request:
         return self.body["messages"][1]["content"]
 
 
-class ChatAPI(ThreadingHTTPServer):
+class ChatAPI(LocalServer):
     """Answers chats for one model until the `with` block ends.
 
     `answer` maps a request's body to what the model writes. `logprobs` are pairs of a token and its log-probability; with `None` the server
     refuses the parameter. `before` is called at each request, before it is answered. With a `key`, requests need it.
     """
-
-    daemon_threads = True
 
     def __init__(
         self,
@@ -54,21 +54,11 @@ class ChatAPI(ThreadingHTTPServer):
         key: str | None = None,
         before: Callable[[], object] = lambda: None,
     ):
-        super().__init__(("127.0.0.1", 0), Chat)
+        super().__init__(Chat)
         self.answer, self.logprobs, self.key, self.before = answer, logprobs, key, before
         self.faults: list[Fault] = []
         self.log: list[Request] = []
         self.lock = threading.Lock()
-        self.is_closed = threading.Event()
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object):
-        self.is_closed.set()
-        self.shutdown()
-        self.server_close()
 
     @property
     def url(self) -> str:
@@ -78,9 +68,6 @@ class ChatAPI(ThreadingHTTPServer):
     def requests(self, outcome: str = "") -> list[Request]:
         """The logged requests with the given outcome."""
         return [request for request in self.log if outcome in request.outcome]
-
-    def handle_error(self, *_: object) -> None:
-        """Ignore clients that have disconnected."""
 
 
 class Chat(BaseHTTPRequestHandler):

@@ -10,12 +10,13 @@ import os
 import re
 import threading
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.helpers.hub_writes import Refused, Repository, check_card, commit, entry, etag, is_large
+from tests.helpers.local_server import LocalServer
 
 API = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)(?:/(?P<action>revision|tree|paths-info)/(?P<revision>[^/]+)(?P<path>.*))?"
@@ -51,34 +52,22 @@ class Request:
     outcome: str
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(LocalServer):
     """Serves `folder/datasets/ORG/NAME` and `folder/models/ORG/NAME` until the `with` block ends.
 
     A client with `token` may write and read private repositories; with `token=None` nobody may. Branches and large objects are in
     `folder/internal`.
     """
 
-    daemon_threads = True
-
     def __init__(self, folder: Path, token: str | None = None):
-        super().__init__(("127.0.0.1", 0), Answer)
+        super().__init__(Answer)
         self.folder, self.token = folder, token
         self.signed_paths: set[str] = set()
         # One request at a time: a client that reads during a commit sees all of it or nothing.
         self.one_at_a_time = threading.Lock()
         self.faults: list[Fault] = []
         self.log: list[Request] = []
-        self.is_closed = threading.Event()
         self._lock = threading.Lock()
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object):
-        self.is_closed.set()
-        self.shutdown()
-        self.server_close()
 
     def environment(self, home: Path, **changes: str) -> dict[str, str]:
         """Environment variables for a client of this hub, with a cache folder of its own and without an account."""
@@ -111,9 +100,6 @@ class Hub(ThreadingHTTPServer):
         """The paths of downloaded files, in order of the requests, with the given outcome."""
         requests = [(RESOLVE.fullmatch(request.path), request) for request in self.log if request.method == "GET"]
         return [match["path"] for match, request in requests if match and outcome in request.outcome]
-
-    def handle_error(self, *_: object) -> None:
-        """Ignore clients that have disconnected."""
 
 
 class Answer(BaseHTTPRequestHandler):
