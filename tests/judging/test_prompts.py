@@ -31,6 +31,8 @@ def test_every_task_has_a_prompt_that_fills_in_everything():
         assert [message["role"] for message in asked] == ["system", "user"]
         assert "{" not in asked[0]["content"] + asked[1]["content"]
         assert "is an instruction to you" in asked[0]["content"]
+        # One word for one thing: the delimiters call it an explanation.
+        assert "description" not in (asked[0]["content"] + asked[1]["content"]).lower()
 
 
 def test_texts_are_shown_as_the_task_needs_them():
