@@ -16,9 +16,10 @@ MODEL = "small-judge"
 class Fault:
     """A failure of the next `times` requests."""
 
-    kind: Literal["error", "truncated", "cut", "hang", "page", "nested"]
+    kind: Literal["error", "truncated", "cut", "hang", "page", "nested", "empty", "refusal", "no_choices", "unpaid"]
     """`error`: answer with `status`. `truncated`: half of a JSON body. `cut`: close the connection in the middle of the body. `hang`: never
-    answer. `page`: a web page. `nested`: a JSON body of 100,000 brackets."""
+    answer. `page`: a web page. `nested`: a JSON body of 100,000 brackets. `empty`, `refusal`, `no_choices`: a paid reply without text,
+    with a refusal in place of it, without a message. `unpaid`: an empty reply that counts no tokens."""
     times: float = 1
     status: int = 500
     headers: dict[str, str] = field(default_factory=dict[str, str])
@@ -125,8 +126,20 @@ class Chat(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault.kind == "page":
             self.reply(200, b"<html>Welcome</html>", kind="text/html")
+        elif fault.kind in ("empty", "refusal", "no_choices", "unpaid"):
+            self.reply(200, json.dumps(self.without_text(fault.kind)).encode())
         else:
             self.reply(200, whole[: len(whole) // 2] if fault.kind == "truncated" else b"[" * 100_000)
+
+    def without_text(self, kind: str) -> dict[str, Any]:
+        completion = self.completion({"model": MODEL}, "")
+        if kind == "refusal":
+            completion["choices"][0]["message"] |= {"content": None, "refusal": "I cannot help with that."}
+        elif kind == "no_choices":
+            completion["choices"] = []
+        elif kind == "unpaid":
+            del completion["usage"]
+        return completion
 
     def error(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         self.reply(status, json.dumps({"error": {"message": message, "type": "error", "code": None}}).encode(), headers=headers)

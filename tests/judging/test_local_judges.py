@@ -86,7 +86,7 @@ def test_words_are_generated_greedily(folder: Path):
 def test_questions_that_are_too_long_are_unreadable(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     judge = CausalJudge(str(save_model(tmp_path, "gpt2", layers=2)), device="cpu")
     explain = Question("explanation", (ShownText(("x",), (True,)),))
-    assert judge.answers([*QUESTIONS, explain]) == [Answer()] * 7
+    assert judge.answers([*QUESTIONS, explain]) == [Answer(is_missing=True)] * 7
     assert caplog.text.count("is too long for") == 1
 
 

@@ -169,6 +169,21 @@ def test_a_refused_question_counts_as_unreadable_and_is_not_kept(api: ChatAPI, t
     assert kept.answers(QUESTIONS[:3])[0].is_readable
 
 
+# A hundred tokens were paid for the reply without text, as for the other two. The control counts no tokens, and is asked again.
+@pytest.mark.parametrize(("kind", "asked_again"), [("empty", 0), ("refusal", 0), ("no_choices", 0), ("unpaid", 1)])
+def test_a_paid_reply_without_text_is_unreadable_and_is_not_asked_again(api: ChatAPI, tmp_path: Path, kind: Any, asked_again: int):
+    api.logprobs = [("no", -0.1)]
+    api.faults.append(Fault(kind))
+    ledger = Ledger(tmp_path / "answers.sqlite")
+    first = JudgeWithLedger(judge(api, concurrency=1), ledger)
+    assert [answer.is_readable for answer in first.answers(QUESTIONS[:3])] == [False, True, True]
+    assert len(api.log) == first.cost.requests == 3 and len(ledger) == 3 - asked_again
+    assert asked_again or first.cost.tokens == 300
+    again = JudgeWithLedger(judge(api), ledger)
+    assert [answer.is_readable for answer in again.answers(QUESTIONS[:3])] == [bool(asked_again), True, True]
+    assert len(api.log) - 3 == again.cost.requests == asked_again
+
+
 def test_a_server_that_refuses_everything_is_one_line(api: ChatAPI):
     api.faults.append(Fault("error", times=99, status=400, message="no chat here"))
     with pytest.raises(InputError, match=r"refuses every question: .*no chat here"):

@@ -74,7 +74,7 @@ class CausalJudge(Judge):
 
     @torch.no_grad()
     def stream_answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """Indices of questions with their answers, as batches are done. A question that is too long for the model has an empty answer."""
+        """Indices of questions with their answers, as batches are done. The answer to a question that is too long is missing."""
         prompts = [self.prompt(question) for question in questions]
         fits: list[int] = []
         for index, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
@@ -82,7 +82,7 @@ class CausalJudge(Judge):
                 fits.append(index)
             else:
                 self._warn_of_length(len(prompt))
-                yield index, Answer()
+                yield index, Answer(is_missing=True)
         chosen = [index for index in fits if questions[index].choices]
         written = [index for index in fits if not questions[index].choices]
         for indices, answer in ((chosen, self._choose), (written, self._write)):

@@ -25,21 +25,37 @@ class Reply:
     """Tokens of prompt and text; where the server does not count them, an estimate of one for four characters."""
     alternatives: tuple[tuple[str, float], ...]
     """The first written token that is not blank, then the other candidates for its place, each with its log-probability; may be empty."""
+    is_counted: bool
+    """Whether the server counted the tokens, which says that it computed the reply and charges for it."""
 
 
 def read_reply(body: Any, messages: Messages) -> Reply:
-    """The text, size and log-probabilities in the JSON body of a reply to messages. A body without a message is a `BadReply`."""
+    """The text, size and log-probabilities in the JSON body of a reply to messages.
+
+    A body without a message is an empty reply if the server counted its tokens, and a `BadReply` if not.
+    """
+    counted = counted_tokens(body)
     try:
         choice = body["choices"][0]
         words = choice["message"].get("content")
     except (LookupError, TypeError, AttributeError) as error:
+        if counted is not None:
+            return Reply("", counted, (), is_counted=True)
         raise BadReply("no message in it") from error
     words = words if isinstance(words, str) else ""
-    usage = body.get("usage")
+    estimated = ceil((sum(len(message["content"]) for message in messages) + len(words)) / 4)
+    return Reply(words, estimated if counted is None else counted, _alternatives(choice), is_counted=counted is not None)
+
+
+def counted_tokens(body: Any) -> int | None:
+    """The server's count of the tokens of prompt and text; None if there is none, or an impossible one.
+
+    >>> counted_tokens({"usage": {"total_tokens": 12}}), counted_tokens({"usage": {"total_tokens": -1}}), counted_tokens([])
+    (12, None, None)
+    """
+    usage = body.get("usage") if isinstance(body, dict) else None
     tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-    if type(tokens) is not int or not 0 < tokens < MOST_TOKENS:
-        tokens = ceil((sum(len(message["content"]) for message in messages) + len(words)) / 4)
-    return Reply(words, tokens, _alternatives(choice))
+    return tokens if type(tokens) is int and 0 < tokens < MOST_TOKENS else None
 
 
 def _alternatives(choice: dict[str, Any]) -> tuple[tuple[str, float], ...]:

@@ -6,6 +6,7 @@ import math
 import os
 import threading
 import time
+from dataclasses import replace
 from typing import Any, final
 from urllib.parse import urlsplit
 
@@ -125,7 +126,7 @@ class ChatServer:
             return f"its reply cannot be read ({self._without_secrets(one_line(error))})", 0, None
         with self._lock:
             self.cost.tokens += reply.tokens
-        return Reply(self._without_secrets(reply.words), reply.tokens, reply.alternatives)
+        return replace(reply, words=self._without_secrets(reply.words))
 
     def _check_budget(self) -> None:
         for name, spent, limit in (

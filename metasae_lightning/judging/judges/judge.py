@@ -28,6 +28,6 @@ class Judge(ABC):
     def stream_answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
         """Indices of questions with their answers, in any order, each as soon as the judge has it.
 
-        A question that a server refuses, or that is too long for the model, has an empty answer.
+        The answer to a question that a server refuses, or that is too long for the model, is missing.
         """
         yield from enumerate(self.answers(questions))

@@ -87,8 +87,8 @@ class Ledger:
 def _answer_of(content: Any) -> Answer:
     """The answer in an entry's JSON. A damaged entry raises a `LookupError`, `TypeError` or `ValueError`."""
     choice = content["choice"]
-    numbers = {name: tuple(map(float, content[name])) for name in ("probabilities", "numbers")}
-    return Answer(words="".join(content["words"]), choice=None if choice is None else int(choice), **numbers)
+    probabilities, numbers = (tuple(map(float, content[name])) for name in ("probabilities", "numbers"))
+    return Answer("".join(content["words"]), None if choice is None else int(choice), probabilities, numbers)
 
 
 def key_of(identity: dict[str, Any], question: Question) -> str:
@@ -101,7 +101,7 @@ def key_of(identity: dict[str, Any], question: Question) -> str:
 class JudgeWithLedger(Judge):
     """A judge with a ledger. It is asked only questions that the ledger does not hold, each once; answers are kept as they come.
 
-    An unreadable answer is kept too. An empty answer, to a refused or too long question, is not: the next run asks again.
+    An unreadable answer is kept too, and so is an empty one that was paid for. A missing answer is not: the next run asks again.
     """
 
     def __init__(self, judge: Judge, ledger: Ledger) -> None:
@@ -130,6 +130,6 @@ class JudgeWithLedger(Judge):
         """Keys and new answers, as they come. Each answer is in the ledger before it is yielded."""
         keys = list(missing)
         for index, answer in self.judge.stream_answers(list(missing.values())):
-            if answer != Answer():
+            if not answer.is_missing:
                 self.ledger.put(keys[index], answer)
             yield keys[index], answer

@@ -109,7 +109,7 @@ class OpenAIJudge(Judge):
             raise failures[0]
 
     def _ask(self, question: Question) -> Answer:
-        """The answer to one question; an empty one if the server refuses it."""
+        """The answer to one question; a missing one if the server refuses it, or sends nothing and counts no tokens."""
         length = self.answer_tokens or answer_length(question)
         try:
             reply = self.server.reply(messages(question), length, logprobs=bool(question.choices))
@@ -120,15 +120,15 @@ class OpenAIJudge(Judge):
         answer = read_answer(question, reply.words)
         probabilities = choice_probabilities(question.choices, reply.alternatives)
         if not probabilities:
-            return answer
+            return answer if reply.words or reply.is_counted else Answer(is_missing=True)
         return Answer(answer.words, max(range(len(probabilities)), key=probabilities.__getitem__), probabilities)
 
     def _note_refused(self, said: str) -> Answer:
-        """An empty answer, with a warning for the first refused question. Without any answer, many refusals are an `InputError`."""
+        """A missing answer, with a warning for the first refused question. Without any answer, many refusals are an `InputError`."""
         with self._lock:
             self._refused += 1
             if not self._answered and self._refused >= REFUSALS_BEFORE_ERROR:
                 raise InputError(f"url: {self.server.url} refuses every question: {said}")
             if self._refused == 1:
                 log.warning("%s refuses a question, which counts as unreadable: %s", self.server.url, said)
-        return Answer()
+        return Answer(is_missing=True)

@@ -51,6 +51,8 @@ class Answer:
     """Probability of each choice, if the judge gives them. They sum to 1."""
     numbers: tuple[float, ...] = ()
     """The numbers that were asked for."""
+    is_missing: bool = False
+    """Whether the judge gave no answer, because it refused the question or could not read all of it."""
 
     @property
     def is_readable(self) -> bool:
