@@ -55,7 +55,8 @@ def judge_latents(args: Namespace) -> int:
     with closing(Ledger(out / "answers.sqlite")) as ledger:
         # Reading kept answers would take longer than computing the embeddings again.
         asked = judge if isinstance(judge, EmbeddingJudge) else JudgeWithLedger(judge, ledger)
-        study = judge_arms(by_name, data.language_model, asked, embed, settings)
+        beside = None if embedder is None or embedder is judge else embedder.cost
+        study = judge_arms(by_name, data.language_model, asked, embed, settings, embedder_cost=beside)
     write_results(study, out)
     console = Console()
     # Arms that differ in their training seed alone are one group.

@@ -23,7 +23,8 @@ def write_results(study: JudgingResults, out: Path) -> None:
         run_folder.add_entry(subject.record, "judging", arm.entry, arm=subject.arm)
         text = json.dumps(run_folder.null_non_finite(arm.record), ensure_ascii=False)
         run_folder.write_file(subject.folder / LATENTS, gzip.compress(text.encode(errors="replace"), mtime=0))
-    run_folder.write_record(out / "judging.json", {"arms": study.entries, "cost": asdict(study.cost)})
+    embedder_cost = None if study.embedder_cost is None else asdict(study.embedder_cost)
+    run_folder.write_record(out / "judging.json", {"arms": study.entries, "cost": asdict(study.cost), "embedder_cost": embedder_cost})
     run_folder.write_file(out / "latents.csv", latents_csv(study).encode(errors="replace"))
 
 

@@ -45,6 +45,8 @@ class JudgingResults:
     """Each arm's results."""
     cost: Cost
     """Requests, tokens and time of the answers."""
+    embedder_cost: Cost | None = None
+    """Passes, tokens and time of the sentence embedder beside the judge; None without one, or if it is the judge."""
 
     @property
     def entries(self) -> dict[str, dict[str, Any]]:
@@ -53,12 +55,18 @@ class JudgingResults:
 
 
 def judge_arms(
-    collected: Mapping[str, CollectedCodes], model: Any, judge: Judge, embed: Embed | None, settings: JudgingSettings
+    collected: Mapping[str, CollectedCodes],
+    model: Any,
+    judge: Judge,
+    embed: Embed | None,
+    settings: JudgingSettings,
+    *,
+    embedder_cost: Cost | None = None,
 ) -> JudgingResults:
     """Explain and score latents of each arm, and compare each other arm with the first. `model` is the loaded language model.
 
     The judge's reliability and its threshold for yes are measured first, on latents planted in the same text. Without `embed` there are no
-    scores by sentence embeddings.
+    scores by sentence embeddings. `embedder_cost` is what `embed` adds its passes, tokens and time to, unless it is the judge's own cost.
     """
     first = next(iter(collected.values()))
     text = FlatText.of(first, model.tokenizer)
@@ -97,8 +105,8 @@ def judge_arms(
             record["splits"] = split_records(arms[0], arm, explainer, count=settings.splits, seed=settings.seed)
         results.append(JudgedArm(arm.name, arm.collected, entry, record))
     for result in results:  # explanations of splits cost too
-        result.entry["cost"] = asdict(judge.cost)
-    return JudgingResults(results, judge.cost)
+        result.entry.update(cost=asdict(judge.cost), embedder_cost=None if embedder_cost is None else asdict(embedder_cost))
+    return JudgingResults(results, judge.cost, embedder_cost)
 
 
 def public_settings(settings: JudgingSettings) -> dict[str, Any]:

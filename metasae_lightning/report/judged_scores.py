@@ -155,14 +155,19 @@ def judging_notes(groups: Sequence[Group]) -> list[str]:
     if reasons := reasons_not_comparable(arms):
         sentences.append(f"Some arms cannot be compared: they were judged {' and '.join(reasons)}.")
     left_out = totals([(arm.judging or {}).get("left_out") or {} for arm in arms])
-    # The arms that were judged together have a common cost.
-    costs = {json.dumps(cost, sort_keys=True): cost for arm in arms if (cost := (arm.judging or {}).get("cost"))}
-    cost = totals(list(costs.values()))
     if left_out:
         sentences.append(f"Latents left out of all arms: {', '.join(f'{count:,.0f} ({reason})' for reason, count in left_out.items())}.")
-    if phrase := cost_phrase(cost):
+    if phrase := cost_phrase(total_cost(arms, "cost")):
         sentences.append(f"Cost: {phrase}.")
+    if phrase := cost_phrase(total_cost(arms, "embedder_cost")):
+        sentences.append(f"Cost of the sentence embedder beside the judge: {phrase}.")
     return sentences
+
+
+def total_cost(arms: Sequence[Arm], name: str) -> dict[str, float]:
+    """The sum of an entry of costs over arms. The arms that were judged together have a common one, which counts once."""
+    costs = {json.dumps(cost, sort_keys=True): cost for arm in arms if (cost := (arm.judging or {}).get(name))}
+    return totals(list(costs.values()))
 
 
 def totals(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from metasae_lightning.data.recipe import data_of
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation.saes import load_sae
 from metasae_lightning.judging.judges.ledger import JudgeWithLedger, Ledger
+from metasae_lightning.judging.judges.questions import Cost
 from metasae_lightning.judging.records import write_results
 from metasae_lightning.judging.settings import JudgingSettings
 from metasae_lightning.judging.study import JudgingResults, judge_arms, public_settings
@@ -91,6 +92,23 @@ def test_repeating_asks_nothing_and_changes_nothing(arms: tuple[dict[str, Any], 
         assert json.dumps({**a.entry, "cost": None}) == json.dumps({**b.entry, "cost": None}) and json.dumps(a.record) == json.dumps(
             b.record
         )
+
+
+# The embedder adds a pass at each call; what the judge itself costs is the same with and without it.
+def test_the_embedders_cost_is_beside_the_judges(arms: tuple[dict[str, Any], Any], tmp_path: Path):
+    cost = Cost()
+
+    def counted(texts: Any) -> Tensor:
+        cost.requests += 1
+        return embed(texts)
+
+    settings = replace(FEW, scores=["detection", "topical_coherence"])
+    result = judge_arms(*arms, RandomJudge(), counted, settings, embedder_cost=cost)
+    alone = judge_arms(*arms, RandomJudge(), embed, settings)
+    assert result.cost.requests == alone.cost.requests > 0 and alone.entries["solo"]["embedder_cost"] is None
+    assert result.entries["other"]["embedder_cost"]["requests"] == cost.requests > 0
+    write_results(result, tmp_path)
+    assert json.loads((tmp_path / "judging.json").read_text())["embedder_cost"]["requests"] == cost.requests
 
 
 def test_another_judge_answers_for_itself(arms: tuple[dict[str, Any], Any], tmp_path: Path):

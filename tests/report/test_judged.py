@@ -159,6 +159,16 @@ def test_the_page_and_the_terminal_show_each_score_with_chance_controls_and_the_
     assert judged_section(groups_of(judged_arm("bare", None, 0, {}))) == ""
 
 
+def test_the_embedder_beside_a_judge_has_a_cost_of_its_own():
+    solo, joint = two_arms()
+    assert not any("embedder" in line for line in judging_notes(groups_of(solo, joint)))
+    for arm in (solo, joint):  # judged together, so the cost counts once
+        arm.record["judging"]["embedder_cost"] = {"requests": 7, "tokens": 800, "seconds": 3.0, "reused": 0}
+    notes = judging_notes(groups_of(solo, joint))
+    assert notes[-1] == "Cost of the sentence embedder beside the judge: 7 requests or passes, 800 tokens, 3 seconds."
+    assert any(line.startswith("Cost: 40 requests") for line in notes)
+
+
 def test_unreadable_answers_and_unknown_numbers_are_shown_as_such():
     solo, joint = two_arms()
     entry = joint.record["judging"]["scores"]["detection"]
