@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from metasae_lightning.cli import main
-from metasae_lightning.report.topics import FEWEST_TEXTS, Topics, coherence, merge_latents, word_weights
+from metasae_lightning.report.topics import FEWEST_TEXTS, NEAR, Topics, coherence, merge_latents, word_weights, words_of_like_frequency
 from tests.helpers.planted_text import TOPICS, documents
 
 WORDS = [word for topic in TOPICS for word in topic]
@@ -79,6 +79,15 @@ def test_activations_weight_the_words_of_a_text():
     # One latent in two texts, with activations 3 and 1: p = 3/4 and 1/4 for their words, q = 1/2 each.
     weights = word_weights(np.array([[3.0, 1.0]]), np.array([[1, 0], [0, 1]]))
     assert weights.tolist() == [[pytest.approx(0.75 * np.log(1.5)), 0.0]]
+
+
+def test_words_by_chance_are_others_of_near_frequency():
+    generator = np.random.default_rng(0)
+    for words in ([50, 51, 52], [0, 1, 99]):
+        for _ in range(100):
+            drawn = words_of_like_frequency(words, 100, generator)
+            assert len(set(drawn)) == len(words) and not set(drawn) & set(words) and 0 <= min(drawn) <= max(drawn) < 100
+            assert all(abs(other - word) <= NEAR for word, other in zip(words, drawn, strict=True))
 
 
 def test_coherence_is_the_formula_restated():
