@@ -7,8 +7,37 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """The contexts that the rows of a batch are tokens of. They stay on the CPU."""
+
+    tokens: Int[Tensor, "context position"]
+    """All tokens of the contexts, also those that have no row, such as BOS."""
+    positions: Int[Tensor, " row"]
+    """The index of each row's token among all tokens of the contexts, in increasing order."""
+    visible: Bool[Tensor, "context position position"] | None = None
+    """The attention mask: which tokens each token may attend to. None is causal attention."""
+
+    def split(self, count: int) -> "list[tuple[slice, Contexts]]":
+        """`count` parts of whole consecutive contexts, of about the same number, each with the slice of its rows.
+
+        >>> contexts = Contexts(torch.zeros(3, 4, dtype=torch.long), torch.tensor([1, 3, 5, 9, 11]))
+        >>> [(rows.start, rows.stop, part.positions.tolist()) for rows, part in contexts.split(2)]
+        [(0, 3, [1, 3, 5]), (3, 5, [1, 3])]
+        """
+        parts: list[tuple[slice, Contexts]] = []
+        n_contexts = row = 0
+        for tokens in self.tokens.tensor_split(count):
+            begin, end = (n * self.tokens.shape[1] for n in (n_contexts, n_contexts + len(tokens)))
+            rows = slice(row, int((self.positions < end).sum()))
+            visible = None if self.visible is None else self.visible[n_contexts : n_contexts + len(tokens)]
+            parts.append((rows, Contexts(tokens, self.positions[rows] - begin, visible)))
+            n_contexts, row = n_contexts + len(tokens), rows.stop
+        return parts
 
 
 @dataclass(frozen=True)
@@ -20,6 +49,8 @@ class Batch:
     """Width of each hook's columns, in their order, where several hooks lie side by side. Empty where the data name no hook."""
     features: "Codes | None" = None
     """Activations of the true features: for held-out synthetic data only."""
+    contexts: Contexts | None = None
+    """The contexts of the rows, where the data give whole contexts."""
 
     @classmethod
     def of(cls, activations: "Batch | Tensor") -> "Batch":
@@ -46,7 +77,7 @@ class Batch:
         begin = sum(self.widths[name] for name in names[: names.index(hook)])
         columns = self.activations[:, begin : begin + self.widths[hook]]
         # On a GPU a product of whole rows may have other last bits than one of columns in wider rows, and a CUDA graph reads a copy.
-        return Batch(columns.contiguous() if columns.is_cuda else columns, features=self.features)
+        return replace(self, activations=columns.contiguous() if columns.is_cuda else columns, widths={})
 
 
 @dataclass(frozen=True)
@@ -153,6 +184,18 @@ class ExtraLoss(Protocol):
 
     def finish(self) -> ExtraTerm:
         """The loss with its graph, after the checks."""
+        ...
+
+
+class ReconstructionLoss(Protocol):
+    """A loss of the reconstruction of a batch's rows, which takes the place of the squared error."""
+
+    def __call__(self, reconstruction: Float[Tensor, "row d_in"]) -> tuple[Float[Tensor, ""], Mapping[str, Tensor]]:
+        """The loss with its gradient, as a mean over the rows, and its terms by name."""
+        ...
+
+    def split(self, count: int) -> "list[tuple[slice, ReconstructionLoss]]":
+        """`count` parts of consecutive rows, each with the loss of its rows."""
         ...
 
 

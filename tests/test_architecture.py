@@ -33,6 +33,7 @@ FLOORS = {
     "report": 4,
     "sae": 3,
     "penalties": 3,
+    "objectives": 3,
     "data": 3,
     "lm": 2,
     "corpora": 2,

@@ -90,6 +90,8 @@ def check_run(model: Any, data: Any, trainer: Any, *, resumes: bool) -> None:
     for name, arm in arms_of(model).items():
         with errors_name_arm(name):
             check_optimizers(arm, steps)
+            if arm.objective is not None:
+                arm.objective.check(data)
             if batch_size and (parts := arm.primary.config.micro_batches) > batch_size:
                 raise InputError(f"micro_batches must be at most the {batch_size:,} rows of a batch, got {parts:,}")
             if not getattr(data, "language_model", None):

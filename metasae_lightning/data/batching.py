@@ -12,6 +12,8 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.lm.base import LanguageModel
 
 Storage = Literal["float32", "bfloat16", "float16"]
+Order = Literal["shuffled", "contexts"]
+"""Whether a batch has shuffled rows, or the rows of whole contexts in the order of the corpus."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,19 @@ class Batching:
     exhausted: Exhausted = "epoch"
     cross_document_attention: bool = False
     buffer_dtype: Storage = "float32"
+    order: Order = "shuffled"
 
     def __post_init__(self) -> None:
         for name, minimum in (("batch_size", 1), ("context_size", 2), ("forward_batch", 1)):
             if getattr(self, name) < minimum:
                 raise InputError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
-        if self.buffer_size < self.batch_size:
+        if self.order not in get_args(Order):
+            raise InputError(f"order must be one of {', '.join(get_args(Order))}, got {self.order}")
+        if self.order == "contexts" and self.batch_size % self.context_size:
+            raise InputError(
+                f"batch_size must be a multiple of context_size={self.context_size} where a batch is whole contexts, got {self.batch_size}"
+            )
+        if self.order == "shuffled" and self.buffer_size < self.batch_size:
             raise InputError(f"buffer_size must hold a batch of {self.batch_size} tokens, got {self.buffer_size}")
         if not 0 <= self.skip_positions < self.context_size:
             raise InputError(f"skip_positions must be in [0, context_size={self.context_size}), got {self.skip_positions}")
@@ -56,8 +65,16 @@ class Batching:
 
     @property
     def block_size(self) -> int:
-        """Number of rows that are shuffled among each other: the largest multiple of `batch_size` that fits in the buffer."""
-        return self.buffer_size // self.batch_size * self.batch_size
+        """Number of rows that are shuffled among each other: the largest multiple of `batch_size` that fits in the buffer.
+
+        A batch of whole contexts is not shuffled with others: it is a block of its own.
+        """
+        return self.batch_size if self.order == "contexts" else self.buffer_size // self.batch_size * self.batch_size
+
+    @property
+    def contexts_in_pass(self) -> int:
+        """Number of contexts that are read together: a forward pass, or a batch of whole contexts."""
+        return self.batch_size // self.context_size if self.order == "contexts" else self.forward_batch
 
 
 @dataclass(frozen=True)

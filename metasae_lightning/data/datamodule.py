@@ -12,9 +12,10 @@ from torch import Tensor
 from metasae_lightning.corpora.base import Corpus, Split, check_held_out
 from metasae_lightning.corpora.tokenization import Exhausted, special_ids
 from metasae_lightning.data.activation_stream import ActivationStream
-from metasae_lightning.data.batching import Batching, Storage, StreamSlice, cautions, check_numbers
+from metasae_lightning.data.batching import Batching, Order, Storage, StreamSlice, cautions, check_numbers
 from metasae_lightning.data.cache_folder import CACHED, ActivationCache, fingerprint
 from metasae_lightning.data.cached_stream import CachedStream, write
+from metasae_lightning.data.context_stream import ContextStream
 from metasae_lightning.data.stream import Batches, Stream
 from metasae_lightning.data.synthetic import rank_and_world_size
 from metasae_lightning.errors import InputError
@@ -63,6 +64,8 @@ class ActivationsDataModule(LightningDataModule):
         prefetch: Number of batches that a thread prepares ahead; none is 2 where the model or the SAE is on a GPU. It is 0 with a `cache`,
             or on a CPU, where the thread would compete with training for cores.
         stall_seconds: Longest time to wait for the corpus, in seconds.
+        order: `shuffled` makes batches of shuffled rows. `contexts` makes a batch of whole contexts, for an `objective` that runs the model
+            on them: `tokens` and `batch_size` then count all tokens of the contexts, and there is no buffer.
         cache: Folder written by `metasae cache` or by SAELens's CacheActivationsRunner. Activations are read from it, and no model is run.
     """
 
@@ -90,6 +93,7 @@ class ActivationsDataModule(LightningDataModule):
         checkpoint_buffer: Literal["tokens", "activations"] = "tokens",
         prefetch: int | None = None,
         stall_seconds: float = 600.0,
+        order: Order = "shuffled",
         cache: str | None = None,
     ):
         super().__init__()
@@ -116,7 +120,10 @@ class ActivationsDataModule(LightningDataModule):
             exhausted=exhausted,
             cross_document_attention=cross_document_attention,
             buffer_dtype=buffer_dtype,
+            order=order,
         )
+        if cache is not None and order == "contexts":
+            raise InputError("order: a cache has the activations of a model that is not run: contexts need one, set cache: null")
         self.cache = None if cache is None else ActivationCache(cache)
         self.reading_cache = True
         self._warned = self._text_checked = False
@@ -152,21 +159,18 @@ class ActivationsDataModule(LightningDataModule):
     def stream(self, split: Split, tokens: int) -> Stream:
         """A new stream of this rank's part of `tokens` tokens of a split."""
         rank, world_size = rank_and_world_size(self)
-        # Only training needs a shuffle: in validation and test, a buffer larger than a batch would be a waste of memory.
-        batching = self.batching if split == "train" else replace(self.batching, buffer_size=self.batching.batch_size)
+        # Only training needs a shuffle, or contexts: in validation and test, a buffer larger than a batch would be a waste of memory.
+        changes: dict[str, Any] = {} if split == "train" else {"buffer_size": self.batching.batch_size, "order": "shuffled"}
+        batching = replace(self.batching, **changes)
         part = StreamSlice(split, tokens // world_size, rank, world_size, self.prefetch)
         if self.cache is not None and self.reading_cache:
             return CachedStream(self.cache, batching, part, special=self._special)
-        return ActivationStream(
-            self.corpus,
-            self.language_model,
-            batching,
-            part,
-            buffer_device=self.buffer_device,
-            checkpoint_buffer=self.checkpoint_buffer,
-            stall_seconds=self.stall_seconds,
-            home=None if self._strategy is None else self._strategy.root_device,
-        )
+        home = None if self._strategy is None else self._strategy.root_device
+        common: dict[str, Any] = {"stall_seconds": self.stall_seconds, "home": home}
+        if batching.order == "contexts":
+            return ContextStream(self.corpus, self.language_model, batching, part, **common)
+        buffer: dict[str, Any] = {"buffer_device": self.buffer_device, "checkpoint_buffer": self.checkpoint_buffer}
+        return ActivationStream(self.corpus, self.language_model, batching, part, **buffer, **common)
 
     def train_dataloader(self) -> Iterable[Batch]:
         """This rank's training batches, from the position of the checkpoint on where a run is resumed."""

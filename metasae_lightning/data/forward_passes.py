@@ -94,11 +94,11 @@ class RowReader:
 
         Advances the reader, and runs no model. An InputError is raised if the tokens are not those that an earlier reader saw.
         """
-        prepared = self._next_prepared_pass()
+        prepared = self.next_prepared_pass()
         return None if prepared is None else (prepared.tokens, prepared.mask)
 
-    def _next_prepared_pass(self) -> PreparedPass | None:
-        """The next pass, as `next_pass`."""
+    def next_prepared_pass(self) -> PreparedPass | None:
+        """The next pass, as `next_pass`, with everything that the host knows about it."""
         with self.times.text.running():
             prepared = next(self._passes, None)
         if prepared is None:
@@ -113,6 +113,19 @@ class RowReader:
             start["digests"].append(prepared.digest)
         self.number += n_rows
         return prepared
+
+    def run(self, prepared: PreparedPass, *, contexts_at_once: int) -> Float[Tensor, "row d_model"]:
+        """The rows of a prepared pass, from forward passes of at most so many contexts."""
+        tokens = prepared.tokens.split(contexts_at_once)
+        documents = [None] * len(tokens) if prepared.documents is None else prepared.documents.split(contexts_at_once)
+        activations = torch.cat([self._activations(*part) for part in zip(tokens, documents, strict=True)]).flatten(0, 1)
+        return activations.index_select(0, copy_to(prepared.row_indices, activations.device))
+
+    def visible(self, prepared: PreparedPass) -> Bool[Tensor, "context position position"] | None:
+        """The attention mask of a prepared pass; None is causal attention."""
+        if prepared.documents is None or not self._separates_documents(prepared.tokens.shape[1]):
+            return None
+        return same_document(prepared.documents, starts_with_bos=self.starts_with_bos)
 
     def count_rows(self, limit: int) -> int:
         """Number of rows up to the end of the corpus, at most `limit`.
@@ -159,7 +172,7 @@ class RowReader:
         """The rows of the next forward pass, from `first_row` on; passes with earlier rows alone are skipped."""
         while True:
             number_before = self.number
-            prepared = self._next_prepared_pass()
+            prepared = self.next_prepared_pass()
             if prepared is None:
                 raise InputError(f"corpus: {self.documents.corpus.description()} ended earlier than when it was counted")
             if self.number > self.first_row:

@@ -37,7 +37,7 @@ class PreparedPass:
 
 
 def prepare_passes(packed: PackedTokens, source: TokenizedDocuments, batching: Batching, *, pin: bool) -> Iterator[PreparedPass]:
-    """The passes over `packed`, in order, each with `batching.forward_batch` contexts; the last may have fewer.
+    """The passes over `packed`, in order, each with `batching.contexts_in_pass` contexts; the last may have fewer.
 
     Args:
         packed: The contexts.
@@ -48,7 +48,7 @@ def prepare_passes(packed: PackedTokens, source: TokenizedDocuments, batching: B
     special = torch.tensor(special_ids(source.tokenizer), dtype=torch.long)
     separator = None if batching.cross_document_attention or not packed.separator else packed.separator[0]
     position = packed.state()
-    while len(tokens := packed.next_contexts(batching.forward_batch)):
+    while len(tokens := packed.next_contexts(batching.contexts_in_pass)):
         mask = trainable_tokens(tokens, special, batching.skip_positions)
         rows = mask.flatten().nonzero().flatten()
         documents = None if separator is None else documents_in_contexts(tokens, separator, starts_with_bos=bool(packed.prefix))

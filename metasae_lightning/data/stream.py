@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from metasae_lightning.data.masks import within_norm
 from metasae_lightning.data.shuffle import BatchMove, batch_moves, permutation
 from metasae_lightning.data.work_times import StreamTimes
 from metasae_lightning.errors import InputError
-from metasae_lightning.step import Batch
+from metasae_lightning.step import Batch, Contexts
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,8 @@ class Stream(ABC):
 
     def _check_description(self, state: dict[str, Any], ignored: tuple[str, ...] = ()) -> None:
         """Refuse a state of a stream whose description differs, except in the `ignored` keys."""
-        now, then = self.description(), state["stream"]
+        # Streams of versions before `order` existed were shuffled.
+        now, then = self.description(), {"order": "shuffled", **state["stream"]}
         differing = [f"{key}: {then.get(key)} then, {now[key]} now" for key in now if key not in ignored and now[key] != then.get(key)]
         if differing:
             raise InputError(f"the checkpoint's data cannot be continued with other arguments ({'; '.join(differing)})")
@@ -196,17 +197,19 @@ class Stream(ABC):
 
         return first_block * block_size, batch_moves(block_size, total, first_block=first_block, batch_size=size, order=order)
 
-    def _batch(self, rows: Float[Tensor, "row d_model"], hooks: dict[str, int]) -> Batch:
-        """A float32 batch of these rows, without attention sinks: rows whose norm is too large at any hook.
+    def _batch(self, rows: Float[Tensor, "row d_model"], hooks: dict[str, int], contexts: Contexts | None = None) -> Batch:
+        """A float32 batch of these rows of `contexts`, without attention sinks: rows whose norm is too large at any hook.
 
         The limit is `max_norm_ratio` times the median norm at that hook; None keeps all rows. Dropped rows are not replaced, so
         the rows of later batches do not depend on norms.
         """
-        batch = Batch(rows.float(), hooks)
+        batch = Batch(rows.float(), hooks, contexts=contexts)
         if self.batching.max_norm_ratio is None:
             return batch
         masks = [within_norm(batch.select_hook(hook).activations, self.batching.max_norm_ratio) for hook in hooks]
-        return Batch(batch.activations[torch.stack(masks).all(0)], hooks)
+        keep = torch.stack(masks).all(0)
+        contexts = contexts and replace(contexts, positions=contexts.positions[keep.cpu()])
+        return Batch(batch.activations[keep], hooks, contexts=contexts)
 
 
 class Batches:

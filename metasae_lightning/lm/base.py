@@ -82,13 +82,20 @@ class LanguageModel(Predictor, ABC):
             raise
         self._widths = dict(zip(self.hooks, (output.shape[-1] for output in outputs), strict=True))
 
+    def load_all_layers(self) -> None:
+        """Load the layers after the last hook too, unless they are loaded: predictions (`logits`) can then be computed."""
+        if not self._is_complete:
+            self._root, self._is_complete = None, True
+        self.load()
+
     def set_device(self, device: torch.device | str) -> None:
         """Choose the device on which `load` will put the model."""
         self._device = torch.device(device)
 
-    def skeleton(self) -> "LanguageModel":
-        """A copy on torch's meta device: its parameters have shapes but no values, and no weights are read."""
+    def skeleton(self, *, all_layers: bool = False) -> "LanguageModel":
+        """A copy on torch's meta device, up to the last hook or with `all_layers`: its parameters have no values, and nothing is read."""
         twin = copy.copy(self)
+        twin._is_complete = self._is_complete or all_layers
         with torch.random.fork_rng(), quiet_loading():
             twin._root, twin._locations = self._skeleton(self._folder)
         return twin
@@ -150,12 +157,12 @@ class LanguageModel(Predictor, ABC):
 
     @contextlib.contextmanager
     def _hooked(
-        self, callbacks: Sequence[Callable[[Any], Tensor | None]], locations: Sequence[HookLocation]
+        self, callbacks: Sequence[Callable[[Any], Tensor | None]], locations: Sequence[HookLocation], *, with_gradient: bool = False
     ) -> Generator[None, None, None]:
         """A block with callback i attached to location i, for one forward pass. It holds the lock that all forward passes take."""
-        root = self._loaded_root()
+        root, device = self._loaded_root(), self.device.type.replace("meta", "cpu")
         # Activations must not depend on a caller's autocast. The meta device has no autocast of its own to turn off.
-        with FORWARD_LOCK, torch.no_grad(), torch.autocast(self.device.type.replace("meta", "cpu"), enabled=False):
+        with FORWARD_LOCK, torch.set_grad_enabled(with_gradient), torch.autocast(device, enabled=False):
             pairs = zip(locations, callbacks, strict=True)
             handles = [attach(root.get_submodule(location.path), location, callback) for location, callback in pairs]
             try:

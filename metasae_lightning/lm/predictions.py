@@ -5,16 +5,27 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from metasae_lightning.lm.hooks import HookLocation, layer_stack_path
+from metasae_lightning.errors import InputError
+from metasae_lightning.lm.hooks import HookLocation, layer_stack_path, locate, locate_in_lens, unknown_hook
 
 Edit = Callable[[Tensor], Tensor]
 """Receives the activations at the hook, in float32, and returns those that replace them, without a change of its argument."""
+
+
+class Prediction(NamedTuple):
+    """What one forward pass of a complete language model gives, in float32, or in float64 where the model computes in it."""
+
+    logits: Float[Tensor, "context position vocabulary"]
+    """The logits."""
+    later: list[Float[Tensor, "context position width"]]
+    """The activations at later hooks, with attention heads flattened."""
 
 
 @dataclass
@@ -121,7 +132,65 @@ class Predictor(ABC):
         if not self._is_complete:
             raise RuntimeError(f"{self.name}: the layers after the hook are not loaded; use the model that complete() returns")
         once = len(edits) > 1 and self._can_run_layers_once()
-        yield from self._passes(tokens, visible, edits, once=once)
+        yield from (prediction.logits for prediction in self._passes(tokens, visible, edits, once=once))
+
+    def predictions_of_edits(
+        self,
+        tokens: Int[Tensor, "context position"],
+        visible: Bool[Tensor, "context position position"] | None,
+        edits: Sequence[Edit | None],
+        *,
+        later: Sequence[HookLocation] = (),
+    ) -> Iterator[Prediction]:
+        """Yield the prediction for each edit, as `logits_of_edits`, with the activations at the `later` hooks and a gradient to the edit.
+
+        The gradient begins at what an edit returns; a pass without an edit has none. The weights are frozen. `later_hooks` locates hooks.
+        """
+        yield from self._passes(tokens, visible, edits, once=self._can_run_layers_once(), later=later, with_gradient=True)
+
+    def later_hooks(self, names: Sequence[str] | None = None) -> list[HookLocation]:
+        """The locations of hooks that a pass reaches after the first hook, by name; by default the output of each later layer.
+
+        A name of a hook that is not later is an `InputError`.
+        """
+        first = self._locations[0]
+        if names is None:
+            if first.n_layers is None:
+                raise InputError(f"later_hooks: {first.path} is in no layer: name the hooks whose activations are compared")
+            found = [self._locate(f"blocks.{layer}.hook_resid_post") for layer in range(first.n_layers - 1, self._n_layers)]
+            # The layer that has the hook counts where the hook is inside of it.
+            return [location for location, is_later in zip(found, self._are_later(found), strict=True) if is_later]
+        found = [self._locate(name) for name in names]
+        for name, is_later in zip(names, self._are_later(found), strict=True):
+            if not is_later:
+                raise InputError(f"later_hooks: {name!r} is not after the hook of the SAE, {first.lens_name or first.path}")
+        return found
+
+    def _locate(self, hook: str) -> HookLocation:
+        """The location of a hook in the loaded model."""
+        root: Any = self._loaded_root()
+        if not hasattr(root, "hook_dict"):
+            return locate(hook, root)
+        (location,) = locate_in_lens([hook], self.name, root.cfg)
+        if location.path not in root.hook_dict:
+            raise unknown_hook(hook, self.name, root.hook_dict)
+        return location
+
+    @property
+    def _n_layers(self) -> int:
+        """The number of layers of the loaded model."""
+        root: Any = self._loaded_root()
+        return root.cfg.n_layers if hasattr(root, "hook_dict") else root.config.get_text_config().num_hidden_layers
+
+    def _are_later(self, locations: Sequence[HookLocation]) -> list[bool]:
+        """Whether a forward pass reaches each location after the first hook, which a trial tells."""
+        reached: list[int] = []
+        everything = [self._locations[0], *locations]
+        with self._hooked([partial(_note, reached, number) for number in range(len(everything))], everything):
+            self._forward(torch.zeros(2, 3, dtype=torch.long), None)
+        first = reached.index(0)
+        places = [(location.path, location.at_input) for location in everything]
+        return [place != places[0] and number in reached[first:] for number, place in enumerate(places[1:], 1)]
 
     def logits_of_directions(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocabulary"] | None:
         """Logits that directions of the residual stream add, up to a scale for each row, as if no later layer read them.
@@ -142,18 +211,30 @@ class Predictor(ABC):
             rows = rows * (normed - opposite) / 2 * signs
         return (rows @ weight.T).float()
 
-    def _passes(self, tokens: Tensor, visible: Tensor | None, edits: Sequence[Edit | None], *, once: bool) -> Iterator[Tensor]:
-        """Yield the logits of one forward pass for each edit."""
+    def _passes(
+        self,
+        tokens: Tensor,
+        visible: Tensor | None,
+        edits: Sequence[Edit | None],
+        *,
+        once: bool,
+        later: Sequence[HookLocation] = (),
+        with_gradient: bool = False,
+    ) -> Iterator[Prediction]:
+        """Yield the prediction of one forward pass for each edit."""
         first_hook = self._locations[0]
         before = LayersBeforeHook.of(self._loaded_root(), first_hook) if once else LayersBeforeHook(first_hook)
         for edit in edits:
 
             def replace(activations: Tensor, edit: Edit | None = edit) -> Tensor | None:
-                return None if edit is None else edit(activations.flatten(2).float()).to(activations.dtype).view_as(activations)
+                return None if edit is None else edit(_widened(activations.flatten(2))).to(activations.dtype).view_as(activations)
 
-            with self._hooked([replace], [before.location]), before.run_once():
-                logits = self._forward(tokens, visible).float()
-            yield logits
+            outputs: list[Tensor] = []
+            callbacks = [replace, *(partial(_keep_output, outputs) for _ in later)]
+            has_gradient = with_gradient and edit is not None
+            with self._hooked(callbacks, [before.location, *later], with_gradient=has_gradient), before.run_once():
+                logits = _widened(self._forward(tokens, visible))
+            yield Prediction(logits, outputs)
 
     def _can_run_layers_once(self) -> bool:
         """Whether passes without the layers before the hook give the logits of whole passes, twice after each other."""
@@ -161,7 +242,7 @@ class Predictor(ABC):
             tokens, edits = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 7, 8, 4, 5, 6]]), [None, lambda x: -2 * x, None, lambda x: -2 * x]
             try:
                 pairs = zip(*(self._passes(tokens, None, edits, once=once) for once in (True, False)), strict=True)
-                self._layers_run_once = all(torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item()) for a, b in pairs)
+                self._layers_run_once = all(torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item()) for (a, _), (b, _) in pairs)
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # a layer needs what an earlier one leaves behind
                 self._layers_run_once = False
         return self._layers_run_once
@@ -172,10 +253,25 @@ class Predictor(ABC):
 
     @abstractmethod
     def _hooked(
-        self, callbacks: Sequence[Callable[[Any], Tensor | None]], locations: Sequence[HookLocation]
+        self, callbacks: Sequence[Callable[[Any], Tensor | None]], locations: Sequence[HookLocation], *, with_gradient: bool = False
     ) -> contextlib.AbstractContextManager[None]:
         """A block with callback i attached to location i, for one forward pass. It holds the lock that all forward passes take."""
 
     @abstractmethod
     def _forward(self, tokens: Tensor, visible: Tensor | None) -> Any:
         """One forward pass on the model's device, with `visible` as an additive mask."""
+
+
+def _widened(values: Tensor) -> Tensor:
+    """Values of lower precision in float32, and others as they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _note(reached: list[int], number: int, _: Any) -> None:
+    """Add the number of a hook to those that were reached."""
+    reached.append(number)
+
+
+def _keep_output(outputs: list[Tensor], activations: Tensor) -> None:
+    """Add the activations at a hook to those of the pass."""
+    outputs.append(_widened(activations.flatten(2)))

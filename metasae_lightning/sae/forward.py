@@ -109,7 +109,7 @@ class DenseForward(ForwardPass):
         out = self.sae.training_forward_pass(
             TrainStepInput(sae_in=z, coefficients=coefficients, dead_neuron_mask=dead, n_training_steps=step, is_logging_step=False)
         )
-        return ForwardResult(out.loss, out.losses, self._codes(out.feature_acts), lambda: out.sae_out.detach())
+        return ForwardResult(out.loss, out.losses, self._codes(out.feature_acts), lambda: out.sae_out.detach(), lambda: out.sae_out)
 
     def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
         """SAELens's encoder and decoder, computed anew at each call; the two options make no difference."""
@@ -184,7 +184,11 @@ class SparseForward(ForwardPass):
         codes = self._codes(encoded)
         if isinstance(self.sae, BatchTopKTrainingSAE) and encoded.threshold is not None:
             update_threshold(self.sae, encoded.threshold, may_be_infinite=not self.parallelism.world.is_single)
-        return ForwardResult(loss, losses, codes, lambda: z + difference)
+
+        def differentiable() -> Tensor:
+            return compute.decode(encoded.values, encoded.pattern, W_dec)[0] + b_dec
+
+        return ForwardResult(loss, losses, codes, lambda: z + difference, differentiable)
 
     @torch.no_grad()
     def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:

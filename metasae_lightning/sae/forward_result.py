@@ -10,7 +10,10 @@ from torch import Tensor
 
 from metasae_lightning import functional
 from metasae_lightning.compute.process_group import ProcessGroup
-from metasae_lightning.step import Codes, ExtraTerm, StepStats
+from metasae_lightning.step import Codes, ExtraTerm, ReconstructionLoss, StepStats
+
+SQUARED_ERROR = "mse_loss"
+"""SAELens's name of the squared error among the terms of a loss."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class ForwardResult:
     """The latents' activations."""
     rebuild: Callable[[], Tensor]
     """Computes `reconstruction` (below) on first access."""
+    differentiable: Callable[[], Tensor] | None = None
+    """Computes the reconstruction with its graph; None where the forward pass cannot, and in results without a graph."""
     applied: bool = True
     """Whether the optimiser step was applied; false where it was skipped because of a NaN or infinity."""
     extra: ExtraTerm = field(default_factory=ExtraTerm)
@@ -34,6 +39,16 @@ class ForwardResult:
     def reconstruction(self) -> Float[Tensor, "row d_in"]:
         """The reconstructed rows, detached; computed on first access."""
         return self.rebuild()
+
+    def with_objective(self, objective: ReconstructionLoss, restore: Callable[[Tensor], Tensor]) -> "ForwardResult":
+        """The result with a loss of the reconstruction in raw space, which `restore` gives, in place of the squared error.
+
+        The other terms of the architecture's loss stay. The squared error stays among `losses`, to be logged.
+        """
+        assert self.differentiable is not None
+        loss, terms = objective(restore(self.differentiable()))
+        others = (value for name, value in self.losses.items() if name != SQUARED_ERROR)
+        return replace(self, loss=sum(others, start=loss), losses={**self.losses, **terms})
 
     def select_rows(self, rows: slice, codes: Codes) -> "ForwardResult":
         """The result for a slice of the rows, given the codes of all of them in all latents; the loss stays that of all rows."""
@@ -83,3 +98,12 @@ def step_stats(
     loss, *losses, l0 = (means / n).to(x.dtype)
     fvu = functional.fvu_of_sums((n, total, squares, error)).to(x.dtype)
     return StepStats(loss, dict(zip(result.losses, losses, strict=True)), l0, lambda: fvu, compute_dead)
+
+
+def micro_batches(
+    x: Float[Tensor, "row d_in"], count: int, objective: ReconstructionLoss | None
+) -> list[tuple[Float[Tensor, "row d_in"], ReconstructionLoss | None]]:
+    """`count` parts of the rows, each with the objective of its rows: parts of about equal size, or of whole contexts."""
+    if objective is None:
+        return [(rows, None) for rows in x.tensor_split(count)]
+    return [(x[rows], part) for rows, part in objective.split(count)]

@@ -20,18 +20,19 @@ from metasae_lightning import functional
 from metasae_lightning.architectures import Units
 from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.row_passes import remove_radial, write_unit_rows
-from metasae_lightning.compute.sharding import copy_into, full_state_dict, is_sharded, local, shard_offset, shard_parameters
+from metasae_lightning.compute.sharding import copy_into, full_state_dict, local, shard_offset, shard_parameters
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import forward, pretrained
-from metasae_lightning.sae.forward_result import ForwardResult, concatenate_results, gather_codes, step_stats
+from metasae_lightning.sae.forward_result import ForwardResult, concatenate_results, gather_codes, micro_batches, step_stats
 from metasae_lightning.sae.gpu_layout import store_encoder_for_device
+from metasae_lightning.sae.gradients import reduce_gradients
 from metasae_lightning.sae.host_counters import HostCounters
 from metasae_lightning.sae.init_from import InitFrom, InitReport
 from metasae_lightning.sae.learner_config import LearnerConfig
 from metasae_lightning.sae.nonfinite import NonFiniteGuard, step_tensors
 from metasae_lightning.sae.normalizers import make_normalizer
 from metasae_lightning.sae.step_graph import StepGradients, StepGraph
-from metasae_lightning.step import Codes, ExtraLoss, ExtraTerm, StepStats
+from metasae_lightning.step import Codes, ExtraLoss, ExtraTerm, ReconstructionLoss, StepStats
 
 Backward = Callable[[Tensor], None]
 """Runs the backward pass of a loss."""
@@ -141,12 +142,19 @@ class Learner(HostCounters):
         return source.compare(self.sae.cfg.architecture(), codes.l0, functional.fvu(x, reconstruction).item())
 
     def learn(
-        self, x: Float[Tensor, "rows d_in"], optimizer: Optimizer, *, backward: Backward, extra_loss: ExtraLoss | None = None
+        self,
+        x: Float[Tensor, "rows d_in"],
+        optimizer: Optimizer,
+        *,
+        backward: Backward,
+        extra_loss: ExtraLoss | None = None,
+        objective: ReconstructionLoss | None = None,
     ) -> ForwardResult:
         """One optimiser step on the rows of all ranks, in micro-batches.
 
-        `extra_loss` gives this rank's share of a loss that is summed over ranks; it is added once, after the backward pass of the rows'
-        loss. Ranks that shard the latents exchange their rows, and each computes on all of them.
+        The `objective` takes the place of the architecture's squared error. `extra_loss` gives this rank's share of a loss that is summed
+        over ranks; it is added once, after the backward pass of the rows' loss. Ranks that shard the latents exchange their rows, and each
+        computes on all of them.
 
         The order is that of arXiv 2406.04093, with the renormalisation last: gradient, removal of its radial part, clipping, step,
         unit rows. A step that the guard skips changes only `rows_seen` and the guard's counts; its result has `applied=False`.
@@ -155,13 +163,13 @@ class Learner(HostCounters):
         if self.guard is not None:
             self.guard.remember(self._forward_state())
         count, local_rows = int(self.parallelism.world.sum_scalar(len(x), x)), self.parallelism.tensor_group.rank_slice(len(x), x)
-        compute = partial(self.compute_gradients, count=count, backward=backward, extra_loss=extra_loss)
+        compute = partial(self.compute_gradients, count=count, backward=backward, extra_loss=extra_loss, objective=objective)
         constants, rows = () if extra_loss is None else extra_loss.constants, self.parallelism.tensor_group.all_gather_rows(x)
         graph = None if constants is None else self.step_graph
         gradients = compute(rows) if graph is None or constants is None else graph.gradients(rows, compute, constants)
         # SAELens does not update its threshold when no latent fires.
         updates = sum(self.parallelism.world.sum_scalar(part.codes.values.numel(), rows) > 0 for part in gradients.results)
-        self._reduce_gradients()
+        reduce_gradients(self.sae, self.parallelism)
         result = replace(concatenate_results(gradients.results), extra=gradients.extra)
         if not self.parallelism.tensor_group.is_single:
             result = result.select_rows(local_rows, self._gather_codes(result.codes))
@@ -177,7 +185,9 @@ class Learner(HostCounters):
         self._update_statistics(result.codes, count)
         return result
 
-    def compute_gradients(self, x: Tensor, *, count: int, backward: Backward, extra_loss: ExtraLoss | None = None) -> StepGradients:
+    def compute_gradients(
+        self, x: Tensor, *, count: int, backward: Backward, extra_loss: ExtraLoss | None = None, objective: ReconstructionLoss | None = None
+    ) -> StepGradients:
         """Forward and backward pass of each micro-batch and of the extra loss; results have no graph.
 
         `count` is the number of rows over all ranks, which losses are divided by.
@@ -186,9 +196,9 @@ class Learner(HostCounters):
         if extra_loss is not None:
             extra_loss.start()
         # Every rank makes the same number of parts, because the ranks communicate in each of them.
-        for i, rows in enumerate(x.tensor_split(self.config.micro_batches)):
+        for i, (rows, part) in enumerate(micro_batches(x, self.config.micro_batches, objective)):
             # Some optimisers' zero_grad keeps the gradient: it then lies in the buffer that a fresh gradient would be written to.
-            result = self._forward(rows, fresh_gradients=i == 0 and self.W_dec.grad is None)
+            result = self._forward(rows, part, fresh_gradients=i == 0 and self.W_dec.grad is None)
             share = len(rows) / count
             backward(result.loss if share == 1 else result.loss * share)
             results.append(replace(result, loss=result.loss.detach()))
@@ -197,18 +207,6 @@ class Learner(HostCounters):
             backward(loss)
             loss = loss.detach()
         return StepGradients(results, ExtraTerm(loss, {name: value.detach() for name, value in values.items()}))
-
-    def _reduce_gradients(self) -> None:
-        """Sum gradients over data ranks, of which one without a gradient gives zeros, and equalise those of replicated parameters."""
-        if self.parallelism.world.is_single:
-            return
-        if not self.parallelism.data_group.is_single:
-            for parameter in self.sae.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and parameter.grad is None else parameter.grad
-        gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
-        self.parallelism.data_group.all_reduce_sum_(*(local(gradient) for gradient in gradients))
-        # Each rank adds up a replicated gradient in an order of its own: the first rank's result replaces the others.
-        self.parallelism.tensor_group.broadcast_(*(local(gradient) for gradient in gradients if not is_sharded(gradient)))
 
     def _forward_state(self) -> dict[str, Tensor]:
         """Buffers that a forward pass changes; they are restored when the step is skipped."""
@@ -254,10 +252,11 @@ class Learner(HostCounters):
         """Codes in all latents, from the codes of each rank's shard of latents."""
         return gather_codes(codes, shard_offset(self.W_dec, self.parallelism.tensor_group), len(self.W_dec), self.parallelism.tensor_group)
 
-    def _forward(self, x: Tensor, *, fresh_gradients: bool) -> ForwardResult:
+    def _forward(self, x: Tensor, objective: ReconstructionLoss | None, *, fresh_gradients: bool) -> ForwardResult:
         """The training forward pass on raw rows; the loss is in normalised space, the reconstruction in raw space."""
         z, undo = self.normalizer.normalize(x)
         out = self.forward_pass.train(z, dead=self.dead, step=self.steps, fresh_gradients=fresh_gradients)
+        out = out if objective is None else out.with_objective(objective, partial(self.normalizer.restore, undo=undo))
         loss, losses = out.loss, {name: value.detach() for name, value in out.losses.items()}
         if not len(x):  # the mean over no rows is NaN; its weight in the step's loss is 0
             loss, losses = loss.nan_to_num(), {name: value.nan_to_num() for name, value in losses.items()}

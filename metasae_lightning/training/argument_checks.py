@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from metasae_lightning.compute.process_group import ProcessGroup
 from metasae_lightning.errors import InputError, one_line
+from metasae_lightning.objectives import Objective
 from metasae_lightning.penalties import Penalty
 from metasae_lightning.sae import TrainingSAEConfig
 from metasae_lightning.sae.learner import Learner
@@ -40,6 +41,22 @@ def check_roles(
         raise InputError(f"meta.d_in must be the primary's d_in, since it reads decoder rows: got {meta.d_in}, set d_in: {primary.d_in}")
     if meta is not None and not penalties:
         rank_zero_warn("a meta SAE without penalties trains along and changes nothing: set model.penalties, or meta: null for a solo SAE")
+
+
+def check_objective(objective: object, primary: TrainingSAEConfig) -> None:
+    """Reject an objective of another type, and one for an architecture with a squared error for each of several widths."""
+    if objective is not None and not isinstance(objective, Objective):
+        raise InputError(f"objective must be an Objective, got {type(objective).__name__}")
+    if objective is not None and hasattr(primary, "matryoshka_widths"):
+        raise InputError(f"objective takes the place of one squared error, and {type(primary).__name__} has one for each width")
+
+
+def set_up_objective(objective: Objective | None, trainer: Any) -> None:
+    """Set an objective up on the trainer's data; a run that shards the latents over ranks is an `InputError`."""
+    if objective is not None:
+        if isinstance(trainer.strategy, Sharded):
+            raise InputError("objective: each rank needs the whole reconstruction: set trainer.strategy: ddp, got a sharded one")
+        objective.setup(getattr(trainer, "datamodule", None))
 
 
 def check_choices(penalties: torch.nn.ModuleDict, **choices: str) -> None:

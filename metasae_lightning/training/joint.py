@@ -1,12 +1,10 @@
 """Joint training: a primary SAE on activations, a meta SAE on its decoder rows, and penalties on the primary's decoder."""
 
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +15,7 @@ from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
 from metasae_lightning.compute.row_chunks import step_permutation
 from metasae_lightning.compute.sharding import full, local, local_rows
 from metasae_lightning.errors import InputError
+from metasae_lightning.objectives import Objective
 from metasae_lightning.penalties import Critic, Penalties, Penalty, PenaltyLoss
 from metasae_lightning.sae import TrainingSAEConfig
 from metasae_lightning.sae.forward import BatchCut, Kernels
@@ -28,6 +27,7 @@ from metasae_lightning.sae.nonfinite import attach_guards, longest_skip, restore
 from metasae_lightning.schedules import bind_schedule, meta_steps_after, meta_steps_in
 from metasae_lightning.step import Batch, Evaluation, StepOutput, StepStats
 from metasae_lightning.training import argument_checks, step_memory
+from metasae_lightning.training.backward_pass import run_backward
 from metasae_lightning.training.logging_interval import is_logged
 from metasae_lightning.training.optimizers import adam
 
@@ -64,6 +64,7 @@ class JointSAE(LightningModule):
         batch_cut: A batch top-k SAE keeps the largest activations of all ranks' batches together (`global`) or of each rank's (`local`).
         non_finite: On a loss or gradient that is not finite: `stop` lets `StopOnNaN` end the run; `skip` skips the step on all ranks.
         cuda_graph: On one GPU, replay a step's gradient as a CUDA graph where starting its kernels takes longer than running them.
+        objective: A loss of the primary's reconstruction in place of its squared error, such as `EndToEnd`; null is the squared error.
     """
 
     critic_supports: Literal["exact", "macro_step"]
@@ -99,19 +100,21 @@ class JointSAE(LightningModule):
         batch_cut: BatchCut = "global",
         non_finite: Literal["stop", "skip"] = "stop",
         cuda_graph: bool = True,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization, self.hook = False, hook
         self.penalties = Penalties(penalties or {})
         counts = {"n_p": n_p, "n_m": n_m, "micro_batches": micro_batches, "dead_after_tokens": dead_after_tokens}
         argument_checks.check_roles(primary, meta, self.penalties, counts)
+        argument_checks.check_objective(objective, primary)
         argument_checks.check_choices(self.penalties, kernels=kernels, critic_supports=critic_supports, non_finite=non_finite)
         argument_checks.check_optional_values(
             primary, meta, clip_grad_norm=clip_grad_norm, meta_rows=meta_rows, meta_init_from=meta_init_from
         )
         self.n_p, self.n_m, self.meta_rows, self.seed = n_p, n_m, meta_rows, seed
-        self.critic_supports, self.kernels, self.batch_cut = critic_supports, kernels, batch_cut
-        use_graph = cuda_graph and critic_supports == "exact"
+        self.critic_supports, self.kernels, self.batch_cut, self.objective = critic_supports, kernels, batch_cut, objective
+        use_graph = cuda_graph and critic_supports == "exact" and objective is None
         options = partial(LearnerConfig, decoder_rows=decoder_rows, clip_grad_norm=clip_grad_norm, kernels=kernels, cuda_graph=use_graph)
         of_primary = options(dead_after_tokens, b_dec_init=b_dec_init, micro_batches=micro_batches, init_from=InitFrom.of(init_from))
         self.primary = Learner(primary, of_primary, role="primary", seed=seed)
@@ -133,7 +136,10 @@ class JointSAE(LightningModule):
             _log_init(self.primary.initialize(self.parallelism.world.all_gather_rows(batch.activations)), "primary")
         if self.meta is not None and self.primary.initialized and not self.meta.initialized:  # before its first use as critic
             _log_init(self.meta.initialize(functional.unit_rows(full(self.primary.W_dec.detach()))), "meta")
-        result = self.primary.learn(batch.activations, primary_optimizer, backward=self._backward, extra_loss=self._penalty_loss())
+        objective, extra_loss = self.objective and self.objective.of(batch.contexts), self._penalty_loss()
+        result = self.primary.learn(
+            batch.activations, primary_optimizer, backward=partial(run_backward, self), extra_loss=extra_loss, objective=objective
+        )
         self._step_schedule(self.primary, result)
         (penalty, values), stats = result.extra, self.primary.step_stats(batch.activations, result)
         meta_steps = meta_steps_after(self.primary.steps, n_p=self.n_p, n_m=self.n_m, last=last, applied=result.applied)
@@ -194,20 +200,11 @@ class JointSAE(LightningModule):
                 drawn = step_permutation(len(decoder), step=self.meta.steps, seed=self.seed + 1)[: self.meta_rows]
             indices = local_rows(decoder, drawn, self.parallelism)
             meta_batch = rows if indices is None else rows[indices]
-            result = self.meta.learn(meta_batch, optimizer, backward=self._backward)
+            result = self.meta.learn(meta_batch, optimizer, backward=partial(run_backward, self))
             self._step_schedule(self.meta, result)
             stats = None if steps_left else self.meta.step_stats(meta_batch, result)
         _ = stats and stats.fvu  # computed now: the next meta step overwrites the buffers of its batch
         return stats
-
-    def _backward(self, loss: Tensor) -> None:
-        """Backward pass through Lightning's strategy and precision plugin; plain where there is no trainer."""
-        if self._trainer is None:  # in a notebook or a test
-            return loss.backward()
-        # DDP would sum gradients over ranks in every backward pass; the learner sums them once, before the step.
-        strategy = self.trainer.strategy
-        with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
-            self.manual_backward(loss)
 
     def _step_schedule(self, learner: Learner, result: ForwardResult) -> None:
         """Step the SAE's learning rate schedule; where its optimiser step was skipped, log the reason instead."""
@@ -222,6 +219,7 @@ class JointSAE(LightningModule):
         if stage == "fit":
             argument_checks.check_trainer(self.trainer)
             step_memory.leave_out_graphs(self, self.trainer)
+            argument_checks.set_up_objective(self.objective, self.trainer)
         self.join(ProcessGroup.default(), getattr(self.trainer.strategy, "device_mesh", None))
         argument_checks.check_data(getattr(self.trainer, "datamodule", None), self.hook, self.primary.sae.cfg.d_in)
         for penalty in self.penalties.values():
