@@ -26,17 +26,25 @@ Terms = Mapping[str, Tensor]
 class Objective(ABC):
     """A loss of the primary's reconstruction in place of the architecture's squared error; its other terms and penalties are added."""
 
+    contexts_at_once: int
+    """Contexts in one pass of the language model."""
+
     @abstractmethod
     def check(self, data: Any) -> None:
         """Raise an `InputError` for data that the objective cannot be computed on, before anything is loaded."""
 
     @abstractmethod
-    def setup(self, data: Any) -> None:
-        """Called once before training, after the language model of the data is loaded."""
+    def use(self, model: "LanguageModel") -> None:
+        """Run this language model, whose first hook is the SAE's; its layers after the hook are loaded too."""
 
     @abstractmethod
     def loss(self, reconstruction: Float[Tensor, "row d_in"], contexts: Contexts) -> tuple[Float[Tensor, ""], Terms]:
         """The loss with its gradient, as a mean over the rows, and its terms by name, for the logs."""
+
+    def setup(self, data: Any) -> None:
+        """Called before training, after the language model of the data is loaded: check the data, and load the model's other layers."""
+        self.check(data)
+        self.use(data.language_model)
 
     def of(self, contexts: Contexts | None) -> "ReconstructionLoss":
         """The objective on the rows of a batch."""
@@ -111,11 +119,6 @@ class EndToEnd(Objective):
             raise InputError(f"objective: EndToEnd replaces the activations at one hook, and the data have {', '.join(model.hooks)}")
         if batching.order != "contexts":
             raise InputError(f"objective: EndToEnd needs whole contexts, set data.init_args.order: contexts, got {batching.order}")
-
-    def setup(self, data: Any) -> None:
-        """Check the data, and load the layers of their language model after the hook."""
-        self.check(data)
-        self.use(data.language_model)
 
     def use(self, model: "LanguageModel") -> None:
         """Run this language model, whose first hook is the SAE's; its layers after the hook are loaded too."""

@@ -187,6 +187,7 @@ class ExtraLoss(Protocol):
         ...
 
 
+@runtime_checkable
 class ReconstructionLoss(Protocol):
     """A loss of the reconstruction of a batch's rows, which takes the place of the squared error."""
 

@@ -1,5 +1,6 @@
 """Measure peak memory by counting tensor storages, of training on scaled-down SAEs and of a language model on the meta device."""
 
+import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,9 @@ from metasae_lightning import functional
 from metasae_lightning.compute.row_chunks import dry_run_scale, is_blocked
 from metasae_lightning.lm.base import LanguageModel
 from metasae_lightning.memory.scaled_copies import scaled_down
+from metasae_lightning.objectives import Objective
 from metasae_lightning.sae.learner import Learner
-from metasae_lightning.step import Batch
+from metasae_lightning.step import Batch, Contexts
 from metasae_lightning.training.joint import JointSAE
 
 aten = torch.ops.aten
@@ -156,7 +158,9 @@ class LanguageModelMemory:
     """The width of the activations at each hook."""
 
 
-def measure_language_model(model: LanguageModel, contexts: int, positions: int, *, separate_documents: bool = False) -> LanguageModelMemory:
+def measure_language_model(
+    model: LanguageModel, contexts: int, positions: int, *, separate_documents: bool = False, all_layers: bool = False
+) -> LanguageModelMemory:
     """Memory of a language model's weights and forward pass, from running the model's own code on torch's meta device.
 
     More `positions` than the model takes are an `InputError`.
@@ -166,8 +170,9 @@ def measure_language_model(model: LanguageModel, contexts: int, positions: int, 
         contexts: Contexts in a forward pass.
         positions: Tokens in a context.
         separate_documents: Whether a mask separates documents, if the model takes one.
+        all_layers: Whether the layers after the last hook are loaded too.
     """
-    skeleton = model.skeleton()
+    skeleton = model.skeleton(all_layers=all_layers)
     skeleton.check_context_size(positions)
     tokens = torch.zeros(contexts, positions, dtype=torch.long, device="meta")
     mask = torch.ones(contexts, positions, positions, dtype=torch.bool, device="meta") if separate_documents else None
@@ -179,6 +184,21 @@ def measure_language_model(model: LanguageModel, contexts: int, positions: int, 
         outputs = skeleton._hook_outputs(tokens[:1, :2], None)  # pyright: ignore[reportPrivateUsage]
     root, widths = skeleton._loaded_root(), [output.shape[-1] for output in outputs]  # pyright: ignore[reportPrivateUsage]
     return LanguageModelMemory(module_bytes(root), forward, dict(zip(skeleton.hooks, widths, strict=True)))
+
+
+def measure_objective(objective: Objective, model: LanguageModel, positions: int, *, separate_documents: bool) -> PeakMemory:
+    """Peak of a pass of an objective, with its gradient, on torch's meta device. What attention keeps for its gradient is left out."""
+    objective, skeleton, n_contexts = copy.copy(objective), model.skeleton(all_layers=True), objective.contexts_at_once
+    with _FusedAttention():
+        objective.use(skeleton)
+        tokens, rows = torch.zeros(n_contexts, positions, dtype=torch.long), torch.arange(n_contexts * positions)
+        visible = torch.ones(n_contexts, positions, positions, dtype=torch.bool) if separate_documents else None
+        width = skeleton._hook_outputs(tokens[:1, :2], None)[0].shape[-1]  # pyright: ignore[reportPrivateUsage]
+        reconstruction = torch.zeros(len(rows), width, device="meta", requires_grad=True)
+        try:
+            return AllocationTracker().peak_of(lambda: objective.loss(reconstruction, Contexts(tokens, rows, visible)))
+        except (TypeError, ValueError, RuntimeError, NotImplementedError):  # a model that takes no such mask runs without it
+            return AllocationTracker().peak_of(lambda: objective.loss(reconstruction, Contexts(tokens, rows)))
 
 
 def learners(model: JointSAE) -> dict[str, Learner]:

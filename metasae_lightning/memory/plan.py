@@ -15,6 +15,7 @@ from metasae_lightning.lm.device import assign_device
 from metasae_lightning.memory import measure, scaled_copies
 from metasae_lightning.memory.available import available_bytes, processes_on_machine
 from metasae_lightning.memory.measure import PeakMemory
+from metasae_lightning.memory.objective_plan import objective_items, objectives_of
 from metasae_lightning.memory.table import GIB, MemoryItem, MemoryPlan, format_mib
 from metasae_lightning.training.argument_checks import check_widths
 from metasae_lightning.training.checkpoint_files import AtomicCheckpointIO
@@ -169,13 +170,16 @@ def language_model_items(saes: JointSAE | SideBySide | None, data: Any, strategy
     device = str(assign_device(model.requested_device, strategy))
     contexts, positions = _data_argument(data, "forward_batch"), _data_argument(data, "context_size")
     separate_documents = not _data_argument(data, "cross_document_attention", True)
-    memory = measure.measure_language_model(model, contexts, positions, separate_documents=separate_documents)
+    objectives, options = objectives_of(saes), {"separate_documents": separate_documents}
+    memory = measure.measure_language_model(model, contexts, positions, **options, all_layers=bool(objectives))
     for arm, module in ({} if saes is None else {"": saes} if isinstance(saes, JointSAE) else saes.arms).items():
         with errors_name_arm(arm):
             check_widths(memory.widths, module.hook, module.primary.W_dec.shape[1])
     dtype = str(model.dtype).removeprefix("torch.")
     remedy = "dtype: bfloat16" if model.dtype == torch.float32 else "read an earlier layer"
-    yield MemoryItem("language model", device, memory.weights, f"{model.name} up to {', '.join(model.hooks)}, {dtype}", remedy)
+    layers = "all layers" if objectives else f"up to {', '.join(model.hooks)}"
+    yield MemoryItem("language model", device, memory.weights, f"{model.name} {layers}, {dtype}", remedy)
+    yield from objective_items(objectives, data, device, positions=positions, **options)
     size = f"{contexts} contexts of {positions} tokens"
     forward = _temporary_item("its forward pass", device, memory.forward, size, "lower forward_batch", phase="contexts")
     # Batches are made ahead while the SAEs train.
@@ -187,7 +191,7 @@ def language_model_items(saes: JointSAE | SideBySide | None, data: Any, strategy
 
 def _buffer_items(model: JointSAE, data: Any, strategy: Any) -> Iterator[MemoryItem]:
     """The shuffle buffer, the batches made ahead, and the buffer's copy in a checkpoint."""
-    rows, language_model = _data_argument(data, "buffer_size"), getattr(data, "language_model", None)
+    rows, language_model = _data_argument(data, "block_size"), getattr(data, "language_model", None)
     if rows is None or language_model is None or getattr(data, "cache", None) is not None:  # with a cache, rows stay on the disk
         return
     rows, width = min(rows, data.tokens), model.primary.W_dec.shape[1] * len(language_model.hooks)

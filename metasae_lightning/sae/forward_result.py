@@ -100,9 +100,7 @@ def step_stats(
     return StepStats(loss, dict(zip(result.losses, losses, strict=True)), l0, lambda: fvu, compute_dead)
 
 
-def micro_batches(
-    x: Float[Tensor, "row d_in"], count: int, objective: ReconstructionLoss | None
-) -> list[tuple[Float[Tensor, "row d_in"], ReconstructionLoss | None]]:
+def micro_batches(x: Tensor, count: int, objective: ReconstructionLoss | None) -> list[tuple[Tensor, ReconstructionLoss | None]]:
     """`count` parts of the rows, each with the objective of its rows: parts of about equal size, or of whole contexts."""
     if objective is None:
         return [(rows, None) for rows in x.tensor_split(count)]
