@@ -175,8 +175,7 @@ def language_model_items(saes: JointSAE | SideBySide | None, data: Any, strategy
     for arm, module in ({} if saes is None else {"": saes} if isinstance(saes, JointSAE) else saes.arms).items():
         with errors_name_arm(arm):
             check_widths(memory.widths, module.hook, module.primary.W_dec.shape[1])
-    dtype = str(model.dtype).removeprefix("torch.")
-    remedy = "dtype: bfloat16" if model.dtype == torch.float32 else "read an earlier layer"
+    dtype, remedy = str(model.dtype).removeprefix("torch."), "dtype: bfloat16" if model.dtype == torch.float32 else "read an earlier layer"
     layers = "all layers" if objectives else f"up to {', '.join(model.hooks)}"
     yield MemoryItem("language model", device, memory.weights, f"{model.name} {layers}, {dtype}", remedy)
     yield from objective_items(objectives, data, device, positions=positions, **options)

@@ -138,7 +138,7 @@ def values_at(config: dict[str, Any], paths: Any) -> dict[str, Any]:
 
 
 def test_every_shipped_yaml_is_in_one_of_the_tables_above():
-    known = {"joint", *RECIPE_VALUES, *OVERLAYS, *GRIDS, *MACHINES}
+    known = {"joint", "end_to_end", *RECIPE_VALUES, *OVERLAYS, *GRIDS, *MACHINES}
     assert {path.stem for path in RECIPES.iterdir() if path.suffix in (".yaml", ".yml")} == known
 
 
@@ -315,6 +315,30 @@ def test_recipes_run_on_tiny_models_of_their_architecture(recipe: str, architect
     )
     assert (int(state["primary.steps"]), int(state["meta.steps"])) == (12, 10)
     assert_finished(tmp_path / "run", state, d_in=32, d_sae=256, k=recipe_k(recipe), meta=40)
+
+
+# Every shipped YAML must run: the arms differ in the objective alone, and all train on contexts.
+def test_the_end_to_end_overlay_trains_its_three_arms(tmp_path: Path, texts: str):
+    state = fit(
+        tmp_path / "run",
+        "quickstart",
+        "end_to_end",
+        **short_run(3, 256, validation=256),
+        data__language_model__name=save_model(tmp_path / "model", "llama", layers=17),
+        data__corpus=texts,
+        data__context_size=64,
+        data__held_out=0.1,
+        model__primary__d_in=32,
+        model__primary__d_sae=64,
+        model__primary__k=4,
+    )
+    steps = {name: int(state[f"_arms.arm_{name}.primary.steps"]) for name in END_TO_END_ARMS}
+    assert steps == dict.fromkeys(END_TO_END_ARMS, 3)
+    decoders = [state[f"_arms.arm_{name}.primary.sae.W_dec"] for name in END_TO_END_ARMS]
+    assert not torch.equal(decoders[0], decoders[1]) and not torch.equal(decoders[1], decoders[2])
+
+
+END_TO_END_ARMS = ("local", "kl", "kl_downstream")
 
 
 def recipe_k(recipe: str) -> int:
