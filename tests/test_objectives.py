@@ -163,11 +163,16 @@ def test_by_default_the_later_hooks_are_the_outputs_of_all_later_layers(folder: 
     assert names == [f"blocks.{layer}.hook_resid_post" for layer in range(4 - count, 4)]
 
 
+def rounded(x: Tensor) -> Tensor:
+    """Rows that float32 represents, because SAELens's SAEs convert their input to it, whatever the type of their weights."""
+    return x.float().double()
+
+
 def step(kind: str, lm: LanguageModel, contexts: Contexts, *, objective: EndToEnd | None, **more: Any) -> JointSAE:
     """A module after one backward pass on the contexts, in float64, with a learning rate of 0."""
     module = JointSAE(config(kind, d_in=32), b_dec_init="zeros", objective=objective, **more).double()
     module.primary.steps = 5  # after the warm-up of coefficients
-    x = activations(lm, contexts)
+    x = rounded(activations(lm, contexts))
     module.step(Batch(x, contexts=contexts), torch.optim.SGD(module.primary.parameters(), lr=0.0))
     return module
 
@@ -180,7 +185,7 @@ def gradients(module: JointSAE) -> dict[str, Tensor]:
 def test_the_architectures_sparsity_stays_and_its_squared_error_goes(lm: LanguageModel, folder: str, contexts: Contexts):
     module = step("standard", lm, contexts, objective=end_to_end(lm), decoder_rows="free")
     sae = JointSAE(config("standard", d_in=32), b_dec_init="zeros", decoder_rows="free").double().primary.sae
-    codes = torch.relu((activations(lm, contexts) - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    codes = torch.relu((rounded(activations(lm, contexts)) - sae.b_dec) @ sae.W_enc + sae.b_enc)
     sparsity = 0.1 * (codes * sae.W_dec.norm(dim=-1)).sum(-1).mean()
     (sparsity + formula("kl", folder, contexts, codes @ sae.W_dec + sae.b_dec)).backward()
     found = gradients(module)
