@@ -219,7 +219,6 @@ def test_micro_batches_of_whole_contexts_have_the_gradient_of_the_batch(lm: Lang
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"kind": "ce"}, "kind must be kl or kl+downstream"),
         ({"kind": "kl", "later_hooks": LATER}, "later_hooks are for kl+downstream"),
         ({"beta": -1.0}, "must not be negative"),
         ({"contexts_at_once": 0}, "at least 1"),

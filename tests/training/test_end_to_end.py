@@ -39,9 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_model(tmp_path_factory.mktemp("end_to_end") / "tiny", "llama"))
 
 
-def data(folder: str, *, hook: str | list[str] = HOOK, order: Any = "contexts") -> ActivationsDataModule:
-    """Ten batches of eight contexts of twelve tokens."""
-    sizes: dict[str, Any] = {"tokens": 960, "batch_size": 96, "context_size": 12, "buffer_size": 192, "held_out": 0.1}
+def data(folder: str, *, hook: str | list[str] = HOOK, order: Any = "contexts", tokens: int = 960) -> ActivationsDataModule:
+    """Batches of eight contexts of twelve tokens; ten by default."""
+    sizes: dict[str, Any] = {"tokens": tokens, "batch_size": 96, "context_size": 12, "buffer_size": 192, "held_out": 0.1}
     return ActivationsDataModule(HuggingFaceLM(folder, hook, device="cpu"), Texts(documents(200)), order=order, **sizes)
 
 
@@ -73,6 +73,27 @@ def test_an_arm_is_bit_equal_to_the_sae_alone_and_objectives_make_a_difference(f
         assert all(torch.equal(value, alone[key]) for key, value in arms[name].state_dict().items()), name
     assert not torch.equal(arms["local"].primary.W_dec, arms["kl"].primary.W_dec)
     assert arms["joint"].meta.steps > 0
+
+
+def test_predictions_change_less_than_with_local_training_at_equal_l0(folder: str):
+    kinds = {"local": None, "kl": EndToEnd("kl"), "downstream": EndToEnd("kl+downstream")}
+    arms = fit(
+        SideBySide({name: JointSAE(config("topk", d_in=32), objective=kind) for name, kind in kinds.items()}), data(folder, tokens=9600)
+    ).arms
+    judge, held_out = EndToEnd("kl"), data(folder)
+    held_out.corpus = Texts([f"held out {text}" for text in documents(60)])
+    held_out.setup()
+    judge.use(held_out.language_model)
+    divergence: dict[str, float] = {}
+    for name, arm in arms.items():
+        values: list[float] = []
+        for batch in held_out.train_dataloader():
+            codes, reconstruction = arm.primary.read(batch.activations)
+            assert codes.l0 == pytest.approx(4, abs=0.05)
+            assert batch.contexts is not None
+            values.append(judge.loss(reconstruction, batch.contexts)[0].item())
+        divergence[name] = sum(values) / len(values)
+    assert divergence["kl"] < 0.9 * divergence["local"] and divergence["downstream"] < 0.95 * divergence["local"], divergence
 
 
 def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(folder: str, tmp_path: Path):
