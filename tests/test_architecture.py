@@ -37,7 +37,7 @@ FLOORS = {
     "data": 3,
     "lm": 2,
     "corpora": 2,
-    "architectures": 2,
+    "architectures": 2.5,
     "functional": 2,
     "schedules": 2,
     "run_folder": 2,

@@ -1,5 +1,6 @@
 """SAE architectures that SAELens lacks, and the units of an SAE. Importing this package registers them with SAELens."""
 
+from metasae_lightning.architectures.signed_gated import SignedGatedTrainingSAEConfig
 from metasae_lightning.architectures.units import Units
 
-__all__ = ["Units"]
+__all__ = ["SignedGatedTrainingSAEConfig", "Units"]
