@@ -119,6 +119,7 @@ def print_plan(saes: Sequence[EvaluatedSAE], data: Any, settings: Settings, limi
         critics=settings.critic_seeds > 0,
         splices=settings.splice_tokens > 0,
         limit_gib=limit_gib,
+        by_polarity=settings.by_polarity,
     )
 
 

@@ -58,6 +58,8 @@ def evaluate(subjects: Sequence[EvaluatedSAE], data: Any, settings: Settings) ->
     to the device of the data and keep recalibrated thresholds; the data module changes as in `select_hook`.
     """
     check_same_activations(subjects)
+    if settings.by_polarity:
+        subjects = [subject.divided_by_polarity() for subject in subjects]
     hook = select_hook(subjects[0], data)
     for subject in subjects:
         subject.sae.to(device_of(data))
@@ -103,6 +105,7 @@ def measure_all(collected: CollectedCodes, spliced: SplicedLosses | None, settin
             "architecture": subject.sae.cfg.architecture(),
             "d_sae": len(subject.decoder_rows),
             **subject.decoder_cache_key,
+            **({"by_polarity": True} if subject.by_polarity else {}),
         },
         **{
             "weights": subject.cache_key["sae"],

@@ -122,6 +122,9 @@ class Latents:
         record = self._record
         if record is None:
             raise InputError(f"{self.subject.folder} holds no contexts of latents: measure first, {command}")
+        if (signs := record.get("by_polarity", False)) != self.subject.by_polarity:
+            counted = "each sign of a latent" if signs else "both signs of a latent together"
+            raise InputError(f"{self.subject.folder} was tested with {counted}: open_latents(..., by_polarity={signs})")
         if len(record["firings"]) != len(self):
             raise InputError(f"{self.subject.folder} holds contexts of another SAE, of {len(record['firings'])} latents: {command}")
         # A test may change thresholds, and never the decoder. Older records do not name it.
@@ -180,7 +183,12 @@ class Latents:
 
 
 def open_latents(
-    place: str | Path, *, recipe: str | Path | None = None, device: str | None = None, out: str | Path | None = None
+    place: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    device: str | None = None,
+    out: str | Path | None = None,
+    by_polarity: bool = False,
 ) -> Latents:
     """The latents of the SAE in a run's or an arm's folder, in a SAELens folder, or on the Hub as `RELEASE:ID`.
 
@@ -189,8 +197,11 @@ def open_latents(
         recipe: A recipe with the language model and the settings of contexts, for an SAE whose folder does not name them.
         device: Device of the language model and of the SAE, such as `cuda:1`; by default the recipe's.
         out: The folder of results, if `metasae test` had the option `--out`.
+        by_polarity: Whether each sign of a latent is a latent of its own, as after `metasae test --by_polarity true`: first all positive
+            signs, then all negative ones.
     """
-    return Latents(load_sae(str(place), out=out), recipe=recipe, device=device)
+    subject = load_sae(str(place), out=out)
+    return Latents(subject.divided_by_polarity() if by_polarity else subject, recipe=recipe, device=device)
 
 
 def held_out_context(example: Example) -> HeldOutContext:

@@ -32,6 +32,7 @@ def latents_record(collected: CollectedCodes, tokenizer: Any | None, *, count: i
     return {
         **collected.subject.decoder_cache_key,
         **{"weights": collected.subject.cache_key["sae"], "tokens": int(collected.reconstruction.tokens)},
+        **({"by_polarity": True} if collected.subject.by_polarity else {}),
         **{"firings": firings.tolist(), "maximum": [float(f"{value:.4g}") for value in maximum.tolist()]},
         "histograms": shown_histograms(activations, HISTOGRAM_BINS),
         "partners": partners(collected, live, memory_gib),

@@ -30,6 +30,8 @@ def promoted_tokens(subject: EvaluatedSAE, model: Any, latents: Sequence[int]) -
         return {name: torch.cat([end[name] for end in ends]) for name in ends[0]}
 
     key = {**subject.decoder_cache_key, "model": model.description(), "count": TOKENS}
+    if subject.by_polarity:  # twice as many rows
+        key["by_polarity"] = True
     entry, spelling = subject.result_cache.get_or_compute("promoted", key, extremes), Spelling(model.tokenizer)
     return {
         name: {str(latent): [spelling.token_texts([token])[0] for token in tokens[latent].tolist()] for latent in latents}

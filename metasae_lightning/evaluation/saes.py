@@ -81,6 +81,15 @@ class EvaluatedSAE:
         """What a firing is a firing of."""
         return Units.of(self.sae.cfg, by_polarity=self.by_polarity)
 
+    def divided_by_polarity(self) -> "EvaluatedSAE":
+        """The SAE with each sign of a latent as a unit. An SAE without signed activations is an `InputError`."""
+        divided = replace(self, by_polarity=True)
+        try:
+            assert divided.units
+        except InputError as error:
+            raise InputError(f"{error}: {self.source}") from error
+        return divided
+
     @property
     def decoder_rows(self) -> Float[Tensor, "d_sae d_in"]:
         """The SAE's decoder, without gradient."""

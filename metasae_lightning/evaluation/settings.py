@@ -21,6 +21,7 @@ class Settings:
         critic_seeds: Number of fresh meta SAEs (critics) trained on the decoder and on each null; 0 skips this.
         critic_steps: Training steps of each critic.
         cuda_graph: On a GPU, train critics by a CUDA graph: the same critics in less time.
+        by_polarity: Count each sign of a latent as a latent of its own, for SAEs with signed activations.
         contexts: Top documents to store for each latent, beside seven firings by quantile of activation; 0 stores no text.
         resamples: Bootstrap resamples of documents for intervals, and permutations of documents for p values.
         pairs_gib: Memory for counting pairs of latents, in GiB, beside the firings.
@@ -35,6 +36,7 @@ class Settings:
     critic_seeds: int = 3
     critic_steps: int = 1500
     cuda_graph: bool = True
+    by_polarity: bool = False
     contexts: int = 3
     resamples: int = 1000
     pairs_gib: float = 2.0

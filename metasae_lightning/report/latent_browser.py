@@ -18,8 +18,7 @@ from metasae_lightning.report.judged_latents import JudgedLatent, judged_entry, 
 from metasae_lightning.report.load_runs import Arm
 
 Matrix: TypeAlias = NDArray[np.float32]
-# Index and value.
-Pair: TypeAlias = list[float]
+Pair: TypeAlias = list[float]  # index and value
 # Per latent: nearest decoder rows and meta-latents that are shown; per meta-latent: latents that are shown.
 NEIGHBOURS, METAS, SHARING = 6, 4, 8
 # Cosine from which a latent of the other arm counts as like its nearest row.
@@ -45,11 +44,11 @@ class Decoder:
 
 def read_decoder(arm: Arm) -> Decoder | None:
     """The decoder that an arm exported, or that of the SAELens folder which was evaluated; None without such a folder."""
-    folder = arm.folder / "saes"
+    folder, entry = arm.folder / "saes", arm.entry or {}
     if not (folder / "primary" / "cfg.json").exists():
-        evaluated = Path((arm.entry or {}).get("sae", ""))
-        return Decoder(unit_rows(decoder_rows(evaluated)), None) if (evaluated / "cfg.json").exists() else None
-    rows = unit_rows(decoder_rows(folder / "primary"))
+        evaluated = Path(entry.get("sae", ""))
+        return Decoder(directions(decoder_rows(evaluated), entry), None) if (evaluated / "cfg.json").exists() else None
+    rows = directions(decoder_rows(folder / "primary"), entry)
     if not (folder / "meta" / "cfg.json").exists():
         return Decoder(rows, None)
     width = decoder_rows(folder / "meta").shape[1]
@@ -58,9 +57,10 @@ def read_decoder(arm: Arm) -> Decoder | None:
     return Decoder(rows, encode(folder / "meta", rows))
 
 
-def unit_rows(matrix: Matrix) -> Matrix:
-    """Rows divided by their lengths."""
-    return matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
+def directions(matrix: Matrix, entry: Mapping[str, Any]) -> Matrix:
+    """Rows divided by their lengths; then minus these, if the evaluation's entry counts each sign as a latent."""
+    rows = matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
+    return np.concatenate([rows, -rows]) if entry.get("by_polarity") else rows
 
 
 def decoder_rows(folder: Path) -> Matrix:

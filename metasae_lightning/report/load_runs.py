@@ -96,7 +96,9 @@ class Arm:
 
     @cached_property
     def judged(self) -> dict[str, Any] | None:
-        """Judged latents and splits, from `judged.json.gz`; None without such a file, or if it is of other weights."""
+        """Judged latents and splits, from `judged.json.gz`; None without such a file, or if it is of other weights or latents."""
+        if (self.entry or {}).get("by_polarity"):  # a judge reads latents, and this evaluation counts each sign of a latent
+            return None
         judged = read_compressed(self.folder / "judged.json.gz", f"judge again, metasae judge {self.folder}")
         return None if judged is None or is_another_sae(judged, self.entry or {}) else judged
 
