@@ -20,7 +20,7 @@ from metasae_lightning import functional
 from metasae_lightning.architectures import Units
 from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.row_passes import remove_radial, write_unit_rows
-from metasae_lightning.compute.sharding import copy_into, full_state_dict, local, shard_offset, shard_parameters
+from metasae_lightning.compute.sharding import full_state_dict, local, shard_offset, shard_parameters
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import forward, pretrained
 from metasae_lightning.sae.forward_result import ForwardResult, concatenate_results, gather_codes, micro_batches, step_stats
@@ -60,6 +60,7 @@ class Learner(HostCounters):
         super().__init__()
         self.role, self.config, self.parallelism = role, config, Parallelism()
         self.sae = pretrained.build(cfg, role=role, seed=seed)
+        pretrained.check_decoder_rows(self.sae, config.decoder_rows)
         self.forward_pass = forward.forward_pass_for(self.sae, config.kernels, n_fixed_rows=config.n_fixed_rows)
         self.step_graph = StepGraph(self) if config.cuda_graph and config.micro_batches == 1 else None
         self.guard: NonFiniteGuard | None = None
@@ -124,10 +125,8 @@ class Learner(HostCounters):
             self.normalizer.fit(x)
             if self.config.init_from is not None:
                 report = self._load_weights(self.config.init_from, x)
-            elif self.config.b_dec_init == "mean":
-                copy_into(self.sae.b_dec, self.normalizer.normalize(x)[0].mean(0))
-            elif self.config.b_dec_init == "geometric_median":
-                copy_into(self.sae.b_dec, functional.geometric_median(self.normalizer.normalize(x)[0]))
+            elif self.config.b_dec_init != "zeros":
+                pretrained.initialize_b_dec(self.sae, self.normalizer.normalize(x)[0], self.config.b_dec_init)
         self.forward_pass.parallelism = parallelism
         self.initialized = True
         return report
@@ -198,7 +197,7 @@ class Learner(HostCounters):
         # Every rank makes the same number of parts, because the ranks communicate in each of them.
         for i, (rows, part) in enumerate(micro_batches(x, self.config.micro_batches, objective)):
             # Some optimisers' zero_grad keeps the gradient: it then lies in the buffer that a fresh gradient would be written to.
-            result = self._forward(rows, part, fresh_gradients=i == 0 and self.W_dec.grad is None)
+            result = self._forward(rows, part, fresh_gradients=i == 0 and pretrained.decoder_gradient(self.sae) is None)
             share = len(rows) / count
             backward(result.loss if share == 1 else result.loss * share)
             results.append(replace(result, loss=result.loss.detach()))
@@ -250,6 +249,8 @@ class Learner(HostCounters):
 
     def _gather_codes(self, codes: Codes) -> Codes:
         """Codes in all latents, from the codes of each rank's shard of latents."""
+        if self.parallelism.tensor_group.is_single:  # without reading `W_dec`, which may be computed
+            return codes
         return gather_codes(codes, shard_offset(self.W_dec, self.parallelism.tensor_group), len(self.W_dec), self.parallelism.tensor_group)
 
     def _forward(self, x: Tensor, objective: ReconstructionLoss | None, *, fresh_gradients: bool) -> ForwardResult:
@@ -266,7 +267,7 @@ class Learner(HostCounters):
     @torch.no_grad()
     def _constrain_gradient(self) -> None:
         """Remove the radial part of the decoder's gradient, for unit rows, and clip the norm of the whole gradient."""
-        gradient = self.W_dec.grad
+        gradient = pretrained.decoder_gradient(self.sae)
         if self.config.decoder_rows == "unit" and gradient is not None:
             remove_radial(local(gradient), local(self.W_dec))
         if self.config.clip_grad_norm is not None:

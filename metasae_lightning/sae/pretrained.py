@@ -20,6 +20,7 @@ from torch import Tensor
 from metasae_lightning import functional
 from metasae_lightning.architectures import Units
 from metasae_lightning.atomic_files import draft_of
+from metasae_lightning.compute.sharding import copy_into
 from metasae_lightning.errors import InputError
 from metasae_lightning.redaction import redact
 
@@ -37,6 +38,24 @@ def build(cfg: TrainingSAEConfig, *, role: str, seed: int) -> AnySAE:
     if not isinstance(getattr(sae, "W_dec", None), Tensor):
         raise InputError(f"{role}: architecture {cfg.architecture()!r} has no decoder matrix W_dec, which joint training is about")
     return sae
+
+
+def check_decoder_rows(sae: AnySAE, decoder_rows: str) -> None:
+    """Refuse unit rows for an SAE whose decoder is computed from other weights."""
+    if decoder_rows == "unit" and "W_dec" not in dict(sae.named_parameters()):
+        raise InputError(f"decoder_rows: a {sae.cfg.architecture()!r} SAE computes its decoder from other weights: set decoder_rows: free")
+
+
+def decoder_gradient(sae: AnySAE) -> Tensor | None:
+    """The gradient of `W_dec`; None before the first, or where `W_dec` is computed from other weights, which is not done here."""
+    parameter = dict(sae.named_parameters()).get("W_dec")
+    return None if parameter is None else parameter.grad
+
+
+def initialize_b_dec(sae: AnySAE, z: Float[Tensor, "row d_in"], how: str) -> None:
+    """Set `b_dec` to the `mean` or the `geometric_median` of rows; an SAE without this parameter is not changed."""
+    if "b_dec" in dict(sae.named_parameters()):
+        copy_into(sae.b_dec, functional.geometric_median(z) if how == "geometric_median" else z.mean(0))
 
 
 def _check(cfg: TrainingSAEConfig, role: str) -> None:
