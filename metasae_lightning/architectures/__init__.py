@@ -1,6 +1,7 @@
 """SAE architectures that SAELens lacks, and the units of an SAE. Importing this package registers them with SAELens."""
 
 from metasae_lightning.architectures.signed_gated import SignedGatedTrainingSAEConfig
+from metasae_lightning.architectures.sparsemax import SparsemaxTrainingSAEConfig
 from metasae_lightning.architectures.units import Units
 
-__all__ = ["SignedGatedTrainingSAEConfig", "Units"]
+__all__ = ["SignedGatedTrainingSAEConfig", "SparsemaxTrainingSAEConfig", "Units"]

@@ -1,11 +1,16 @@
-"""Formulas of sparse codes: gates of two signs."""
+"""Formulas of sparse codes: gates of two signs, and sparsemax."""
+
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 PreActivations = Float[Tensor, "batch d_sae"]
 PerLatent = Float[Tensor, " d_sae"]
+# Number of largest scores that sparsemax sorts at first.
+FIRST_SORTED = 256
 
 
 def signed_gate(z: PreActivations, b_positive: PerLatent, b_negative: PerLatent) -> PreActivations:
@@ -41,3 +46,61 @@ def bi_jump_relu(
     """
     positive, negative = (r_positive.exp() * z + b_positive).relu(), (b_negative - r_negative.exp() * z).relu()
     return torch.where(gate > 0, positive, torch.where(gate < 0, -negative, torch.zeros_like(z)))
+
+
+def sparsemax_threshold(scores: PreActivations) -> Float[Tensor, "batch 1"]:
+    """The threshold of sparsemax (arXiv 1602.02068), `t` with `sum max(s - t, 0) = 1` in each row; without gradient.
+
+    With scores in descending order, `k = max{j : 1 + j s_j > s_1 + ... + s_j}` and `t = (s_1 + ... + s_k - 1) / k`. Scores of minus
+    infinity are left out; a row of such scores alone has the threshold infinity.
+
+    >>> sparsemax_threshold(torch.tensor([[2.0, 1.5, 0.0]])).tolist()
+    [[1.25]]
+    """
+    values = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    width = min(FIRST_SORTED, values.shape[-1])
+    while True:
+        ordered = values.topk(width).values
+        sums = ordered.where(ordered > -torch.inf, 0.0).cumsum(-1)
+        counts = torch.arange(1, width + 1, device=values.device, dtype=values.dtype)
+        k = (1 + counts * ordered > sums).sum(-1, keepdim=True)
+        if width == values.shape[-1] or bool((k < width).all()):
+            break
+        width = min(4 * width, values.shape[-1])  # the largest scores sorted so far may all be on the support
+    threshold = (sums.gather(-1, (k - 1).clamp(min=0)) - 1) / k
+    return threshold.where(k > 0, torch.inf)
+
+
+def sparsemax_support(scores: PreActivations) -> Bool[Tensor, "batch d_sae"]:
+    """Whether sparsemax gives each score more than 0.
+
+    >>> sparsemax_support(torch.tensor([[2.0, 1.5, 0.0], [0.1, -0.1, -2.0]])).tolist()
+    [[True, True, False], [True, True, False]]
+    """
+    return scores > sparsemax_threshold(scores)
+
+
+def sparsemax(scores: PreActivations) -> PreActivations:
+    """The nearest point of the probability simplex to each row of scores: `max(s - t, 0)` (see `sparsemax_threshold`), with gradient.
+
+    >>> sparsemax(torch.tensor([[2.0, 1.5, 0.0]])).tolist()
+    [[0.75, 0.25, 0.0]]
+    """
+    return _Sparsemax.apply(scores)  # type: ignore[return-value]
+
+
+class _Sparsemax(torch.autograd.Function):
+    """Forward: the projection. Backward: on the support, the gradient less its mean over the support."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        p = (scores - sparsemax_threshold(scores)).clamp(min=0)
+        ctx.save_for_backward(p > 0)
+        return p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (support,) = ctx.saved_tensors
+        gradient = gradients[0] * support
+        return gradient - support * gradient.sum(-1, keepdim=True) / support.sum(-1, keepdim=True).clamp(min=1)

@@ -1,5 +1,6 @@
 """Training of a SAELens training SAE for a few hundred steps, without a learner."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,16 +12,27 @@ from metasae_lightning.sae import pretrained
 
 
 def trained(
-    cfg: TrainingSAEConfig, x: Tensor, *, steps: int = 300, batch: int = 128, lr: float = 1e-2, unit_rows: bool = True, seed: int = 1
+    cfg: TrainingSAEConfig,
+    x: Tensor,
+    *,
+    steps: int = 300,
+    lr: float = 1e-2,
+    unit_rows: bool = True,
+    start: Callable[[Any], None] | None = None,
 ) -> Any:
-    """An SAE trained on batches of `x`, with a learning rate that falls to 0 in the second half; then without gradient."""
-    sae: Any = pretrained.build(cfg, role="primary", seed=seed)
+    """An SAE trained on batches of 128 of `x`, with a learning rate that falls to 0 in the second half; then without gradient.
+
+    `start` changes the initial weights.
+    """
+    sae: Any = pretrained.build(cfg, role="primary", seed=1)
+    if start is not None:
+        start(sae)
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
     named = sae.get_coefficients().items()
     coefficients = {name: value.value if isinstance(value, TrainCoefficientConfig) else value for name, value in named}
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / steps))
-        rows = x[(step * batch) % len(x) :][:batch]
+        rows = x[(step * 128) % len(x) :][:128]
         optimizer.zero_grad()
         sae.training_forward_pass(TrainStepInput(rows, coefficients, None, step, False)).loss.backward()
         optimizer.step()

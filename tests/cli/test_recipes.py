@@ -105,6 +105,8 @@ GRIDS: dict[str, tuple[str, set[str]]] = {
     ),
 }
 
+# Overlays of the quickstart with another primary: its SAELens architecture, and how many latents it has in place of 4608.
+PRIMARIES = {"signed_gated": ("signed_gated", 2304), "sparsemax": ("sparsemax", 4608)}
 # Overlays that set where a recipe runs, with every value that they change.
 MACHINES: dict[str, dict[str, Any]] = {
     "two_devices": {"data.language_model.device": "own"},
@@ -138,7 +140,7 @@ def values_at(config: dict[str, Any], paths: Any) -> dict[str, Any]:
 
 
 def test_every_shipped_yaml_is_in_one_of_the_tables_above():
-    known = {"joint", "end_to_end", *RECIPE_VALUES, *OVERLAYS, *GRIDS, *MACHINES}
+    known = {"joint", "end_to_end", *RECIPE_VALUES, *OVERLAYS, *PRIMARIES, *GRIDS, *MACHINES}
     assert {path.stem for path in RECIPES.iterdir() if path.suffix in (".yaml", ".yml")} == known
 
 
@@ -339,6 +341,38 @@ def test_the_end_to_end_overlay_trains_its_three_arms(tmp_path: Path, texts: str
 
 
 END_TO_END_ARMS = ("local", "kl", "kl_downstream")
+
+
+@pytest.mark.parametrize("overlay", PRIMARIES)
+def test_an_overlay_with_another_primary_trains_the_quickstarts_arms(overlay: str, tmp_path: Path, texts: str, monkeypatch: Any):
+    architecture, d_sae = PRIMARIES[overlay]
+    with monkeypatch.context() as patches:
+        config = parsed_config(patches, "quickstart", overlay)
+    assert value_at(config, "model.primary.d_sae") == d_sae and value_at(config, "model.primary.normalize_activations") == "layer_norm"
+    fit(
+        tmp_path / "run",
+        "quickstart",
+        overlay,
+        **short_run(12, 256, validation=256),
+        model__primary__d_in=32,
+        model__primary__d_sae=64,
+        model__meta__d_in=32,
+        model__meta__d_sae=20,
+        data__language_model__name=save_model(tmp_path / "model", "llama", layers=16),
+        data__corpus=texts,
+        data__context_size=64,
+        data__forward_batch=4,
+        data__buffer_size=512,
+        data__held_out=0.1,
+        data__test_tokens=512,
+    )
+    decoders = {}
+    for arm in ("solo", "joint"):
+        loaded = SAE.load_from_disk(str(tmp_path / "run" / "arms" / arm / "saes" / "primary"))
+        assert loaded.cfg.architecture() == architecture and loaded.cfg.d_sae == 64
+        decoders[arm] = loaded.W_dec.detach()
+    assert all(decoder.isfinite().all() for decoder in decoders.values()) and not torch.equal(*decoders.values())
+    assert main(["test", str(tmp_path / "run" / "arms" / "joint"), "--critic_seeds=0", "--splice_tokens=64", "--resamples=5"]) == 0
 
 
 def recipe_k(recipe: str) -> int:

@@ -19,7 +19,7 @@ from metasae_lightning.evaluation import open_latents
 from metasae_lightning.evaluation.evaluate import evaluate
 from metasae_lightning.evaluation.saes import load_sae
 from metasae_lightning.evaluation.settings import Settings
-from metasae_lightning.report.latent_browser import read_decoder
+from metasae_lightning.report.latent_browser import browsed_latents, matches_of_arms, read_decoder
 from metasae_lightning.report.load_runs import load_arms
 from tests.helpers.judged import D_IN, HOOK, data_config, sae, write_run
 
@@ -90,8 +90,9 @@ def test_the_record_of_latents_and_the_page_know_the_signs(run: Path):
     (arm,) = load_arms([str(run)])
     decoder = read_decoder(arm)
     assert decoder is not None and np.array_equal(decoder.rows[D_SAE:], -decoder.rows[:D_SAE])
-    assert main(["report", str(run)]) == 0
-    assert "metasae test" not in " ".join(arm.missing)
+    (browsed,) = browsed_latents([arm], [decoder], matches_of_arms([decoder]), limit=2 * D_SAE)
+    assert [latent.number for latent in browsed.latents] == np.flatnonzero(signs["firings"]).tolist()
+    assert browsed.entry["latents"] == 2 * D_SAE and arm.judged is None
 
 
 def test_an_sae_without_signs_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
