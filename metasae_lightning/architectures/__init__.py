@@ -2,6 +2,7 @@
 
 from metasae_lightning.architectures.signed_gated import SignedGatedTrainingSAEConfig
 from metasae_lightning.architectures.sparsemax import SparsemaxTrainingSAEConfig
+from metasae_lightning.architectures.subspace import SubspaceTrainingSAEConfig
 from metasae_lightning.architectures.units import Units
 
-__all__ = ["SignedGatedTrainingSAEConfig", "SparsemaxTrainingSAEConfig", "Units"]
+__all__ = ["SignedGatedTrainingSAEConfig", "SparsemaxTrainingSAEConfig", "SubspaceTrainingSAEConfig", "Units"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metasae_lightning.errors import InputError
@@ -58,6 +58,14 @@ class Units:
         if self.by_polarity:
             return torch.cat([feature_acts.clamp(min=0), (-feature_acts).clamp(min=0)], -1)
         return feature_acts.abs() if self.is_signed else feature_acts
+
+    def select(self, feature_acts: Float[Tensor, "row d_sae"], firings: Any, keep: Bool[Tensor, " nnz"]) -> Float[Tensor, "row d_sae"]:
+        """The activations of latents, without those of the units in `firings` (the nonzeros of `activations`) for which `keep` is false."""
+        mask = torch.zeros(feature_acts.shape[0], self.count, dtype=torch.bool, device=feature_acts.device)
+        mask[firings.rows, firings.latents] = keep
+        if self.by_polarity:
+            mask = torch.where(feature_acts > 0, mask[:, : self.d_sae], mask[:, self.d_sae :])
+        return feature_acts * mask.repeat_interleave(self.group_size, 1)
 
     def directions(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "unit d_in"]:
         """One direction of the decoder for each unit.

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from metasae_lightning.compute.gpu.topk import CutFactor
     from metasae_lightning.compute.sparse_matrix import Pattern
     from metasae_lightning.compute.topk import largest_indices, topk_mask
+    from metasae_lightning.compute.topk_groups import GroupRule
     from metasae_lightning.compute.topk_incremental import IncrementalTopK
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "BufferPool",
     "CutFactor",
     "Encoded",
+    "GroupRule",
     "IncrementalTopK",
     "Pattern",
     "TopKRule",
@@ -34,6 +36,7 @@ __getattr__, __dir__ = lazy_exports(
         "CutFactor": "metasae_lightning.compute.gpu.topk",
         "Pattern": "metasae_lightning.compute.sparse_matrix",
         **dict.fromkeys(["topk_mask", "largest_indices"], "metasae_lightning.compute.topk"),
+        "GroupRule": "metasae_lightning.compute.topk_groups",
         "IncrementalTopK": "metasae_lightning.compute.topk_incremental",
     },
 )

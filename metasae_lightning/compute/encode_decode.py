@@ -19,6 +19,7 @@ from metasae_lightning.compute.process_group import SINGLE, Parallelism, Process
 from metasae_lightning.compute.row_chunks import is_blocked, row_chunks
 from metasae_lightning.compute.sparse_matrix import Pattern
 from metasae_lightning.compute.topk import BlockwiseEncoder, TopK
+from metasae_lightning.compute.topk_groups import GroupEncoder, GroupRule
 from metasae_lightning.compute.topk_incremental import IncrementalTopK
 
 
@@ -64,7 +65,7 @@ def encode(
     x: Float[Tensor, "row d_in"],
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, " d_sae"],
-    rule: TopKRule,
+    rule: TopKRule | GroupRule,
     *,
     origin: Float[Tensor, " d_in"] | None = None,
     scale: Float[Tensor, " d_sae"] | None = None,
@@ -74,6 +75,7 @@ def encode(
 ) -> Encoded:
     """The top-k latents of `((x - origin) W_enc + b_enc) * scale`, and the pre-activations of the latents in the mask `extra`.
 
+    With a `GroupRule` they are the latents of the top-k groups, whose activations are signed, and there is no `scale`.
     `scale` affects the ranking and the threshold, not the returned activations, and gets no gradient. Under autocast the product with
     `W_enc` uses the lower precision, and everything else uses the precision of the weights. The pool `gradients` holds the gradient of
     `W_enc`, and the pool `rows` holds `x - origin`; earlier results of these names in the pools are overwritten.
@@ -120,7 +122,7 @@ class _Encode(torch.autograd.Function):
         origin: Tensor | None,
         extra: Tensor | None,
         scale: Tensor | None,
-        rule: TopKRule,
+        rule: TopKRule | GroupRule,
         gradient_buffers: BufferPool | None,
         row_buffers: BufferPool | None,
         found: list[tuple[Pattern, Tensor, float | Tensor | None, Tensor | None]],
@@ -162,9 +164,14 @@ class _Encode(torch.autograd.Function):
 
 
 def _select(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, extra: Tensor | None, rule: TopKRule
-) -> tuple[BlockwiseEncoder | GpuEncoder, TopK]:
-    """The encoder of the batch's device, which has the extra latents, and the active latents."""
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, extra: Tensor | None, rule: TopKRule | GroupRule
+) -> tuple[BlockwiseEncoder | GpuEncoder | GroupEncoder, TopK]:
+    """The encoder of the batch's device or of groups, which has the extra latents, and the active latents."""
+    if isinstance(rule, GroupRule):
+        group_encoder = GroupEncoder(
+            x, W_enc, b_enc, torch.empty(0, dtype=torch.long, device=x.device) if extra is None else extra.nonzero().flatten()
+        )
+        return group_encoder, group_encoder.top_k(rule)
     if not is_blocked(x):
         gpu_encoder = GpuEncoder(x, W_enc, b_enc, scale, extra, rule.parallelism, padded_extra=rule.padded_extra)
         hint = rule.hint if isinstance(rule.hint, Tensor) and rule.hint.device == x.device else None

@@ -162,8 +162,8 @@ def recovery(collected: CollectedCodes, features: Tensor, stream: Any) -> dict[s
 
 
 def decoder(subject: EvaluatedSAE) -> dict[str, Any]:
-    """Cosines of decoder rows with their nearest rows, as mean, maximum and histogram, and lengths of decoder rows."""
-    metric = DecoderGeometry()
+    """Cosines of decoder rows with their nearest rows, as mean, maximum and histogram, lengths of rows, and stable ranks of groups."""
+    metric = DecoderGeometry(group_size=subject.units.group_size)
     metric.update(subject.decoder_rows)
     rows = torch.histogram(metric.nearest[0].cpu().double().clamp(0, 1), COSINES).hist.int().tolist()
     return {**floats(metric.compute()), "nearest": {"edges": COSINES.tolist(), "rows": rows}}

@@ -49,3 +49,16 @@ def spectrum(W_dec: Rows, *, rows: int = 4096) -> Float[Tensor, " d_in"]:
         gram += directions.T @ directions
     squares = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
     return (squares / squares.sum()).sqrt()
+
+
+def stable_ranks(W_dec: Rows, *, group_size: int) -> Float[Tensor, " group"]:
+    """The stable rank `sum s^2 / max s^2` of each group of rows, from its singular values s; float64.
+
+    It lies between 1, for rows of one direction, and the number of rows, for orthogonal rows of one length. A group of zeros has rank 0.
+
+    >>> stable_ranks(torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]]), group_size=2).tolist()
+    [1.25, 1.0]
+    """
+    blocks = W_dec.double().unflatten(0, (-1, group_size))
+    squares = torch.linalg.eigvalsh(blocks @ blocks.mT).clamp(min=0)
+    return squares.sum(-1) / squares[..., -1].clamp(min=1e-300)

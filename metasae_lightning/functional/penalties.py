@@ -44,6 +44,36 @@ def decomposability_with_slope(W_dec: Rows, reconstruction: Rows, sigma_sq: floa
     return p, (W_dec * row_scale[:, None]).addcmul_(r, -scale[:, None])
 
 
+def block_decomposability(W_dec: Rows, reconstruction: Rows, sigma_sq: float, *, group_size: int) -> Float[Tensor, " group"]:
+    """How well a frozen critic reconstructs each block of `group_size` rows: `p_g = exp(-mean_i ||W_i/||W_i|| - What_i||^2 / sigma_sq)`.
+
+    The mean is over the rows of the block, so that `p_g` is the geometric mean of their `decomposability`.
+
+    >>> block_decomposability(torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.0]]), sigma_sq=0.5, group_size=2)
+    tensor([0.3679])
+    """
+    error = (unit_rows(W_dec) - reconstruction.detach()).square().sum(-1)
+    return torch.exp(-error.unflatten(0, (-1, group_size)).mean(-1) / sigma_sq)
+
+
+def block_decomposability_with_slope(
+    blocks: Float[Tensor, "group latent d_in"], reconstruction: Float[Tensor, "group latent d_in"], sigma_sq: float
+) -> tuple[Float[Tensor, " group"], Float[Tensor, "group latent d_in"]]:
+    """`block_decomposability`, and the gradient of each `p_g` in its block.
+
+    >>> p, slope = block_decomposability_with_slope(torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[1.0, 0.0]]]), sigma_sq=2.0)
+    >>> p, slope
+    (tensor([0.3679]), tensor([[[0.1839, 0.0000]]]))
+    """
+    r = reconstruction.detach()
+    norm = blocks.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    u = blocks / norm
+    p = torch.exp(-(u - r).square().sum(-1).mean(-1) / sigma_sq)
+    # The gradient of half a row's error in u, without its part along u.
+    radial_free = (u * r).sum(-1, keepdim=True) * u - r
+    return p, radial_free * (p[:, None, None] * (-2 / (sigma_sq * blocks.shape[1]))) / norm
+
+
 def orthogonality(W_dec: Rows, chunks: list[Tensor], scored: list[slice] | None = None) -> Float[Tensor, " d_sae"]:
     """Squared cosine of each row to its nearest other row in its chunk, `(max_{j != i in chunk} cos(W_i, W_j))^2` (arXiv 2509.22033).
 

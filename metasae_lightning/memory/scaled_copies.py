@@ -64,7 +64,11 @@ def _resized_config(learner: Learner, device: str, sizes: Sequence[str], factor:
     # A copy, since configs share their metadata object.
     cfg = copy.deepcopy(learner.sae.cfg)
     cfg.device = device
-    cfg = dataclasses.replace(cfg, **{name: _divided(getattr(cfg, name), factor) for name in sizes if hasattr(cfg, name)})
+    resized = {name: _divided(getattr(cfg, name), factor) for name in sizes if hasattr(cfg, name)}
+    if (group_size := getattr(cfg, "group_size", 1)) > 1 and "d_sae" in resized:  # whole groups, of which at most all are active
+        n_groups = max(1, round(resized["d_sae"] / group_size))
+        resized |= {"d_sae": n_groups * group_size, "k": min(resized["k"], type(resized["k"])(n_groups))}
+    cfg = dataclasses.replace(cfg, **resized)
     # The SAE's own config has no normaliser: the learner has it.
     cfg.normalize_activations = next(name for name in NORMALIZERS if type(make_normalizer(name, 1)) is type(learner.normalizer))
     return cfg

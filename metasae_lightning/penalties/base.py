@@ -1,19 +1,26 @@
 """The interface of a penalty: a scalar function of the primary's decoder."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.sharding import full
 from metasae_lightning.errors import InputError
 
-Critic = Callable[[Float[Tensor, "d_sae d_in"]], Float[Tensor, "d_sae d_in"]]
-"""The frozen meta SAE as a function from unit decoder rows to their reconstruction. It computes no gradient and changes no state. The
-result may lie in a buffer that the next call overwrites."""
+
+@runtime_checkable
+class Critic(Protocol):
+    """The frozen meta SAE as a function from unit decoder rows to their reconstruction. It computes no gradient and changes no state."""
+
+    def __call__(self, rows: Float[Tensor, "row d_in"], /, blocks: Int[Tensor, " row"] | None = None) -> Float[Tensor, "row d_in"]:
+        """The reconstruction, which may lie in a buffer that the next call overwrites.
+
+        With `blocks`, the block of each row, the reconstruction is by those meta latents alone that are active on rows of several blocks.
+        """
+        ...
 
 
 class Penalty(nn.Module, ABC):
@@ -24,6 +31,8 @@ class Penalty(nn.Module, ABC):
     """
 
     needs_critic: bool = False
+    group_size: int = 1
+    """Number of neighbouring decoder rows that the primary gates as one, a block. `Penalties` sets it."""
     uses_step: bool = True
     """Whether the value depends on more than the decoder and the critic, such as the step's number. If not, a CUDA graph may replay it."""
 

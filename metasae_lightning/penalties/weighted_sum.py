@@ -1,6 +1,6 @@
 """The weighted sum of all penalties of a run, as a loss that is added to the primary's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +15,15 @@ from metasae_lightning.step import ExtraLoss, ExtraTerm
 
 
 class Penalties(nn.ModuleDict):
-    """A dictionary of penalties; each key is the penalty's name in the logs."""
+    """A dictionary of penalties; each key is the penalty's name in the logs.
+
+    `group_size` is the number of neighbouring rows that the primary gates as one.
+    """
+
+    def __init__(self, penalties: Mapping[str, Penalty], *, group_size: int = 1) -> None:
+        super().__init__(penalties)
+        for penalty in penalties.values():
+            penalty.group_size = group_size
 
     def named(self) -> list[tuple[str, Penalty]]:
         """Pairs of name and penalty."""

@@ -48,6 +48,7 @@ FIGURES: tuple[tuple[str, str, str, str, bool | None], ...] = (
     ("loss of the model with the SAE in it", "splice/ce_sae", "ce_sae", ".4f", True),
     ("dead latents", "latents/dead", "", ".2%", True),
     ("nearest decoder row, mean cosine", "decoder/nearest_mean", "", ".4f", True),
+    ("stable rank of a group, mean", "decoder/stable_rank_mean", "", ".3f", None),
     ("fresh critic explains", "critic/fve", "", ".4f", True),
     ("features recovered (MCC)", "recovery/mcc", "", ".4f", False),
     ("  unique", "recovery/uniqueness", "", ".4f", False),

@@ -28,6 +28,7 @@ FIGURES = (
     ("phi", "mean_abs", "mean abs phi of two latents"),
     ("phi", "floor", "of that, by chance"),
     ("decoder", "nearest_mean", "cosine of a decoder row and its nearest"),
+    ("decoder", "stable_rank_mean", "stable rank of a group of rows, mean"),
     ("critic", "fve", "of the decoder, explained by fresh critics"),
     ("critic", "random", "of random rows"),
 )

@@ -70,7 +70,7 @@ def setting_differences(source: Any, target: Any, normalizer: Normalizer) -> Seq
     """One sentence for each encoder setting that both configs have, with different values."""
     scale = normalizer.factor.item() if isinstance(normalizer, ExpectedAverage) else 1.0
     differences: list[str] = []
-    for name in ("k", "residual_threshold", "max_iterations", "stop_on_duplicate_support"):
+    for name in ("k", "group_size", "residual_threshold", "max_iterations", "stop_on_duplicate_support"):
         old, new = (getattr(cfg, name, None) for cfg in (source, target))
         if name == "residual_threshold" and old is not None:
             old = old * scale
@@ -120,6 +120,8 @@ def convert_architecture(
     if source == target:
         if source == "jumprelu":
             weights["threshold"].clamp_(min=0)  # a negative threshold acts like 0, since activations are not negative
+        if source == "subspace":
+            weights.pop("threshold", None)  # training ranks groups
         return []
     if source not in (*THRESHOLDED, *TOP_K) or target not in (*THRESHOLDED, *TOP_K):
         raise InputError(f"init_from: a {source!r} SAE cannot be written as a {target!r} one")

@@ -86,7 +86,7 @@ def _inference_copy(
     with torch.random.fork_rng():
         inference: AnySAE = type(sae)(cfg)
     inference.load_state_dict({name: tensor.detach().cpu() for name, tensor in weights.items()})
-    if (lr := getattr(cfg, "topk_threshold_lr", None)) is not None and updates:
+    if (lr := getattr(cfg, "topk_threshold_lr", None)) is not None and updates and hasattr(inference, "topk_threshold"):
         inference.topk_threshold = inference.topk_threshold / (1 - (1 - lr) ** updates)
     copy.deepcopy(normalizer).cpu().fold(inference)
     if str(metadata.get("hook_name", "")).endswith("hook_z"):  # SAELens must flatten the heads, as training did

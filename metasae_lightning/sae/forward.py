@@ -1,32 +1,28 @@
 """The forward pass of a training SAE: by SAELens's own code, or for the top-k family by kernels that skip zeros."""
 
-from abc import ABC, abstractmethod
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
-from jaxtyping import Bool, Float
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
-from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
+from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
 from metasae_lightning import compute
-from metasae_lightning.architectures import Units
+from metasae_lightning.architectures.subspace import SubspaceTrainingSAE
 from metasae_lightning.compute.gpu.encoder import LEAST_PADDED
 from metasae_lightning.compute.process_group import Parallelism
 from metasae_lightning.compute.sharding import all_reduce_sum, local, replicated, shard_offset
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae.auxiliary_loss import auxiliary_loss, squared_error
+from metasae_lightning.sae.forward_pass import BatchCut, ForwardPass, Keep, Kernels, coefficients_at
 from metasae_lightning.sae.forward_result import ForwardResult
 from metasae_lightning.sae.pretrained import AnySAE
 from metasae_lightning.sae.running_threshold import update_threshold
-from metasae_lightning.schedules import warm_up
+from metasae_lightning.sae.subspace_forward import SubspaceForward
 from metasae_lightning.step import Codes
 
-Kernels = Literal["sparse", "dense"]
-BatchCut = Literal["global", "local"]
-"""Whether a batch top-k SAE ranks the activations of all ranks' batches together (`global`) or of each rank's batch (`local`)."""
 # Exactly these classes: a subclass may compute something else, which the sparse kernels would not reproduce.
 TOP_K_CLASSES = (TopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE)
 
@@ -34,48 +30,13 @@ TOP_K_CLASSES = (TopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrain
 LATENTS = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
 
 
-class ForwardPass(ABC):
-    """The forward passes of one SAE in its normalised space: `train` with a loss, `read` without loss and gradient."""
-
-    def __init__(self, sae: AnySAE) -> None:
-        self.sae: Any = sae
-        self.units = Units.of(sae.cfg)
-        self.cached_support: tuple[Tensor, Tensor] | None = None
-        """Row and latent indices of the nonzeros that `read` with `reuse_support` keeps."""
-        self.parallelism = Parallelism()
-        """The ranks whose batches are ranked together, and those that have the other latents."""
-
-    @abstractmethod
-    def join(self, parallelism: Parallelism, cut: BatchCut) -> None:
-        """Train together with other ranks, each of which has part of the batch or part of the latents."""
-
-    @abstractmethod
-    def check_divisible(self) -> None:
-        """Raise where the forward pass cannot work on a shard of the latents."""
-
-    @abstractmethod
-    def train(self, z: Float[Tensor, "row d_in"], *, dead: Bool[Tensor, " d_sae"], step: int, fresh_gradients: bool) -> ForwardResult:
-        """The loss on these rows; the architecture's running statistics are updated.
-
-        `fresh_gradients`: no earlier gradient is in use, so the backward pass may write the gradients into buffers of earlier steps.
-        """
-
-    @abstractmethod
-    def read(
-        self, z: Float[Tensor, "row d_in"], *, reuse_support: bool = False, reuse_output: bool = False
-    ) -> tuple[Codes, Float[Tensor, "row d_in"]]:
-        """Codes of units and reconstruction by the training rule; no statistic is updated.
-
-        `reuse_support`: keep the active latents of the previous such call instead of running top-k. `reuse_output`: return a buffer
-        that all SAEs of the process share, valid until the next such call of any of them.
-        """
-
-
 def forward_pass_for(sae: AnySAE, kernels: Kernels, *, n_fixed_rows: int = 0) -> ForwardPass:
-    """The sparse kernels for the top-k family where `kernels` is `sparse`, otherwise SAELens's own forward pass.
+    """The sparse kernels for the top-k family and subspace SAEs where `kernels` is `sparse`, otherwise the SAE's own forward pass.
 
     `n_fixed_rows`: number of rows of a batch that holds the same, slowly moving rows at every call (decoder rows); 0 for new rows.
     """
+    if kernels == "sparse" and type(sae) is SubspaceTrainingSAE:
+        return SubspaceForward(sae)
     if kernels == "dense" or type(sae) not in TOP_K_CLASSES:
         return DenseForward(sae)
     return SparseForward(sae, compute.IncrementalTopK(n_fixed_rows) if n_fixed_rows else None)
@@ -87,7 +48,8 @@ class DenseForward(ForwardPass):
 
     def join(self, parallelism: Parallelism, cut: BatchCut) -> None:
         """Refuse a top-k over the batches of several ranks, which SAELens cannot compute."""
-        if isinstance(self.sae, BatchTopKTrainingSAE) and cut == "global" and not parallelism.world.is_single:
+        ranks_batch = isinstance(self.sae, BatchTopKTrainingSAE) or getattr(self.sae.cfg, "batch_top", False)
+        if ranks_batch and cut == "global" and not parallelism.world.is_single:
             raise InputError(
                 f"SAELens's own {type(self.sae).__name__} ranks each process's batch separately: set kernels: sparse where it is one of "
                 f"{', '.join(cls.__name__ for cls in TOP_K_CLASSES)}, or batch_cut: local"
@@ -102,19 +64,17 @@ class DenseForward(ForwardPass):
 
     def train(self, z: Tensor, *, dead: Tensor, step: int, fresh_gradients: bool) -> ForwardResult:
         """SAELens's training forward pass, its coefficients warmed up as SAELens's trainer does; `fresh_gradients` makes no difference."""
-        coefficients: dict[str, float] = {}
-        for name, coefficient in self.sae.get_coefficients().items():
-            value, steps = coefficient if isinstance(coefficient, TrainCoefficientConfig) else (coefficient, 0)
-            coefficients[name] = value * warm_up(step, steps)
+        coefficients = coefficients_at(self.sae, step)
         out = self.sae.training_forward_pass(
             TrainStepInput(sae_in=z, coefficients=coefficients, dead_neuron_mask=dead, n_training_steps=step, is_logging_step=False)
         )
         return ForwardResult(out.loss, out.losses, self._codes(out.feature_acts), lambda: out.sae_out.detach(), lambda: out.sae_out)
 
-    def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
-        """SAELens's encoder and decoder, computed anew at each call; the two options make no difference."""
+    def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False, keep: Keep | None = None) -> tuple[Codes, Tensor]:
+        """SAELens's encoder and decoder, computed anew at each call; the first two options make no difference."""
         acts = self.sae.encode(z)
-        return self._codes(acts), self.sae.decode(acts)
+        codes = self._codes(acts)
+        return codes, self.sae.decode(acts if keep is None else self.units.select(acts, codes, keep(codes)))
 
     def _codes(self, acts: Tensor) -> Codes:
         """The codes of the SAE's units."""
@@ -191,7 +151,7 @@ class SparseForward(ForwardPass):
         return ForwardResult(loss, losses, codes, lambda: z + difference, differentiable)
 
     @torch.no_grad()
-    def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
+    def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False, keep: Keep | None = None) -> tuple[Codes, Tensor]:
         """Codes and reconstruction by top-k.
 
         With `reuse_support`, the latents that were active in the previous such call are active again; top-k chooses them if there was no
@@ -206,9 +166,11 @@ class SparseForward(ForwardPass):
             self.cached_support, self._rows_of_support = (encoded.pattern.rows, encoded.pattern.columns), len(z)
         with torch.autocast(z.device.type, enabled=False):
             buffer = compute.SHARED.get("rebuilt", z.shape, encoded.values) if reuse_output else None
-            reconstruction = encoded.pattern.product(encoded.values, local(self.sae.W_dec), buffer)
+            codes = self._codes(encoded)
+            values = encoded.values if keep is None else encoded.values * keep(codes)
+            reconstruction = encoded.pattern.product(values, local(self.sae.W_dec), buffer)
             self.parallelism.tensor_group.all_reduce_sum_(reconstruction)
-            return self._codes(encoded), reconstruction.add_(local(self.sae.b_dec))
+            return codes, reconstruction.add_(local(self.sae.b_dec))
 
     def _encode(self, z: Tensor, dead: Tensor | None, fresh_gradients: bool) -> compute.Encoded:
         """The top-k activations, and the pre-activations of the latents in the mask `dead` on every row."""

@@ -23,6 +23,7 @@ from metasae_lightning.compute.row_passes import remove_radial, write_unit_rows
 from metasae_lightning.compute.sharding import full_state_dict, local, shard_offset, shard_parameters
 from metasae_lightning.errors import InputError
 from metasae_lightning.sae import forward, pretrained
+from metasae_lightning.sae.forward_pass import Keep
 from metasae_lightning.sae.forward_result import ForwardResult, concatenate_results, gather_codes, micro_batches, step_stats
 from metasae_lightning.sae.gpu_layout import store_encoder_for_device
 from metasae_lightning.sae.gradients import reduce_gradients
@@ -222,29 +223,28 @@ class Learner(HostCounters):
 
     @torch.no_grad()
     def read(
-        self, x: Float[Tensor, "rows d_in"], *, reuse_support: bool = False, reuse_output: bool = False
+        self, x: Float[Tensor, "rows d_in"], *, reuse_support: bool = False, reuse_output: bool = False, keep: Keep | None = None
     ) -> tuple[Codes, Float[Tensor, "rows d_in"]]:
         """Codes and reconstruction by the training rule, without gradient and without any change to the learner's statistics.
 
         `reuse_support`: for rows that moved little, keep the active latents of the first such call since the last applied step, without
-        top-k. `reuse_output`: return a shared buffer, valid until any SAE's next such call. Sharded latents ignore both options.
+        top-k. `reuse_output`: return a shared buffer, valid until any SAE's next such call. `keep`: reconstruct from those of the codes
+        for which it is true. Sharded latents ignore all options.
         """
         if self.parallelism.tensor_group.is_single:
-            return self._read_local(x, reuse_support=reuse_support, reuse_output=reuse_output)
+            return self._read_local(x, reuse_support=reuse_support, reuse_output=reuse_output, keep=keep)
         local_rows = self.parallelism.tensor_group.rank_slice(len(x), x)
         codes, reconstruction = self._read_local(self.parallelism.tensor_group.all_gather_rows(x))
         return codes.slice_rows(local_rows), reconstruction[local_rows]
 
-    def reconstruct(
-        self, x: Float[Tensor, "rows d_in"], *, reuse_support: bool = False, reuse_output: bool = False
-    ) -> Float[Tensor, "rows d_in"]:
-        """The reconstruction of rows by the frozen learner, as the critic of a penalty: `read` without the codes."""
-        return self.read(x, reuse_support=reuse_support, reuse_output=reuse_output)[1]
+    def reconstruct(self, x: Float[Tensor, "rows d_in"], *, reuse_support: bool = False) -> Float[Tensor, "rows d_in"]:
+        """The reconstruction of rows by the frozen learner: `read` without the codes."""
+        return self.read(x, reuse_support=reuse_support)[1]
 
-    def _read_local(self, x: Tensor, *, reuse_support: bool = False, reuse_output: bool = False) -> tuple[Codes, Tensor]:
+    def _read_local(self, x: Tensor, **options: Any) -> tuple[Codes, Tensor]:
         """Codes in all latents and reconstruction of rows that are the same on all ranks that shard the latents."""
         z, undo = self.normalizer.normalize(x)
-        codes, reconstruction = self.forward_pass.read(z, reuse_support=reuse_support, reuse_output=reuse_output)
+        codes, reconstruction = self.forward_pass.read(z, **options)
         return self._gather_codes(codes), self.normalizer.restore(reconstruction, undo).to(x.dtype)
 
     def _gather_codes(self, codes: Codes) -> Codes:

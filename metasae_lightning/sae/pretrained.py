@@ -94,6 +94,8 @@ def pre_activations(sae: Any) -> PreActivations | None:
     """A function from raw activations to the values that an inference SAE compares with its thresholds; None without thresholds."""
     if not isinstance(getattr(sae, "threshold", None), Tensor):
         return None
+    if hasattr(sae, "threshold_scores"):
+        return sae.threshold_scores
     return lambda x: sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
 
 

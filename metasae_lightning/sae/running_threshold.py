@@ -1,12 +1,13 @@
-"""The running threshold of a batch top-k SAE, by which it selects latents at inference."""
+"""The running threshold of an SAE that ranks batches, by which it selects latents or groups at inference."""
+
+from typing import Any
 
 import torch
-from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from torch import Tensor
 
 
 @torch.no_grad()
-def update_threshold(sae: BatchTopKTrainingSAE, threshold: float | Tensor, *, may_be_infinite: bool) -> None:
+def update_threshold(sae: Any, threshold: float | Tensor, *, may_be_infinite: bool) -> None:
     """Move the SAE's running threshold towards a batch's threshold, as SAELens does, without a wait for a GPU.
 
     With `may_be_infinite`, an infinite tensor leaves the running threshold as it is; a float must be finite.

@@ -18,6 +18,7 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.objectives import Objective
 from metasae_lightning.penalties import Critic, Penalties, Penalty, PenaltyLoss
 from metasae_lightning.sae import TrainingSAEConfig
+from metasae_lightning.sae.critic import LearnerCritic
 from metasae_lightning.sae.forward import BatchCut, Kernels
 from metasae_lightning.sae.forward_result import ForwardResult
 from metasae_lightning.sae.gpu_layout import match_parameters
@@ -104,7 +105,7 @@ class JointSAE(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization, self.hook = False, hook
-        self.penalties = Penalties(penalties or {})
+        self.penalties = Penalties(penalties or {}, group_size=getattr(primary, "group_size", 1))
         counts = {"n_p": n_p, "n_m": n_m, "micro_batches": micro_batches, "dead_after_tokens": dead_after_tokens}
         argument_checks.check_roles(primary, meta, self.penalties, counts)
         argument_checks.check_objective(objective, primary)
@@ -178,8 +179,7 @@ class JointSAE(LightningModule):
 
     def _penalty_args(self) -> tuple[Tensor, Critic | None, int, Parallelism]:
         """Arguments of every penalty: decoder, critic (the frozen meta SAE), primary step, process groups."""
-        reuse_support = self.critic_supports == "macro_step"
-        critic = None if self.meta is None else partial(self.meta.reconstruct, reuse_support=reuse_support, reuse_output=True)
+        critic = None if self.meta is None else LearnerCritic(self.meta, reuse_support=self.critic_supports == "macro_step")
         return self.primary.W_dec, critic, self.primary.steps, self.parallelism
 
     @property

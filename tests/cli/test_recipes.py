@@ -106,7 +106,8 @@ GRIDS: dict[str, tuple[str, set[str]]] = {
 }
 
 # Overlays of the quickstart with another primary: its SAELens architecture, and how many latents it has in place of 4608.
-PRIMARIES = {"signed_gated": ("signed_gated", 2304), "sparsemax": ("sparsemax", 4608)}
+PRIMARIES = {"signed_gated": ("signed_gated", 2304), "sparsemax": ("sparsemax", 4608), "subspace": ("subspace", 4608)}
+
 # Overlays that set where a recipe runs, with every value that they change.
 MACHINES: dict[str, dict[str, Any]] = {
     "two_devices": {"data.language_model.device": "own"},
@@ -355,7 +356,7 @@ def test_an_overlay_with_another_primary_trains_the_quickstarts_arms(overlay: st
         overlay,
         **short_run(12, 256, validation=256),
         model__primary__d_in=32,
-        model__primary__d_sae=64,
+        model__primary__d_sae=60,
         model__meta__d_in=32,
         model__meta__d_sae=20,
         data__language_model__name=save_model(tmp_path / "model", "llama", layers=16),
@@ -369,7 +370,7 @@ def test_an_overlay_with_another_primary_trains_the_quickstarts_arms(overlay: st
     decoders = {}
     for arm in ("solo", "joint"):
         loaded = SAE.load_from_disk(str(tmp_path / "run" / "arms" / arm / "saes" / "primary"))
-        assert loaded.cfg.architecture() == architecture and loaded.cfg.d_sae == 64
+        assert loaded.cfg.architecture() == architecture and loaded.cfg.d_sae == 60
         decoders[arm] = loaded.W_dec.detach()
     assert all(decoder.isfinite().all() for decoder in decoders.values()) and not torch.equal(*decoders.values())
     assert main(["test", str(tmp_path / "run" / "arms" / "joint"), "--critic_seeds=0", "--splice_tokens=64", "--resamples=5"]) == 0
