@@ -27,6 +27,7 @@ class Export(Observer):
     Args:
         every_tokens: Number of training tokens between two exports, over all ranks; null exports only at the end of training.
         calibration_tokens: Number of held-out tokens that the primary SAE is checked on.
+        as_jumprelu: Whether a primary SAE that is gated or standard is exported as a JumpReLU SAE with the same codes.
     """
 
     rows_per_batch = 4096
@@ -34,8 +35,8 @@ class Export(Observer):
     max_rows = 131_072
     """Most decoder rows in the meta SAE's check; a larger dictionary is sampled at equal distances."""
 
-    def __init__(self, every_tokens: int | None = None, calibration_tokens: int = 131_072) -> None:
-        self.every_tokens, self.calibration_tokens = every_tokens, calibration_tokens
+    def __init__(self, every_tokens: int | None = None, calibration_tokens: int = 131_072, as_jumprelu: bool = False) -> None:
+        self.every_tokens, self.calibration_tokens, self.as_jumprelu = every_tokens, calibration_tokens, as_jumprelu
         self.records: dict[str, ExportRecord] = {}
         self._samples: list[Tensor] = []
         self._counter = EveryTokens(every_tokens)
@@ -128,6 +129,7 @@ class Export(Observer):
             metadata={**metadata, "num_dead_features": int(learner.dead.sum())},
             samples=[x.to(torch.float32) for x in samples],
             device=learner.W_dec.device,
+            as_jumprelu=self.as_jumprelu and role == "primary",
         )
         self.records[role] = record
         if record.calibrated:

@@ -1,4 +1,4 @@
-"""Formulas of sparse codes: gates of two signs, and sparsemax."""
+"""Formulas of sparse codes: gates of two signs, sparsemax, and adaptive weights of an L1 norm."""
 
 from typing import Any
 
@@ -104,3 +104,26 @@ class _Sparsemax(torch.autograd.Function):
         (support,) = ctx.saved_tensors
         gradient = gradients[0] * support
         return gradient - support * gradient.sum(-1, keepdim=True) / support.sum(-1, keepdim=True).clamp(min=1)
+
+
+def adaptive_weights(
+    mean_activations: Float[Tensor, " d_sae"],
+    *,
+    exponent: float,
+    reference_fraction: float,
+    min_weight: float,
+    max_weight: float,
+) -> Float[Tensor, " d_sae"]:
+    """The weight of each latent in an adaptive L1 norm, `clamp((ref / max(mean, 1e-5))^exponent, min_weight, max_weight)`.
+
+    `ref` is the mean of the largest `reference_fraction` of the mean activations, at least of one (arXiv 2605.05341). A latent that is
+    as active as the reference has weight 1, and a less active one a larger weight.
+
+    >>> limits = {"reference_fraction": 0.5, "min_weight": 0.01, "max_weight": 10.0}
+    >>> adaptive_weights(torch.tensor([4.0, 4.0, 1.0, 0.0]), exponent=0.5, **limits).tolist()
+    [1.0, 1.0, 2.0, 10.0]
+    """
+    mean = mean_activations.double()  # the mean of equal numbers is then that number, after rounding to single precision
+    reference = mean.topk(max(1, round(reference_fraction * len(mean)))).values.mean()
+    weights = (reference / mean.clamp(min=1e-5)).pow(exponent).clamp(min_weight, max_weight)
+    return weights.to(mean_activations.dtype)

@@ -8,10 +8,12 @@ it only for a top-k SAE with rows of different lengths, whose ranking changes; t
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, SAEConfig
 from torch import Tensor
 
 from metasae_lightning.compute.sharding import copy_into
@@ -24,6 +26,8 @@ Weights = dict[str, Tensor]
 UNIT_TOLERANCE = 2e-6
 TOP_K = ("topk", "batchtopk", "matryoshka_batchtopk")
 THRESHOLDED = ("standard", "gated", "jumprelu")
+# Architectures of this package whose function is one of SAELens's: only their losses differ.
+SAME_FUNCTION = {"paper_gated": "gated", "adaptive_elastic_net": "standard"}
 KNOWN_WEIGHTS = {"W_enc", "W_dec", "b_dec", "b_enc", "b_gate", "b_mag", "r_mag", "threshold"}
 
 
@@ -43,7 +47,8 @@ def transfer_weights(source: Any, target: Any, normalizer: Normalizer, z: Float[
     weights = {name: tensor for name, tensor in state.items() if name in KNOWN_WEIGHTS}
     if unknown := sorted(set(state) - KNOWN_WEIGHTS):
         raise InputError(f"init_from: the weights {', '.join(unknown)} of a {source.cfg.architecture()!r} SAE cannot be converted")
-    architectures = source.cfg.architecture(), target.cfg.architecture()
+    names: tuple[str, str] = source.cfg.architecture(), target.cfg.architecture()
+    architectures = SAME_FUNCTION.get(names[0], names[0]), SAME_FUNCTION.get(names[1], names[1])
     # How often each encoder subtracts b_dec from its input: 0 or 1.
     source_centring, target_centring = int(source.cfg.apply_b_dec_to_input), int(target.cfg.apply_b_dec_to_input)
     if normalizer.shifts:
@@ -64,6 +69,25 @@ def transfer_weights(source: Any, target: Any, normalizer: Normalizer, z: Float[
     for name, parameter in parameters.items():
         copy_into(parameter, weights[name])
     return lost
+
+
+@torch.no_grad()
+def to_jumprelu(sae: SAE[Any]) -> JumpReLUSAE:
+    """An inference SAE written as SAELens's JumpReLU SAE with the same codes; `sae` stays as it is.
+
+    A gated SAE gets the thresholds `b_mag - exp(r_mag) b_gate` (arXiv 2404.16014), a standard one 0. An SAE that ranks activations has no
+    such thresholds and is an `InputError`.
+    """
+    name = sae.cfg.architecture()
+    if name not in THRESHOLDED:
+        raise InputError(f"as_jumprelu: a {name!r} SAE cannot be written as a JumpReLU one: only {', '.join(THRESHOLDED)} SAEs can")
+    weights = {key: tensor.detach().clone() for key, tensor in sae.state_dict().items()}
+    convert_architecture(weights, name, "jumprelu", k=None, z=weights["W_dec"][:0], centred=sae.cfg.apply_b_dec_to_input)
+    settings = {field.name: copy.deepcopy(getattr(sae.cfg, field.name)) for field in fields(SAEConfig)}
+    with torch.random.fork_rng():
+        converted = JumpReLUSAE(JumpReLUSAEConfig(**settings))
+    converted.load_state_dict(weights)
+    return converted.eval().requires_grad_(False)
 
 
 def setting_differences(source: Any, target: Any, normalizer: Normalizer) -> Sequence[str]:

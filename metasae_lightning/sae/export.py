@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metasae_lightning.atomic_files import draft_of
 from metasae_lightning.errors import InputError
+from metasae_lightning.sae.conversion import to_jumprelu
 from metasae_lightning.sae.normalizers import Normalizer
 from metasae_lightning.sae.pretrained import AnySAE, add_metadata, load_pretrained, measure, pre_activations, set_thresholds
 from metasae_lightning.sae.thresholds import global_threshold
@@ -46,6 +47,7 @@ def export(
     samples: Sequence[Tensor] = (),
     tolerance: float = 0.01,
     device: torch.device | None = None,
+    as_jumprelu: bool = False,
 ) -> ExportRecord:
     """Save a SAELens inference SAE for raw activations in a folder, and measure it on `samples` of them.
 
@@ -63,6 +65,8 @@ def export(
     try:
         with draft_of(folder) as draft:
             inference.save_inference_model(draft)
+            if as_jumprelu:
+                to_jumprelu(load_pretrained(draft)).save_model(draft)
             measured_on = partial(_measured, draft, samples, target_l0=_target_l0(sae), tolerance=tolerance)
             try:
                 record = measured_on(device=torch.device("cpu") if device is None else device)
