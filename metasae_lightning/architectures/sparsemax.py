@@ -11,6 +11,7 @@ positive scores sum to less than 1, and small negative scores are then on the su
 """
 
 from abc import abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -169,7 +170,8 @@ class SparsemaxTrainingSAE(_Attention, TrainingSAE[SparsemaxTrainingSAEConfig]):
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The values `C W_v`, computed at each access, in full precision; their gradient flows to `C` and `W_v`."""
-        with torch.autocast(self.C.device.type, enabled=False):
+        # Autocast knows no meta device, on which a plan of the memory is made.
+        with nullcontext() if self.C.is_meta else torch.autocast(self.C.device.type, enabled=False):
             return self.C @ self.W_v
 
     @property
