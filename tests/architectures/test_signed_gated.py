@@ -139,14 +139,12 @@ def test_antipodal_features_need_half_the_latents():
     fvu, l0, directions = measured(signed(8), antipodal)
     half, _, _ = measured(topk(8), antipodal)
     full, _, _ = measured(topk(16), antipodal)
-    print("antipodal", fvu, l0, half, full, (antipodal @ directions.T).amax(1).min())
     assert l0 == pytest.approx(2, abs=0.2)
     assert fvu < 0.1 * half and fvu < 1.5 * full
     # Every feature is the direction of a sign of a latent.
     assert (antipodal @ directions.T).amax(1).min() > 0.95
     fvu, l0, directions = measured(signed(8), orthogonal)
     half, _, _ = measured(topk(8), orthogonal)
-    print("orthogonal", fvu, l0, half, (orthogonal @ directions.T).amax(1).min())
     assert fvu > 0.7 * half > 0.2
     assert (orthogonal @ directions.T).amax(1).min() < 0.9
 
