@@ -1,5 +1,6 @@
 """The signed gated SAE: its formula, the gated SAE as its special case, both signs, planted antipodal features, export."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def forward(sae: SignedGatedTrainingSAE, x: Tensor) -> Any:
     return sae.training_forward_pass(TrainStepInput(x, {"l1": L1}, None, 0, False))
 
 
-def gradients(loss: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), retain_graph=True), strict=True))
 
 

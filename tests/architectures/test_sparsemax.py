@@ -189,14 +189,14 @@ def step(module: JointSAE, count: int) -> None:
 def test_the_penalty_reaches_the_concepts_and_the_values():
     module = joint(max_rate=1.0)
     step(module, 4)
-    sae = module.primary.sae
+    sae: Any = module.primary.sae
     assert not sae.b_dec.any()  # the default `b_dec_init` sets parameters only
-    loss, _ = module.penalties.loss(*module._penalty_args())
+    W_dec, critic, number, ranks = module._penalty_args()  # pyright: ignore[reportPrivateUsage]
+    loss, _ = module.penalties.loss(W_dec, critic, number, ranks)
     assert loss is not None and loss > 0
     C, W_k, W_v = torch.autograd.grad(loss, [sae.C, sae.W_k, sae.W_v], allow_unused=True)
     # The chain rule by hand: the gradient G of the decoder C W_v gives G W_v^T for C and C^T G for W_v.
     W_dec = sae.W_dec.detach().requires_grad_()
-    _, critic, number, ranks = module._penalty_args()
     loss, _ = module.penalties.loss(W_dec, critic, number, ranks)
     assert loss is not None
     (G,) = torch.autograd.grad(loss, W_dec)
@@ -219,7 +219,8 @@ def test_unit_rows_and_whitening_are_refused():
 def test_the_exported_sae_has_the_same_codes_and_reconstruction(normalizer: Any, tmp_path: Path):
     module = joint(normalize_activations=normalizer, scale_scores=normalizer == "layer_norm", max_rate=0.5)
     step(module, 6)
-    learner, x = module.primary, normal(100, 16, seed=99).float() + 0.5
+    learner: Any = module.primary
+    x = normal(100, 16, seed=99).float() + 0.5
     learner.sae.firing_rate[:5] = 0.6
     export.export(learner.sae, tmp_path / "sae", normalizer=learner.normalizer, updates=int(learner.updates))
     tensors = load_file(tmp_path / "sae" / "sae_weights.safetensors")
