@@ -92,7 +92,7 @@ class Export(Observer):
         samples = self._samples or self._held_out(trainer, hook)
         self._write("primary", pl_module.primary, weights["primary"], folder, metadata, samples)
         if pl_module.meta is not None:
-            rows = functional.unit_rows(weights["primary"]["W_dec"])
+            rows = functional.unit_rows(_decoder(pl_module.primary, weights["primary"]))
             model = {key: data_metadata[key] for key in ("model_name",) if key in data_metadata}
             self._write(
                 "meta",
@@ -142,3 +142,8 @@ def init_metadata(learner: Any) -> dict[str, str]:
     """Metadata that name the SAE which this SAE was initialised from; empty where it was initialised at random."""
     init_from = learner.config.init_from
     return {} if init_from is None else {"init_from": init_from.place}
+
+
+def _decoder(learner: Any, weights: dict[str, Tensor]) -> Tensor:
+    """The decoder in the full state dict, or that of an SAE which computes it from other weights, and is not sharded."""
+    return weights["W_dec"] if "W_dec" in weights else learner.W_dec.detach()

@@ -166,6 +166,15 @@ class SignedGatedTrainingSAE(_SignedGate, TrainingSAE[SignedGatedTrainingSAEConf
         for name, negative in NEGATIVE.items():
             state_dict.setdefault(negative, state_dict[name].clone())
 
+    def own_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of an inference SAE without those of the negative sign, where the signs are tied."""
+        if not self.cfg.tie_polarities:
+            return weights
+        for name, negative in NEGATIVE.items():
+            if not torch.allclose(weights[name], weights[negative], rtol=1e-5, atol=1e-6):
+                raise InputError(f"tie_polarities: the SAE to start from has different {name} for the two signs: set tie_polarities: false")
+        return {name: tensor for name, tensor in weights.items() if name not in NEGATIVE.values()}
+
 
 if ARCHITECTURE not in SAE_CLASS_REGISTRY:
     register_sae_class(ARCHITECTURE, SignedGatedSAE, SignedGatedSAEConfig)

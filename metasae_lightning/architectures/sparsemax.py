@@ -82,6 +82,9 @@ class SparsemaxTrainingSAEConfig(TrainingSAEConfig):
 class _Attention(SAE[Any]):
     """The encoder and the folds that the training SAE and the inference SAE share."""
 
+    is_scale_free: ClassVar[bool] = True
+    """A factor of all activations is one of the codes and of the reconstruction: it changes no weight."""
+
     @abstractmethod
     def scores(self, directions: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """The scores of tokens that are divided by their norms, before the mask."""
@@ -221,6 +224,16 @@ class SparsemaxTrainingSAE(_Attention, TrainingSAE[SparsemaxTrainingSAEConfig]):
         del state_dict["firing_rate"]
         state_dict |= {"W_enc": (self.score_scale * C @ W_k).T.contiguous(), "W_dec": C @ W_v}
         state_dict |= {"b_dec": self.b_dec.clone(), "is_masked": self.masked}
+
+    def own_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Concepts and maps with the keys and values of an inference SAE; its mask becomes firing rates of 1 and 0.
+
+        The concepts are the values, and `W_v` is the identity. `W_k` solves `score_scale C W_k = W_enc^T`, which an SAE of this
+        architecture satisfies.
+        """
+        self.firing_rate.copy_(weights["is_masked"])
+        W_k = torch.linalg.lstsq(weights["W_dec"].double(), weights["W_enc"].T.double() / self.score_scale).solution
+        return {"C": weights["W_dec"], "W_v": torch.eye(self.cfg.d_in), "W_k": W_k}
 
 
 def relative_square_error(preds: Tensor, target: Tensor, *, coefficient: float) -> Tensor:

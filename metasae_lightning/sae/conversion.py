@@ -28,7 +28,8 @@ TOP_K = ("topk", "batchtopk", "matryoshka_batchtopk")
 THRESHOLDED = ("standard", "gated", "jumprelu")
 # Architectures of this package whose function is one of SAELens's: only their losses differ.
 SAME_FUNCTION = {"paper_gated": "gated", "adaptive_elastic_net": "standard"}
-KNOWN_WEIGHTS = {"W_enc", "W_dec", "b_dec", "b_enc", "b_gate", "b_mag", "r_mag", "threshold"}
+SIGNED_WEIGHTS = ("b_gate_negative", "b_mag_negative", "r_mag_negative")
+KNOWN_WEIGHTS = {"W_enc", "W_dec", "b_dec", "b_enc", "b_gate", "b_mag", "r_mag", "threshold", "is_masked", *SIGNED_WEIGHTS}
 
 
 @torch.no_grad()
@@ -54,7 +55,8 @@ def transfer_weights(source: Any, target: Any, normalizer: Normalizer, z: Float[
     if normalizer.shifts:
         subtract_b_dec(weights, 1 - source_centring)
         source_centring = 1
-    normalizer.unfold(weights)
+    if not getattr(source, "is_scale_free", False):
+        normalizer.unfold(weights)
     subtract_b_dec(weights, target_centring - source_centring)
     lost = [
         *convert_architecture(weights, *architectures, k=getattr(source.cfg, "k", None), z=z, centred=bool(target_centring)),
@@ -62,6 +64,8 @@ def transfer_weights(source: Any, target: Any, normalizer: Normalizer, z: Float[
     ]
     if unit_rows or getattr(target.cfg, "rescale_acts_by_decoder_norm", False):
         lost += to_unit_rows(weights, ranked=set(architectures) <= {*TOP_K, "abstopk"})
+    if hasattr(target, "own_weights"):  # the inference SAE of this architecture has other weights
+        weights = target.own_weights(weights)
     parameters = dict(target.named_parameters())
     if parameters.keys() != weights.keys():
         source_names, target_names = ", ".join(sorted(weights)), ", ".join(sorted(parameters))
@@ -120,6 +124,8 @@ def encoder_bias_factors(weights: Weights) -> dict[str, Tensor | float]:
     scales: dict[str, Tensor | float] = {"b_enc": 1.0, "b_gate": 1.0}
     if "r_mag" in weights:
         scales["b_mag"] = weights["r_mag"].exp()
+    if "r_mag_negative" in weights:
+        scales |= {"b_gate_negative": -1.0, "b_mag_negative": -weights["r_mag_negative"].exp()}
     return {name: scale for name, scale in scales.items() if name in weights}
 
 
@@ -203,7 +209,7 @@ def to_unit_rows(weights: Weights, *, ranked: bool) -> Sequence[str]:
     if "W_enc" not in weights:
         return [f"decoder rows had lengths from {low:.3g} to {high:.3g}, and pursuit has no encoder that could take them up"]
     weights["W_enc"] *= norms
-    for name in ("b_enc", "b_gate", "b_mag", "threshold"):
+    for name in ("b_enc", "b_gate", "b_mag", "b_gate_negative", "b_mag_negative", "threshold"):
         if name in weights:
             weights[name] *= norms
     even = bool(high / low < 1 + UNIT_TOLERANCE)

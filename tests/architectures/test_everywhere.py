@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,9 @@ def overlay(case: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_commands_train_measure_compare_continue_and_publish_it(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_commands_train_measure_compare_continue_and_publish_it(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     run, again, out = tmp_path / "run", tmp_path / "again", tmp_path / "published"
-    short = ["--data.tokens", "16384", "--data.validation_tokens", "4096", "--data.test_tokens", "4096"]
+    short = ["--data.tokens", "65536", "--model.primary_optimizer.lr", "0.01", "--data.validation_tokens", "4096", "--data.test_tokens", "4096"]
     recipe = ["fit", "-c", "synthetic", "-c", overlay(case, tmp_path), *short]
     assert main([*recipe, "--run", str(run)]) == 0
     measured = ["--tokens", "4096", "--critic_seeds", "1", "--critic_steps", "20", "--resamples", "5"]
@@ -127,8 +128,10 @@ def test_the_commands_train_measure_compare_continue_and_publish_it(case: str, t
     # The figure counts units: with groups at most k, and never more than there are.
     l0 = entry["reconstruction"]["l0"]
     assert 0 < l0 <= units.count and (not case.startswith("subspace") or abs(l0 - 2) < 0.5)
-    # Going on from the run's own SAE begins at its quality.
+    # A run that starts from this SAE begins at its quality: the exported SAE and the one made from it have equal FVU.
     assert main([*recipe, "--run", str(again), "--model.init_from", str(run)]) == 0
+    source_fvu, own_fvu = map(float, re.findall(r"FVU ([\d.]+) -> ([\d.]+), L0", caplog.text)[-1])
+    assert own_fvu == pytest.approx(source_fvu, rel=0.02)
     assert main(["compare", str(run), str(again), *measured, "--splice_tokens", "0"]) == 0
     assert main(["report", str(run)]) == 0 and (run / "report.html").is_file()
     assert main(["publish", str(run), str(out)]) == 0
