@@ -122,14 +122,12 @@ class ActivationsDataModule(LightningDataModule):
             buffer_dtype=buffer_dtype,
             order=order,
         )
-        if cache is not None and order == "contexts":
-            raise InputError("order: a cache has the activations of a model that is not run: contexts need one, set cache: null")
         self.cache = None if cache is None else ActivationCache(cache)
         self.reading_cache = True
         self._warned = self._text_checked = False
         self._saved_states: list[dict[str, Any]] = []
         self._train_stream: Stream | None = None
-        check_numbers(self.batching, tokens, prefetch, stall_seconds)
+        check_numbers(self.batching, tokens, prefetch, stall_seconds, cache)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the cache, or load the model up to its last hook and, for a fit, refuse a corpus with too few documents."""
