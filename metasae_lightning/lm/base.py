@@ -97,7 +97,7 @@ class LanguageModel(Predictor, ABC):
         twin = copy.copy(self)
         twin._is_complete = self._is_complete or all_layers
         with torch.random.fork_rng(), quiet_loading():
-            twin._root, twin._locations = self._skeleton(self._folder)
+            twin._root, twin._locations = twin._skeleton(self._folder)
         return twin
 
     def complete(self) -> "LanguageModel":
