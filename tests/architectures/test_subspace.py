@@ -14,13 +14,17 @@ from metasae_lightning.architectures import SubspaceTrainingSAEConfig
 from metasae_lightning.compute.row_chunks import dry_run_scale
 from metasae_lightning.errors import InputError
 from metasae_lightning.functional.subspaces import composition_norm, nuclear_norm
+from metasae_lightning.memory.scaled_copies import scaled_down
+from metasae_lightning.metrics import DecoderGeometry
 from metasae_lightning.sae import forward, pretrained
+from metasae_lightning.sae.conversion import transfer_weights
 from metasae_lightning.sae.export import export
 from metasae_lightning.sae.forward_pass import ForwardPass
 from metasae_lightning.sae.forward_result import ForwardResult
 from metasae_lightning.sae.normalizers import make_normalizer
 from metasae_lightning.sae.subspace_forward import SubspaceForward
 from metasae_lightning.sae.thresholds import calibrate, global_threshold
+from metasae_lightning.training import JointSAE
 from tests.helpers.architectures import activations
 
 D_IN, K, R, S = 16, 12, 3, 2
@@ -219,3 +223,40 @@ def test_a_config_that_cannot_be_is_one_line(settings: dict[str, Any], message: 
         build(**settings)
     assert "\n" not in str(error.value)
     assert build(k=1.5, batch_top=True).cfg.k == 1.5
+
+
+def test_the_decoders_figures_have_the_stable_ranks_of_groups():
+    # Rows of a group: twice the same direction, and two orthogonal ones of equal length. Ranks 1 and 2.
+    W_dec = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 2.0]])
+    metric = DecoderGeometry(group_size=2)
+    metric.update(W_dec)
+    figures = {name: value.item() for name, value in metric.compute().items() if name.startswith("stable")}
+    assert figures == {
+        "stable_rank_mean": 1.5,
+        "stable_rank_q10": pytest.approx(1.1),
+        "stable_rank_median": 1.5,
+        "stable_rank_q90": pytest.approx(1.9),
+    }
+    alone = DecoderGeometry()
+    alone.update(W_dec)
+    assert not any(name.startswith("stable") for name in alone.compute())
+
+
+def test_training_starts_from_an_exported_sae(tmp_path: Path):
+    sae, x = build(torch.float32, batch_top=True), activations(0, 200)
+    export(sae, tmp_path / "sae", normalizer=make_normalizer("none", D_IN), updates=1)
+    target = build(torch.float32, batch_top=True, decoder_init_norm=0.5)
+    lost = transfer_weights(SAE.load_from_disk(tmp_path / "sae"), target, make_normalizer("none", D_IN), x, unit_rows=True)
+    assert lost == []
+    torch.testing.assert_close(target.encode(x), sae.encode(x), rtol=1e-4, atol=1e-5)
+    other = build(torch.float32, group_size=4)
+    (sentence,) = transfer_weights(SAE.load_from_disk(tmp_path / "sae"), other, make_normalizer("none", D_IN), x, unit_rows=True)
+    assert sentence == "group_size is 4, where the source has 3"
+
+
+@pytest.mark.parametrize("factor", [1.7, 3.0, 20.0])
+def test_a_scaled_down_copy_has_whole_groups(factor: float):
+    cfg = SubspaceTrainingSAEConfig(d_in=D_IN, d_sae=K * R, group_size=R, k=S)
+    copied = scaled_down(JointSAE(cfg), factor).primary.sae.cfg
+    assert copied.d_sae % R == 0 and copied.d_sae >= R and 0 < copied.k <= copied.d_sae // R
+    assert abs(copied.d_sae - K * R / factor) <= R
