@@ -105,8 +105,14 @@ GRIDS: dict[str, tuple[str, set[str]]] = {
     ),
 }
 
-# Overlays of the quickstart with another primary: its SAELens architecture, and how many latents it has in place of 4608.
-PRIMARIES = {"signed_gated": ("signed_gated", 2304), "sparsemax": ("sparsemax", 4608), "subspace": ("subspace", 4608)}
+# Overlays of the quickstart with another primary: the architecture it is exported as, and how many latents it has in place of 4608.
+PRIMARIES = {
+    "adaptive_elastic_net": ("standard", 4608),
+    "paper_gated": ("gated", 4608),
+    "signed_gated": ("signed_gated", 2304),
+    "sparsemax": ("sparsemax", 4608),
+    "subspace": ("subspace", 4608),
+}
 
 # Overlays that set where a recipe runs, with every value that they change.
 MACHINES: dict[str, dict[str, Any]] = {

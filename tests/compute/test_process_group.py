@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "matryoshka, clipped": ("matryoshka_batchtopk", {}, {"clip_grad_norm": 0.5}),
     "topk, micro-batches": ("topk", {}, {"micro_batches": 3}),
     "gated": ("gated", {}, {}),
+    "paper_gated": ("paper_gated", {}, {}),
     "jumprelu": ("jumprelu", {}, {}),
     "whitened": ("batchtopk", {"normalize_activations": "covariance_whitening"}, {}),
     "some rows": ("batchtopk", {}, {"meta_rows": 20, "penalties": {"d": Decomposability(0.3, rows=0.5)}}),
@@ -122,7 +123,7 @@ def test_data_parallel_training_equals_training_in_one_process(count: int, tmp_p
         single, case = train(kind, dtype, SINGLE), f"{kind}, {dtype}, {division}, {path}"
         tolerance = 1e-5 if dtype == torch.float32 else 1e-12 if path == "CPU" else 1e-11
         assert_same_training(single, [results[index] for results in results_by_rank], tolerance, case)
-        assert single["dead"].any() or kind in ("gated", "jumprelu"), case
+        assert single["dead"].any() or kind in ("gated", "paper_gated", "jumprelu"), case
 
 
 def train_with_topk_critic_on_rank(rank: int, folder: str) -> None:

@@ -1,4 +1,4 @@
-"""A small training config for every architecture that SAELens registers, with activations and optimisers to train it."""
+"""A small training config for every architecture of SAELens and some of ours, with activations and optimisers to train it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +18,7 @@ from sae_lens import (
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from metasae_lightning.architectures import AdaptiveElasticNetTrainingSAEConfig, PaperGatedTrainingSAEConfig
 from metasae_lightning.training import JointSAE
 
 ARCHITECTURES: dict[str, Callable[..., TrainingSAEConfig]] = {
@@ -29,6 +30,10 @@ ARCHITECTURES: dict[str, Callable[..., TrainingSAEConfig]] = {
     "matryoshka_batchtopk": lambda **kw: MatryoshkaBatchTopKTrainingSAEConfig(**kw, k=4, matryoshka_widths=[8, kw["d_sae"]]),
     "abstopk": lambda **kw: AbsTopKTrainingSAEConfig(**kw, k=4),
     "matching_pursuit": lambda **kw: MatchingPursuitTrainingSAEConfig(**kw, max_iterations=4),
+    "paper_gated": lambda **kw: PaperGatedTrainingSAEConfig(**kw, l1_coefficient=0.1),
+    "adaptive_elastic_net": lambda **kw: AdaptiveElasticNetTrainingSAEConfig(
+        **kw, l1_coefficient=0.1, l2_coefficient=0.05, weight_ramp_steps=5
+    ),
 }
 D_IN = 16
 
