@@ -30,6 +30,9 @@ ARCHITECTURES: dict[str, Callable[..., TrainingSAEConfig]] = {
     "matryoshka_batchtopk": lambda **kw: MatryoshkaBatchTopKTrainingSAEConfig(**kw, k=4, matryoshka_widths=[8, kw["d_sae"]]),
     "abstopk": lambda **kw: AbsTopKTrainingSAEConfig(**kw, k=4),
     "matching_pursuit": lambda **kw: MatchingPursuitTrainingSAEConfig(**kw, max_iterations=4),
+}
+# Ours, whose configs are checked while testing against SAELens's annotations, which leave out constant_norm_rescale.
+OURS: dict[str, Callable[..., TrainingSAEConfig]] = {
     "paper_gated": lambda **kw: PaperGatedTrainingSAEConfig(**kw, l1_coefficient=0.1),
     "adaptive_elastic_net": lambda **kw: AdaptiveElasticNetTrainingSAEConfig(
         **kw, l1_coefficient=0.1, l2_coefficient=0.05, weight_ramp_steps=5
@@ -40,7 +43,7 @@ D_IN = 16
 
 def config(name: str, d_sae: int = 48, **kw: Any) -> TrainingSAEConfig:
     """A training config by the architecture's name, with changes."""
-    return ARCHITECTURES[name](**{"d_in": D_IN, "d_sae": d_sae, "decoder_init_norm": 1.0, **kw})
+    return (ARCHITECTURES | OURS)[name](**{"d_in": D_IN, "d_sae": d_sae, "decoder_init_norm": 1.0, **kw})
 
 
 def optimizers(module: JointSAE, lr: float = 1e-3) -> tuple[Optimizer, Optimizer | None]:
