@@ -99,9 +99,9 @@ class Codes:
     """Tokens, latents."""
 
     @classmethod
-    def from_dense(cls, feature_acts: Tensor) -> "Codes":
-        """The codes in a dense or sparse COO matrix of activations, without gradient."""
-        acts = feature_acts.detach()
+    def from_dense(cls, feature_acts: Tensor, *, with_graph: bool = False) -> "Codes":
+        """The codes in a dense or sparse COO matrix of activations, without gradient unless `with_graph`."""
+        acts = feature_acts if with_graph else feature_acts.detach()
         if acts.is_sparse:
             acts = acts.coalesce()
             (rows, latents), values = acts.indices(), acts.values()
@@ -215,10 +215,18 @@ class StepStats:
     compute_dead: Callable[[], Tensor]
     """Computes the mask of the latents that have not fired for longer than the dead window."""
 
+    compute_head_fvu: Callable[[], Tensor] | None = None
+    """Computes `head_fvu` (below) on first access; None for an SAE without a head."""
+
     @cached_property
     def fvu(self) -> Float[Tensor, ""]:
         """Fraction of variance unexplained on this batch, in raw space; computed on first access."""
         return self.compute_fvu()
+
+    @cached_property
+    def head_fvu(self) -> Float[Tensor, ""] | None:
+        """The FVU of the reconstruction together with the head's output; None without a head."""
+        return None if self.compute_head_fvu is None else self.compute_head_fvu()
 
     @cached_property
     def dead(self) -> Float[Tensor, ""]:
@@ -259,6 +267,8 @@ class StepOutput:
             if stats is not None:
                 values |= {f"{role}/fvu": stats.fvu, f"{role}/l0": stats.l0, f"{role}/dead": stats.dead}
                 values |= {f"{role}/{name}": value for name, value in stats.losses.items()}
+        if self.primary.head_fvu is not None:
+            values["head/fvu"] = self.primary.head_fvu
         return values | {f"penalty/{name}": value for name, value in self.penalties.items()}
 
 

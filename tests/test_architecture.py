@@ -34,6 +34,7 @@ FLOORS = {
     "sae": 3,
     "penalties": 3,
     "objectives": 3,
+    "heads": 3,
     "data": 3,
     "lm": 2,
     "corpora": 2,

@@ -7,6 +7,7 @@ meta SAE, `feature` true features of planted data.
 from metasae_lightning.functional.cofiring import cofiring_bound, phi, phi_by_chance
 from metasae_lightning.functional.firing import detection, equal_error_bin, share_above
 from metasae_lightning.functional.geometry import nearest_cosines, spectrum, stable_ranks, unit_rows
+from metasae_lightning.functional.interactions import pairwise_interactions
 from metasae_lightning.functional.penalties import (
     block_decomposability,
     block_decomposability_with_slope,
@@ -33,6 +34,7 @@ __all__ = [
     "kl_divergence",
     "nearest_cosines",
     "orthogonality",
+    "pairwise_interactions",
     "phi",
     "phi_by_chance",
     "reconstruction_sums",

@@ -56,6 +56,8 @@ def _copy_with_configs(model: JointSAE, primary_cfg: Any, meta_cfg: Any, meta_ro
         critic_supports=model.critic_supports,
         meta_rows=meta_rows,
         kernels=model.kernels,
+        head=primary.head,  # pyright: ignore[reportArgumentType]
+        head_training="joint" if primary.head is None else "detached" if primary.is_frozen else primary.config.head_training,
     )
 
 

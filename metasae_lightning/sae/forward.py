@@ -1,5 +1,6 @@
 """The forward pass of a training SAE: by SAELens's own code, or for the top-k family by kernels that skip zeros."""
 
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -68,7 +69,10 @@ class DenseForward(ForwardPass):
         out = self.sae.training_forward_pass(
             TrainStepInput(sae_in=z, coefficients=coefficients, dead_neuron_mask=dead, n_training_steps=step, is_logging_step=False)
         )
-        return ForwardResult(out.loss, out.losses, self._codes(out.feature_acts), lambda: out.sae_out.detach(), lambda: out.sae_out)
+        return ForwardResult(
+            *(out.loss, out.losses, self._codes(out.feature_acts), lambda: out.sae_out.detach(), lambda: out.sae_out),
+            latent_codes=lambda: Codes.from_dense(out.feature_acts, with_graph=True),
+        )
 
     def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False, keep: Keep | None = None) -> tuple[Codes, Tensor]:
         """SAELens's encoder and decoder, computed anew at each call; the first two options make no difference."""
@@ -148,7 +152,8 @@ class SparseForward(ForwardPass):
         def differentiable() -> Tensor:
             return compute.decode(encoded.values, encoded.pattern, W_dec)[0] + b_dec
 
-        return ForwardResult(loss, losses, codes, lambda: z + difference, differentiable)
+        latent_codes = partial(self._codes, encoded, with_graph=True)
+        return ForwardResult(loss, losses, codes, lambda: z + difference, differentiable, latent_codes)
 
     @torch.no_grad()
     def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False, keep: Keep | None = None) -> tuple[Codes, Tensor]:
@@ -235,9 +240,11 @@ class SparseForward(ForwardPass):
         """The widths whose dead latents have an auxiliary loss each."""
         return self._widths if getattr(self.sae.cfg, "use_matryoshka_aux_loss", False) else self._widths[-1:]
 
-    def _codes(self, encoded: compute.Encoded) -> Codes:
+    def _codes(self, encoded: compute.Encoded, *, with_graph: bool = False) -> Codes:
         """The activations as SAELens reports them: times the decoder rows' norms, where the architecture multiplies by them."""
         values, norms = encoded.values.detach(), self._norms
+        if with_graph:
+            values, norms = encoded.values, None if norms is None else local(self.sae.W_dec).norm(dim=-1)
         scaled = values if norms is None else values * norms[encoded.pattern.columns]
         return Codes(encoded.pattern.rows, encoded.pattern.columns, scaled, encoded.pattern.shape)
 

@@ -14,6 +14,8 @@ from metasae_lightning.step import Codes, ExtraTerm, ReconstructionLoss, StepSta
 
 SQUARED_ERROR = "mse_loss"
 """SAELens's name of the squared error among the terms of a loss."""
+HEAD_LOSS = "head_loss"
+"""The name of a head's loss among the terms of a loss."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class ForwardResult:
     """Computes `reconstruction` (below) on first access."""
     differentiable: Callable[[], Tensor] | None = None
     """Computes the reconstruction with its graph; None where the forward pass cannot, and in results without a graph."""
+    latent_codes: Callable[[], Codes] | None = None
+    """Computes the activations of latents, also where `codes` has units of several latents, with their graph; None as above."""
+    rebuild_with_head: Callable[[], Tensor] | None = None
+    """Computes the reconstruction together with a head's output, detached; None without a head."""
+    replaced_by_objective: tuple[str, ...] = (SQUARED_ERROR,)
+    """The names of the terms of the loss that an objective takes the place of."""
     applied: bool = True
     """Whether the optimiser step was applied; false where it was skipped because of a NaN or infinity."""
     extra: ExtraTerm = field(default_factory=ExtraTerm)
@@ -47,12 +55,26 @@ class ForwardResult:
         """
         assert self.differentiable is not None
         loss, terms = objective(restore(self.differentiable()))
-        others = (value for name, value in self.losses.items() if name != SQUARED_ERROR)
+        others = (value for name, value in self.losses.items() if name not in self.replaced_by_objective)
         return replace(self, loss=sum(others, start=loss), losses={**self.losses, **terms})
+
+    def in_raw_space(self, restore: Callable[[Tensor], Tensor]) -> "ForwardResult":
+        """The result with its reconstructions in raw space, which `restore` gives, and no graph but that of the loss."""
+        loss, losses = self.loss, {name: value.detach() for name, value in self.losses.items()}
+        if not self.codes.shape[0]:  # the mean over no rows is NaN; its weight in the step's loss is 0
+            loss, losses = loss.nan_to_num(), {name: value.nan_to_num() for name, value in losses.items()}
+        rebuild, with_head = self.rebuild, self.rebuild_with_head  # without this result, which holds the graph
+        restored = None if with_head is None else lambda: restore(with_head())
+        return ForwardResult(loss, losses, self.codes, lambda: restore(rebuild()), rebuild_with_head=restored)
 
     def select_rows(self, rows: slice, codes: Codes) -> "ForwardResult":
         """The result for a slice of the rows, given the codes of all of them in all latents; the loss stays that of all rows."""
         return replace(self, codes=codes.slice_rows(rows), rebuild=lambda: self.reconstruction[rows])
+
+    def head_fvu(self, x: Float[Tensor, "row d_in"]) -> Callable[[], Float[Tensor, ""]] | None:
+        """Computes the FVU of the reconstruction together with the head's output; None without a head."""
+        with_head = self.rebuild_with_head
+        return None if with_head is None else lambda: functional.fvu(x, with_head())
 
 
 def gather_codes(codes: Codes, shard_offset: int, d_sae: int, ranks: ProcessGroup) -> Codes:
@@ -77,7 +99,11 @@ def concatenate_results(results: list[ForwardResult]) -> ForwardResult:
     }
     loss = sum((result.loss.detach() * weight for result, weight in zip(results, weights, strict=True)), torch.zeros(()))
     codes = Codes.concatenate([result.codes for result in results])
-    return ForwardResult(loss, losses, codes, lambda: torch.cat([result.reconstruction for result in results]))
+    with_head = [result.rebuild_with_head for result in results if result.rebuild_with_head is not None]
+    return ForwardResult(
+        *(loss, losses, codes, lambda: torch.cat([result.reconstruction for result in results])),
+        rebuild_with_head=(lambda: torch.cat([rebuild() for rebuild in with_head])) if with_head else None,
+    )
 
 
 def step_stats(
@@ -89,15 +115,17 @@ def step_stats(
     """
     if ranks.is_single:
         loss, codes = result.loss.detach(), result.codes
-        return StepStats(loss, result.losses, codes.l0, lambda: functional.fvu(x, result.reconstruction), compute_dead)
+        return StepStats(loss, result.losses, codes.l0, lambda: functional.fvu(x, result.reconstruction), compute_dead, result.head_fvu(x))
     n, total, squares, error = functional.reconstruction_sums(x, result.reconstruction)
+    with_head = error if result.rebuild_with_head is None else functional.reconstruction_sums(x, result.rebuild_with_head())[-1]
     means = torch.stack([result.loss.detach(), *result.losses.values(), x.new_full((), result.codes.l0)]).double() * n
-    sums = torch.cat([torch.stack([n, squares, error]), means, total])
+    sums = torch.cat([torch.stack([n, squares, error, with_head]), means, total])
     ranks.all_reduce_sum_(sums)
-    (n, squares, error), means, total = sums.split([3, len(means), len(total)])
+    (n, squares, error, with_head), means, total = sums.split([4, len(means), len(total)])
     loss, *losses, l0 = (means / n).to(x.dtype)
-    fvu = functional.fvu_of_sums((n, total, squares, error)).to(x.dtype)
-    return StepStats(loss, dict(zip(result.losses, losses, strict=True)), l0, lambda: fvu, compute_dead)
+    fvu, head_fvu = (functional.fvu_of_sums((n, total, squares, each)).to(x.dtype) for each in (error, with_head))
+    compute_head_fvu = None if result.rebuild_with_head is None else lambda: head_fvu
+    return StepStats(loss, dict(zip(result.losses, losses, strict=True)), l0, lambda: fvu, compute_dead, compute_head_fvu)
 
 
 def micro_batches(x: Tensor, count: int, objective: ReconstructionLoss | None) -> list[tuple[Tensor, ReconstructionLoss | None]]:

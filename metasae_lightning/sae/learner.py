@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from sae_lens import TrainingSAEConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from metasae_lightning import functional
@@ -26,12 +25,14 @@ from metasae_lightning.sae import forward, pretrained
 from metasae_lightning.sae.forward_pass import Keep
 from metasae_lightning.sae.forward_result import ForwardResult, concatenate_results, gather_codes, micro_batches, step_stats
 from metasae_lightning.sae.gpu_layout import store_encoder_for_device
-from metasae_lightning.sae.gradients import reduce_gradients
+from metasae_lightning.sae.gradients import clip_gradients, reduce_gradients
+from metasae_lightning.sae.head_loss import add_head, build_head, forward_frozen, initialize_head
 from metasae_lightning.sae.host_counters import HostCounters
 from metasae_lightning.sae.init_from import InitFrom, InitReport
 from metasae_lightning.sae.learner_config import LearnerConfig
 from metasae_lightning.sae.nonfinite import NonFiniteGuard, step_tensors
 from metasae_lightning.sae.normalizers import make_normalizer
+from metasae_lightning.sae.running_threshold import average_buffers
 from metasae_lightning.sae.step_graph import StepGradients, StepGraph
 from metasae_lightning.step import Codes, ExtraLoss, ExtraTerm, ReconstructionLoss, StepStats
 
@@ -57,9 +58,10 @@ class Learner(HostCounters):
     measured_k: Tensor
     """The L0 of the source SAE, which is this SAE's k, where `init_from` has `measured_k`; 0 before `initialize`."""
 
-    def __init__(self, cfg: TrainingSAEConfig, config: LearnerConfig, *, role: str, seed: int) -> None:
+    def __init__(self, cfg: TrainingSAEConfig, config: LearnerConfig, *, role: str, seed: int, head: nn.Module | None = None) -> None:
         super().__init__()
         self.role, self.config, self.parallelism = role, config, Parallelism()
+        self.is_frozen = head is not None and config.head_training == "frozen_sae"
         self.sae = pretrained.build(cfg, role=role, seed=seed)
         pretrained.check_decoder_rows(self.sae, config.decoder_rows)
         self.forward_pass = forward.forward_pass_for(self.sae, config.kernels, n_fixed_rows=config.n_fixed_rows)
@@ -71,6 +73,7 @@ class Learner(HostCounters):
             self.register_buffer("measured_k", torch.zeros((), dtype=torch.float64))
             self.register_load_state_dict_post_hook(pretrained.apply_measured_k)
         self._renormalize()
+        self.head = None if head is None else build_head(head, self.sae, seed=seed, freeze=self.is_frozen)
         store_encoder_for_device(self.sae)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Learner":
@@ -128,6 +131,8 @@ class Learner(HostCounters):
                 report = self._load_weights(self.config.init_from, x)
             elif self.config.b_dec_init != "zeros":
                 pretrained.initialize_b_dec(self.sae, self.normalizer.normalize(x)[0], self.config.b_dec_init)
+            if self.head is not None:
+                initialize_head(self.head, self.forward_pass, self.normalizer.normalize(x)[0], self.dead)
         self.forward_pass.parallelism = parallelism
         self.initialized = True
         return report
@@ -169,16 +174,16 @@ class Learner(HostCounters):
         gradients = compute(rows) if graph is None or constants is None else graph.gradients(rows, compute, constants)
         # SAELens does not update its threshold when no latent fires.
         updates = sum(self.parallelism.world.sum_scalar(part.codes.values.numel(), rows) > 0 for part in gradients.results)
-        reduce_gradients(self.sae, self.parallelism)
+        reduce_gradients(self, self.parallelism)
         result = replace(concatenate_results(gradients.results), extra=gradients.extra)
         if not self.parallelism.tensor_group.is_single:
             result = result.select_rows(local_rows, self._gather_codes(result.codes))
         if self.guard is not None and self.guard.skips(
-            step_tensors(self.role, self.sae, result.loss, result.extra.loss), self._forward_state(), self.parallelism.world
+            step_tensors(self.role, self, result.loss, result.extra.loss), self._forward_state(), self.parallelism.world
         ):
             self.rows_seen += count
             return replace(result, applied=False)
-        self.cached_support, self.updates = None, self.updates + updates
+        self.cached_support, self.updates = None, self.updates + (0 if self.is_frozen else updates)
         self._constrain_gradient()
         optimizer.step()
         self._renormalize()
@@ -256,13 +261,11 @@ class Learner(HostCounters):
     def _forward(self, x: Tensor, objective: ReconstructionLoss | None, *, fresh_gradients: bool) -> ForwardResult:
         """The training forward pass on raw rows; the loss is in normalised space, the reconstruction in raw space."""
         z, undo = self.normalizer.normalize(x)
-        out = self.forward_pass.train(z, dead=self.dead, step=self.steps, fresh_gradients=fresh_gradients)
-        out = out if objective is None else out.with_objective(objective, partial(self.normalizer.restore, undo=undo))
-        loss, losses = out.loss, {name: value.detach() for name, value in out.losses.items()}
-        if not len(x):  # the mean over no rows is NaN; its weight in the step's loss is 0
-            loss, losses = loss.nan_to_num(), {name: value.nan_to_num() for name, value in losses.items()}
-        rebuild = out.rebuild  # without the loss, which holds the graph
-        return ForwardResult(loss, losses, out.codes, lambda: self.normalizer.restore(rebuild(), undo))
+        restore = partial(self.normalizer.restore, undo=undo)
+        train = partial(forward_frozen, self.forward_pass) if self.is_frozen else self.forward_pass.train
+        out = train(z, dead=self.dead, step=self.steps, fresh_gradients=fresh_gradients)
+        out = out if self.head is None else add_head(out, self.head, z, self.config.head_training)
+        return (out if objective is None else out.with_objective(objective, restore)).in_raw_space(restore)
 
     @torch.no_grad()
     def _constrain_gradient(self) -> None:
@@ -271,12 +274,12 @@ class Learner(HostCounters):
         if self.config.decoder_rows == "unit" and gradient is not None:
             remove_radial(local(gradient), local(self.W_dec))
         if self.config.clip_grad_norm is not None:
-            clip_grad_norm_(self.sae.parameters(), self.config.clip_grad_norm)
+            clip_gradients(self.sae, self.head, self.config.clip_grad_norm, together=self.config.head_training == "joint")
 
     @torch.no_grad()
     def _renormalize(self) -> None:
         """Scale the decoder rows to length 1, for unit rows."""
-        if self.config.decoder_rows == "unit" and not self.W_dec.is_meta:
+        if self.config.decoder_rows == "unit" and not self.W_dec.is_meta and not self.is_frozen:
             write_unit_rows(local(self.W_dec), into=local(self.W_dec))
         # Without this, one autocast context around several steps (outside Lightning) would keep using the weights cast before the first.
         torch.clear_autocast_cache()
@@ -288,11 +291,8 @@ class Learner(HostCounters):
         self.rows_seen += rows
         self.silent_for.add_(rows).index_fill_(0, codes.latents, 0)
         self.parallelism.world.all_reduce_min_(self.silent_for)
-        if self.forward_pass.parallelism.data_group.is_single and not self.parallelism.data_group.is_single:
-            thresholds = [buffer for buffer in self.sae.buffers() if buffer.is_floating_point()]
-            self.parallelism.world.all_reduce_sum_(*thresholds)
-            for threshold in thresholds:
-                threshold /= self.parallelism.world.world_size
+        if self.forward_pass.parallelism.data_group.is_single and not self.parallelism.data_group.is_single and not self.is_frozen:
+            average_buffers(self.sae, self.parallelism.world)
 
     def step_stats(self, x: Float[Tensor, "rows d_in"], result: ForwardResult) -> StepStats:
         """Loss, FVU, L0 and dead fraction of a step, over the rows of all ranks; `x` are this rank's rows."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from metasae_lightning.sae.forward import Kernels
+from metasae_lightning.sae.head_loss import HeadTraining
 from metasae_lightning.sae.init_from import InitFrom
 
 
@@ -27,5 +28,7 @@ class LearnerConfig:
     """Number of rows of a batch that holds the same, slowly moving rows at every call (decoder rows); 0 for new rows at every call."""
     init_from: InitFrom | None = None
     """The SAE whose weights training starts from."""
+    head_training: HeadTraining = "joint"
+    """How a head is trained with the SAE, where there is one."""
     cuda_graph: bool = False
     """On a GPU, compute the gradients of equal steps by a CUDA graph, where that is possible and pays."""

@@ -76,14 +76,14 @@ def skipped_steps(guards: Iterable[NonFiniteGuard]) -> dict[str, float]:
     return {"train/skipped": float(sum(totals))} if totals else {}
 
 
-def step_tensors(role: str, sae: nn.Module, loss: Tensor, extra_loss: Tensor | None) -> dict[str, Tensor]:
+def step_tensors(role: str, learner: nn.Module, loss: Tensor, extra_loss: Tensor | None) -> dict[str, Tensor]:
     """A step's loss, the sum of its penalties, and its gradients, by name.
 
     The loss comes first, because a bad loss is the cause of bad gradients. Gradients come in the order of the parameters.
     """
-    gradients = {name: parameter.grad for name, parameter in sae.named_parameters() if parameter.grad is not None}
+    gradients = {name: parameter.grad for name, parameter in learner.named_parameters() if parameter.grad is not None}
     losses = {f"the {role} SAE's loss": loss, **({} if extra_loss is None else {"the penalties' sum": extra_loss})}
-    return losses | {f"the gradient of {role}.sae.{name}": gradient for name, gradient in gradients.items()}
+    return losses | {f"the gradient of {role}.{name}": gradient for name, gradient in gradients.items()}
 
 
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from metasae_lightning.compute.process_group import ProcessGroup
 
 
 @torch.no_grad()
@@ -19,3 +21,12 @@ def update_threshold(sae: Any, threshold: float | Tensor, *, may_be_infinite: bo
         running.mul_(1 - rate).add_(threshold, alpha=rate)
     else:
         sae.topk_threshold = (1 - rate) * running + rate * threshold
+
+
+@torch.no_grad()
+def average_buffers(sae: nn.Module, ranks: ProcessGroup) -> None:
+    """Replace the running thresholds, the only buffers of floating point, by their mean over ranks that each updated their own."""
+    thresholds = [buffer for buffer in sae.buffers() if buffer.is_floating_point()]
+    ranks.all_reduce_sum_(*thresholds)
+    for threshold in thresholds:
+        threshold /= ranks.world_size

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.fabric.utilities.data import sized_len
@@ -11,9 +11,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from metasae_lightning.compute.process_group import ProcessGroup
 from metasae_lightning.errors import InputError, one_line
+from metasae_lightning.heads import Head
 from metasae_lightning.objectives import Objective
 from metasae_lightning.penalties import Penalty
 from metasae_lightning.sae import TrainingSAEConfig
+from metasae_lightning.sae.head_loss import HeadTraining
 from metasae_lightning.sae.learner import Learner
 from metasae_lightning.schedules import bind_schedule, meta_steps_in
 from metasae_lightning.training.strategy import Sharded
@@ -49,6 +51,20 @@ def check_objective(objective: object, primary: TrainingSAEConfig) -> None:
         raise InputError(f"objective must be an Objective, got {type(objective).__name__}")
     if objective is not None and hasattr(primary, "matryoshka_widths"):
         raise InputError(f"objective takes the place of one squared error, and {type(primary).__name__} has one for each width")
+
+
+def check_head(head: object, head_training: str, objective: object, init_from: object) -> None:
+    """Reject a head of another type, an unknown `head_training`, and `frozen_sae` without the SAE to freeze or with an objective."""
+    if head is not None and not isinstance(head, Head):
+        raise InputError(f"head must be a Head, got {type(head).__name__}")
+    if head_training not in get_args(HeadTraining):
+        raise InputError(f"head_training must be {', '.join(get_args(HeadTraining))}, got {head_training!r}")
+    if head is None and head_training != "joint":
+        raise InputError(f"head_training: {head_training} needs a head, and there is none: set model.head")
+    if head_training == "frozen_sae" and (init_from is None or objective is not None):
+        raise InputError(
+            "head_training: frozen_sae trains the head alone, on the squared error of init_from's SAE: set init_from, no objective"
+        )
 
 
 def set_up_objective(objective: Objective | None, trainer: Any) -> None:
@@ -128,8 +144,10 @@ def check_batches(trainer: Any, ranks: ProcessGroup, rows_seen: int) -> None:
                 raise InputError(f"data: ranks must have equally many {split} batches, and have {', '.join(map(str, per_rank))}")
 
 
-def check_trainer(trainer: Any) -> None:
+def check_trainer(trainer: Any, head: object = None) -> None:
     """Reject strategies, precisions and `max_steps` that joint training does not support."""
+    if head is not None and isinstance(trainer.strategy, Sharded):
+        raise InputError("head: each rank needs the codes of all latents: set trainer.strategy: ddp, got a sharded one")
     if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy | Sharded):
         raise InputError(
             f"trainer.strategy must be ddp, sharded, or one made from them, on {trainer.world_size} ranks, got "

@@ -13,8 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from metasae_lightning import functional
 from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
 from metasae_lightning.compute.row_chunks import step_permutation
-from metasae_lightning.compute.sharding import full, local, local_rows
+from metasae_lightning.compute.sharding import local, local_rows
 from metasae_lightning.errors import InputError
+from metasae_lightning.heads import Head
 from metasae_lightning.objectives import Objective
 from metasae_lightning.penalties import Critic, Penalties, Penalty, PenaltyLoss
 from metasae_lightning.sae import TrainingSAEConfig
@@ -22,13 +23,15 @@ from metasae_lightning.sae.critic import LearnerCritic
 from metasae_lightning.sae.forward import BatchCut, Kernels
 from metasae_lightning.sae.forward_result import ForwardResult
 from metasae_lightning.sae.gpu_layout import match_parameters
-from metasae_lightning.sae.init_from import InitFrom, InitReport
+from metasae_lightning.sae.head_loss import HeadTraining
+from metasae_lightning.sae.init_from import InitFrom
 from metasae_lightning.sae.learner import Learner, LearnerConfig
 from metasae_lightning.sae.nonfinite import attach_guards, longest_skip, restore_guards, skipped_steps
 from metasae_lightning.schedules import bind_schedule, meta_steps_after, meta_steps_in
 from metasae_lightning.step import Batch, Evaluation, StepOutput, StepStats
 from metasae_lightning.training import argument_checks, step_memory
 from metasae_lightning.training.backward_pass import run_backward
+from metasae_lightning.training.initialize import initialize_saes
 from metasae_lightning.training.logging_interval import is_logged
 from metasae_lightning.training.optimizers import adam
 
@@ -66,6 +69,9 @@ class JointSAE(LightningModule):
         non_finite: On a loss or gradient that is not finite: `stop` lets `StopOnNaN` end the run; `skip` skips the step on all ranks.
         cuda_graph: On one GPU, replay a step's gradient as a CUDA graph where starting its kernels takes longer than running them.
         objective: A loss of the primary's reconstruction in place of its squared error, such as `EndToEnd`; null is the squared error.
+        head: A second path from the primary's codes to its reconstruction, such as `InteractionHead`; null has none.
+        head_training: `joint` trains SAE and head on the error of the sum; `detached` leaves the SAE's training as it is without a head;
+            `frozen_sae` trains the head alone, on the SAE of `init_from`.
     """
 
     critic_supports: Literal["exact", "macro_step"]
@@ -102,6 +108,8 @@ class JointSAE(LightningModule):
         non_finite: Literal["stop", "skip"] = "stop",
         cuda_graph: bool = True,
         objective: Objective | None = None,
+        head: Head | None = None,
+        head_training: HeadTraining = "joint",
     ) -> None:
         super().__init__()
         self.automatic_optimization, self.hook = False, hook
@@ -109,16 +117,19 @@ class JointSAE(LightningModule):
         counts = {"n_p": n_p, "n_m": n_m, "micro_batches": micro_batches, "dead_after_tokens": dead_after_tokens}
         argument_checks.check_roles(primary, meta, self.penalties, counts)
         argument_checks.check_objective(objective, primary)
+        argument_checks.check_head(head, head_training, objective, init_from)
         argument_checks.check_choices(self.penalties, kernels=kernels, critic_supports=critic_supports, non_finite=non_finite)
         argument_checks.check_optional_values(
             primary, meta, clip_grad_norm=clip_grad_norm, meta_rows=meta_rows, meta_init_from=meta_init_from
         )
         self.n_p, self.n_m, self.meta_rows, self.seed = n_p, n_m, meta_rows, seed
         self.critic_supports, self.kernels, self.batch_cut, self.objective = critic_supports, kernels, batch_cut, objective
-        use_graph = cuda_graph and critic_supports == "exact" and objective is None
+        use_graph, source = cuda_graph and critic_supports == "exact" and objective is None and head is None, InitFrom.of(init_from)
         options = partial(LearnerConfig, decoder_rows=decoder_rows, clip_grad_norm=clip_grad_norm, kernels=kernels, cuda_graph=use_graph)
-        of_primary = options(dead_after_tokens, b_dec_init=b_dec_init, micro_batches=micro_batches, init_from=InitFrom.of(init_from))
-        self.primary = Learner(primary, of_primary, role="primary", seed=seed)
+        of_primary = options(
+            dead_after_tokens, b_dec_init=b_dec_init, micro_batches=micro_batches, init_from=source, head_training=head_training
+        )
+        self.primary = Learner(primary, of_primary, role="primary", seed=seed, head=head)
         self.meta: Learner | None = None
         if meta is not None:
             window, source = meta_dead_after_steps * (meta_rows or primary.d_sae), InitFrom.of(meta_init_from)
@@ -133,10 +144,7 @@ class JointSAE(LightningModule):
         self, batch: Batch, primary_optimizer: Optimizer, meta_optimizer: Optimizer | None = None, *, last: bool = False
     ) -> StepOutput:
         """Take one primary step and, at the end of a macro-step or the run (`last`), the meta phase. The first step initialises SAEs."""
-        if not self.primary.initialized:  # from the first batches of all ranks
-            _log_init(self.primary.initialize(self.parallelism.world.all_gather_rows(batch.activations)), "primary")
-        if self.meta is not None and self.primary.initialized and not self.meta.initialized:  # before its first use as critic
-            _log_init(self.meta.initialize(functional.unit_rows(full(self.primary.W_dec.detach()))), "meta")
+        initialize_saes(self.primary, self.meta, batch.activations, self.parallelism.world)
         objective, extra_loss = self.objective and self.objective.of(batch.contexts), self._penalty_loss()
         result = self.primary.learn(
             batch.activations, primary_optimizer, backward=partial(run_backward, self), extra_loss=extra_loss, objective=objective
@@ -217,7 +225,7 @@ class JointSAE(LightningModule):
     def setup(self, stage: str) -> None:
         """Check trainer and data, join the other ranks, and set up penalties."""
         if stage == "fit":
-            argument_checks.check_trainer(self.trainer)
+            argument_checks.check_trainer(self.trainer, self.primary.head)
             step_memory.leave_out_graphs(self, self.trainer)
             argument_checks.set_up_objective(self.objective, self.trainer)
         self.join(ProcessGroup.default(), getattr(self.trainer.strategy, "device_mesh", None))
@@ -290,9 +298,3 @@ class JointSAE(LightningModule):
     def scalars(self, output: StepOutput) -> dict[str, Any]:
         """The values that a step logs, by name."""
         return {**output.scalars(), "train/tokens": float(self.primary.rows_seen), **skipped_steps(self.guards.values())}
-
-
-def _log_init(report: InitReport | None, role: str) -> None:
-    """Log which SAE an SAE was initialised from."""
-    if report is not None:
-        rank_zero_info(f"{role} {report}")
