@@ -13,7 +13,9 @@ from metasae_lightning import functional
 from metasae_lightning.callbacks.every_tokens import EveryTokens
 from metasae_lightning.compute.transfers import wait_for_copies
 from metasae_lightning.sae.export import ExportRecord, export
+from metasae_lightning.sae.exported_head import save_head
 from metasae_lightning.sae.nonfinite import first_nonfinite
+from metasae_lightning.sae.pretrained import load_pretrained
 from metasae_lightning.step import Batch
 from metasae_lightning.training.arm_callbacks import NotFinite, Observer
 
@@ -23,6 +25,7 @@ class Export(Observer):
 
     The L0 of the exported primary SAE is measured on the activations of the last validation. Where the L0 misses the training L0 (`k`) by
     more than 1 %, the threshold is recalibrated on them. The meta SAE is checked in the same way on decoder rows of the primary.
+    A head on the primary's codes goes to `saes/head`; the exported SAE is the same without it.
 
     Args:
         every_tokens: Number of training tokens between two exports, over all ranks; null exports only at the end of training.
@@ -90,7 +93,11 @@ class Export(Observer):
         folder = Path(trainer.default_root_dir) / "saes"
         metadata = {**data_metadata, **init_metadata(pl_module.primary), "training_tokens": tokens}
         samples = self._samples or self._held_out(trainer, hook)
+        if (head := pl_module.primary.head) is not None and pl_module.primary.config.head_training == "joint":
+            metadata["trained_with_head"] = True
         self._write("primary", pl_module.primary, weights["primary"], folder, metadata, samples)
+        if head is not None:
+            save_head(pl_module.primary, load_pretrained(folder / "primary"), folder / "head")
         if pl_module.meta is not None:
             rows = functional.unit_rows(_decoder(pl_module.primary, weights["primary"]))
             model = {key: data_metadata[key] for key in ("model_name",) if key in data_metadata}

@@ -43,6 +43,11 @@ def is_exported(folder: Path, role: str = "primary") -> bool:
     return (exported_sae(folder, role) / "cfg.json").exists()
 
 
+def exported_head(folder: Path) -> Path:
+    """The path of the folder that a run, or an arm, saves the head on the primary's codes to."""
+    return folder / "saes" / "head"
+
+
 def find_run(path: Path) -> Path | None:
     """The run that a folder belongs to: the folder itself or, for an arm's folder, the run around it. None for any other folder."""
     if config_file(path).exists():

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from metasae_lightning.evaluation.padded_codes import room_for
 from metasae_lightning.evaluation.pending_entries import PendingEntries
 from metasae_lightning.evaluation.result_cache import Entry
 from metasae_lightning.evaluation.saes import EvaluatedSAE
-from metasae_lightning.evaluation.splice import losses
+from metasae_lightning.evaluation.splice import Rebuild, losses
 from metasae_lightning.metrics.loss_recovered import with_recovered_shares
 from metasae_lightning.metrics.reconstruction import Reconstruction
 from metasae_lightning.step import Codes
@@ -88,6 +88,13 @@ class CollectedCodes:
         documents, sums, total = (torch.cat(parts) for parts in zip(*by_passage, strict=True))
         ids, sums = sum_by_document(documents, sums)
         return ids, sums, sum_by_document(documents, total)[1]
+
+    @cached_property
+    def head_error_by_document(self) -> Float[Tensor, " document"]:
+        """The squared error together with the head of each document, in the order of `by_document`."""
+        by_passage = [(entry["documents"], entry["head_error"]) for entry in self.entries()]
+        documents, error = (torch.cat(parts) for parts in zip(*by_passage, strict=True))
+        return sum_by_document(documents, error)[1][:, 0]
 
     @property
     def mean(self) -> Float[Tensor, " d_in"]:
@@ -173,12 +180,16 @@ def encode_passage(
     figures = torch.stack([torch.ones_like(error), wide.square().sum(1), error, lengths.double(), cosine], 1)
     owner = passage.documents[counted]
     documents, sums = sum_by_document(owner, figures)
+    head: Entry = {}
+    if subject.head is not None:
+        head["head_error"] = sum_by_document(owner, (wide - subject.reconstruct_with_head(x).double()).square().sum(1, keepdim=True))[1]
     state = {**metric.metric_state, "active": lengths.sum().double()}
     return {
         **{"tokens": passage.tokens.int(), "counted": counted, "owner": passage.documents},
         **{"latents": latents.int(), "lengths": lengths.int(), "values": values.float()},
         **{"documents": documents, "sums": sums, "total": sum_by_document(owner, wide)[1]},
         **{f"reconstruction/{name}": torch.as_tensor(value) for name, value in state.items()},
+        **head,
     }
 
 
@@ -193,42 +204,60 @@ def without_padding(subject: EvaluatedSAE, passage: Passage, entry: Entry) -> En
     return {**entry, "latents": latents[is_filled], "values": entry["values"][is_filled]}
 
 
-def collect_spliced_losses(collected: Sequence[CollectedCodes], stream: Any, tokens: int, complete: Any) -> list[SplicedLosses]:
-    """Losses of the complete language model with each SAE's reconstruction spliced in, on the first contexts.
+class SplicedReconstruction(NamedTuple):
+    """A reconstruction to splice into the language model."""
+
+    codes: CollectedCodes
+    """The codes of its SAE."""
+    entry: str = "splice"
+    """The first part of the names of its cache entries."""
+
+    @property
+    def rebuild(self) -> Rebuild:
+        """Reconstructs raw activations, by the SAE alone or together with its head."""
+        return self.codes.subject.reconstruct if self.entry == "splice" else self.codes.subject.reconstruct_with_head
+
+
+def reconstructions(collected: Sequence[CollectedCodes]) -> list[SplicedReconstruction]:
+    """The reconstruction of every SAE, then that of each SAE with a head together with it."""
+    with_head = [SplicedReconstruction(codes, "splice-head") for codes in collected if codes.subject.head is not None]
+    return [*map(SplicedReconstruction, collected), *with_head]
+
+
+def collect_spliced_losses(spliced: Sequence[SplicedReconstruction], stream: Any, tokens: int, complete: Any) -> list[SplicedLosses]:
+    """Losses of the complete language model with each reconstruction spliced in, on the first contexts.
 
     The first contexts are those that hold `tokens` predicted tokens. `complete` loads and returns the model; it is called only if an entry
     is missing from a result cache.
     """
-    names_and_keys: list[list[tuple[str, dict[str, Any]]]] = [[] for _ in collected]
-    first, mean, model, remaining = collected[0], collected[0].mean, None, tokens
+    names_and_keys: list[list[tuple[str, dict[str, Any]]]] = [[] for _ in spliced]
+    first, mean, model, remaining = spliced[0].codes, spliced[0].codes.mean, None, tokens
     with progress_bar("spliced", tokens) as bar, PendingEntries() as pending:
         for passage in passages(stream, tokens):
             counted = first.subject.result_cache.get(passage_name(passage.number), first.passage_key(passage.text_hash))["counted"].bool()
             contexts = 1 + int((counted[:, 1:].sum(1).cumsum(0) < remaining).sum())
             # Ablation by the mean activation makes losses depend on the whole text.
             text = {"all": first.text_hashes, "contexts": min(contexts, len(counted))}
-            name, keys = f"splice-{passage.number:05d}", [{**codes.cache_key, **text} for codes in collected]
+            places = [(f"{entry}-{passage.number:05d}", {**codes.cache_key, **text}) for codes, entry in spliced]
             # SAEs that share an entry are measured once.
-            files = {
-                codes.subject.result_cache.path(name, key): index for index, (codes, key) in enumerate(zip(collected, keys, strict=True))
-            }
+            files = {spliced[index].codes.subject.result_cache.path(*place): index for index, place in enumerate(places)}
             missing = [index for path, index in files.items() if not path.exists()]
             if missing:
                 if model is None:
                     model = complete()
                     mean = mean.to(model.device)
-                rebuild = {str(index): collected[index].subject.reconstruct for index in missing}
+                rebuild = {str(index): spliced[index].rebuild for index in missing}
                 measured = _spliced_entries(model, passage, counted[:contexts], rebuild, mean)
                 for index in missing:
-                    pending.put(collected[index].subject.result_cache, name, keys[index], measured[str(index)])
-            for key, of_sae in zip(keys, names_and_keys, strict=True):
-                of_sae.append((name, key))
+                    pending.put(spliced[index].codes.subject.result_cache, *places[index], measured[str(index)])
+            for place, of_reconstruction in zip(places, names_and_keys, strict=True):
+                of_reconstruction.append(place)
             count = int(counted[:contexts, 1:].sum())
             bar.update(count)
             remaining -= count
             if remaining <= 0:
                 break
-    return [_read_spliced_losses(codes, of_sae) for codes, of_sae in zip(collected, names_and_keys, strict=True)]
+    return [_read_spliced_losses(each.codes, places) for each, places in zip(spliced, names_and_keys, strict=True)]
 
 
 def _read_spliced_losses(codes: CollectedCodes, names_and_keys: Sequence[tuple[str, dict[str, Any]]]) -> SplicedLosses:

@@ -12,7 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metasae_lightning.evaluation.bootstrap import PhiByGroup, bootstrap_weights, interval, jackknife_interval
-from metasae_lightning.evaluation.collect import CollectedCodes, SplicedLosses, collect, collect_spliced_losses
+from metasae_lightning.evaluation.collect import (
+    CollectedCodes,
+    SplicedLosses,
+    SplicedReconstruction,
+    collect,
+    collect_spliced_losses,
+    reconstructions,
+)
+from metasae_lightning.evaluation.head_figures import head_figures, resampled_head_figures
 from metasae_lightning.evaluation.held_out_text import json_values, split_stream, stream_cache_key
 from metasae_lightning.evaluation.matched_l0 import at_matched_l0
 from metasae_lightning.evaluation.result_cache import Entry
@@ -62,7 +70,7 @@ def evaluate(subjects: Sequence[EvaluatedSAE], data: Any, settings: Settings) ->
         subjects = [subject.divided_by_polarity() for subject in subjects]
     hook = select_hook(subjects[0], data)
     for subject in subjects:
-        subject.sae.to(device_of(data))
+        subject.to(device_of(data))
     data.setup("test")
     rule = settings.rule or ("rate" if len(subjects) > 1 else "stored")
     if rule != "stored":
@@ -70,17 +78,17 @@ def evaluate(subjects: Sequence[EvaluatedSAE], data: Any, settings: Settings) ->
     tokens = settings.tokens or data.test_tokens
     stream = split_stream(data, "test", tokens)
     collected = collect(subjects, stream, tokens)
-    losses: Sequence[SplicedLosses | None] = [None] * len(collected)
+    losses: Sequence[SplicedLosses | None] = [None] * len(spliced := reconstructions(collected))
     model = getattr(data, "language_model", None)
     if settings.splice_tokens and model is not None:
-        losses = collect_spliced_losses(collected, stream, min(settings.splice_tokens, tokens), model.complete)
+        losses = collect_spliced_losses(spliced, stream, min(settings.splice_tokens, tokens), model.complete)
     provenance = {
         **{"hook": hook, "data": json_values(stream_cache_key(stream)), "split": "test", "seed": settings.seed, "versions": versions()},
         **{"settings": asdict(settings), "together_with": [subject.source for subject in subjects]},
     }
     evaluations = [
-        Evaluation(codes, spliced, {**measure_all(codes, spliced, settings), **provenance})
-        for codes, spliced in zip(collected, losses, strict=True)
+        Evaluation(codes, of_sae, {**measure_all(codes, of_sae, settings, losses_with_head(codes, spliced, losses)), **provenance})
+        for codes, of_sae in zip(collected, losses, strict=False)
     ]
     if data.features is not None:
         for evaluation in evaluations:
@@ -88,7 +96,9 @@ def evaluate(subjects: Sequence[EvaluatedSAE], data: Any, settings: Settings) ->
     return evaluations
 
 
-def measure_all(collected: CollectedCodes, spliced: SplicedLosses | None, settings: Settings) -> dict[str, Any]:
+def measure_all(
+    collected: CollectedCodes, spliced: SplicedLosses | None, settings: Settings, with_head: SplicedLosses | None = None
+) -> dict[str, Any]:
     """The entry of one SAE: all figures except `recovery`, with intervals over documents, and what identifies the SAE."""
     subject = collected.subject
     log.info(f"{subject.name}: co-firing, decoder{', critics' if settings.critic_seeds else ''}")
@@ -99,6 +109,8 @@ def measure_all(collected: CollectedCodes, spliced: SplicedLosses | None, settin
         figures["critic"] = critic(subject, settings)
     if spliced is not None:
         figures["splice"] = spliced.figures()
+    if subject.head is not None:
+        figures["head"] = head_figures(collected, spliced, with_head)
     return {
         **{
             "sae": subject.source,
@@ -111,11 +123,19 @@ def measure_all(collected: CollectedCodes, spliced: SplicedLosses | None, settin
             "weights": subject.cache_key["sae"],
             "rule": subject.rule or {"rule": "stored"},
             "figures": figures,
-            "intervals": intervals(collected, spliced, figures["phi"]["excess"], settings),
+            "intervals": intervals(collected, spliced, figures["phi"]["excess"], settings, with_head),
         },
         **{"tokens": int(sums[:, 0].sum()), "documents": len(documents)},
         **({"spliced_tokens": int(spliced.sums[:, 0].sum())} if spliced is not None else {}),
     }
+
+
+def losses_with_head(
+    collected: CollectedCodes, spliced: Sequence[SplicedReconstruction], losses: Sequence[SplicedLosses | None]
+) -> SplicedLosses | None:
+    """The losses with an SAE's reconstruction together with its head; None where there is no head or no loss was measured."""
+    found = (each for (codes, entry), each in zip(spliced, losses, strict=True) if codes is collected and entry != "splice")
+    return next(found, None)
 
 
 def latents(collected: CollectedCodes, settings: Settings) -> dict[str, Any]:
@@ -189,16 +209,21 @@ def critic(subject: EvaluatedSAE, settings: Settings) -> dict[str, float]:
 
 
 def intervals(
-    collected: CollectedCodes, spliced: SplicedLosses | None, excess: float, settings: Settings
+    collected: CollectedCodes, spliced: SplicedLosses | None, excess: float, settings: Settings, with_head: SplicedLosses | None = None
 ) -> dict[str, tuple[float, float]]:
     """95 % intervals of an SAE's figures.
 
     Reconstruction and splice figures: from resampled documents. `phi_excess`: a jackknife over groups of documents around `excess`, the
     figure itself.
     """
-    by_figure = {name: interval(values) for name, values in resampled_reconstruction(collected, settings).items()}
+    resamples = resampled_reconstruction(collected, settings)
     if spliced is not None:
-        by_figure |= {name: interval(values) for name, values in resampled_losses(spliced, settings).items()}
+        resamples |= resampled_losses(spliced, settings)
+    if collected.subject.head is not None:
+        weights = document_weights(len(collected.by_document[0]), settings)
+        losses = None if with_head is None else resampled_losses(with_head, settings)
+        resamples |= resampled_head_figures(collected, weights, resamples, losses)
+    by_figure = {name: interval(values) for name, values in resamples.items()}
     return {**by_figure, "phi_excess": jackknife_interval(excess, excess_without_each(collected))}
 
 

@@ -20,8 +20,9 @@ from metasae_lightning.evaluation.padded_codes import PaddedCodes
 from metasae_lightning.evaluation.result_cache import ResultCache, hash_settings, hash_weights
 from metasae_lightning.lm.backends import HuggingFaceLM, TransformerLensLM
 from metasae_lightning.lm.base import LanguageModel
-from metasae_lightning.run_folder import arm_folder, exported_arms, exported_sae, find_run, is_exported, record_file
+from metasae_lightning.run_folder import arm_folder, exported_arms, exported_head, exported_sae, find_run, is_exported, record_file
 from metasae_lightning.sae import pretrained
+from metasae_lightning.sae.exported_head import ExportedHead, load_head
 from metasae_lightning.step import Codes
 
 log = logging.getLogger(__name__)
@@ -46,10 +47,18 @@ class EvaluatedSAE:
     """Folder of its run, if it is of a run."""
     arm: str = ""
     """Name of its arm, if the run has several."""
+    head: ExportedHead | None = None
+    """The head on its codes, where one was saved beside it; all figures but those named `head` are without it."""
     by_polarity: bool = False
     """Whether each sign of a latent with signed activations is a unit."""
     rule: dict[str, Any] = field(default_factory=dict)
     """How its thresholds were recalibrated; empty if they were not."""
+
+    def to(self, device: torch.device) -> None:
+        """Move the SAE and its head to a device."""
+        self.sae.to(device)
+        if self.head is not None:
+            self.head.to(device)
 
     @property
     def record(self) -> Path:
@@ -115,7 +124,17 @@ class EvaluatedSAE:
     def cache_key(self) -> dict[str, Any]:
         """Cache key of its codes, without the text: weights and config."""
         config = {**self.sae.cfg.to_dict(), "metadata": None, "device": None}
-        return {"sae": hash_weights(self.sae.state_dict()), "config": config, **({"by_polarity": True} if self.by_polarity else {})}
+        return {
+            "sae": hash_weights(self.sae.state_dict()),
+            "config": config,
+            **({"by_polarity": True} if self.by_polarity else {}),
+            **self._head_key,
+        }
+
+    @cached_property
+    def _head_key(self) -> dict[str, Any]:
+        """Cache key of the head; empty where there is none."""
+        return {} if self.head is None else {"head": [type(self.head.head).__name__, hash_weights(self.head.state_dict())]}
 
     @torch.no_grad()
     def encode_decode(self, x: Float[Tensor, "row d_in"]) -> tuple[Codes, Float[Tensor, "row d_in"]]:
@@ -141,12 +160,28 @@ class EvaluatedSAE:
         """Reconstruction of raw activations, without codes."""
         return torch.cat([self.sae.decode(acts).float() for acts in self._encoded_chunks(x)])
 
+    @torch.no_grad()
+    def reconstruct_with_head(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
+        """Reconstruction of raw activations together with what the head adds to it."""
+        assert self.head is not None
+        sizes = x.split(self._rows_at_once)
+        return torch.cat(
+            [
+                self.sae.decode(acts).float() + self.head(rows.to(acts), Codes.from_dense(acts)).float()
+                for rows, acts in zip(sizes, self._encoded_chunks(x), strict=True)
+            ]
+        )
+
+    @property
+    def _rows_at_once(self) -> int:
+        return max(1, AT_ONCE // self.sae.cfg.d_sae)
+
     def _encoded_chunks(self, x: Tensor) -> Iterator[Float[Tensor, "row d_sae"]]:
         """Dense latent activations of some rows at a time, each to be decoded before the next is computed.
 
         SAELens keeps the normalisation statistics of the rows that it encoded last, until it decodes.
         """
-        for rows in x.to(self.sae.device, self.sae.dtype, non_blocking=True).split(max(1, AT_ONCE // self.sae.cfg.d_sae)):
+        for rows in x.to(self.sae.device, self.sae.dtype, non_blocking=True).split(self._rows_at_once):
             yield self.sae.encode(rows).detach()
 
 
@@ -168,7 +203,8 @@ def load_sae(source: str, *, out: str | Path | None = None, device: str | torch.
         sae = pretrained.load_pretrained(exported_sae(path), device=device)
         root = find_run(path) or path
         arm = "" if root == path else path.resolve().name
-        return EvaluatedSAE(path.resolve().name, source, Path(out) if out else path, sae, run=root, arm="" if out else arm)
+        head = load_head(exported_head(path), sae.cfg.d_sae, sae.cfg.d_in)
+        return EvaluatedSAE(path.resolve().name, source, Path(out) if out else path, sae, run=root, arm="" if out else arm, head=head)
     if path.is_dir() and not (path / "cfg.json").exists():
         raise InputError(f"{source} is neither a run, which has saes/primary, nor a SAELens folder, which has cfg.json")
     sae = pretrained.load_pretrained(source, device=device)

@@ -7,14 +7,13 @@ from typing import Any
 
 from metasae_lightning.penalties import Penalties
 from metasae_lightning.sae.learner import Learner
-from metasae_lightning.sae.normalizers import make_normalizer
+from metasae_lightning.sae.normalizers import name_of
 from metasae_lightning.training.joint import JointSAE
 
 SIZES = ("d_in", "d_sae", "k", "matryoshka_widths", "chunk_size")
 """Attributes of SAE configs and penalties that are sizes."""
 SIZES_PER_SHARD = ("d_sae", "matryoshka_widths", "k")
 """Sizes that sharding the latents divides."""
-NORMALIZERS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening")
 
 
 def rank_part(model: JointSAE, shards: int) -> JointSAE:
@@ -72,7 +71,7 @@ def _resized_config(learner: Learner, device: str, sizes: Sequence[str], factor:
         resized |= {"d_sae": n_groups * group_size, "k": min(resized["k"], type(resized["k"])(n_groups))}
     cfg = dataclasses.replace(cfg, **resized)
     # The SAE's own config has no normaliser: the learner has it.
-    cfg.normalize_activations = next(name for name in NORMALIZERS if type(make_normalizer(name, 1)) is type(learner.normalizer))
+    cfg.normalize_activations = name_of(learner.normalizer)
     return cfg
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 ROWS: Sequence[tuple[str, str, str, str]] = (
     ("variance unexplained", "reconstruction/fvu", ".4f", "fvu"),
     ("latents active on a token", "reconstruction/l0", ".2f", "l0"),
+    ("unexplained, with the head", "head/fvu", ".4f", "head_fvu"),
+    ("  change by the head", "head/fvu_change", ".4f", "head_fvu_change"),
     ("cosine", "reconstruction/cosine", ".4f", "cosine"),
     ("length ratio", "reconstruction/l2_ratio", ".4f", ""),
     ("gamma", "reconstruction/gamma", ".4f", ""),
@@ -50,6 +52,9 @@ ROWS: Sequence[tuple[str, str, str, str]] = (
     ("  recovered against zero", "splice/recovered_zero", ".4f", "recovered_zero"),
     ("  recovered against the mean", "splice/recovered_mean", ".4f", "recovered_mean"),
     ("  KL from the model alone", "splice/kl", ".4f", "kl"),
+    ("loss with the SAE and its head", "head/ce_sae", ".4f", "head_ce_sae"),
+    ("  change by the head", "head/ce_sae_change", ".4f", "head_ce_sae_change"),
+    ("  KL from the model alone", "head/kl", ".4f", "head_kl"),
 )
 # Columns of the overview: `GROUP/NAME` of a figure and a short label.
 COLUMNS = {

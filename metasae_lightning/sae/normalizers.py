@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from metasae_lightning.compute.row_passes import centred_rows
 from metasae_lightning.errors import InputError
 
+NAMES = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening")
+"""SAELens's names of the normalisers."""
 Undo = tuple[Tensor, ...]
 """What `restore` needs of each token to take a reconstruction back to raw space."""
 
@@ -205,3 +207,12 @@ def make_normalizer(name: str, d_in: int) -> Normalizer:
             return Whitening(d_in)
         case _:
             raise InputError(f"normalize_activations: SAELens knows no normaliser {name!r}")
+
+
+def name_of(normalizer: Normalizer) -> str:
+    """SAELens's name of a normaliser.
+
+    >>> name_of(LayerNorm())
+    'layer_norm'
+    """
+    return next(name for name in NAMES if type(make_normalizer(name, 1)) is type(normalizer))

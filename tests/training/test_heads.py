@@ -33,7 +33,9 @@ pytestmark = [
 ]
 
 
-def module(architecture: str = "batchtopk", training: HeadTraining | None = "joint", cfg: dict[str, Any] | None = None, **kw: Any) -> JointSAE:
+def module(
+    architecture: str = "batchtopk", training: HeadTraining | None = "joint", cfg: dict[str, Any] | None = None, **kw: Any
+) -> JointSAE:
     """A solo SAE with a small head, or without one where `training` is None."""
     head = {} if training is None else {"head": InteractionHead(4, 8), "head_training": training}
     return JointSAE(config(architecture, **(cfg or {})), **{"dead_after_tokens": 320, **head, **kw})
