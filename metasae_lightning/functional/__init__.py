@@ -8,20 +8,12 @@ from metasae_lightning.functional.cofiring import cofiring_bound, phi, phi_by_ch
 from metasae_lightning.functional.firing import detection, equal_error_bin, share_above
 from metasae_lightning.functional.geometry import nearest_cosines, spectrum, stable_ranks, unit_rows
 from metasae_lightning.functional.interactions import pairwise_interactions
-from metasae_lightning.functional.penalties import (
-    block_decomposability,
-    block_decomposability_with_slope,
-    decomposability,
-    decomposability_with_slope,
-    orthogonality,
-)
+from metasae_lightning.functional.penalties import decomposability, decomposability_with_slope, orthogonality
 from metasae_lightning.functional.predictions import cross_entropy, kl_divergence
 from metasae_lightning.functional.reconstruction import agreement_sums, fvu, fvu_of_sums, geometric_median, reconstruction_sums
 
 __all__ = [
     "agreement_sums",
-    "block_decomposability",
-    "block_decomposability_with_slope",
     "cofiring_bound",
     "cross_entropy",
     "decomposability",

@@ -14,6 +14,7 @@ from metasae_lightning.compute.row_chunks import ValueAndSlope, is_blocked, mean
 from metasae_lightning.compute.row_passes import write_unit_rows
 from metasae_lightning.compute.sharding import local, local_rows
 from metasae_lightning.errors import InputError
+from metasae_lightning.functional.penalties import block_decomposability_with_slope
 from metasae_lightning.penalties.base import Critic, Penalty
 
 
@@ -92,7 +93,7 @@ class Decomposability(Penalty):
 
         def value_and_slope(chunk: Tensor, rebuilt: Tensor) -> tuple[Tensor, Tensor]:
             blocks, others = (tensor.view(len(chunk), size, -1) for tensor in (chunk, rebuilt.to(chunk.dtype)))
-            p, slope = functional.block_decomposability_with_slope(blocks, others, self.sigma_sq)
+            p, slope = block_decomposability_with_slope(blocks, others, self.sigma_sq)
             return p, slope.view_as(chunk)
 
         return value_and_slope

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ROWS: Sequence[tuple[str, str, str, str]] = (
     ("variance unexplained", "reconstruction/fvu", ".4f", "fvu"),
     ("latents active on a token", "reconstruction/l0", ".2f", "l0"),
-    ("unexplained, with the head", "head/fvu", ".4f", "head_fvu"),
+    ("unexplained with the head on codes", "head/fvu", ".4f", "head_fvu"),
     ("  change by the head", "head/fvu_change", ".4f", "head_fvu_change"),
     ("cosine", "reconstruction/cosine", ".4f", "cosine"),
     ("length ratio", "reconstruction/l2_ratio", ".4f", ""),
@@ -52,7 +52,7 @@ ROWS: Sequence[tuple[str, str, str, str]] = (
     ("  recovered against zero", "splice/recovered_zero", ".4f", "recovered_zero"),
     ("  recovered against the mean", "splice/recovered_mean", ".4f", "recovered_mean"),
     ("  KL from the model alone", "splice/kl", ".4f", "kl"),
-    ("loss with the SAE and its head", "head/ce_sae", ".4f", "head_ce_sae"),
+    ("loss with the SAE and its head in it", "head/ce_sae", ".4f", "head_ce_sae"),
     ("  change by the head", "head/ce_sae_change", ".4f", "head_ce_sae_change"),
     ("  KL from the model alone", "head/kl", ".4f", "head_kl"),
 )

@@ -50,7 +50,15 @@ class SubspaceForward(ForwardPass):
         }
         if cfg.batch_top and encoded.threshold is not None:
             update_threshold(sae, encoded.threshold, may_be_infinite=not self.parallelism.world.is_single)
-        return ForwardResult(sum(losses.values(), z.new_zeros(())), losses, self._codes(encoded), lambda: z + difference)
+
+        def differentiable() -> Tensor:
+            return compute.decode(encoded.values, encoded.pattern, sae.W_dec)[0] + sae.b_dec
+
+        def latent_codes() -> Codes:
+            return Codes(encoded.pattern.rows, encoded.pattern.columns, encoded.values, encoded.pattern.shape)
+
+        loss = sum(losses.values(), z.new_zeros(()))
+        return ForwardResult(loss, losses, self._codes(encoded), lambda: z + difference, differentiable, latent_codes)
 
     @torch.no_grad()
     def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False, keep: Keep | None = None) -> tuple[Codes, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from metasae_lightning import functional
 from metasae_lightning.architectures import SubspaceTrainingSAEConfig
 from metasae_lightning.compute.process_group import Parallelism, ProcessGroup
+from metasae_lightning.functional.penalties import block_decomposability
 from metasae_lightning.penalties import Decomposability, Penalties
 from metasae_lightning.sae.critic import LearnerCritic, in_several_blocks
 from metasae_lightning.sae.learner import Learner, LearnerConfig
@@ -46,7 +47,7 @@ def test_the_value_and_gradient_of_blocks_equal_the_formula_and_autograd():
     expected = torch.stack([torch.exp(-errors[R * g : R * g + R].mean() / 0.7) for g in range(10)]).mean()
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, W)[0], rtol=0, atol=1e-12)
-    whole = functional.block_decomposability(W, halving(functional.unit_rows(W)), 0.7, group_size=R).mean()
+    whole = block_decomposability(W, halving(functional.unit_rows(W)), 0.7, group_size=R).mean()
     torch.testing.assert_close(whole, expected, rtol=1e-12, atol=0)
     # The control: rows are another penalty, unless the rows of a block have equal errors.
     assert abs(penalty("row")(W, halving, 0).item() - value.item()) > 1e-4

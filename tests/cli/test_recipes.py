@@ -147,7 +147,7 @@ def values_at(config: dict[str, Any], paths: Any) -> dict[str, Any]:
 
 
 def test_every_shipped_yaml_is_in_one_of_the_tables_above():
-    known = {"joint", "end_to_end", *RECIPE_VALUES, *OVERLAYS, *PRIMARIES, *GRIDS, *MACHINES}
+    known = {"joint", "end_to_end", "head", *RECIPE_VALUES, *OVERLAYS, *PRIMARIES, *GRIDS, *MACHINES}
     assert {path.stem for path in RECIPES.iterdir() if path.suffix in (".yaml", ".yml")} == known
 
 
@@ -345,6 +345,15 @@ def test_the_end_to_end_overlay_trains_its_three_arms(tmp_path: Path, texts: str
     assert steps == dict.fromkeys(END_TO_END_ARMS, 3)
     decoders = [state[f"_arms.arm_{name}.primary.sae.W_dec"] for name in END_TO_END_ARMS]
     assert not torch.equal(decoders[0], decoders[1]) and not torch.equal(decoders[1], decoders[2])
+
+
+# Every shipped YAML must run: the overlay adds a head, which the checkpoint has and the exported SAE has not.
+def test_the_head_overlay_trains_and_saves_a_head(tmp_path: Path):
+    state = fit(tmp_path / "run", "synthetic", "head", **short_run(4, 256, validation=256))
+    assert state["primary.head.embeddings"].shape == (256, 16) and state["primary.head.map.2.weight"].abs().max() > 0
+    saes = tmp_path / "run" / "saes"
+    assert (saes / "head" / "head.safetensors").exists()
+    assert SAE.load_from_disk(saes / "primary").state_dict().keys() == {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
 
 
 END_TO_END_ARMS = ("local", "kl", "kl_downstream")
