@@ -70,7 +70,7 @@ def evaluate(subjects: Sequence[EvaluatedSAE], data: Any, settings: Settings) ->
         subjects = [subject.divided_by_polarity() for subject in subjects]
     hook = select_hook(subjects[0], data)
     for subject in subjects:
-        subject.to(device_of(data))
+        subject.sae.to(device_of(data))
     data.setup("test")
     rule = settings.rule or ("rate" if len(subjects) > 1 else "stored")
     if rule != "stored":

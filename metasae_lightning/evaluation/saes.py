@@ -54,12 +54,6 @@ class EvaluatedSAE:
     rule: dict[str, Any] = field(default_factory=dict)
     """How its thresholds were recalibrated; empty if they were not."""
 
-    def to(self, device: torch.device) -> None:
-        """Move the SAE and its head to a device."""
-        self.sae.to(device)
-        if self.head is not None:
-            self.head.to(device)
-
     @property
     def record(self) -> Path:
         """File of the SAE's results; the arms of a run have a common file."""
@@ -164,13 +158,9 @@ class EvaluatedSAE:
     def reconstruct_with_head(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
         """Reconstruction of raw activations together with what the head adds to it."""
         assert self.head is not None
-        sizes = x.split(self._rows_at_once)
-        return torch.cat(
-            [
-                self.sae.decode(acts).float() + self.head(rows.to(acts), Codes.from_dense(acts)).float()
-                for rows, acts in zip(sizes, self._encoded_chunks(x), strict=True)
-            ]
-        )
+        head, chunks = self.head.to(self.sae.device), zip(x.split(self._rows_at_once), self._encoded_chunks(x), strict=True)
+        parts = [self.sae.decode(acts).float() + head(rows.to(acts), Codes.from_dense(acts)).float() for rows, acts in chunks]
+        return torch.cat(parts)
 
     @property
     def _rows_at_once(self) -> int:
