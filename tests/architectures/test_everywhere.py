@@ -117,16 +117,8 @@ def overlay(case: str, folder: Path) -> str:
 @pytest.mark.parametrize("case", CASES)
 def test_the_commands_train_measure_compare_continue_and_publish_it(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     run, again, out = tmp_path / "run", tmp_path / "again", tmp_path / "published"
-    short = [
-        "--data.tokens",
-        "65536",
-        "--model.primary_optimizer.lr",
-        "0.01",
-        "--data.validation_tokens",
-        "4096",
-        "--data.test_tokens",
-        "4096",
-    ]
+    sizes = {"tokens": 65536, "validation_tokens": 4096, "test_tokens": 4096}
+    short = [*(f"--data.{name}={value}" for name, value in sizes.items()), "--model.primary_optimizer.lr=0.01"]
     recipe = ["fit", "-c", "synthetic", "-c", overlay(case, tmp_path), *short]
     assert main([*recipe, "--run", str(run)]) == 0
     measured = ["--tokens", "4096", "--critic_seeds", "1", "--critic_steps", "20", "--resamples", "5"]
