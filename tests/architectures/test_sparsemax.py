@@ -59,6 +59,7 @@ def test_masked_scores_are_left_out_and_a_row_of_them_has_no_support():
     assert (sparsemax(masked)[:, ::2] == 0).all()
     masked[0] = -torch.inf
     assert not sparsemax_support(masked)[0].any() and sparsemax_support(masked)[1:].any(1).all()
+    assert (sparsemax(masked)[0] == 0).all()
 
 
 def test_the_gradient_of_sparsemax_is_that_of_finite_differences():
