@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from metasae_lightning.compute.gpu.topk import CutFactor
     from metasae_lightning.compute.sparse_matrix import Pattern
     from metasae_lightning.compute.topk import largest_indices, topk_mask
-    from metasae_lightning.compute.topk_groups import GroupRule
     from metasae_lightning.compute.topk_incremental import IncrementalTopK
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "BufferPool",
     "CutFactor",
     "Encoded",
-    "GroupRule",
     "IncrementalTopK",
     "Pattern",
     "TopKRule",
@@ -36,7 +34,6 @@ __getattr__, __dir__ = lazy_exports(
         "CutFactor": "metasae_lightning.compute.gpu.topk",
         "Pattern": "metasae_lightning.compute.sparse_matrix",
         **dict.fromkeys(["topk_mask", "largest_indices"], "metasae_lightning.compute.topk"),
-        "GroupRule": "metasae_lightning.compute.topk_groups",
         "IncrementalTopK": "metasae_lightning.compute.topk_incremental",
     },
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from metasae_lightning import compute
 from metasae_lightning.compute.process_group import Parallelism
+from metasae_lightning.compute.topk_groups import GroupRule
 from metasae_lightning.errors import InputError
 from metasae_lightning.functional.subspaces import group_norms
 from metasae_lightning.sae.forward_pass import BatchCut, ForwardPass, Keep, coefficients_at
@@ -75,7 +76,7 @@ class SubspaceForward(ForwardPass):
     def _encode(self, z: Tensor, dead: Tensor | None, buffers: Any) -> compute.Encoded:
         """The activations of the active groups, and the pre-activations of the latents in the mask `dead` on every row."""
         sae, cfg = self.sae, self.sae.cfg
-        rule = compute.GroupRule(cfg.k, cfg.group_size, not cfg.batch_top, self.parallelism)
+        rule = GroupRule(cfg.k, cfg.group_size, not cfg.batch_top, self.parallelism)
         origin = sae.b_dec if cfg.apply_b_dec_to_input else None
         return compute.encode(z, sae.encoder(), sae.b_enc, rule, origin=origin, extra=dead, gradients=buffers)
 
