@@ -58,10 +58,11 @@ def test_an_exported_sae_with_its_head_reconstructs_as_in_training(normalizer: s
     torch.testing.assert_close(subject.reconstruct(x), result.reconstruction, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(subject.reconstruct_with_head(x), result.rebuild_with_head(), rtol=1e-4, atol=1e-4)
     assert (subject.reconstruct_with_head(x) - subject.reconstruct(x)).abs().max() > 1e-2
-    # Norms are folded into the codes of an SAE that multiplies by them, by an affine normaliser.
+    # An SAE that multiplies activations by the norms of decoder rows has other ones when a factor was folded into the rows: f' = f / factor.
     assert subject.head is not None
-    has_scale = rescale and normalizer in NORMALIZERS[3:]
-    assert (subject.head.code_scale.sub(1).abs().max() > 0.05) == has_scale
+    factor = joint.primary.normalizer.factor.item() if rescale and normalizer == "expected_average_only_in" else 1.0  # type: ignore[union-attr]
+    torch.testing.assert_close(subject.head.code_scale, torch.full((48,), factor))
+    assert (factor == 1.0) != (rescale and normalizer == "expected_average_only_in")
 
 
 def test_the_saelens_folder_has_nothing_of_the_head(tmp_path: Path):
