@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import pytest
 import torch
 import yaml
 from sae_lens import SAE, TrainingSAEConfig
+from torch import Tensor
 from torch.optim import Adam
 
 from metasae_lightning import architectures
 from metasae_lightning.architectures import Units
 from metasae_lightning.cli import main
 from metasae_lightning.compute.process_group import SINGLE, ProcessGroup
+from metasae_lightning.heads import InteractionHead
+from metasae_lightning.objectives import Objective
 from metasae_lightning.penalties import Decomposability
-from metasae_lightning.step import Batch
+from metasae_lightning.step import Batch, Contexts
 from metasae_lightning.training import JointSAE
 from tests.helpers.architectures import D_IN, activations, config
 from tests.helpers.ranks import in_process_group
@@ -103,6 +107,38 @@ def test_a_resumed_training_equals_one_that_never_stopped(case: str):
         before["primary.sae.W_enc" if case != "sparsemax" else "primary.sae.C"],
         dict(resumed.state_dict())["primary.sae.W_enc" if case != "sparsemax" else "primary.sae.C"],
     )
+
+
+@dataclass(frozen=True)
+class LengthOfReconstruction(Objective):
+    """An objective without a language model: the mean squared length of the reconstruction."""
+
+    def check(self, data: Any) -> None: ...
+
+    def use(self, model: Any) -> None: ...
+
+    def loss(self, reconstruction: Tensor, contexts: Contexts) -> tuple[Tensor, dict[str, Tensor]]:
+        return reconstruction.square().sum(-1).mean(), {}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_head_and_an_objective_train_it(case: str):
+    rows = activations(0).double()
+    contexts = Contexts(torch.zeros(1, len(rows), dtype=torch.long), torch.arange(len(rows)))
+    decoders: dict[str, Tensor] = {}
+    for name, arguments in {
+        "plain": {},
+        "head": {"head": InteractionHead(rank=3, hidden=None)},
+        "objective": {"objective": LengthOfReconstruction()},
+    }.items():
+        module = JointSAE(primary(case), **CASES[case][2], **arguments).double()
+        optimizer = Adam(module.primary.parameters(), lr=1e-2)
+        for _ in range(3):
+            output = module.step(Batch(rows, contexts=contexts), optimizer)
+        decoders[name] = module.primary.W_dec.detach()
+        assert output.loss.isfinite()
+    # Each changes what is learned; a reconstruction of small length is no reconstruction of the rows.
+    assert not torch.equal(decoders["plain"], decoders["head"]) and not torch.equal(decoders["plain"], decoders["objective"])
 
 
 def overlay(case: str, folder: Path) -> str:
