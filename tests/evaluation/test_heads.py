@@ -58,7 +58,7 @@ def test_an_exported_sae_with_its_head_reconstructs_as_in_training(normalizer: s
     torch.testing.assert_close(subject.reconstruct(x), result.reconstruction, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(subject.reconstruct_with_head(x), result.rebuild_with_head(), rtol=1e-4, atol=1e-4)
     assert (subject.reconstruct_with_head(x) - subject.reconstruct(x)).abs().max() > 1e-2
-    # An SAE that multiplies activations by the norms of decoder rows has other ones where a factor is folded into the rows: f' = f / factor.
+    # An SAE that multiplies activations by the norms of decoder rows has others where a factor is folded into the rows: f' = f / factor.
     assert subject.head is not None
     factor = joint.primary.normalizer.factor.item() if rescale and normalizer == "expected_average_only_in" else 1.0  # type: ignore[union-attr]
     torch.testing.assert_close(subject.head.code_scale, torch.full((48,), factor))
