@@ -20,9 +20,9 @@ from metasae_lightning.memory import measure
 from metasae_lightning.objectives import EndToEnd
 from metasae_lightning.sae.forward_result import ForwardResult
 from metasae_lightning.sae.head_loss import HeadTraining, add_head
-from metasae_lightning.step import Batch, Codes, StepOutput
+from metasae_lightning.step import Batch, Codes, ReconstructionLoss, StepOutput
 from metasae_lightning.training import JointSAE
-from metasae_lightning.training.argument_checks import check_init_from, check_trainer
+from metasae_lightning.training.argument_checks import check_head, check_init_from, check_trainer
 from metasae_lightning.training.strategy import Sharded
 from tests.helpers import judged
 from tests.helpers.architectures import ARCHITECTURES, activations, config, optimizers
@@ -208,15 +208,15 @@ def test_an_objective_of_the_sum_takes_the_place_of_the_squared_error_of_the_sum
         def forward(self, codes: Codes) -> Tensor:
             return h
 
-    def objective(reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        value = reconstruction.sum()
-        return value, {"kl": value}
+    class Total(ReconstructionLoss):
+        def __call__(self, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return reconstruction.sum(), {"kl": reconstruction.sum()}
 
     joint, detached = (add_head(result, Fixed(), z, training) for training in ("joint", "detached"))
     torch.testing.assert_close(joint.loss, (y + h - z).square().sum(-1).mean() + 0.25)
-    torch.testing.assert_close(joint.with_objective(objective, lambda rows: rows).loss, (y + h).sum() + 0.25)  # type: ignore[arg-type]
+    torch.testing.assert_close(joint.with_objective(Total(), lambda rows: rows).loss, (y + h).sum() + 0.25)
     expected = y.sum() + 0.25 + (y + h - z).square().sum(-1).mean() - (y - z).square().sum(-1).mean()
-    torch.testing.assert_close(detached.with_objective(objective, lambda rows: rows).loss, expected)  # type: ignore[arg-type]
+    torch.testing.assert_close(detached.with_objective(Total(), lambda rows: rows).loss, expected)
 
 
 def test_a_resumed_run_equals_one_that_never_stopped():
@@ -273,9 +273,9 @@ def test_the_memory_plan_counts_a_head():
     [
         (lambda: InteractionHead(0), "InteractionHead: rank and hidden must be at least 1, got 0 and 64"),
         (lambda: InteractionHead(4, 0), "rank and hidden must be at least 1, got 4 and 0"),
-        (lambda: module("topk", None, head=torch.nn.Linear(2, 2)), "head must be a Head, got Linear"),
+        (lambda: check_head(torch.nn.Linear(2, 2), "joint", None, None), "head must be a Head, got Linear"),
         (lambda: module("topk", None, head_training="detached"), "head_training: detached needs a head, and there is none"),
-        (lambda: module("topk", "apart"), "head_training must be joint, detached, frozen_sae, got 'apart'"),  # type: ignore[arg-type]
+        (lambda: check_head(InteractionHead(), "apart", None, None), "head_training must be joint, detached, frozen_sae, got 'apart'"),
         (lambda: module("topk", "frozen_sae"), "frozen_sae trains the head alone, on the squared error of init_from's SAE"),
         (lambda: module("topk", "frozen_sae", init_from="a", objective=EndToEnd()), "set init_from, no objective"),
         (lambda: check_trainer(SimpleNamespace(strategy=Sharded()), InteractionHead()), "head: each rank needs the codes of all latents"),
