@@ -22,7 +22,7 @@ from metasae_lightning.lm.embedded_model import EMBEDDED, embedded_folder
 
 
 class Adapter(nn.Module):
-    """A frozen SAE, and a linear layer from the activations to a vector that is added to its codes. It begins as no change."""
+    """A frozen SAE, and a linear layer from the activations to a vector that is added to its codes. At first it changes nothing."""
 
     def __init__(self, sae) -> None:
         super().__init__()

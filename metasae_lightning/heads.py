@@ -23,12 +23,12 @@ class Head(nn.Module, ABC):
         """Make the parameters for these sizes, in torch's default type and on its default device. Its output is 0 until it is trained."""
 
     def initialize(self, codes: Codes) -> None:
-        """Set what depends on the first codes of training, once. By default there is nothing to set."""
+        """Initialise the parts that depend on the first codes of training; called once. By default there are none."""
 
     @property
     @abstractmethod
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the class, by name, that make this head again."""
+        """The arguments of the class, by name, for building this head again."""
 
     @abstractmethod
     def forward(self, codes: Codes) -> Float[Tensor, "row d_in"]:
@@ -42,7 +42,7 @@ class InteractionHead(Head):
     Each latent has an embedding `v_i`. The interactions are `u = sum_(i<j) f_i f_j v_i v_j`, divided by their root mean square over the
     first rows, and the output is `W_2 relu(W_1 u + b_1)`, or `W u` where `hidden` is null. `W_2` and `W` start at 0.
 
-    This is our reconstruction of the head of Feature Integration Spaces (arXiv 2507.00269), whose text and code we have not read.
+    This is our reconstruction of the head of Feature Integration Spaces (arXiv 2507.00269), whose full text and code we have not read.
 
     Args:
         rank: Size of a latent's embedding.

@@ -1,4 +1,4 @@
-"""Objectives of the primary's reconstruction that take the place of the architecture's squared error."""
+"""Objectives: losses of the primary's reconstruction in place of the architecture's squared error."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping

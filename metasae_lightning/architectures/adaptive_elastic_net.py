@@ -134,7 +134,7 @@ class AdaptiveElasticNetTrainingSAE(TrainingSAE[AdaptiveElasticNetTrainingSAECon
 
     @torch.no_grad()
     def l1_weights(self, step: int) -> Float[Tensor, " d_sae"]:
-        """The weight of each latent's L1 norm in a step: 1 until the warm-up ends, then on a line to the adaptive weight."""
+        """The weight of each latent's L1 norm in a step: 1 until the warm-up ends, then linearly to the adaptive weight."""
         cfg, after = self.cfg, step - self.cfg.weight_warm_up_steps
         ramp = min(max(after / cfg.weight_ramp_steps, 0.0), 1.0) if cfg.weight_ramp_steps else float(after >= 0)
         weights = adaptive_weights(

@@ -1,4 +1,4 @@
-"""The gated SAE as its paper has it (arXiv 2404.16014), which SAELens's gated SAE differs from in two gradients.
+"""The gated SAE with the loss of its paper (arXiv 2404.16014). SAELens's gated SAE differs from it in two terms of the loss.
 
 With `pi = (x - b_dec) W_gate + b_gate` the codes are `f = 1[pi > 0] * relu((x - b_dec) W_mag + b_mag)`, `W_mag = exp(r_mag) W_gate`, and
 

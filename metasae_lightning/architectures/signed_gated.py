@@ -47,13 +47,13 @@ class SignedGatedSAEConfig(SAEConfig):
 class SignedGatedTrainingSAEConfig(TrainingSAEConfig):
     """Training config of the signed gated SAE, our reconstruction of SA-GSAE.
 
-    The penalty has no decoder norms in it: keep the rows unit (`decoder_rows: unit`).
+    The penalty does not include the norms of decoder rows: keep the rows unit (`decoder_rows: unit`).
 
     Args:
-        l1_coefficient: Weight of the gates' code in the loss, `sum|h|` averaged over tokens.
-        l1_warm_up_steps: Steps in which that weight rises from 0.
+        l1_coefficient: Weight of the L1 norm of the gates' code, `sum|h|` averaged over tokens.
+        l1_warm_up_steps: Steps over which that weight rises from 0.
         tie_polarities: Whether both signs have the same thresholds, biases and scale.
-        initial_threshold: Threshold of each gate at the start; small, so that latents begin alive.
+        initial_threshold: Threshold of each gate at the start; small, so that few latents are dead at first.
     """
 
     has_signed_codes: ClassVar[bool] = True
@@ -149,7 +149,7 @@ class SignedGatedTrainingSAE(_SignedGate, TrainingSAE[SignedGatedTrainingSAEConf
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        """The penalty on the gates' code, and the error of the reconstruction from it by a frozen decoder."""
+        """The penalty on the gates' code, and the squared error of the reconstruction from it by a frozen decoder."""
         rebuilt = hidden_pre @ self.W_dec.detach() + self.b_dec.detach()
         return {
             "l1_loss": step_input.coefficients["l1"] * hidden_pre.abs().sum(-1).mean(),

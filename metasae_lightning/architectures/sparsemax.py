@@ -1,4 +1,4 @@
-"""The sparsemax attention SAE (arXiv 2604.14925): a token attends to learned concepts, and sparsemax says to which.
+"""The sparsemax attention SAE (arXiv 2604.14925): a token attends to learned concepts, which sparsemax selects.
 
 The formulas are those of its public code. With concepts C, keys `K = C W_k` and values `V = C W_v`, without biases:
 
@@ -67,9 +67,7 @@ class SparsemaxTrainingSAEConfig(TrainingSAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.normalize_activations == "covariance_whitening":
-            raise InputError(
-                "normalize_activations: a sparsemax SAE divides each token by its norm and cannot take up covariance_whitening"
-            )
+            raise InputError("normalize_activations: a sparsemax SAE divides each token by its norm, which covariance_whitening changes")
         if not (0 < self.max_rate <= 1 and 0 <= self.rate_decay < 1):
             raise InputError(f"max_rate must be in (0, 1] and rate_decay in [0, 1), got {self.max_rate} and {self.rate_decay}")
 
@@ -83,7 +81,7 @@ class _Attention(SAE[Any]):
     """The encoder and the folds that the training SAE and the inference SAE share."""
 
     is_scale_free: ClassVar[bool] = True
-    """A factor of all activations is one of the codes and of the reconstruction: it changes no weight."""
+    """Whether a factor of all activations is also that of the codes and of the reconstruction, so that it changes no weight."""
 
     @abstractmethod
     def scores(self, directions: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
@@ -103,15 +101,15 @@ class _Attention(SAE[Any]):
         return self.hook_sae_acts_post(scores.where(sparsemax_support(scores), 0.0) * norms), scores
 
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        """Change no weight: scores are those of directions, and the codes grow with the token."""
+        """Change no weight: scores do not depend on a token's norm, and the codes are proportional to it."""
         self.cfg.normalize_activations = "none"
 
     def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
-        """Refuse a whitening, which the norms of tokens cannot take up."""
-        raise InputError("normalize_activations: a sparsemax SAE cannot take up covariance_whitening")
+        """Refuse a whitening: it changes the norms of tokens, which the scores are divided by."""
+        raise InputError("normalize_activations: a sparsemax SAE divides each token by its norm, which covariance_whitening changes")
 
     def fold_W_dec_norm(self) -> None:
-        """Refuse decoder rows of length 1: scaled scores would have another sparsemax."""
+        """Refuse decoder rows of length 1: scaled scores would have another support."""
         raise InputError("a sparsemax SAE cannot have its decoder rows scaled to length 1: its scores would have another support")
 
 
@@ -226,7 +224,7 @@ class SparsemaxTrainingSAE(_Attention, TrainingSAE[SparsemaxTrainingSAEConfig]):
         state_dict |= {"b_dec": self.b_dec.clone(), "is_masked": self.masked}
 
     def own_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Concepts and maps with the keys and values of an inference SAE; its mask becomes firing rates of 1 and 0.
+        """Concepts and maps that give the keys and values of an inference SAE; its mask becomes firing rates of 1 and 0.
 
         The concepts are the values, and `W_v` is the identity. `W_k` solves `score_scale C W_k = W_enc^T`, which an SAE of this
         architecture satisfies.

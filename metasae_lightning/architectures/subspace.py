@@ -62,7 +62,7 @@ class SubspaceSAE(SAE[SubspaceSAEConfig]):
 
     b_enc: nn.Parameter
     threshold: Tensor
-    """Smallest norm of each group, above which it is active; with `batch_top` only."""
+    """The norm of each group above which it is active; with `batch_top` only."""
 
     def initialize_weights(self) -> None:
         """SAELens's weights, the encoder's bias, and the thresholds of groups."""
@@ -106,7 +106,7 @@ class SubspaceTrainingSAEConfig(TrainingSAEConfig):
         k_aux: Most latents of dead groups that reconstruct the residual of a token.
         aux_loss_coefficient: Weight of that reconstruction's squared error.
         nuclear_coefficient: Weight of the mean nuclear norm of groups; the squared error is summed over d_in.
-        nuclear_target: The nuclear norm is that of each group's decoder rows, or of its encoder and decoder together.
+        nuclear_target: `decoder`: the nuclear norm of each group's decoder rows; `composition`: that of its encoder times its decoder.
         nuclear_warm_up_steps: Steps over which the weight of the nuclear norm rises from 0.
         unit_encoder: Whether columns of `W_enc` are divided by their lengths in the forward pass.
         topk_threshold_lr: Rate of the running threshold that `batch_top` has.
@@ -148,7 +148,7 @@ class SubspaceTrainingSAE(TrainingSAE[SubspaceTrainingSAEConfig]):
 
     The loss is the squared error, plus the nuclear norm of groups times its coefficient, plus the error with which latents of dead groups
     reconstruct the residual. Unit decoder rows are the trainer's `decoder_rows: unit`, and the layer norm of activations is its normaliser,
-    so that all terms of the loss are in normalised space.
+    so all terms of the loss are in normalised space.
     """
 
     b_enc: nn.Parameter
@@ -214,7 +214,7 @@ class SubspaceTrainingSAE(TrainingSAE[SubspaceTrainingSAEConfig]):
         """The squared error with which the largest pre-activations of dead latents reconstruct the residual, times its coefficient.
 
         There are `k = min(k_aux, dead latents, d_in // 2)` of them on each row. The published scale `min(dead latents / k, 1)` is 1 for
-        every k. Pre-activations are signed, as in the code; by which order they are ranked is our reading.
+        every k. Pre-activations are signed, as in the published code. That the largest signed ones are taken is our reading.
         """
         k = min(self.cfg.k_aux, len(dead_rows), self.cfg.d_in // 2)
         if k == 0:

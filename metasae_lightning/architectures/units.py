@@ -1,4 +1,4 @@
-"""The units of an SAE: what a firing is a firing of. A unit is a latent, a group of latents, or one sign of a latent."""
+"""The units of an SAE, which every measure of firings counts: latents, groups of latents, or signs of latents."""
 
 from dataclasses import dataclass
 from typing import Any

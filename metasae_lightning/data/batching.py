@@ -108,7 +108,7 @@ class StreamSlice:
 def check_numbers(batching: Batching, tokens: int, prefetch: int | None, stall_seconds: float, cache: str | None = None) -> None:
     """Refuse a training budget, `prefetch` or `stall_seconds` outside its range, and contexts out of a `cache`."""
     if cache is not None and batching.order == "contexts":
-        raise InputError("order: a cache has the activations of a model that is not run: contexts need one, set cache: null")
+        raise InputError("order: contexts needs a language model that runs, and a cache has activations alone: set cache: null")
     if tokens < batching.batch_size:
         raise InputError(f"tokens must fill a batch of {batching.batch_size}, got {tokens}")
     if prefetch is not None and prefetch < 0:

@@ -91,7 +91,7 @@ class CollectedCodes:
 
     @cached_property
     def head_error_by_document(self) -> Float[Tensor, " document"]:
-        """The squared error together with the head of each document, in the order of `by_document`."""
+        """The squared error of each document with the SAE and its head, in the order of `by_document`."""
         by_passage = [(entry["documents"], entry["head_error"]) for entry in self.entries()]
         documents, error = (torch.cat(parts) for parts in zip(*by_passage, strict=True))
         return sum_by_document(documents, error)[1][:, 0]
@@ -214,12 +214,12 @@ class SplicedReconstruction(NamedTuple):
 
     @property
     def rebuild(self) -> Rebuild:
-        """Reconstructs raw activations, by the SAE alone or together with its head."""
+        """A function that reconstructs raw activations, by the SAE alone or together with its head."""
         return self.codes.subject.reconstruct if self.entry == "splice" else self.codes.subject.reconstruct_with_head
 
 
 def reconstructions(collected: Sequence[CollectedCodes]) -> list[SplicedReconstruction]:
-    """The reconstruction of every SAE, then that of each SAE with a head together with it."""
+    """The reconstruction by every SAE alone; then that by each SAE that has a head, together with it."""
     with_head = [SplicedReconstruction(codes, "splice-head") for codes in collected if codes.subject.head is not None]
     return [*map(SplicedReconstruction, collected), *with_head]
 

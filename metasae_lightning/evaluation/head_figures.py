@@ -1,4 +1,4 @@
-"""What a head on codes adds, apart from the SAE's own figures."""
+"""Figures of a head on codes, beside those of the SAE alone."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,7 +11,7 @@ LOSSES = ("ce_sae", "kl", "recovered_zero", "recovered_mean")
 
 
 def head_figures(collected: CollectedCodes, spliced: SplicedLosses | None, with_head: SplicedLosses | None) -> dict[str, float]:
-    """FVU and losses with the reconstruction together with the head's output, and `*_change`: these less those of the SAE alone."""
+    """FVU and losses of the SAE together with its head, and as `*_change` their differences from those of the SAE alone."""
     _, sums, total = collected.by_document
     spread = sums[:, 1].sum() - total.sum(0).square().sum() / sums[:, 0].sum()
     error = collected.head_error_by_document
@@ -31,7 +31,7 @@ def resampled_head_figures(
 ) -> Resamples:
     """`head_figures` on resampled documents, each name with `head_` before it. `without` has the figures of the SAE alone.
 
-    Losses are those on the spliced documents, which `with_head` and `without` were resampled on alike.
+    The losses `with_head` and `without` are of the same resamples of the spliced documents.
     """
     _, sums, total = collected.by_document
     tokens, squares = (weights @ sums[:, :2]).T

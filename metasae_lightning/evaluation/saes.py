@@ -48,7 +48,7 @@ class EvaluatedSAE:
     arm: str = ""
     """Name of its arm, if the run has several."""
     head: ExportedHead | None = None
-    """The head on its codes, where one was saved beside it; all figures but those named `head` are without it."""
+    """The head on its codes, where one was saved beside it. All figures except those named `head` are of the SAE alone."""
     by_polarity: bool = False
     """Whether each sign of a latent with signed activations is a unit."""
     rule: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class EvaluatedSAE:
 
     @cached_property
     def units(self) -> Units:
-        """What a firing is a firing of."""
+        """The units that measures of firings count."""
         return Units.of(self.sae.cfg, by_polarity=self.by_polarity)
 
     def divided_by_polarity(self) -> "EvaluatedSAE":
@@ -156,7 +156,7 @@ class EvaluatedSAE:
 
     @torch.no_grad()
     def reconstruct_with_head(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
-        """Reconstruction of raw activations together with what the head adds to it."""
+        """Reconstruction of raw activations by the SAE together with its head."""
         assert self.head is not None
         head, chunks = self.head.to(self.sae.device), zip(x.split(self._rows_at_once), self._encoded_chunks(x), strict=True)
         parts = [self.sae.decode(acts).float() + head(rows.to(acts), Codes.from_dense(acts)).float() for rows, acts in chunks]

@@ -41,7 +41,7 @@ class Autoencoder(Protocol):
 
 
 def change_latents(acts: Float[Tensor, "row latent"], numbers: Mapping[int, float], mode: Mode = "add") -> Float[Tensor, "row latent"]:
-    """Activations with a number for each of some latents added to theirs, multiplied with theirs, or in place of theirs.
+    """Activations in which a number for each of some latents is added to its activation, multiplies it, or replaces it.
 
     >>> acts = torch.tensor([[1.0, 2.0, 0.0]])
     >>> [change_latents(acts, {1: 5.0, 2: 3.0}, mode).tolist() for mode in ("add", "scale", "set")]
@@ -54,14 +54,14 @@ def change_latents(acts: Float[Tensor, "row latent"], numbers: Mapping[int, floa
 
 
 def steer(x: Float[Tensor, "row d_in"], autoencoder: Autoencoder, change: ChangeOfCodes) -> Float[Tensor, "row d_in"]:
-    """`x + decode(change(f)) - decode(f)` for the codes `f = encode(x)`: what the codes do not reconstruct, `x - decode(f)`, stays in it.
+    """`x + decode(change(f)) - decode(f)` for the codes `f = encode(x)`: the reconstruction error `x - decode(f)` stays.
 
     Codes that do not change leave `x` as it is, bit for bit. With `change(f) = f + s e_i` the result is `x + s W_dec[i]`, times the
     factor of the token where the SAE normalises each token. The result has a gradient with respect to what `change` computes.
     """
     acts = autoencoder.encode(x.to(autoencoder.W_dec.device)).to_dense()
-    # A decoder is affine, so the difference of two reconstructions is that of `change(f) - f` and 0. Unlike theirs it has no rounding
-    # error of the size of a reconstruction. Both are decoded in one call, since SAELens forgets the norms of tokens after one.
+    # A decoder is affine, so the difference of two reconstructions is `decode(change(f) - f) - decode(0)`, which has no rounding error of
+    # the size of a reconstruction. Both are decoded in one call, since SAELens keeps the norms of tokens for one call of decode only.
     difference = change(acts) - acts
     changed, unchanged = autoencoder.decode(torch.stack([difference, torch.zeros_like(difference)]))
     return x + (changed - unchanged).to(x)
@@ -72,8 +72,8 @@ class MetaLatents:
     """The meta-latents of a primary SAE as directions of the language model's activations.
 
     The meta-SAE reconstructs a unit decoder row as `W_i / ||W_i|| = sum_j m_ij M_j`, plus its bias and its error, with the rows `M` of
-    its own decoder. So the primary's part `sum_i f_i W_i` of an activation has the direction `M_j` in it `sum_i f_i ||W_i|| m_ij` times.
-    This sum is taken as the activation of meta-latent j on a token. No source defines one: this definition is ours.
+    its own decoder. So in the primary's part `sum_i f_i W_i` of an activation, `M_j` has the coefficient `sum_i f_i ||W_i|| m_ij`. This
+    sum is taken as the activation of meta-latent j on a token. This definition is ours.
     """
 
     primary: Any
@@ -85,7 +85,7 @@ class MetaLatents:
 
     @classmethod
     def of(cls, subject: EvaluatedSAE) -> "MetaLatents":
-        """The meta-latents of the run, or of the arm, that an SAE is of. An SAE without a meta-SAE is an `InputError`."""
+        """The meta-latents of the run, or of the arm, that an SAE belongs to. An SAE without a meta-SAE is an `InputError`."""
         folder = Path(subject.source)
         if subject.run is None or not is_exported(folder, "meta"):
             raise InputError(f"{subject.source} has no folder saes/meta: it has no meta-SAE")
@@ -98,7 +98,7 @@ class MetaLatents:
         return cls(subject.sae, cast(Tensor, meta.W_dec).detach().float(), parts)
 
     def members(self, meta_latent: int) -> dict[int, float]:
-        """The primary latents whose decoder rows the meta-latent is active on, with its activation on the row, largest first."""
+        """The primary latents on whose decoder rows the meta-latent is active, with its activation on each row, largest first."""
         values, latents = self.parts[:, meta_latent].sort(descending=True, stable=True)
         return {latent: value for latent, value in zip(latents.tolist(), values.tolist(), strict=True) if value > 0}
 
@@ -129,7 +129,7 @@ class SteeredModel:
     autoencoder: Autoencoder
     """The SAE, or the meta-latents, whose codes are changed."""
     change: ChangeOfCodes
-    """Receives the activations of all latents and returns those that take their place."""
+    """A function from the activations of all latents to the changed ones."""
 
     def edit(self, tokens: Int[Tensor, "context position"]) -> Edit:
         """The edit of the activations on these tokens, for `LanguageModel.logits`."""

@@ -20,7 +20,7 @@ Edit = Callable[[Tensor], Tensor]
 
 
 class Prediction(NamedTuple):
-    """What one forward pass of a complete language model gives, in float32, or in float64 where the model computes in it."""
+    """The results of one forward pass of a complete language model, in float32, or in float64 where the model computes in it."""
 
     logits: Float[Tensor, "context position vocabulary"]
     """The logits."""
@@ -158,7 +158,7 @@ class Predictor(ABC):
             if first.n_layers is None:
                 raise InputError(f"later_hooks: {first.path} is in no layer: name the hooks whose activations are compared")
             found = [self._locate(f"blocks.{layer}.hook_resid_post") for layer in range(first.n_layers - 1, self._n_layers)]
-            # The layer that has the hook counts where the hook is inside of it.
+            # The output of the hook's own layer is later if the hook is inside of the layer.
             return [location for location, is_later in zip(found, self._are_later(found), strict=True) if is_later]
         found = [self._locate(name) for name in names]
         for name, is_later in zip(names, self._are_later(found), strict=True):
@@ -183,7 +183,7 @@ class Predictor(ABC):
         return root.cfg.n_layers if hasattr(root, "hook_dict") else root.config.get_text_config().num_hidden_layers
 
     def _are_later(self, locations: Sequence[HookLocation]) -> list[bool]:
-        """Whether a forward pass reaches each location after the first hook, which a trial tells."""
+        """Whether a forward pass reaches each location after the first hook; a trial pass is run."""
         reached: list[int] = []
         everything = [self._locations[0], *locations]
         with self._hooked([partial(_note, reached, number) for number in range(len(everything))], everything):

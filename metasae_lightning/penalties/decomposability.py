@@ -26,8 +26,8 @@ class Decomposability(Penalty):
     the paper has it, which also punishes a block for holding several directions of one subspace. `block`: `exp(-e_g / sigma_sq)` with the
     mean error `e_g` of the block's rows. A block counts as decomposable only if all of its rows are, and the rows of a block that share a
     meta latent still lower each other's error. `masked_block` (default): as `block`, with the reconstruction by those meta latents alone
-    that are active on rows of several blocks. A meta latent that one block has for itself then costs nothing. Units other than the row are
-    our reconstruction: no paper defines the penalty for blocks.
+    that are active on rows of several blocks. A meta latent that is active on one block alone then costs nothing. Units other than the row
+    are our reconstruction: no paper defines the penalty for blocks.
 
     With `rows` < 1 the mean is over that fraction of the rows or blocks, drawn anew at each step. This is cheaper and noisy. It is
     unbiased, except that a batch top-k critic sets its threshold from the drawn rows only, and that `masked_block` compares drawn blocks.

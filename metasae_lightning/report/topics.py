@@ -1,6 +1,6 @@
 """Topics: latents merged by the words of the texts that they fire in. A small version of the read-out of SAE-TM (arXiv 2511.16309).
 
-SAE-TM trains an SAE on embeddings of documents and estimates from a corpus which words a latent goes with. Here the latents are those of
+SAE-TM trains an SAE on embeddings of documents and estimates the words of each latent from a corpus. Here the latents are those of
 tokens, the corpus is the texts that `metasae test` stored with them, and words are weighted by counts.
 """
 
@@ -18,11 +18,11 @@ from metasae_lightning.errors import InputError
 Matrix: TypeAlias = NDArray[np.float32]
 # A word is a run of at least this many letters; upper and lower case are the same.
 WORD = re.compile(r"[^\W\d_]{3,}")
-# A word of a topic is in at least so many texts, and in at most this share; the most frequent so many words are counted.
+# A word of a topic is in at least this number of texts, and in at most this share of them; only the most frequent words are counted.
 FEWEST_TEXTS, MOST_TEXTS, VOCABULARY = 3, 0.5, 3000
 # Words of a topic that are shown and that coherence and diversity are computed on.
 TOP_WORDS = 10
-# Draws of random words for the level of chance, and among how many words of next higher or lower frequency each is drawn.
+# Draws of random words for the level of chance, and the number of words of next higher and of next lower frequency to draw from.
 DRAWS, NEAR = 20, 10
 # Starts of k-means, and its steps at most.
 STARTS, STEPS = 4, 50
@@ -30,7 +30,7 @@ STARTS, STEPS = 4, 50
 
 @dataclass(frozen=True)
 class Topic:
-    """Latents with alike words."""
+    """Latents with similar words."""
 
     words: list[str]
     """Its `TOP_WORDS` words with the largest weights, largest first."""
@@ -70,7 +70,7 @@ class Topics:
         return len(set(words)) / len(words)
 
     def record(self) -> dict[str, Any]:
-        """Its entry in `table.json`."""
+        """The entry in `table.json`."""
         return {"coherence": self.coherence, "chance": self.chance, "diversity": self.diversity, **asdict(self)}
 
 
@@ -236,7 +236,7 @@ def words_of_like_frequency(words: Sequence[int], count: int, generator: np.rand
 def coherence(has_word: Any, words: Sequence[int]) -> float:
     """Mean over pairs of words of their NPMI, `log(p_vw / (p_v p_w)) / -log p_vw`, with shares `p` of texts; NaN for fewer than two.
 
-    NPMI is 1 for words that come together only, 0 for independent ones, and -1 for words that are never together.
+    NPMI is 1 for words that occur only together, 0 for independent ones, and -1 for words that never occur together.
 
     >>> has_word = sparse.csr_matrix(np.array([[1, 1, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 0]]))
     >>> coherence(has_word, [0, 1]), coherence(has_word, [0, 3]), coherence(has_word, [0, 2])

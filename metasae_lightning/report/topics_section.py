@@ -11,9 +11,10 @@ SHOWN = 6
 READING = (
     "Latents are merged by the words of the stored texts that they fire in, weighted by activation and by how much more frequent a word "
     "is with the latent than elsewhere. Coherence is the mean NPMI of the {count} words with the largest weights, over pairs, in stored "
-    "texts that the topics were not made from: 1 if they come together only, 0 if they are independent, -1 if they never come together. "
-    "Chance is that of other words that are about as frequent. Diversity is the share of different words among those of all topics. "
-    "This is a small version of the read-out of SAE-TM (arXiv 2511.16309), whose SAE reads whole documents."
+    "texts that the topics were not made from: 1 if they occur only together, 0 if they are independent, -1 if they never occur together. "
+    "Chance is the coherence of other words that are about as frequent. Diversity is the number of different words in all topics, over "
+    "the number of all their words. "
+    "This is a small version of the topics of SAE-TM (arXiv 2511.16309), whose SAE reads whole documents."
 )
 
 

@@ -1,4 +1,4 @@
-"""A trained head beside an exported SAE: what it adds to the SAE's reconstruction of raw activations, its folder, and reading it."""
+"""A trained head beside an exported SAE: its output on raw activations, and its folder."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ class ExportedHead(nn.Module):
     Args:
         head: The head, a `heads.Head`.
         normalizer: The normaliser of the SAE in training.
-        code_scale: What the exported SAE's activation of each latent is multiplied by, to be that of the SAE in training.
+        code_scale: For each latent, the ratio of its activation in training to that of the exported SAE.
     """
 
     code_scale: Tensor
@@ -39,7 +39,7 @@ class ExportedHead(nn.Module):
         self.register_buffer("code_scale", code_scale)
 
     def forward(self, x: Float[Tensor, "row d_in"], codes: Codes) -> Float[Tensor, "row d_in"]:
-        """What the head adds to the reconstruction of raw activations: `restore(h) - restore(0)` for its output `h` on their codes."""
+        """The head's part of the reconstruction of raw activations: `restore(h) - restore(0)` for its output `h` on their codes."""
         values = codes.values.to(self.code_scale.dtype) * self.code_scale[codes.latents]
         output = self.head(Codes(codes.rows, codes.latents, values, codes.shape))
         undo = self.normalizer.normalize(x.to(output.dtype))[1]
@@ -47,7 +47,7 @@ class ExportedHead(nn.Module):
 
 
 def save_head(learner: Any, exported: Any, folder: Path) -> None:
-    """Write the head of a learner beside its exported SAE, in a folder with its weights and how to make it."""
+    """Write the head of a learner beside its exported SAE: a folder with its weights, class and arguments."""
     head, normalizer, W_dec = learner.head, learner.normalizer, learner.W_dec
     scale = code_scale(learner.sae, exported, normalizer).to(W_dec.dtype)
     state = ExportedHead(head, normalizer, scale.to(W_dec.device)).state_dict()
@@ -90,10 +90,10 @@ def load_head(folder: Path, d_sae: int, d_in: int) -> ExportedHead | None:
 
 @torch.no_grad()
 def code_scale(sae: Any, exported: Any, normalizer: Normalizer) -> Float[Tensor, " d_sae"]:
-    """The activations of an SAE in training over those of its exported form, which works on raw activations, for each latent.
+    """For each latent, the ratio of its activation in training to that of the exported SAE, which works on raw activations.
 
-    A latent adds `f r` to the reconstruction, for its activation `f` and its row `r`, and the same in both: `f R(r) = f' r'`, where `R` is
-    the normaliser's linear map back to raw space. So the ratio is `f / f' = ||r'|| / ||R(r)||`. It is 1 where no norm was folded.
+    A latent with activation `f` and row `r` adds `f r` to the reconstruction. In raw space both SAEs add the same: `f R(r) = f' r'`, where
+    `R` is the normaliser's linear map back to raw space. So the ratio is `f / f' = ||r'|| / ||R(r)||`. It is 1 where no norm was folded.
     """
     rows = _rows(sae).cpu().double()
     if normalizer.per_token is None:
@@ -104,6 +104,6 @@ def code_scale(sae: Any, exported: Any, normalizer: Normalizer) -> Float[Tensor,
 
 
 def _rows(sae: Any) -> Tensor:
-    """What each latent adds to the reconstruction at activation 1."""
+    """The contribution of each latent to the reconstruction at activation 1."""
     rows = local(sae.W_dec).detach()
     return nn.functional.normalize(rows, dim=-1) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else rows

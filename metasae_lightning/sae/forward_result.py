@@ -33,7 +33,7 @@ class ForwardResult:
     differentiable: Callable[[], Tensor] | None = None
     """Computes the reconstruction with its graph; None where the forward pass cannot, and in results without a graph."""
     latent_codes: Callable[[], Codes] | None = None
-    """Computes the activations of latents, also where `codes` has units of several latents, with their graph; None as above."""
+    """Computes the activations of latents with their graph, also where the units of `codes` have several latents; None as above."""
     rebuild_with_head: Callable[[], Tensor] | None = None
     """Computes the reconstruction together with a head's output, detached; None without a head."""
     replaced_by_objective: tuple[str, ...] = (SQUARED_ERROR,)

@@ -9,7 +9,7 @@ from metasae_lightning.compute.sharding import is_sharded, local
 
 
 def reduce_gradients(module: nn.Module, parallelism: Parallelism) -> None:
-    """Sum gradients over data ranks, of which one without a gradient gives zeros, and equalise those of replicated parameters."""
+    """Sum gradients over data ranks, and equalise those of replicated parameters. A rank without a gradient counts as zeros."""
     if parallelism.world.is_single:
         return
     if not parallelism.data_group.is_single:
@@ -22,7 +22,7 @@ def reduce_gradients(module: nn.Module, parallelism: Parallelism) -> None:
 
 
 def clip_gradients(sae: nn.Module, head: nn.Module | None, max_norm: float, *, together: bool) -> None:
-    """Clip the norm of the gradient of SAE and head `together`, or of each apart: a head's gradient then does not change the SAE's."""
+    """Clip the norm of the gradient of SAE and head `together`, or of each separately: a head's gradient then does not change the SAE's."""
     modules = [sae] if head is None else [sae, head]
     for parts in [modules] if together else [[module] for module in modules]:
         clip_grad_norm_([parameter for part in parts for parameter in part.parameters()], max_norm)

@@ -12,8 +12,8 @@ from metasae_lightning.sae.forward import ForwardPass
 from metasae_lightning.sae.forward_result import HEAD_LOSS, ForwardResult
 
 HeadTraining = Literal["joint", "detached", "frozen_sae"]
-"""How a head is trained. `joint`: SAE and head minimise the error of the sum. `detached`: the head does, and the SAE trains as without one.
-`frozen_sae`: as `detached`, and the SAE does not change."""
+"""How a head is trained. `joint`: SAE and head minimise the error of the sum. `detached`: the head alone does so, and the SAE trains as
+without a head. `frozen_sae`: as `detached`, and the SAE does not change."""
 
 
 def build_head(head: Any, sae: Any, *, seed: int, freeze: bool) -> nn.Module:
@@ -32,7 +32,7 @@ def build_head(head: Any, sae: Any, *, seed: int, freeze: bool) -> nn.Module:
 
 
 def initialize_head(head: Any, forward_pass: ForwardPass, z: Float[Tensor, "row d_in"], dead: Bool[Tensor, " unit"]) -> None:
-    """Set what in a head depends on the codes of the first rows."""
+    """Initialise a head from the codes of the first rows."""
     result = forward_frozen(forward_pass, z, dead=dead, step=0)
     assert result.latent_codes is not None
     head.initialize(result.latent_codes())
@@ -41,8 +41,8 @@ def initialize_head(head: Any, forward_pass: ForwardPass, z: Float[Tensor, "row 
 def add_head(result: ForwardResult, head: nn.Module, z: Float[Tensor, "row d_in"], training: HeadTraining) -> ForwardResult:
     """A result with the head's loss: the change of the squared error by the head's output `h`.
 
-    The mean over rows of `||xhat + h - x||^2 - ||xhat - x||^2` is that of `h . (h + 2 (xhat - x))`. It is 0 without an output, so that the
-    loss then has the bits of that without a head. The architecture's other terms stay those of the SAE alone.
+    The mean over rows of `||xhat + h - x||^2 - ||xhat - x||^2` is that of `h . (h + 2 (xhat - x))`. It is 0 where the output is 0: the
+    loss is then bit-equal to that without a head. The architecture's other terms stay those of the SAE alone.
     """
     assert result.latent_codes is not None and result.differentiable is not None
     codes, linear, replaced = result.latent_codes(), result.reconstruction, result.replaced_by_objective

@@ -1,4 +1,4 @@
-"""The running threshold of an SAE that ranks batches, by which it selects latents or groups at inference."""
+"""Running statistics of an SAE in training, such as the threshold by which it selects latents or groups at inference."""
 
 from typing import Any
 
@@ -25,8 +25,8 @@ def update_threshold(sae: Any, threshold: float | Tensor, *, may_be_infinite: bo
 
 @torch.no_grad()
 def average_buffers(sae: nn.Module, ranks: ProcessGroup) -> None:
-    """Replace the running thresholds, the only buffers of floating point, by their mean over ranks that each updated their own."""
-    thresholds = [buffer for buffer in sae.buffers() if buffer.is_floating_point()]
-    ranks.all_reduce_sum_(*thresholds)
-    for threshold in thresholds:
-        threshold /= ranks.world_size
+    """Replace the running statistics, which are the floating-point buffers, by their means over ranks that each updated their own."""
+    statistics = [buffer for buffer in sae.buffers() if buffer.is_floating_point()]
+    ranks.all_reduce_sum_(*statistics)
+    for statistic in statistics:
+        statistic /= ranks.world_size

@@ -122,7 +122,7 @@ class LengthOfReconstruction(Objective):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_head_and_an_objective_train_it(case: str):
+def test_it_trains_with_a_head_and_with_an_objective(case: str):
     rows = activations(0).double()
     contexts = Contexts(torch.zeros(1, len(rows), dtype=torch.long), torch.arange(len(rows)))
     decoders: dict[str, Tensor] = {}

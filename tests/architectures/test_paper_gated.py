@@ -34,7 +34,7 @@ def rows(count: int = 40, dtype: torch.dtype = torch.float64, seed: int = 1) -> 
 
 
 def losses_and_gradients(sae: Any, x: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """The three terms of a SAE's loss, and each term's gradient of each parameter (zero where there is none)."""
+    """The three terms of an SAE's loss, and each term's gradient of each parameter (zero where there is none)."""
     out = sae.training_forward_pass(TrainStepInput(x, {"l1": L1}, None, 0, False))
     torch.testing.assert_close(out.loss, sum(out.losses.values()), rtol=1e-12, atol=0)
     parameters = dict(sae.named_parameters())
@@ -154,7 +154,7 @@ def varying_magnitudes(step: int, count: int = 512) -> Tensor:
 
 
 def trained_figures(cfg: TrainingSAEConfig, steps: int = 400) -> tuple[float, float, float]:
-    """L0, FVU and relative reconstruction bias of a SAE that was trained on the planted features."""
+    """L0, FVU and relative reconstruction bias of an SAE that was trained on the planted features."""
     learner = Learner(cfg, LearnerConfig(dead_after=10**9), role="primary", seed=0)
     optimizer = torch.optim.Adam(learner.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, steps)

@@ -180,7 +180,7 @@ def test_the_exported_sae_has_the_same_codes_and_reconstruction(tied: bool, norm
         torch.testing.assert_close(loaded(x), rebuilt, rtol=1e-5, atol=1e-5)
 
 
-def test_tied_signs_cannot_take_up_a_shift():
+def test_tied_signs_refuse_a_whitening_that_shifts_them():
     options: dict[str, Any] = {"normalize_activations": "covariance_whitening", "apply_b_dec_to_input": False}
     with pytest.raises(InputError, match="tie_polarities: covariance_whitening shifts the two signs apart"):
         SignedGatedTrainingSAEConfig(d_in=4, d_sae=8, **options)

@@ -39,7 +39,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# Small scores have more than 256 on the support, of which the first sort knows too few.
+# Small scores have a support of more than 256, which is more than the first sort has.
 @pytest.mark.parametrize("scale", [1e-4, 0.03, 1.0, 50.0])
 def test_sparsemax_is_the_projection_onto_the_simplex(scale: float):
     scores = scale * normal(20, 600)
@@ -187,7 +187,7 @@ def step(module: JointSAE, count: int) -> None:
         module.step(Batch(normal(64, 16, seed=seed).float() + 0.5), *optimizers)
 
 
-def test_the_penalty_reaches_the_concepts_and_the_values():
+def test_the_gradient_of_a_penalty_flows_to_the_concepts_and_the_values():
     module = joint(max_rate=1.0)
     step(module, 4)
     sae: Any = module.primary.sae
@@ -210,7 +210,7 @@ def test_unit_rows_and_whitening_are_refused():
     cfg = SparsemaxTrainingSAEConfig(d_in=4, d_sae=8)
     with pytest.raises(InputError, match="decoder_rows: a 'sparsemax' SAE computes its decoder from other weights: set decoder_rows: free"):
         JointSAE(cfg)
-    with pytest.raises(InputError, match="cannot take up covariance_whitening"):
+    with pytest.raises(InputError, match="divides each token by its norm, which covariance_whitening changes"):
         SparsemaxTrainingSAEConfig(d_in=4, d_sae=8, normalize_activations="covariance_whitening")
     with pytest.raises(InputError, match="max_rate must be in"):
         SparsemaxTrainingSAEConfig(d_in=4, d_sae=8, max_rate=0.0)

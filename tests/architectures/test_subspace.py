@@ -218,7 +218,7 @@ def test_thresholds_are_calibrated_on_norms_of_groups():
         ({"nuclear_coefficient": -1.0}, "must not be negative"),
     ],
 )
-def test_a_config_that_cannot_be_is_one_line(settings: dict[str, Any], message: str):
+def test_impossible_settings_are_refused_in_one_line(settings: dict[str, Any], message: str):
     with pytest.raises(InputError, match=message) as error:
         build(**settings)
     assert "\n" not in str(error.value)

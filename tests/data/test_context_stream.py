@@ -115,7 +115,7 @@ def test_a_checkpoint_of_shuffled_rows_is_refused_and_an_old_one_counts_as_shuff
 def test_wrong_sizes_and_a_cache_are_refused(lm: LanguageModel):
     with pytest.raises(InputError, match="batch_size must be a multiple of context_size=12"):
         Batching(**{**SIZES, "batch_size": 50})
-    with pytest.raises(InputError, match="order: a cache has the activations of a model that is not run"):
+    with pytest.raises(InputError, match="order: contexts needs a language model that runs, and a cache has activations alone"):
         ActivationsDataModule(lm, Texts(documents()), tokens=480, batch_size=48, context_size=12, order="contexts", cache="folder")
 
 

@@ -68,7 +68,7 @@ def test_each_sign_is_a_latent_of_the_evaluation(run: Path):
     assert both.entry["figures"]["reconstruction"]["l0"] > 1
 
 
-def test_the_record_of_latents_and_the_page_know_the_signs(run: Path):
+def test_the_record_of_latents_and_the_page_have_the_signs(run: Path):
     assert main(["test", str(run), *WORDS]) == 0
     both = record(run)
     with pytest.raises(InputError, match=r"tested with both signs of a latent together: open_latents\(\.\.\., by_polarity=False\)"):

@@ -112,7 +112,7 @@ def test_meta_latents_that_reconstruct_all_rows_exactly_carry_all_codes():
     primary, metas, directions = planted_meta()
     x = rows()
     codes, meta_codes = primary.encode(x), metas.encode(x)
-    # Then sum_j g_j M_j = sum_i f_i W_i: the meta-latents say the same as the latents.
+    # Then sum_j g_j M_j = sum_i f_i W_i: the meta-latents decode to the same vector as the latents.
     assert torch.allclose(metas.decode(meta_codes), codes @ primary.W_dec, rtol=0, atol=1e-9)
     assert (codes > 0).any(0).all()
     # Row 1 has length 2 and the meta-latents 0 and 1 in equal parts: its code counts 2 / sqrt(2) times in each.

@@ -111,7 +111,7 @@ def test_coherence_is_the_formula_restated():
         (lambda record: {**record, "examples": {"3": record["examples"]["3"]}}, "only 1 latents fire in texts with words"),
     ],
 )
-def test_what_is_missing_is_said(texts: list[list[str]], change: Any, message: str):
+def test_missing_texts_words_and_latents_are_named(texts: list[list[str]], change: Any, message: str):
     found = merge_latents(change(record(texts)), 4)
     assert isinstance(found, str) and found.startswith(message)
 
