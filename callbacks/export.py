@@ -152,5 +152,5 @@ def init_metadata(learner: Any) -> dict[str, str]:
 
 
 def _decoder(learner: Any, weights: dict[str, Tensor]) -> Tensor:
-    """The decoder in the full state dict, or that of an SAE which computes it from other weights, and is not sharded."""
+    """The decoder from the full state dict, or from an SAE that computes it from other weights, which is never sharded."""
     return weights["W_dec"] if "W_dec" in weights else learner.W_dec.detach()

@@ -171,7 +171,7 @@ class SparsemaxTrainingSAE(_Attention, TrainingSAE[SparsemaxTrainingSAEConfig]):
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The values `C W_v`, computed at each access, in full precision; their gradient flows to `C` and `W_v`."""
-        # Autocast knows no meta device, on which a plan of the memory is made.
+        # Autocast does not support the meta device, which memory plans use.
         with nullcontext() if self.C.is_meta else torch.autocast(self.C.device.type, enabled=False):
             return self.C @ self.W_v
 

@@ -187,7 +187,7 @@ def measure_language_model(
 
 
 def measure_objective(objective: Objective, model: LanguageModel, positions: int, *, separate_documents: bool) -> PeakMemory:
-    """Peak of a pass of an objective, with its gradient, on torch's meta device. What attention keeps for its gradient is left out."""
+    """Peak of a pass of an objective and its gradient, on torch's meta device, without the memory that attention keeps for its gradient."""
     objective, skeleton, n_contexts = copy.copy(objective), model.skeleton(all_layers=True), objective.contexts_at_once
     with _FusedAttention():
         objective.use(skeleton)

@@ -19,7 +19,7 @@ def objectives_of(saes: JointSAE | SideBySide | None) -> list[Objective]:
 def objective_items(
     objectives: list[Objective], data: Any, device: str, *, positions: int, separate_documents: bool
 ) -> Iterator[MemoryItem]:
-    """One item for the passes of the largest of the objectives, of which one runs at a time."""
+    """One memory item, for the passes of the largest objective; objectives run one at a time."""
     peaks = [
         (measure.measure_objective(objective, data.language_model, positions, separate_documents=separate_documents), objective)
         for objective in objectives

@@ -22,7 +22,7 @@ from metasae_lightning.penalties.base import Critic, Penalty
 class Decomposability(Penalty):
     """Mean decomposability of decoder rows by the critic, `mean_i exp(-||W_i/||W_i|| - What_i||^2 / sigma_sq)` (arXiv 2604.03436).
 
-    Where the primary gates its rows in blocks, `unit` says what is judged; without blocks every `unit` is the row. `row`: each row, as
+    Where the primary gates its rows in blocks, `unit` is the unit that is judged; without blocks it is the row. `row`: each row, as
     the paper has it, which also punishes a block for holding several directions of one subspace. `block`: `exp(-e_g / sigma_sq)` with the
     mean error `e_g` of the block's rows. A block counts as decomposable only if all of its rows are, and the rows of a block that share a
     meta latent still lower each other's error. `masked_block` (default): as `block`, with the reconstruction by those meta latents alone

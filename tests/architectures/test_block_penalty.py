@@ -1,4 +1,4 @@
-"""The decomposability of blocks: values, gradients, and the mask of explanations that one block has for itself."""
+"""The decomposability of blocks: values, gradients, and the mask of meta latents that are active on one block alone."""
 
 import copy
 from contextlib import nullcontext

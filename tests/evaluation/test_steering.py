@@ -39,7 +39,7 @@ def rows(count: int = 20) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reconstruction_error_is_the_same_before_and_after(kind: str, normalizer: str):
     subject, x, numbers = small_sae(kind, normalizer), rows(), {2: 3.0, 7: -1.5}
-    # SAELens forgets the norms of tokens after each call of decode, so it encodes again.
+    # SAELens keeps the norms of tokens for one call of decode only, so the rows are encoded again.
     acts = subject.encode(x)
     error = x - subject.decode(acts)
     changed = acts.clone()

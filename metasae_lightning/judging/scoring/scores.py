@@ -22,7 +22,7 @@ A_B, ONE_TO_FIVE = ("A", "B"), ("1", "2", "3", "4", "5")
 
 @final
 class Detection(YesNoScore):
-    """Does the text hold what the explanation says? Yes for texts in which the latent fires."""
+    """Does the text contain what the explanation describes? Yes for texts in which the latent fires."""
 
     task: Task = "detection"
     descriptions: Mapping[Negatives, str] = {
