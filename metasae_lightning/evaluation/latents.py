@@ -139,11 +139,14 @@ class Latents:
         """The complete language model, steered with some latents. What the SAE does not reconstruct stays in the activations.
 
         Args:
-            numbers: A number for each latent that is changed; no latent changes nothing.
+            numbers: A number for each latent that is changed; no latent changes nothing. Where the SAE gates latents in groups of `r`,
+                these are the single latents: group `g` has those from `g r` to `(g + 1) r - 1`.
             mode: What the number does to the latent's activation: `add` is added to it, `scale` multiplies it, `set` replaces it.
             meta: Whether `numbers` names meta-latents, whose directions are shared by several latents (see `meta_latents`).
         """
-        count, kind = (len(self.meta_latents.W_dec), "meta-latent") if meta else (len(self), "latent")
+        if self.subject.by_polarity:
+            raise InputError("by_polarity: a latent is steered with the sign of its activation: open_latents(..., by_polarity=False)")
+        count, kind = (len(self.meta_latents.W_dec), "meta-latent") if meta else (len(self.subject.decoder_rows), "latent")
         chosen = {check_index(latent, count, kind): float(number) for latent, number in numbers.items()}
         if wrong := [number for number in chosen.values() if not math.isfinite(number)]:
             raise InputError(f"numbers must be finite, got {wrong[0]}")

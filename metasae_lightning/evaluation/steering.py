@@ -81,7 +81,8 @@ class MetaLatents:
     W_dec: Float[Tensor, "meta d_in"]
     """The meta-SAE's decoder, one row a meta-latent."""
     parts: Float[Tensor, "d_sae meta"]
-    """Activations `m_ij` of the meta-latents on the unit decoder rows of the primary."""
+    """How often each unit decoder row of the primary has each direction in it, `m_ij`: the meta-latent's activation on the row, times the
+    row's factor where the meta-SAE normalises each row."""
 
     @classmethod
     def of(cls, subject: EvaluatedSAE) -> "MetaLatents":
@@ -92,13 +93,12 @@ class MetaLatents:
         if normalizer_of(subject) == "covariance_whitening":
             raise InputError(f"{subject.source} was trained on whitened activations: its meta-latents are no directions of the model")
         meta = load_pretrained(exported_sae(folder, "meta"), device=subject.W_dec.device)
-        rows = functional.unit_rows(subject.W_dec.float())
-        with torch.no_grad():
-            parts = torch.cat([meta.encode(chunk).to_dense().float() for chunk in rows.split(max(1, AT_ONCE // len(meta.W_dec)))])
+        rows = functional.unit_rows(subject.decoder_rows.float())
+        parts = torch.cat([parts_of_rows(meta, chunk) for chunk in rows.split(max(1, AT_ONCE // len(meta.W_dec)))])
         return cls(subject.sae, cast(Tensor, meta.W_dec).detach().float(), parts)
 
     def members(self, meta_latent: int) -> dict[int, float]:
-        """The primary latents on whose decoder rows the meta-latent is active, with its activation on each row, largest first."""
+        """The primary latents on whose decoder rows the meta-latent is active, with `m_ij` of each row, largest first."""
         values, latents = self.parts[:, meta_latent].sort(descending=True, stable=True)
         return {latent: value for latent, value in zip(latents.tolist(), values.tolist(), strict=True) if value > 0}
 
@@ -110,6 +110,16 @@ class MetaLatents:
     def decode(self, feature_acts: Float[Tensor, "*rows meta"]) -> Float[Tensor, "*rows d_in"]:
         """The sum of the meta-latents' directions, times the factor of the token where the primary normalises each token."""
         return self.primary.run_time_activation_norm_fn_out(feature_acts @ self.W_dec)
+
+
+@torch.no_grad()
+def parts_of_rows(meta: Any, rows: Float[Tensor, "row d_in"]) -> Float[Tensor, "row meta"]:
+    """The activations of a meta-SAE on some rows, each times the factor by which its normaliser multiplies the row's reconstruction."""
+    acts = meta.encode(rows).to_dense().float()
+    # The normaliser's way back is affine with one factor for all coordinates of a row. Both are computed in one call, since SAELens forgets
+    # the norms of rows after one.
+    one, zero = meta.run_time_activation_norm_fn_out(torch.stack([torch.ones_like(rows), torch.zeros_like(rows)]))
+    return acts * (one - zero)[:, :1].to(acts)
 
 
 def normalizer_of(subject: EvaluatedSAE) -> str | None:

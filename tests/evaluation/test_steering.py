@@ -10,7 +10,7 @@ from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardS
 
 from metasae_lightning.errors import InputError
 from metasae_lightning.evaluation import Latents, open_latents
-from metasae_lightning.evaluation.steering import MetaLatents, change_latents, check_mode, steer
+from metasae_lightning.evaluation.steering import MetaLatents, change_latents, check_mode, parts_of_rows, steer
 from tests.helpers.judged import D_IN, sae, write_run
 
 TEXT = "The lazy dog"
@@ -121,6 +121,17 @@ def test_meta_latents_that_reconstruct_all_rows_exactly_carry_all_codes():
     # Scaling meta-latent 0 by 0 removes its direction from the codes, and the other directions stay.
     without = steer(x, metas, lambda acts: change_latents(acts, {0: 0.0}, "scale"))
     assert torch.allclose(without, x - wanted[:, None] * directions[0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("normalizer", ["none", "layer_norm", "constant_norm_rescale"])
+def test_the_parts_of_a_row_are_those_of_its_reconstruction_by_the_meta_sae(normalizer: str):
+    meta, chunk = small_sae("standard", normalizer), torch.nn.functional.normalize(rows(), dim=1)
+    acts = meta.encode(chunk)
+    both = meta.decode(torch.stack([acts, torch.zeros_like(acts)]))
+    # The reconstruction without what it is without any meta-latent: sum_j m_ij M_j.
+    assert torch.allclose(parts_of_rows(meta, chunk).double() @ meta.W_dec, both[0] - both[1], rtol=0, atol=1e-5)
+    # The control: activations alone miss the row's factor, which is far from 1 for a row of length 1.
+    assert (acts @ meta.W_dec - both[0] + both[1]).abs().max() > 0.1 or normalizer == "none"
 
 
 def test_the_members_of_a_meta_latent_are_the_latents_whose_rows_have_it():
