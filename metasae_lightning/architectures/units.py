@@ -75,9 +75,26 @@ class Units:
         """
         if self.group_size > 1:
             blocks = W_dec.float().unflatten(0, (-1, self.group_size))
-            # From the small Gram matrix of each block: its first left singular vector u gives the direction u W / ||u W||.
-            u = torch.linalg.eigh(blocks @ blocks.mT).eigenvectors[..., -1]
-            rows = torch.nn.functional.normalize((u[:, None] @ blocks)[:, 0], dim=-1)
-            # Of the two signs, the one that agrees with the sum of the rows.
-            return (rows * torch.where((rows * blocks.sum(1)).sum(-1, keepdim=True) < 0, -1.0, 1.0)).to(W_dec.dtype)
+            return (self._group_codes(blocks)[:, None] @ blocks)[:, 0].to(W_dec.dtype)
         return torch.cat([W_dec, -W_dec]) if self.by_polarity else W_dec
+
+    def codes_of_direction(self, unit: int, W_dec: Float[Tensor, "d_sae d_in"]) -> dict[int, float]:
+        """The activations of latents whose decoder rows sum to the direction of a unit.
+
+        >>> Units(d_sae=2, is_signed=True, by_polarity=True).codes_of_direction(3, torch.eye(2))
+        {1: -1.0}
+        """
+        if self.group_size == 1:
+            return {unit % self.d_sae: -1.0 if unit >= self.d_sae else 1.0}
+        first = unit * self.group_size
+        (codes,) = self._group_codes(W_dec[first : first + self.group_size].float()[None])
+        return dict(enumerate(codes.tolist(), first))
+
+    def _group_codes(self, blocks: Float[Tensor, "group latent d_in"]) -> Float[Tensor, "group latent"]:
+        """For each block of rows, the activations `c` for which `c W` is its direction."""
+        # From the small Gram matrix of each block: its first left singular vector u gives the direction u W / ||u W||.
+        u = torch.linalg.eigh(blocks @ blocks.mT).eigenvectors[..., -1]
+        rows = (u[:, None] @ blocks)[:, 0]
+        # Of the two signs, the one that agrees with the sum of the rows.
+        signs = torch.where((rows * blocks.sum(1)).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+        return u * (signs / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12))

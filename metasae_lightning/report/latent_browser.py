@@ -64,13 +64,13 @@ def directions(matrix: Matrix, entry: Mapping[str, Any]) -> Matrix:
 
 
 def decoder_rows(folder: Path) -> Matrix:
-    """The decoder of a SAELens folder, one row a latent, read with NumPy; SAELens loads architectures outside `DIRECT` and bfloat16."""
+    """The directions of a SAELens folder's units, read with NumPy; SAELens loads architectures outside `DIRECT` and bfloat16."""
     config, weights = read_folder(folder)
     if weights is not None and config.get("architecture") in DIRECT:
         return weights["W_dec"].astype(np.float32)
-    from metasae_lightning.sae.pretrained import load_pretrained
+    from metasae_lightning.sae.pretrained import load_directions
 
-    return load_pretrained(folder).W_dec.detach().float().numpy()
+    return load_directions(folder).numpy()
 
 
 def encode(folder: Path, x: Matrix) -> Matrix:

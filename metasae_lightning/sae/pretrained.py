@@ -128,6 +128,12 @@ def load_pretrained(place: str | Path, *, device: str | torch.device = "cpu") ->
     return sae.eval().requires_grad_(False)
 
 
+def load_directions(folder: Path) -> Float[Tensor, "unit d_in"]:
+    """The decoder's direction of each unit of the SAE in a folder."""
+    sae = load_pretrained(folder)
+    return Units.of(sae.cfg).directions(sae.W_dec.detach().float())
+
+
 def _load(name: str, device: str) -> SAE[Any]:
     """The SAE as SAELens loads it."""
     if Path(name).is_dir():

@@ -54,7 +54,8 @@ class ServedSAEs:
         """Two greedy continuations of a text: unchanged, and with `strength` added to a latent's activation.
 
         It is added at every token that the SAEs are trained on, also in the continuation. The SAE's reconstruction error stays, so this
-        adds `strength` times the latent's decoder row to the model's activations.
+        adds `strength` times the latent's decoder row to the model's activations. Where a group of latents is one, that is the direction
+        of the group.
         """
         if arm not in self.saes:
             raise InputError(f"arm: there is no {arm!r}{did_you_mean(arm, self.saes)}")
@@ -68,7 +69,9 @@ class ServedSAEs:
         tokens = self.reader.tokens(text)
         if len(tokens) == self.reader.batching.context_size:
             raise InputError(f"text fills the context of {len(tokens)} tokens: nothing can follow")
-        steered_model = SteeredModel(self.reader, self.saes[arm].sae, partial(change_latents, numbers={latent: strength}))
+        sae = self.saes[arm]
+        numbers = {index: strength * code for index, code in sae.units.codes_of_direction(latent, sae.decoder_rows).items()}
+        steered_model = SteeredModel(self.reader, sae.sae, partial(change_latents, numbers=numbers))
         plain, steered = (self.reader.greedy(tokens, count, edit_of) for edit_of in (None, steered_model.edit))
         texts = {"plain": self.reader.text_after(tokens, plain), "steered": self.reader.text_after(tokens, steered)}
         return {**texts, "tokens": [len(plain), len(steered)]}

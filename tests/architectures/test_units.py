@@ -31,6 +31,16 @@ def test_the_direction_of_a_group_is_that_of_its_largest_singular_value():
         assert 0 < (total @ direction).item() < 0.999
 
 
+def test_the_codes_of_a_direction_give_it():
+    generator = torch.Generator().manual_seed(0)
+    W_dec, groups = torch.randn(12, 8, generator=generator), Units(d_sae=12, group_size=4)
+    codes = groups.codes_of_direction(2, W_dec)
+    assert list(codes) == [8, 9, 10, 11]
+    torch.testing.assert_close(torch.tensor(list(codes.values())) @ W_dec[8:], groups.directions(W_dec)[2])
+    assert Units(d_sae=12).codes_of_direction(2, W_dec) == {2: 1.0}
+    assert Units(d_sae=12, is_signed=True, by_polarity=True).codes_of_direction(14, W_dec) == {2: -1.0}
+
+
 def test_signs_are_two_units_only_if_asked_for():
     cfg = SimpleNamespace(d_sae=2, has_signed_codes=True, architecture=lambda: "signed")
     acts = torch.tensor([[-2.0, 0.0], [3.0, -1.0]])
