@@ -63,7 +63,9 @@ def transfer_weights(source: Any, target: Any, normalizer: Normalizer, z: Float[
         *setting_differences(source.cfg, target.cfg, normalizer),
     ]
     if unit_rows or getattr(target.cfg, "rescale_acts_by_decoder_norm", False):
-        lost += to_unit_rows(weights, ranked=set(architectures) <= {*TOP_K, "abstopk"})
+        lost += to_unit_rows(weights, ranked=set(architectures) <= {*TOP_K, "abstopk", "subspace"})
+    if getattr(target.cfg, "unit_encoder", False):
+        lost += divided_columns(weights["W_enc"])
     if hasattr(target, "own_weights"):  # the inference SAE of this architecture has other weights
         weights = target.own_weights(weights)
     parameters = dict(target.named_parameters())
@@ -98,7 +100,7 @@ def setting_differences(source: Any, target: Any, normalizer: Normalizer) -> Seq
     """One sentence for each encoder setting that both configs have, with different values."""
     scale = normalizer.factor.item() if isinstance(normalizer, ExpectedAverage) else 1.0
     differences: list[str] = []
-    for name in ("k", "group_size", "residual_threshold", "max_iterations", "stop_on_duplicate_support"):
+    for name in ("k", "group_size", "batch_top", "residual_threshold", "max_iterations", "stop_on_duplicate_support"):
         old, new = (getattr(cfg, name, None) for cfg in (source, target))
         if name == "residual_threshold" and old is not None:
             old = old * scale
@@ -214,3 +216,10 @@ def to_unit_rows(weights: Weights, *, ranked: bool) -> Sequence[str]:
             weights[name] *= norms
     even = bool(high / low < 1 + UNIT_TOLERANCE)
     return [f"decoder rows had lengths from {low:.3g} to {high:.3g}, which now weigh on the ranking"] if ranked and not even else []
+
+
+def divided_columns(W_enc: Float[Tensor, "d_in d_sae"]) -> Sequence[str]:
+    """A sentence if an encoder that divides its columns by their lengths is another function than these weights."""
+    low, high = W_enc.norm(dim=0).aminmax()
+    is_other = max(abs(low - 1), abs(high - 1)) > UNIT_TOLERANCE
+    return [f"columns of W_enc had lengths from {low:.3g} to {high:.3g}, and unit_encoder divides by them"] if is_other else []

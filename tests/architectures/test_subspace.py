@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,21 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
-from metasae_lightning.architectures import SubspaceTrainingSAEConfig
+from metasae_lightning.architectures import SubspaceTrainingSAEConfig, Units
 from metasae_lightning.compute.row_chunks import dry_run_scale
 from metasae_lightning.errors import InputError
+from metasae_lightning.evaluation.steering import change_latents, steer
 from metasae_lightning.functional.subspaces import composition_norm, nuclear_norm
 from metasae_lightning.memory.scaled_copies import scaled_down
 from metasae_lightning.metrics import DecoderGeometry
+from metasae_lightning.report import latent_browser
 from metasae_lightning.sae import forward, pretrained
 from metasae_lightning.sae.conversion import transfer_weights
 from metasae_lightning.sae.export import export
 from metasae_lightning.sae.forward_pass import ForwardPass
 from metasae_lightning.sae.forward_result import ForwardResult
 from metasae_lightning.sae.normalizers import make_normalizer
+from metasae_lightning.sae.pretrained import load_pretrained
 from metasae_lightning.sae.subspace_forward import SubspaceForward
 from metasae_lightning.sae.thresholds import calibrate, global_threshold
 from metasae_lightning.training import JointSAE
@@ -254,9 +258,42 @@ def test_training_starts_from_an_exported_sae(tmp_path: Path):
     assert sentence == "group_size is 4, where the source has 3"
 
 
+def test_what_a_start_from_an_exported_sae_loses_is_said(tmp_path: Path):
+    source, x = build(torch.float32, batch_top=True, unit_encoder=False), batch(dtype=torch.float32)
+    export(source, tmp_path / "sae", normalizer=make_normalizer("none", D_IN), updates=0, samples=[x])
+    exported = SAE.load_from_disk(tmp_path / "sae")
+    with torch.no_grad():
+        exported.W_dec *= torch.linspace(0.5, 2, K * R)[:, None]
+
+    def lost(**settings: Any) -> list[str]:
+        target = build(torch.float32, **settings)
+        return transfer_weights(exported, target, make_normalizer("none", D_IN), x, unit_rows=True)
+
+    rule, rows, columns = lost()
+    assert rule == "batch_top is False, not True"
+    assert re.fullmatch(r"decoder rows had lengths from 0\.5 to 2, which now weigh on the ranking", rows)
+    assert re.fullmatch(r"columns of W_enc had lengths from [\d.]+ to [\d.]+, and unit_encoder divides by them", columns)
+    assert lost(unit_encoder=False, batch_top=True) == [rows]
+
+
 @pytest.mark.parametrize("factor", [1.7, 3.0, 20.0])
 def test_a_scaled_down_copy_has_whole_groups(factor: float):
     cfg = SubspaceTrainingSAEConfig(d_in=D_IN, d_sae=K * R, group_size=R, k=S)
     copied = scaled_down(JointSAE(cfg), factor).primary.sae.cfg
     assert copied.d_sae % R == 0 and copied.d_sae >= R and 0 < copied.k <= copied.d_sae // R
     assert abs(copied.d_sae - K * R / factor) <= R
+
+
+def test_the_page_reads_the_direction_of_each_group_and_steering_adds_it(tmp_path: Path):
+    sae = build(torch.float32)
+    export(sae, tmp_path / "sae", normalizer=make_normalizer("none", D_IN), updates=0)
+    rows = latent_browser.decoder_rows(tmp_path / "sae")
+    units = Units.of(sae.cfg)
+    # One row a group: rows of latents would be 36, and row 2 that of a latent of group 0.
+    torch.testing.assert_close(torch.from_numpy(rows), units.directions(sae.W_dec.detach()), rtol=0, atol=1e-6)
+    assert len(rows) == K
+    x = batch(dtype=torch.float32)
+    exported: Any = load_pretrained(tmp_path / "sae")
+    numbers = {index: 3 * code for index, code in units.codes_of_direction(2, exported.W_dec).items()}
+    steered = steer(x, exported, lambda acts: change_latents(acts, numbers))
+    torch.testing.assert_close(steered, x + 3 * torch.from_numpy(rows[2]), rtol=0, atol=1e-5)
