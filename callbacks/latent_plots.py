@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from metasae_lightning import functional
+from metasae_lightning.architectures import Units
 from metasae_lightning.callbacks.logger_media import log_figure, log_histogram, media_loggers
 from metasae_lightning.compute.sharding import full
 from metasae_lightning.metrics.cofiring import PhiSample
@@ -35,7 +36,8 @@ class Figures(Observer):
         """Create the counter of firings, where a logger accepts plots and this is not the sanity check."""
         # Rank zero decides for all ranks: the other ranks have dummy loggers that accept every call.
         wanted = trainer.strategy.broadcast(bool(media_loggers(trainer)) and not trainer.sanity_checking)
-        self._sample = PhiSample(pl_module.primary.W_dec.shape[0], matchings=self.matchings).to(pl_module.device) if wanted else None
+        count = Units.of(pl_module.primary.sae.cfg).count
+        self._sample = PhiSample(count, matchings=self.matchings).to(pl_module.device) if wanted else None
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

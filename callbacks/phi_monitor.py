@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from metasae_lightning.architectures import Units
 from metasae_lightning.callbacks.every_tokens import EveryTokens
 from metasae_lightning.metrics.cofiring import Phi, PhiSample
 from metasae_lightning.training.arm_callbacks import Observer
@@ -48,7 +49,7 @@ class PhiMonitor(Observer):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Create the metric that counts all pairs of latents."""
-        self._exact = Phi(pl_module.primary.W_dec.shape[0], memory_gib=self.memory_gib, compute_with_cache=False)  # pyright: ignore
+        self._exact = Phi(Units.of(pl_module.primary.sae.cfg).count, memory_gib=self.memory_gib, compute_with_cache=False)  # pyright: ignore
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -237,7 +237,7 @@ def publication_record(
         "architecture": sae.sae.cfg.architecture(),
         "trained_as": str(metadata.get("training_architecture") or sae.sae.cfg.architecture()),
         "d_in": int(sae.W_dec.shape[1]),
-        "d_sae": len(sae.W_dec),
+        "d_sae": len(sae.decoder_rows),
         "thresholds": describe_thresholds(sae, run_record),
         "training_tokens": int(metadata.get("training_tokens") or 0),
         "normalizer": normalizer,
