@@ -53,7 +53,8 @@ class SparsemaxTrainingSAEConfig(TrainingSAEConfig):
         loss_coefficient: Weight of the error, `||x_hat - x||^2 / ||x||` averaged over tokens, which is SAELens's convention: `d_in` times
             the average over tokens and coordinates in the public code.
         max_rate: Latents that fired on a larger share of recent tokens are masked; 1 masks none.
-        rate_decay: Share of the running firing rates that a step keeps. The public value is not known to us; this one is ours.
+        rate_decay: Share of the running firing rates that a step, or each of its micro-batches, keeps. The public value is not known to us;
+            this one is ours.
         scale_scores: Whether scores are divided by the square root of `d_in`. The public code does not.
     """
 
@@ -197,6 +198,10 @@ class SparsemaxTrainingSAE(_Attention, TrainingSAE[SparsemaxTrainingSAEConfig]):
         """The reconstruction from codes, `(feature_acts C) W_v`."""
         rebuilt = self.hook_sae_recons(feature_acts @ self.C @ self.W_v)
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(rebuilt), self.d_head)
+
+    def error_weights(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row 1"]:
+        """The weight of each row's squared error in the loss."""
+        return self.cfg.loss_coefficient / x.norm(dim=-1, keepdim=True).clamp(min=LEAST_NORM)
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """SAELens's training forward pass; then the running firing rates move towards this batch's."""

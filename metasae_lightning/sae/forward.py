@@ -72,6 +72,7 @@ class DenseForward(ForwardPass):
         return ForwardResult(
             *(out.loss, out.losses, self._codes(out.feature_acts), lambda: out.sae_out.detach(), lambda: out.sae_out),
             latent_codes=lambda: Codes.from_dense(out.feature_acts, with_graph=True),
+            error_weights=self.sae.error_weights(z) if hasattr(self.sae, "error_weights") else None,
         )
 
     def read(self, z: Tensor, *, reuse_support: bool = False, reuse_output: bool = False, keep: Keep | None = None) -> tuple[Codes, Tensor]:

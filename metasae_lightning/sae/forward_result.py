@@ -36,6 +36,8 @@ class ForwardResult:
     """Computes the activations of latents with their graph, also where the units of `codes` have several latents; None as above."""
     rebuild_with_head: Callable[[], Tensor] | None = None
     """Computes the reconstruction together with a head's output, detached; None without a head."""
+    error_weights: Float[Tensor, "row 1"] | None = None
+    """The weight of each row's squared error in the loss; None is 1."""
     replaced_by_objective: tuple[str, ...] = (SQUARED_ERROR,)
     """The names of the terms of the loss that an objective takes the place of."""
     applied: bool = True

@@ -42,7 +42,8 @@ def add_head(result: ForwardResult, head: nn.Module, z: Float[Tensor, "row d_in"
     """A result with the head's loss: the change of the squared error by the head's output `h`.
 
     The mean over rows of `||xhat + h - x||^2 - ||xhat - x||^2` is that of `h . (h + 2 (xhat - x))`. It is 0 where the output is 0: the
-    loss is then bit-equal to that without a head. The architecture's other terms stay those of the SAE alone.
+    loss is then bit-equal to that without a head. Each row has the weight that it has in the architecture's own squared error: with other
+    weights the sum of both could fall without limit. The architecture's other terms stay those of the SAE alone.
     """
     assert result.latent_codes is not None and result.differentiable is not None
     codes, linear, replaced = result.latent_codes(), result.reconstruction, result.replaced_by_objective
@@ -51,7 +52,8 @@ def add_head(result: ForwardResult, head: nn.Module, z: Float[Tensor, "row d_in"
     else:
         codes = replace(codes, values=codes.values.detach())
     output = head(codes).to(z.dtype)
-    change = (output * (output + 2 * (linear - z))).sum() / max(len(z), 1)
+    products, weights = output * (output + 2 * (linear - z)), result.error_weights
+    change = (products if weights is None else weights * products).sum() / max(len(z), 1)
     rebuild, detached = result.rebuild, output.detach()
     return replace(
         result,

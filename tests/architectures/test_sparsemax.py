@@ -17,6 +17,8 @@ from metasae_lightning.errors import InputError
 from metasae_lightning.functional.sparsity import sparsemax, sparsemax_support
 from metasae_lightning.penalties import Decomposability
 from metasae_lightning.sae import export
+from metasae_lightning.sae.forward import DenseForward
+from metasae_lightning.sae.head_loss import add_head
 from metasae_lightning.step import Batch
 from metasae_lightning.training import JointSAE
 from tests.architectures.short_training import trained
@@ -239,3 +241,23 @@ def test_the_exported_sae_has_the_same_codes_and_reconstruction(normalizer: Any,
     torch.testing.assert_close(loaded(x), rebuilt, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="another support"):
         loaded.fold_W_dec_norm()
+
+
+class FixedOutput(torch.nn.Module):
+    """A head with one output for all codes."""
+
+    def forward(self, codes: Any) -> Tensor:
+        return normal(codes.shape[0], D_IN, seed=7)
+
+
+@pytest.mark.parametrize("training", ["joint", "detached"])
+def test_a_head_and_its_sae_have_one_error(training: Any):
+    sae: Any = SparsemaxTrainingSAE(SparsemaxTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, decoder_init_norm=1.0)).double()
+    # Norms of about 25: an error of weight 1 for the head beside 10 / ||x|| for the SAE would be another loss.
+    x = 10 * normal(30, D_IN)
+    result = DenseForward(sae).train(x, dead=torch.zeros(D_SAE, dtype=torch.bool), step=0, fresh_gradients=True)
+    together = result.reconstruction + FixedOutput()(result.codes)
+    wanted = (10 * (together - x).square().sum(1) / x.norm(dim=1)).mean()
+    loss = add_head(result, FixedOutput(), x, training).loss
+    torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=0)
+    assert x.norm(dim=1).median() > 15
