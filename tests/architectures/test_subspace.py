@@ -253,7 +253,7 @@ def test_training_starts_from_an_exported_sae(tmp_path: Path):
     lost = transfer_weights(SAE.load_from_disk(tmp_path / "sae"), target, make_normalizer("none", D_IN), x, unit_rows=True)
     assert lost == []
     torch.testing.assert_close(target.encode(x), sae.encode(x), rtol=1e-4, atol=1e-5)
-    other = build(torch.float32, group_size=4)
+    other = build(torch.float32, group_size=4, batch_top=True)
     (sentence,) = transfer_weights(SAE.load_from_disk(tmp_path / "sae"), other, make_normalizer("none", D_IN), x, unit_rows=True)
     assert sentence == "group_size is 4, where the source has 3"
 
