@@ -13,6 +13,7 @@ def pairwise_interactions(
     It is computed as `1/2 ((sum_i f_i v_i)^2 - sum_i (f_i v_i)^2)`, the second-order term of a factorisation machine (Rendle 2010), so
     that no pair is formed. The nonzeros are ordered by token; `lengths` tells how many each token has.
 
+    >>> import torch
     >>> V = torch.tensor([[1.0], [2.0], [3.0]])
     >>> pairwise_interactions(torch.tensor([0, 1, 2]), torch.tensor([1.0, 1.0, 2.0]), torch.tensor([3, 0]), V).tolist()
     [[20.0], [0.0]]

@@ -62,7 +62,7 @@ def block_decomposability_with_slope(
     """`block_decomposability`, and the gradient of each `p_g` in its block.
 
     >>> p, slope = block_decomposability_with_slope(torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[1.0, 0.0]]]), sigma_sq=2.0)
-    >>> p, slope
+    >>> p, slope + 0.0
     (tensor([0.3679]), tensor([[[0.1839, 0.0000]]]))
     """
     r = reconstruction.detach()

@@ -9,6 +9,7 @@ Logits = Float[Tensor, "context position vocabulary"]
 def cross_entropy(logits: Logits, tokens: Int[Tensor, "context position"]) -> Float[Tensor, "context position"]:
     """The cross-entropy of each token, `-log p(token)`, in nats; logits and token of a prediction are at the same position.
 
+    >>> import torch
     >>> cross_entropy(torch.zeros(1, 1, 4), torch.tensor([[2]])).exp()
     tensor([[4.]])
     """
@@ -18,6 +19,7 @@ def cross_entropy(logits: Logits, tokens: Int[Tensor, "context position"]) -> Fl
 def kl_divergence(clean: Logits, other: Logits) -> Float[Tensor, "context position"]:
     """The KL divergence of the other prediction from the clean one, `sum p_clean (log p_clean - log p_other)`, in nats.
 
+    >>> import torch
     >>> kl_divergence(torch.zeros(1, 1, 2), torch.tensor([[[0.0, -torch.inf]]])).item()
     inf
     """

@@ -11,6 +11,7 @@ Activations = Float[Tensor, "batch d_in"]
 def fvu(x: Activations, reconstruction: Activations, mean: Float[Tensor, " d_in"] | None = None) -> Float[Tensor, ""]:
     """Fraction of variance unexplained, `sum ||x - xhat||^2 / sum ||x - mean||^2`. The default mean is that of the batch.
 
+    >>> import torch
     >>> x = torch.tensor([[0.0], [2.0]])
     >>> fvu(x, x).item(), fvu(x, torch.ones(2, 1)).item()
     (0.0, 1.0)
@@ -36,6 +37,7 @@ def reconstruction_sums(x: Activations, reconstruction: Activations) -> Reconstr
 def fvu_of_sums(sums: ReconstructionSums) -> Float[Tensor, ""]:
     """The FVU of all batches in the sums, `error / (sum ||x||^2 - ||sum x||^2 / n)`.
 
+    >>> import torch
     >>> fvu_of_sums(reconstruction_sums(torch.tensor([[0.0], [2.0]]), torch.ones(2, 1))).item()
     1.0
     """
@@ -46,6 +48,7 @@ def fvu_of_sums(sums: ReconstructionSums) -> Float[Tensor, ""]:
 def agreement_sums(x: Activations, reconstruction: Activations) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over tokens: cosine, `||xhat|| / ||x||`, `||xhat||^2`, `x . xhat`. The relative bias is the third over the fourth.
 
+    >>> import torch
     >>> x = torch.tensor([[3.0, 4.0]])
     >>> [total.item() for total in agreement_sums(x, x / 2)]
     [1.0, 0.5, 6.25, 12.5]
@@ -59,6 +62,7 @@ def agreement_sums(x: Activations, reconstruction: Activations) -> tuple[Tensor,
 def geometric_median(x: Activations, *, iterations: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d_in"]:
     """The point with the smallest sum of distances to the rows, by Weiszfeld's iteration; outliers move it less than the mean.
 
+    >>> import torch
     >>> geometric_median(torch.tensor([[0.0], [0.0], [9.0]])).abs().item() < 1e-3
     True
     """

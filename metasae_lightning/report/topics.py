@@ -167,7 +167,7 @@ def word_weights(weighted_counts: Any, counts: Any) -> Matrix:
 
     A word that is as frequent with the latent as elsewhere, such as "the", has the weight 0.
 
-    >>> word_weights(np.array([[3.0, 1.0], [0.0, 0.0]]), np.array([[1, 1], [1, 1]])).round(3).tolist()
+    >>> word_weights(np.array([[3.0, 1.0], [0.0, 0.0]]), np.array([[1, 1], [1, 1]])).astype(float).round(3).tolist()
     [[0.304, 0.0], [0.0, 0.0]]
     """
     dense = np.asarray(weighted_counts.todense() if sparse.issparse(weighted_counts) else weighted_counts, dtype=np.float32)
