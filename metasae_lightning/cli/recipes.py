@@ -40,9 +40,9 @@ def summary(path: Path) -> str:
 
 
 def is_recipe(path: Path) -> bool:
-    """Whether a YAML file has both data and a model: an overlay changes only parts of them."""
-    keys = set(re.findall(r"^(\w+):", path.read_text(encoding="utf-8"), re.MULTILINE))
-    return {"data", "model"} <= keys
+    """Whether a YAML file names the class of its data and of its model: an overlay changes only parts of them."""
+    classes = re.findall(r"^(data|model):(?: *#.*)?\n  class_path:", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {"data", "model"} <= set(classes)
 
 
 def with_recipe_paths(words: Sequence[str], data_is_recipe: bool = False) -> list[str]:

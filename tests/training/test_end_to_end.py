@@ -117,7 +117,8 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(folder: str, tmp_p
 def train(folder: str, ranks: ProcessGroup) -> dict[str, Tensor]:
     """The primary's weights after four steps in float64 on a rank's share of the contexts: three of rank 0, five of rank 1."""
     model = HuggingFaceLM(folder, HOOK, device="cpu", dtype="float64")
-    module = joint(batch_cut="global", b_dec_init="zeros").double()
+    # One micro-batch: batch top-k ranks within each, and those of two ranks hold other contexts than those of one process.
+    module = joint(batch_cut="global", b_dec_init="zeros", micro_batches=1).double()
     assert module.objective is not None
     module.objective.use(model)  # type: ignore[attr-defined]
     module.join(ranks)
