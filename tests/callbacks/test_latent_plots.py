@@ -13,6 +13,7 @@ import torch
 import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from sae_lens import TopKTrainingSAEConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -187,7 +188,9 @@ def validate_on(dense: Tensor, **changes: Any) -> RecordingWriter:
     state = {"is_global_zero": True, "sanity_checking": False, "strategy": SimpleNamespace(broadcast=lambda value: value)}
     trainer = Mock(spec=Trainer, loggers=[SimpleNamespace(experiment=writer)], fit_loop=fit_loop, **{**state, **changes})
     module = LightningModule()
-    module.primary = SimpleNamespace(W_dec=torch.randn(dense.shape[1], 8, generator=torch.Generator().manual_seed(0)))  # type: ignore[assignment]
+    W_dec = torch.randn(dense.shape[1], 8, generator=torch.Generator().manual_seed(0))
+    sae = SimpleNamespace(cfg=TopKTrainingSAEConfig(d_in=8, d_sae=dense.shape[1], k=1))
+    module.primary = SimpleNamespace(W_dec=W_dec, sae=sae)  # type: ignore[assignment]
     callback.on_validation_epoch_start(trainer, module)
     callback.on_validation_batch_end(trainer, module, {"output": SimpleNamespace(codes=Codes.from_dense(dense))}, None, 0)
     callback.on_validation_epoch_end(trainer, module)
